@@ -1,0 +1,88 @@
+# `make demo` and `make test` need python3 (3.10 or newer, with venv) and nothing else prepared.
+# The environment in .venv is made on first use, and again when the pinned versions change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := .ci/constraints.txt
+INSTALLED := $(VENV)/.installed
+
+OLDEST_TRITON := 3.6.0
+NEWEST_TRITON := 3.9.0
+STAGES := lint test-plain test-interpreter aot aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
+
+# What decides which code runs, and how, is said in the rules and not by whoever calls them.
+unexport PYTHONPATH TRITON_INTERPRET
+
+# The stages share two cores and one set of caches: one after the other.
+.NOTPARALLEL:
+.PHONY: help env demo test lint format test-plain test-interpreter test-gpu aot clean
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(INSTALLED) ## the environment in .venv, with the package installed in place
+
+$(VENV)/.made: $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "making $(VENV): a few minutes, once"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) setuptools
+	@touch $@
+
+$(INSTALLED): $(VENV)/.made setup.py pyproject.toml
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,test]'
+	@touch $@
+
+demo: $(INSTALLED) ## trains a real model on real text with its own Attend and with ours, and compares
+	@$(BIN)/python benchmarks/demo.py
+
+# Every stage runs, whatever became of the ones before it; the summary comes last.
+test: $(INSTALLED) ## everything that needs no GPU
+	@failed=0; summary=; \
+	for stage in $(STAGES); do \
+		printf '\n== %s\n' "$$stage"; \
+		start=$$(date +%s); \
+		if $(MAKE) --no-print-directory "$$stage"; then verdict=passed; else verdict=FAILED; failed=1; fi; \
+		summary="$$summary$$(printf '%-18s %s  %4d s' "$$stage" "$$verdict" "$$(($$(date +%s) - start))")\n"; \
+	done; \
+	printf "\n$$summary"; \
+	exit $$failed
+
+lint: $(INSTALLED) ## ruff: rules and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## ruff: mends what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+test-plain: $(INSTALLED) ## the tests that need neither a GPU nor the interpreter
+	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter'
+
+# Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
+test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
+	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m interpreter
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU
+	@$(BIN)/pytest -m gpu
+
+aot: $(INSTALLED) ## compiles every row of the configuration table, without a GPU
+	@$(BIN)/python -m flash_attend.kernels.aot
+
+# What spills differs between Triton versions: that is checked on the pinned one.
+aot-%: $(INSTALLED) $(VENV)/triton-%/.installed ## compiles a subset with another Triton (aot-3.6.0)
+	@PYTHONPATH=$(VENV)/triton-$* $(BIN)/python -m flash_attend.kernels.aot --subset --allow-spills
+
+.PRECIOUS: $(VENV)/triton-%/.installed
+$(VENV)/triton-%/.installed: $(VENV)/.made
+	@rm -rf $(@D)
+	@$(PIP) install --quiet --no-deps --target $(@D) triton==$*
+	@touch $@
+
+clean: ## removes the environment, the builds and the caches
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
