@@ -1,0 +1,9 @@
+"""Exact attention from hand-written Triton kernels, behind an `Attend` that replaces the one a model has."""
+
+from flash_attend.attend import Attend
+from flash_attend.dispatch import BackendUnavailable
+from flash_attend.functional import explain, flash_attention
+from flash_attend.patch import patch
+
+__version__ = "0.1.0"
+__all__ = ["Attend", "BackendUnavailable", "explain", "flash_attention", "patch"]

@@ -1,0 +1,116 @@
+"""Which backend serves a call, and why: pure functions of a spec and a target, and the only place that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flash_attend.spec import AttentionSpec
+from flash_attend.target import DeviceTarget
+from flash_attend.validation import VALIDATED, Validation
+
+__all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "choose", "judge"]
+
+LARGEST_HEAD_DIM = 256
+OLDEST_CAPABILITY = (8, 0)
+TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
+
+BACKENDS = ("triton", "math")  # fastest first
+
+
+class BackendUnavailable(ValueError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one backend has to say to a call."""
+
+    backend: str
+    serves: bool  # can serve it when asked for by name
+    by_default: bool  # "auto" may choose it
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The backend that serves a call, and why it and no faster one."""
+
+    backend: str
+    reason: str
+
+
+def _judge_triton(
+    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
+) -> tuple[bool, bool, str]:
+    if target.triton is None:
+        return False, False, "Triton is not installed"
+    oldest, newest = TRITON_VERSIONS
+    version = _release(target.triton)
+    if version is not None and version < oldest:
+        return False, False, f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
+    for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
+        if size > LARGEST_HEAD_DIM:
+            return False, False, f"{letter} = {size} is beyond the kernels' {LARGEST_HEAD_DIM}"
+    if target.interpreted:
+        if target.device_type not in ("cpu", "cuda"):
+            return False, False, f"the interpreter serves CPU and CUDA tensors, not {target.device_type}"
+        return True, False, "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
+    if target.device_type != "cuda":
+        return False, False, f"{target.device_type} tensors; the kernels need a CUDA device"
+    if target.capability is None:
+        return False, False, "the device has no CUDA compute capability (ROCm is not supported)"
+    if target.capability < OLDEST_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
+        return False, False, f"compute capability {have} is below {need}"
+    evidence = validated.get(("triton", target.arch))
+    if evidence is None:
+        return True, False, f'not validated on {target.arch} yet; ask for it with backend="triton"'
+    if version is not None and version > newest:
+        return True, False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; ask by name"
+    return True, True, f"validated on {target.arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
+
+
+def _release(version: str) -> tuple[int, int] | None:
+    try:
+        major, minor = version.split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        return None
+
+
+def judge(
+    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation] = VALIDATED
+) -> tuple[Verdict, ...]:
+    """Every backend's verdict, fastest first."""
+    return (
+        Verdict("triton", *_judge_triton(spec, target, validated)),
+        Verdict("math", True, True, "the einsum path serves every call"),
+    )
+
+
+def choose(
+    spec: AttentionSpec,
+    target: DeviceTarget,
+    backend: str = "auto",
+    validated: Mapping[tuple[str, str], Validation] = VALIDATED,
+) -> Plan:
+    """The plan for a call.
+
+    `backend="auto"` takes the fastest backend that serves the call and has been validated on the part. A backend asked
+    for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
+    verdicts = judge(spec, target, validated)
+    if backend != "auto":
+        verdict = next(v for v in verdicts if v.backend == backend)
+        if not verdict.serves:
+            raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {verdict.reason}")
+        return Plan(backend, "asked for by name")
+    passed_over = []
+    for verdict in verdicts:
+        if verdict.serves and verdict.by_default:
+            return Plan(verdict.backend, "; ".join([*passed_over, verdict.reason]))
+        passed_over.append(f"{verdict.backend}: {verdict.reason}")
+    raise AssertionError("the math backend serves every call")

@@ -1,0 +1,127 @@
+"""The functional call: check, choose a backend, run it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+from flash_attend.dispatch import BACKENDS, Plan, Verdict, choose, judge
+from flash_attend.dropout import draw_seed
+from flash_attend.reference import attention_reference
+from flash_attend.spec import normalise_inputs
+from flash_attend.target import DeviceTarget
+
+__all__ = ["Explanation", "explain", "flash_attention"]
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, `softmax(q k^T * scale) v`, with masks.
+
+    Args:
+        q: `(b, h, i, d)`; float16, bfloat16, float32 or float64.
+        k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`, and query head `n` reads key head `n // (h // hk)`.
+        v: `(b, hk, j, dv)` or `(b, j, dv)`; `dv` may differ from `d`.
+        mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
+        causal: query `x` sees key `y` iff `y <= x + (j - i)`: the last query sees the last key.
+        scale: factor on the scores, default `d ** -0.5`; any finite number.
+        dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed
+        that
+            is drawn from torch's generator of q's device, and of (batch, head, query, key).
+        return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
+        deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
+        backend: "auto", "triton" or "math". A backend asked for by name never falls back.
+
+    Returns:
+        `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
+        sees no key has output 0, lse -inf and gradient 0.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; nothing was launched. `BackendUnavailable` (a ValueError): the
+            backend asked for by name cannot serve the call.
+
+    The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
+    """
+    q, k, v, mask, spec = normalise_inputs(
+        q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
+    )
+    target = DeviceTarget.of(q.device)
+    plan = choose(spec, target, backend)
+    if plan.backend == "math" and backend == "auto" and q.is_cuda:
+        _warn_of_fallback(plan.reason)
+    seed = draw_seed(q.device) if spec.dropout_p > 0 else None
+    if plan.backend == "math":
+        out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
+    else:
+        from flash_attend.autograd import FlashAttention  # imports Triton
+
+        out, lse = FlashAttention.apply(q, k, v, mask, seed, spec, target)
+    return (out, lse) if return_lse else out
+
+
+@cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it."""
+
+    plan: Plan | None
+    refusal: str  # why the backend asked for by name cannot serve; empty where a plan exists
+    verdicts: tuple[Verdict, ...]
+    target: DeviceTarget
+
+    def __str__(self) -> str:
+        where = self.target.name or self.target.device_type
+        lines = [f"on {where}: " + (f"{self.plan.backend} serves" if self.plan else self.refusal)]
+        width = max(map(len, BACKENDS))
+        for verdict in self.verdicts:
+            state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"
+            lines.append(f"  {verdict.backend:<{width}}  {state:<7}  {verdict.reason}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend would serve `flash_attention` with these arguments, and what each one says of the call.
+
+    Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
+    """
+    q, k, v, mask, spec = normalise_inputs(
+        q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
+    )
+    target = DeviceTarget.of(q.device)
+    verdicts = judge(spec, target)
+    asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
+    if asked is not None and not asked.serves:
+        return Explanation(None, f"{backend} cannot serve: {asked.reason}", verdicts, target)
+    return Explanation(choose(spec, target, backend), "", verdicts, target)

@@ -1,0 +1,74 @@
+"""What the dispatcher needs to know about a device. Constructible by hand, so that every rule is tested without a
+GPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+__all__ = ["DeviceTarget", "triton_version"]
+
+
+@cache
+def triton_version() -> str | None:
+    """The installed Triton's version, read from its metadata: Triton itself is not imported."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for distribution in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+@cache
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter. Triton reads this when it is imported, so it is fixed for a
+    process."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@dataclass(frozen=True)
+class DeviceTarget:
+    """A device, as far as kernels care: its kind, its compute capability and its limits."""
+
+    device_type: str  # "cpu", "cuda", "mps", ...
+    name: str = ""
+    capability: tuple[int, int] | None = None  # CUDA compute capability; None elsewhere (ROCm too)
+    shared_memory: int = 0  # bytes that one block may use
+    multiprocessors: int = 0
+    triton: str | None = None  # Triton's version, None where it is not installed
+    interpreted: bool = False
+
+    @property
+    def arch(self) -> str | None:
+        """ "sm_90" and the like; None where there is no CUDA compute capability."""
+        return None if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
+
+    @staticmethod
+    def of(device: torch.device) -> DeviceTarget:
+        """Describes a device of this process (cached: the properties of a device do not change)."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        return _describe(device)
+
+
+@cache
+def _describe(device: torch.device) -> DeviceTarget:
+    common = dict(device_type=device.type, triton=triton_version(), interpreted=interpreting())
+    if device.type != "cuda":
+        return DeviceTarget(**common)
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceTarget(
+        **common,
+        name=properties.name,
+        capability=(properties.major, properties.minor) if torch.version.hip is None else None,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),
+        multiprocessors=properties.multi_processor_count,
+    )
