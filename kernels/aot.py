@@ -1,0 +1,364 @@
+"""Compiles the kernels of every config row for real parts, without one: registers, spills, shared memory, instructions.
+
+    python -m flash_attend.kernels.aot [--json] [--subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
+
+What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
+Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
+
+The exit code is 1 if any kernel of a checked part spills, exceeds the part's shared memory, lacks tensor-core
+instructions, or has its asynchronous products serialized by the assembler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+
+from flash_attend.kernels.backward import attention_backward
+from flash_attend.kernels.configs import ROWS, Tiles, select_tiles
+from flash_attend.kernels.forward import attention_forward
+from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.target import DeviceTarget, interpreting
+
+__all__ = [
+    "PARTS",
+    "Case",
+    "Report",
+    "cases",
+    "compile_all",
+    "compile_case",
+    "compile_launch",
+    "compiled_for",
+    "record_call",
+]
+
+# Shared memory that one block may use, in bytes, from NVIDIA's CUDA programming guide (table of compute capabilities).
+PARTS = {
+    "sm_80": DeviceTarget("cuda", "A100", (8, 0), 166912, 108, triton.__version__),
+    "sm_89": DeviceTarget("cuda", "L40S, RTX 4090", (8, 9), 101376, 142, triton.__version__),
+    "sm_90": DeviceTarget("cuda", "H100, H200", (9, 0), 232448, 132, triton.__version__),
+    "sm_100": DeviceTarget("cuda", "B200", (10, 0), 232448, 148, triton.__version__),
+    "sm_120": DeviceTarget("cuda", "RTX 5090", (12, 0), 101376, 170, triton.__version__),
+}
+CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
+TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|DMMA|IMMA|UTC\w*MMA)\b")
+SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call to compile for one part: all its kernels."""
+
+    arch: str
+    spec: AttentionSpec
+    tiles: Tiles
+
+    @property
+    def mode(self) -> str:
+        spec = self.spec
+        words = [{MaskKind.NONE: "", MaskKind.KEY: "key", MaskKind.DENSE: "dense"}[spec.mask]]
+        words += ["causal"] * spec.causal + ["dropout"] * (spec.dropout_p > 0) + ["grouped"] * (spec.group > 1)
+        return "+".join(filter(None, words)) or "plain"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    arch: str
+    config: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    triton: str
+    serialized: bool = False
+    error: str = ""
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not be chosen, if it must not."""
+        if self.error:
+            return [self.error]
+        limit = PARTS[self.arch].shared_memory
+        found = []
+        if self.spill_bytes:
+            found.append(f"spills {self.spill_bytes} bytes")
+        if self.shared_bytes > limit:
+            found.append(f"needs {self.shared_bytes} bytes of shared memory, the part has {limit}")
+        if not self.tensor_core_instructions and self.kernel in ("forward", "backward_kv", "backward_q"):
+            found.append("has no tensor-core instructions")
+        if self.serialized:
+            found.append("has its asynchronous products serialized")
+        return found
+
+
+class _Part:
+    """As much of a Triton driver as compiling takes. Triton keeps its variants by device: a part is its own device."""
+
+    def __init__(self, arch: str) -> None:
+        major, minor = PARTS[arch].capability
+        self.capability = 10 * major + minor
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+@contextlib.contextmanager
+def compiled_for(arch: str) -> Iterator[None]:
+    """Within this context Triton compiles for a part that need not be there."""
+    driver = triton.runtime.driver
+    outer = driver._active
+    driver.set_active(_Part(arch))
+    try:
+        yield
+    finally:
+        driver._active = outer
+
+
+def record_call(spec: AttentionSpec, tiles: Tiles) -> list[Launch]:
+    """Every launch that a forward and backward of this spec would make, on meta tensors."""
+    with torch.device("meta"):
+        q = torch.empty(spec.batch, spec.heads, spec.queries, spec.head_dim, dtype=spec.dtype)
+        k = torch.empty(spec.batch, spec.kv_heads, spec.keys, spec.head_dim, dtype=spec.dtype)
+        v = torch.empty(spec.batch, spec.kv_heads, spec.keys, spec.value_dim, dtype=spec.dtype)
+        mask = None
+        if spec.mask != MaskKind.NONE:
+            rows = spec.queries if spec.mask == MaskKind.DENSE else 1
+            heads = spec.heads if spec.mask_per_head else 1
+            mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
+        seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
+        with recorded_launches() as launches:
+            out, lse, schedule = attention_forward(q, k, v, mask, seed, spec, tiles)
+            attention_backward(
+                torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, tiles, (True, True, True)
+            )
+    return launches
+
+
+def compile_launch(launch: Launch):
+    """Compiles a recorded launch for the part of the surrounding `compiled_for`, and gives Triton's compiled kernel."""
+    return launch.kernel.warmup(
+        *launch.arguments,
+        **launch.choices,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        enable_fp_fusion=True,
+        grid=(launch.programs,),
+    )
+
+
+def _tensor_core_instructions(cubin: bytes) -> int:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
+    return len(TENSOR_CORE.findall(sass))
+
+
+def _name_of(launch: Launch) -> str:
+    return launch.kernel.__name__.removesuffix("_kernel")
+
+
+def _config_of(launch: Launch, case: Case) -> str:
+    choices = launch.choices
+    spec = case.spec
+    dtype = str(spec.dtype).removeprefix("torch.") + (f"/{spec.precision}" if spec.dtype == torch.float32 else "")
+    stages = f" s{launch.num_stages}" if "STAGES" in choices else ""
+    tile = f" {choices['BLOCK_M']}x{choices['BLOCK_N']} w{launch.num_warps}{stages}" if "BLOCK_N" in choices else ""
+    return f"{dtype} d{spec.head_dim} dv{spec.value_dim} {case.mode}{tile}"
+
+
+def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Report]:
+    """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
+    reports = []
+    for launch in record_call(case.spec, case.tiles):
+        name = _name_of(launch)
+        if kernels is not None and name not in kernels:
+            continue
+        report = Report(name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__)
+        log = io.StringIO()
+        try:
+            with compiled_for(case.arch), contextlib.redirect_stdout(log):
+                compiled = compile_launch(launch)
+        except Exception as error:  # whatever stops a compiler is a finding about one row, not the end of the table
+            text = str(error).strip().splitlines() or [""]
+            reports.append(replace(report, error=f"{type(error).__name__}: {text[-1][:200]}"))
+            continue
+        text = log.getvalue()
+        reports.append(
+            replace(
+                report,
+                registers=int(REGISTERS.search(text).group(1)),
+                spill_bytes=sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(text)),
+                shared_bytes=compiled.metadata.shared,
+                tensor_core_instructions=_tensor_core_instructions(compiled.asm["cubin"]),
+                serialized=bool(SERIALIZED.search(text)),
+            )
+        )
+    return reports
+
+
+def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
+    """The calls that together compile every config row of these parts; `subset`: one call for each dtype and width."""
+    for arch in archs:
+        for kind, width in HEAD_WIDTHS_BY_KIND:
+            modes = MODES[:1] if subset else MODES if kind == "half" else MODES[:2]
+            dims = [(width, width)] if subset else [(width, width), *SPLIT_DIMS.get(width, ())]
+            for (dim, value_dim), mode in [
+                *((dims[0], mode) for mode in modes),
+                *((dim, MODES[0]) for dim in dims[1:]),
+            ]:
+                spec = AttentionSpec(
+                    batch=2, heads=8, queries=1000, keys=1000, head_dim=dim, value_dim=value_dim, scale=0.1,
+                    **KINDS[kind], **{"kv_heads": 8, **mode},
+                )  # fmt: skip
+                yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
+
+
+# What each kind of rows is for, by one of its dtypes.
+KINDS = {
+    "half": dict(dtype=torch.bfloat16),
+    "tf32": dict(dtype=torch.float32, precision="tf32"),
+    "tf32x3": dict(dtype=torch.float32, precision="tf32x3"),
+    "double": dict(dtype=torch.float64),
+}
+HEAD_WIDTHS_BY_KIND = sorted({(kind, width) for _, kind, width in ROWS})
+# The modes that cost most registers come first; together they reach every branch of the kernels.
+MODES = (
+    dict(mask=MaskKind.KEY, causal=True),
+    dict(mask=MaskKind.DENSE, kv_heads=2),
+    dict(mask=MaskKind.KEY, causal=True, dropout_p=0.1, kv_heads=2, mask_per_head=True),
+    dict(),
+)
+# Head dims in two parts, and dv != d, checked beside each width's own.
+SPLIT_DIMS = {64: ((40, 40), (32, 64)), 128: ((80, 80), (96, 96), (64, 128)), 192: ((160, 160), (192, 128))}
+
+
+def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tuple[str, ...]]]:
+    """What to compile: cases, and of each the kernels that no earlier case compiles just the same."""
+    seen = set()
+    tasks = []
+    for case in cases(archs, subset):
+        fresh = []
+        for launch in record_call(case.spec, case.tiles):
+            arguments = tuple(
+                argument.dtype if isinstance(argument, torch.Tensor) else argument is None
+                for argument in launch.arguments
+            )
+            identity = (case.arch, launch.kernel.__name__, arguments, str(launch.choices), launch.num_warps)
+            name = _name_of(launch)
+            if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
+                seen.add(identity)
+                fresh.append(name)
+        if fresh:
+            tasks.append((case, tuple(fresh)))
+    return tasks
+
+
+def compile_all(archs: Iterable[str], *, subset: bool = False, only: str = "", jobs: int | None = None) -> list[Report]:
+    """Compiles the config rows of these parts in processes of their own, with a progress bar on stderr."""
+    tasks = _tasks(archs, subset, only)
+    reports: dict[int, list[Report]] = {}
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(
+            jobs or os.cpu_count(), mp_context=get_context("spawn"), initializer=_prepare_worker, initargs=(cache,)
+        ) as pool,
+        tqdm(total=len(tasks), unit="call", desc="compiling", file=sys.stderr, disable=None) as progress,
+    ):
+        futures = {pool.submit(compile_case, *task): index for index, task in enumerate(tasks)}
+        for future in as_completed(futures):
+            reports[futures[future]] = future.result()
+            progress.update()
+    return [report for index in sorted(reports) for report in reports[index]]
+
+
+def _prepare_worker(cache: str) -> None:
+    # Triton reads these at every compilation: compile even what is cached, and print the assembler's log.
+    os.environ.update(TRITON_ALWAYS_COMPILE="1", TRITON_DUMP_PTXAS_LOG="1", TRITON_CACHE_DIR=cache)
+    torch.set_num_threads(1)
+
+
+def as_json(reports: Iterable[Report]) -> str:
+    """The table as a list of objects."""
+    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error")]
+    return json.dumps(
+        [{**{key: getattr(report, key) for key in keys}, "problems": report.problems()} for report in reports], indent=1
+    )
+
+
+def as_table(reports: Iterable[Report]) -> str:
+    """The table for people, one line a kernel."""
+    lines = [f"{'kernel':<15}{'arch':<8}{'config':<62}{'regs':>5}{'spilled':>9}{'shared':>8}{'tensor':>8}"]
+    for report in reports:
+        numbers = f"{report.registers:>5}{report.spill_bytes:>9}{report.shared_bytes:>8}"
+        problems = "; ".join(report.problems())
+        lines.append(
+            f"{report.kernel:<15}{report.arch:<8}{report.config:<62}{numbers}{report.tensor_core_instructions:>8}"
+            + (f"  {problems}" if problems else "")
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flash_attend.kernels.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--subset", action="store_true", help="one call for each dtype and head width")
+    parser.add_argument(
+        "--arch", nargs="+", choices=PARTS, default=list(CHECKED), metavar="ARCH", help=", ".join(PARTS)
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only kernels whose line contains TEXT")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes, default one for each core")
+    parser.add_argument(
+        "--allow-spills", action="store_true", help="do not fail on spills (they are checked on one Triton version)"
+    )
+    options = parser.parse_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    if interpreting():
+        parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
+    reports = compile_all(options.arch, subset=options.subset, only=options.only, jobs=options.jobs)
+    if not reports:
+        parser.error(f"nothing matches {options.only!r}")
+    print(as_json(reports) if options.json else as_table(reports))
+    failed = [
+        report
+        for report in reports
+        if any(not (options.allow_spills and problem.startswith("spills")) for problem in report.problems())
+    ]
+    spilled = sum(report.spill_bytes > 0 for report in reports)
+    summary = f"{len(reports)} kernels on Triton {triton.__version__}, {spilled} with spills, {len(failed)} failed"
+    print(summary, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

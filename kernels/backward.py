@@ -1,0 +1,709 @@
+"""The backward: delta once, then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise repeatable.
+
+With P the softmax weights (after dropout P'), the gradients are dV = P'^T dO, dS = P * (dropout(dO V^T) - delta),
+dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (Dao 2023, arXiv:2307.08691).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.dropout import kept_by_dropout
+from flash_attend.kernels.key_schedule import (
+    Schedule,
+    key_line,
+    mask_row,
+    masked_block,
+    masked_count,
+    query_line,
+    run_bounds,
+    run_count,
+    transposed_lists,
+    walk_over_keys,
+    walk_over_queries,
+)
+from flash_attend.kernels.launch import launch
+from flash_attend.kernels.masking import (
+    DENSE,
+    KEY,
+    NONE,
+    hide,
+    key_visibility,
+    pair_visibility,
+    query_tile,
+    tile_visibility,
+)
+from flash_attend.kernels.operands import aligned_strides, call_arguments, call_choices, empty_like_heads, readable
+from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, recomputed_weights, to_log2_scale
+from flash_attend.kernels.tiles import (
+    accumulate,
+    clear_rows,
+    inner_products,
+    load_rows,
+    negate,
+    row_products,
+    scale_rows,
+    store_rows,
+    zeros,
+)
+from flash_attend.spec import AttentionSpec, MaskKind
+
+__all__ = ["attention_backward"]
+
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "queries", "heads", "out_batch", "out_head", "out_row", "grad_batch", "grad_head", "grad_row",
+    ]
+)  # fmt: skip
+def delta_kernel(
+    OUT,
+    GRAD_OUT,
+    LSE,
+    GRAD_LSE,
+    DELTA,
+    LSE_LOG2,
+    queries: tl.int32,
+    heads: tl.int32,
+    out_batch: tl.int64,
+    out_head: tl.int64,
+    out_row: tl.int64,
+    grad_batch: tl.int64,
+    grad_head: tl.int64,
+    grad_row: tl.int64,
+    ALIGN: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """DELTA and LSE_LOG2 (b, h, i) for the two kernels below. A dead row gets delta 0 and LSE +inf: its weights are
+    0."""
+    first_query, batch, head = query_tile(queries, heads, BLOCK_M, False)
+    query = first_query + tl.arange(0, BLOCK_M)
+    exists = query < queries
+    batch64 = batch.to(tl.int64) * ALIGN
+    head64 = head.to(tl.int64) * ALIGN
+    first64 = first_query.to(tl.int64) * ALIGN
+    out_rows = OUT + batch64 * out_batch + head64 * out_head + first64 * out_row
+    grad_rows = GRAD_OUT + batch64 * grad_batch + head64 * grad_head + first64 * grad_row
+    out = load_rows(out_rows, out_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
+    grad = load_rows(grad_rows, grad_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
+    at = (batch.to(tl.int64) * heads + head) * queries + query
+    lse = tl.load(LSE + at, mask=exists, other=0.0)
+    dead = lse == NEGATIVE_INFINITY
+    delta = row_products(out, grad, ACCUMULATOR)
+    if GRAD_LSE is not None:
+        delta -= tl.load(GRAD_LSE + at, mask=exists, other=0.0)
+    tl.store(DELTA + at, tl.where(dead, 0.0, delta), mask=exists)
+    tl.store(LSE_LOG2 + at, tl.where(dead, INFINITY, lse * LOG2E), mask=exists)
+
+
+@triton.jit
+def _key_value_tile(
+    grad_k,
+    grad_v,
+    k,
+    v,
+    Q,
+    GRAD_OUT,
+    LSE_LOG2,
+    DELTA,
+    stride_q,
+    stride_grad,
+    block,
+    first_key,
+    key_shown,
+    queries,
+    keys,
+    visible,
+    words_per_query,
+    scale_log2,
+    batch,
+    head,
+    seed,
+    keep_threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HIDE_KEYS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr,
+):
+    """One query block for one key tile, transposed: scores are [BLOCK_N, BLOCK_M]."""
+    first_query = block * BLOCK_M
+    query = first_query + tl.arange(0, BLOCK_M)
+    key = first_key + tl.arange(0, BLOCK_N)
+    alive = None
+    if MASKED:
+        # What a dead row holds, in q and in the gradient, may be anything: it is not read. No full block has dead rows.
+        lse_log2 = tl.load(LSE_LOG2 + query, mask=query < queries, other=INFINITY)
+        delta = tl.load(DELTA + query, mask=query < queries, other=0.0)
+        alive = lse_log2 < INFINITY
+    else:
+        lse_log2 = tl.load(LSE_LOG2 + query)
+        delta = tl.load(DELTA + query)
+    q = load_rows(Q + first_query.to(tl.int64) * stride_q, stride_q, alive, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, MASKED)
+    scores = inner_products(k, q, PRECISION, ACCUMULATOR)
+    weights = recomputed_weights(scores, lse_log2[None, :], scale_log2)
+    if MASKED:
+        if MASK == DENSE:
+            shown = pair_visibility(visible, first_query, first_key, words_per_query, BLOCK_M, BLOCK_N, True)
+        else:
+            shown = key_shown[:, None]
+        weights = hide(weights, 0.0, query[None, :], key[:, None], shown, keys - queries, MASK, CAUSAL, HIDE_KEYS)
+    grad = load_rows(
+        GRAD_OUT + first_query.to(tl.int64) * stride_grad,
+        stride_grad, alive, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, MASKED,
+    )  # fmt: skip
+    dropped_weights = weights
+    if DROPOUT:
+        kept = kept_by_dropout(
+            first_query, first_key, batch, head, seed, keep_threshold, BLOCK_M, BLOCK_N, TRANSPOSED=True
+        )
+        dropped_weights = tl.where(kept, weights, 0.0)
+    if NEEDS_V:
+        grad_v = accumulate(grad_v, dropped_weights.to(grad[0].dtype), grad, PRECISION, ACCUMULATOR)
+    if NEEDS_K:
+        grad_weights = inner_products(v, grad, PRECISION, ACCUMULATOR)
+        if DROPOUT:
+            grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
+        grad_scores = weights * (grad_weights - delta[None, :])
+        if MASKED and (MASK == DENSE or HIDE_KEYS):
+            # Hidden keys were read here, and the NaN that v may hold has survived the zero weight.
+            grad_scores = hide(
+                grad_scores, 0.0, query[None, :], key[:, None], shown, keys - queries, MASK, CAUSAL, HIDE_KEYS
+            )
+        grad_k = accumulate(grad_k, grad_scores.to(q[0].dtype), q, PRECISION, ACCUMULATOR)
+    return grad_k, grad_v
+
+
+@triton.jit
+def _key_value_head(
+    grad_k,
+    grad_v,
+    k,
+    v,
+    Q,
+    GRAD_OUT,
+    LSE_LOG2,
+    DELTA,
+    VISIBLE,
+    LISTS,
+    key_shown,
+    first_key,
+    batch,
+    head,
+    queries,
+    keys,
+    heads,
+    mask_stride_batch,
+    mask_stride_head,
+    n_query_blocks,
+    n_key_blocks,
+    q_batch,
+    q_head,
+    q_row,
+    grad_batch,
+    grad_head,
+    grad_row,
+    scale_log2,
+    seed,
+    keep_threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCHEDULE_M: tl.constexpr,
+    SCHEDULE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HIDE_KEYS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr,
+):
+    """Every query block of one query head for one key tile."""
+    LISTED: tl.constexpr = MASK == DENSE
+    RATIO: tl.constexpr = SCHEDULE_M // BLOCK_M
+    batch64 = batch.to(tl.int64)
+    head64 = head.to(tl.int64)
+    Q += batch64 * q_batch + head64 * q_head
+    GRAD_OUT += batch64 * grad_batch + head64 * grad_head
+    LSE_LOG2 += (batch64 * heads + head) * queries
+    DELTA += (batch64 * heads + head) * queries
+    row, visible, words_per_query = mask_row(
+        VISIBLE, batch, head, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks,
+        SCHEDULE_M, SCHEDULE_N, MASK,
+    )  # fmt: skip
+    line = query_line(LISTS, row, first_key, n_query_blocks, n_key_blocks, SCHEDULE_N, MASK)
+    if HIDE_KEYS:
+        key_shown = key_visibility(visible, first_key + tl.arange(0, BLOCK_N), keys, MASK)
+    any_key = tl.max(key_shown.to(tl.int32), 0) != 0
+    walk = walk_over_queries(
+        line, n_query_blocks, any_key, first_key, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL, HIDE_KEYS
+    )
+    for run in tl.range(0, run_count(walk), num_stages=1):
+        start, end = run_bounds(walk, run, RATIO, LISTED)
+        for block in tl.range(start, end, num_stages=STAGES):
+            grad_k, grad_v = _key_value_tile(
+                grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, q_row, grad_row, block, first_key, key_shown,
+                queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_scale,
+                HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+                False, MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+            )  # fmt: skip
+    for index in tl.range(0, masked_count(walk), num_stages=1):
+        block = masked_block(walk, index, RATIO, LISTED)
+        grad_k, grad_v = _key_value_tile(
+            grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, q_row, grad_row, block, first_key, key_shown,
+            queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_scale,
+            HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+            True, MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+        )  # fmt: skip
+    return grad_k, grad_v
+
+
+@triton.jit(
+    do_not_specialize=[
+        "scale", "keep_scale", "keep_threshold", "queries", "keys", "heads", "group",
+        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks",
+        "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row",
+        "v_batch", "v_head", "v_row", "grad_batch", "grad_head", "grad_row",
+        "grad_k_batch", "grad_k_head", "grad_k_row", "grad_v_batch", "grad_v_head", "grad_v_row",
+    ]
+)  # fmt: skip
+def backward_kv_kernel(
+    Q,
+    K,
+    V,
+    GRAD_OUT,
+    GRAD_K,
+    GRAD_V,
+    LSE_LOG2,
+    DELTA,
+    VISIBLE,
+    LISTS,
+    SEED,
+    scale: tl.float64,
+    keep_scale: tl.float64,
+    keep_threshold: tl.uint32,
+    queries: tl.int32,
+    keys: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    mask_stride_batch: tl.int32,
+    mask_stride_head: tl.int32,
+    n_query_blocks: tl.int32,
+    n_key_blocks: tl.int32,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int64,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int64,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int64,
+    grad_batch: tl.int64,
+    grad_head: tl.int64,
+    grad_row: tl.int64,
+    grad_k_batch: tl.int64,
+    grad_k_head: tl.int64,
+    grad_k_row: tl.int64,
+    grad_v_batch: tl.int64,
+    grad_v_head: tl.int64,
+    grad_v_row: tl.int64,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCHEDULE_M: tl.constexpr,
+    SCHEDULE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HIDE_KEYS: tl.constexpr,
+    NEEDS_K: tl.constexpr,
+    NEEDS_V: tl.constexpr,
+):
+    """One key tile of one key/value head: GRAD_K (b, hk, j, d) and GRAD_V (b, hk, j, dv), each where it is needed.
+
+    HIDE_KEYS: the heads of a group have key masks of their own, so that a key is hidden from some and read by others.
+    """
+    tiles = tl.cdiv(keys, BLOCK_N)
+    first_key = tl.program_id(0) % tiles * BLOCK_N  # under causality the longest come first as they are
+    kv_heads = heads // group
+    batch = tl.program_id(0) // tiles // kv_heads
+    kv_head = tl.program_id(0) // tiles % kv_heads
+    batch64 = batch.to(tl.int64) * ALIGN
+    kv_head64 = kv_head.to(tl.int64) * ALIGN
+    first64 = first_key.to(tl.int64) * ALIGN
+    K += batch64 * k_batch + kv_head64 * k_head + first64 * k_row
+    V += batch64 * v_batch + kv_head64 * v_head + first64 * v_row
+    key = first_key + tl.arange(0, BLOCK_N)
+    exists = key < keys
+
+    # Keys that are hidden from all come as zeros, once; what gathers in their rows is cleared at the end.
+    key_shown = exists
+    if MASK == KEY and not HIDE_KEYS:
+        _, visible, _ = mask_row(
+            VISIBLE, batch, kv_head * group, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks,
+            SCHEDULE_M, SCHEDULE_N, MASK,
+        )  # fmt: skip
+        key_shown = key_visibility(visible, key, keys, MASK)
+    k = load_rows(K, k_row * ALIGN, key_shown, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, True)
+    v = load_rows(V, v_row * ALIGN, key_shown, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, True)
+    if NEGATIVE_SCALE:
+        k = negate(k)
+    signed_scale = tl.full([], scale, tl.float64).to(ACCUMULATOR)
+    scale_log2 = to_log2_scale(scale, ACCUMULATOR)
+    keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR)
+    seed = tl.load(SEED) if DROPOUT else 0
+    grad_k = zeros(BLOCK_N, HEAD0, HEAD1, ACCUMULATOR)
+    grad_v = zeros(BLOCK_N, VALUE0, VALUE1, ACCUMULATOR)
+    if GROUPED:  # a loop over heads costs registers even when it runs once
+        for member in tl.range(0, group, num_stages=1):
+            grad_k, grad_v = _key_value_head(
+                grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, VISIBLE, LISTS, key_shown, first_key,
+                batch, kv_head * group + member, queries, keys, heads, mask_stride_batch, mask_stride_head,
+                n_query_blocks, n_key_blocks, q_batch * ALIGN, q_head * ALIGN, q_row * ALIGN,
+                grad_batch * ALIGN, grad_head * ALIGN, grad_row * ALIGN, scale_log2, seed, keep_threshold, keep_factor,
+                HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N, STAGES, SCHEDULE_M, SCHEDULE_N,
+                MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+            )  # fmt: skip
+    else:
+        grad_k, grad_v = _key_value_head(
+            grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, VISIBLE, LISTS, key_shown, first_key,
+            batch, kv_head, queries, keys, heads, mask_stride_batch, mask_stride_head,
+            n_query_blocks, n_key_blocks, q_batch * ALIGN, q_head * ALIGN, q_row * ALIGN,
+            grad_batch * ALIGN, grad_head * ALIGN, grad_row * ALIGN, scale_log2, seed, keep_threshold, keep_factor,
+            HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N, STAGES, SCHEDULE_M, SCHEDULE_N,
+            MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+        )  # fmt: skip
+    if NEEDS_K:
+        grad_k = clear_rows(scale_rows(grad_k, tl.zeros([BLOCK_N], ACCUMULATOR) + signed_scale), key_shown)
+        GRAD_K += batch64 * grad_k_batch + kv_head64 * grad_k_head + first64 * grad_k_row
+        store_rows(GRAD_K, grad_k_row * ALIGN, grad_k, exists, BLOCK_N, HEAD_DIM, HEAD0, HEAD1)
+    if NEEDS_V:
+        grad_v = clear_rows(scale_rows(grad_v, tl.zeros([BLOCK_N], ACCUMULATOR) + keep_factor), key_shown)
+        GRAD_V += batch64 * grad_v_batch + kv_head64 * grad_v_head + first64 * grad_v_row
+        store_rows(GRAD_V, grad_v_row * ALIGN, grad_v, exists, BLOCK_N, VALUE_DIM, VALUE0, VALUE1)
+
+
+@triton.jit
+def _query_gradient_tile(
+    grad_q,
+    q,
+    grad,
+    lse_log2,
+    delta,
+    K,
+    V,
+    stride_k,
+    stride_v,
+    block,
+    first_query,
+    queries,
+    keys,
+    visible,
+    words_per_query,
+    scale_log2,
+    batch,
+    head,
+    seed,
+    keep_threshold,
+    keep_scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """One key block for one query tile."""
+    first_key = block * BLOCK_N
+    key = first_key + tl.arange(0, BLOCK_N)
+    readable = None
+    if MASKED:
+        query = first_query + tl.arange(0, BLOCK_M)
+        shown, readable = tile_visibility(
+            visible, first_query, first_key, keys, words_per_query, BLOCK_M, BLOCK_N, MASK
+        )
+    # Here it is k that enters the last product: where v holds NaN, it stays in its own column and is hidden there.
+    k = load_rows(K + first_key.to(tl.int64) * stride_k, stride_k, readable, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, MASKED)
+    scores = inner_products(q, k, PRECISION, ACCUMULATOR)  # [BLOCK_M, BLOCK_N]
+    weights = recomputed_weights(scores, lse_log2[:, None], scale_log2)
+    v = load_rows(
+        V + first_key.to(tl.int64) * stride_v, stride_v, key < keys, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, MASKED
+    )
+    grad_weights = inner_products(grad, v, PRECISION, ACCUMULATOR)
+    if DROPOUT:
+        kept = kept_by_dropout(
+            first_query, first_key, batch, head, seed, keep_threshold, BLOCK_M, BLOCK_N, TRANSPOSED=False
+        )
+        grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
+    grad_scores = weights * (grad_weights - delta[:, None])
+    if MASKED:
+        grad_scores = hide(
+            grad_scores,
+            0.0,
+            query[:, None],
+            key[None, :],
+            shown,
+            keys - queries,
+            MASK,
+            CAUSAL,
+            HIDE_KEYS=MASK == KEY or not CAUSAL,
+        )
+    return accumulate(grad_q, grad_scores.to(k[0].dtype), k, PRECISION, ACCUMULATOR)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "scale", "keep_scale", "keep_threshold", "queries", "keys", "heads", "group",
+        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks",
+        "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row",
+        "v_batch", "v_head", "v_row", "grad_batch", "grad_head", "grad_row",
+        "grad_q_batch", "grad_q_head", "grad_q_row",
+    ]
+)  # fmt: skip
+def backward_q_kernel(
+    Q,
+    K,
+    V,
+    GRAD_OUT,
+    GRAD_Q,
+    LSE_LOG2,
+    DELTA,
+    VISIBLE,
+    LISTS,
+    SEED,
+    scale: tl.float64,
+    keep_scale: tl.float64,
+    keep_threshold: tl.uint32,
+    queries: tl.int32,
+    keys: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    mask_stride_batch: tl.int32,
+    mask_stride_head: tl.int32,
+    n_query_blocks: tl.int32,
+    n_key_blocks: tl.int32,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int64,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int64,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int64,
+    grad_batch: tl.int64,
+    grad_head: tl.int64,
+    grad_row: tl.int64,
+    grad_q_batch: tl.int64,
+    grad_q_head: tl.int64,
+    grad_q_row: tl.int64,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCHEDULE_M: tl.constexpr,
+    SCHEDULE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """One query tile of one head: GRAD_Q (b, h, i, d)."""
+    LISTED: tl.constexpr = MASK != NONE
+    RATIO: tl.constexpr = SCHEDULE_N // BLOCK_N
+    first_query, batch, head = query_tile(queries, heads, BLOCK_M, CAUSAL)
+    batch64 = batch.to(tl.int64) * ALIGN
+    head64 = head.to(tl.int64) * ALIGN
+    kv_head64 = (head // group).to(tl.int64) * ALIGN
+    first64 = first_query.to(tl.int64) * ALIGN
+    Q += batch64 * q_batch + head64 * q_head + first64 * q_row
+    GRAD_OUT += batch64 * grad_batch + head64 * grad_head + first64 * grad_row
+    GRAD_Q += batch64 * grad_q_batch + head64 * grad_q_head + first64 * grad_q_row
+    K += batch64 * k_batch + kv_head64 * k_head
+    V += batch64 * v_batch + kv_head64 * v_head
+    query = first_query + tl.arange(0, BLOCK_M)
+    exists = query < queries
+
+    q = load_rows(Q, q_row * ALIGN, exists, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, True)
+    grad = load_rows(GRAD_OUT, grad_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
+    if NEGATIVE_SCALE:
+        q = negate(q)
+    at = (batch.to(tl.int64) * heads + head) * queries + query
+    lse_log2 = tl.load(LSE_LOG2 + at, mask=exists, other=INFINITY)
+    delta = tl.load(DELTA + at, mask=exists, other=0.0)
+    signed_scale = tl.full([], scale, tl.float64).to(ACCUMULATOR)
+    scale_log2 = to_log2_scale(scale, ACCUMULATOR)
+    keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR)
+    seed = tl.load(SEED) if DROPOUT else 0
+
+    row, visible, words_per_query = mask_row(
+        VISIBLE, batch, head, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks,
+        SCHEDULE_M, SCHEDULE_N, MASK,
+    )  # fmt: skip
+    line = key_line(LISTS, row, first_query, n_query_blocks, n_key_blocks, SCHEDULE_M, MASK)
+    walk = walk_over_keys(line, n_key_blocks, first_query, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL)
+    grad_q = zeros(BLOCK_M, HEAD0, HEAD1, ACCUMULATOR)
+    for run in tl.range(0, run_count(walk), num_stages=1):
+        start, end = run_bounds(walk, run, RATIO, LISTED)
+        for block in tl.range(start, end, num_stages=STAGES):
+            grad_q = _query_gradient_tile(
+                grad_q, q, grad, lse_log2, delta, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
+                visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_factor,
+                HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+                False, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+            )  # fmt: skip
+    for index in tl.range(0, masked_count(walk), num_stages=1):
+        block = masked_block(walk, index, RATIO, LISTED)
+        grad_q = _query_gradient_tile(
+            grad_q, q, grad, lse_log2, delta, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
+            visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_factor,
+            HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+            True, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+        )  # fmt: skip
+    grad_q = scale_rows(grad_q, tl.zeros([BLOCK_M], ACCUMULATOR) + signed_scale)
+    store_rows(GRAD_Q, grad_q_row * ALIGN, grad_q, exists, BLOCK_M, HEAD_DIM, HEAD0, HEAD1)
+
+
+DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
+
+
+def attention_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    schedule: Schedule,
+    spec: AttentionSpec,
+    tiles: Tiles,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
+
+    Everything else is what the forward took and gave. A gradient that is None counts as 0.
+    """
+    needs_q, needs_k, needs_v = needed
+    q, k, v, out = readable(q), readable(k), readable(v), readable(out)
+    grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
+    if grad_lse is not None:
+        grad_lse = grad_lse.contiguous()
+
+    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+    align, strides = aligned_strides(out, grad_out)
+    choices = call_choices(spec, tiles.backward_q, tiles)
+    launch(
+        delta_kernel,
+        spec.batch * spec.heads * triton.cdiv(spec.queries, DELTA_ROWS),
+        (out, grad_out, lse, grad_lse, delta, lse_log2, spec.queries, spec.heads, *strides),
+        dict(
+            ALIGN=align,
+            BLOCK_M=DELTA_ROWS,
+            **{name: choices[name] for name in ("VALUE_DIM", "VALUE0", "VALUE1", "ACCUMULATOR")},
+        ),
+        num_warps=4,
+    )
+
+    grad_q = grad_k = grad_v = None
+    numbers = call_arguments(spec, schedule, tiles)
+    if needs_k or needs_v:
+        grad_k = empty_like_heads(k, spec.kv_heads, spec.head_dim) if needs_k else None
+        grad_v = empty_like_heads(v, spec.kv_heads, spec.value_dim) if needs_v else None
+        align, strides = aligned_strides(
+            q, k, v, grad_out, k if grad_k is None else grad_k, v if grad_v is None else grad_v
+        )
+        tile = tiles.backward_kv
+        arguments = (q, k, v, grad_out, grad_k, grad_v, lse_log2, delta)
+        launch(
+            backward_kv_kernel,
+            spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
+            (*arguments, schedule.visible, transposed_lists(schedule), seed, *numbers, *strides),
+            dict(
+                ALIGN=align,
+                GROUPED=spec.group > 1,
+                HIDE_KEYS=spec.group > 1 and spec.mask == MaskKind.KEY and spec.mask_per_head,
+                NEEDS_K=needs_k,
+                NEEDS_V=needs_v,
+                **call_choices(spec, tile, tiles),
+            ),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    if needs_q:
+        grad_q = empty_like_heads(q, spec.heads, spec.head_dim)
+        align, strides = aligned_strides(q, k, v, grad_out, grad_q)
+        tile = tiles.backward_q
+        arguments = (q, k, v, grad_out, grad_q, lse_log2, delta)
+        launch(
+            backward_q_kernel,
+            spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
+            (*arguments, schedule.visible, schedule.lists, seed, *numbers, *strides),
+            dict(ALIGN=align, **choices),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return grad_q, grad_k, grad_v

@@ -1,0 +1,240 @@
+"""The forward kernel: FlashAttention's online softmax (Dao et al. 2022, arXiv:2205.14135) over the tiles that count."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.dropout import kept_by_dropout
+from flash_attend.kernels.key_schedule import (
+    Schedule,
+    build_schedule,
+    key_line,
+    mask_row,
+    masked_block,
+    masked_count,
+    run_bounds,
+    run_count,
+    walk_over_keys,
+)
+from flash_attend.kernels.launch import launch
+from flash_attend.kernels.masking import KEY, NONE, hide, query_tile, tile_visibility
+from flash_attend.kernels.operands import aligned_strides, call_arguments, call_choices, empty_like_heads, readable
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY, finish, online_step, to_log2_scale
+from flash_attend.kernels.tiles import accumulate, inner_products, load_rows, negate, scale_rows, store_rows, zeros
+from flash_attend.spec import AttentionSpec
+
+__all__ = ["attention_forward"]
+
+
+@triton.jit
+def _forward_tile(
+    total,
+    row_max,
+    row_sum,
+    q,
+    K,
+    V,
+    stride_k,
+    stride_v,
+    block,
+    first_query,
+    queries,
+    keys,
+    visible,
+    words_per_query,
+    scale_log2,
+    batch,
+    head,
+    seed,
+    keep_threshold,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """One key block for one query tile."""
+    first_key = block * BLOCK_N
+    key = first_key + tl.arange(0, BLOCK_N)
+    readable = None
+    if MASKED:
+        query = first_query + tl.arange(0, BLOCK_M)
+        shown, readable = tile_visibility(
+            visible, first_query, first_key, keys, words_per_query, BLOCK_M, BLOCK_N, MASK
+        )
+    # NaN in a hidden key's k stays in its own column of the scores and is hidden there; in v it must not be read.
+    k = load_rows(K + first_key.to(tl.int64) * stride_k, stride_k, key < keys, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, MASKED)
+    scores = inner_products(q, k, PRECISION, ACCUMULATOR)  # [BLOCK_M, BLOCK_N]
+    if MASKED:
+        scores = hide(
+            scores,
+            NEGATIVE_INFINITY,
+            query[:, None],
+            key[None, :],
+            shown,
+            keys - queries,
+            MASK,
+            CAUSAL,
+            HIDE_KEYS=MASK == KEY or not CAUSAL,  # causality alone hides the keys past the end from every real query
+        )
+    weights, correction, row_max, row_sum = online_step(scores, row_max, row_sum, scale_log2, MASKED)
+    if DROPOUT:
+        kept = kept_by_dropout(
+            first_query, first_key, batch, head, seed, keep_threshold, BLOCK_M, BLOCK_N, TRANSPOSED=False
+        )
+        weights = tl.where(kept, weights, 0.0)
+    v = load_rows(V + first_key.to(tl.int64) * stride_v, stride_v, readable, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, MASKED)
+    total = accumulate(scale_rows(total, correction), weights.to(v[0].dtype), v, PRECISION, ACCUMULATOR)
+    return total, row_max, row_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "scale", "keep_scale", "keep_threshold", "queries", "keys", "heads", "group",
+        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks",
+        "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row",
+        "v_batch", "v_head", "v_row", "out_batch", "out_head", "out_row",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    Q,
+    K,
+    V,
+    OUT,
+    LSE,
+    VISIBLE,
+    LISTS,
+    SEED,
+    scale: tl.float64,
+    keep_scale: tl.float64,
+    keep_threshold: tl.uint32,
+    queries: tl.int32,
+    keys: tl.int32,
+    heads: tl.int32,
+    group: tl.int32,
+    mask_stride_batch: tl.int32,
+    mask_stride_head: tl.int32,
+    n_query_blocks: tl.int32,
+    n_key_blocks: tl.int32,
+    q_batch: tl.int64,
+    q_head: tl.int64,
+    q_row: tl.int64,
+    k_batch: tl.int64,
+    k_head: tl.int64,
+    k_row: tl.int64,
+    v_batch: tl.int64,
+    v_head: tl.int64,
+    v_row: tl.int64,
+    out_batch: tl.int64,
+    out_head: tl.int64,
+    out_row: tl.int64,
+    ALIGN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCHEDULE_M: tl.constexpr,
+    SCHEDULE_N: tl.constexpr,
+    MASK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ACCUMULATOR: tl.constexpr,
+):
+    """One query tile of one head: OUT (b, h, i, dv) and LSE (b, h, i), contiguous."""
+    LISTED: tl.constexpr = MASK != NONE
+    RATIO: tl.constexpr = SCHEDULE_N // BLOCK_N
+    first_query, batch, head = query_tile(queries, heads, BLOCK_M, CAUSAL)
+    batch64 = batch.to(tl.int64) * ALIGN
+    head64 = head.to(tl.int64) * ALIGN
+    kv_head64 = (head // group).to(tl.int64) * ALIGN
+    first64 = first_query.to(tl.int64) * ALIGN
+    Q += batch64 * q_batch + head64 * q_head + first64 * q_row
+    OUT += batch64 * out_batch + head64 * out_head + first64 * out_row
+    K += batch64 * k_batch + kv_head64 * k_head
+    V += batch64 * v_batch + kv_head64 * v_head
+    query = first_query + tl.arange(0, BLOCK_M)
+    exists = query < queries
+
+    q = load_rows(Q, q_row * ALIGN, exists, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, True)
+    if NEGATIVE_SCALE:
+        q = negate(q)
+    scale_log2 = to_log2_scale(scale, ACCUMULATOR)
+    seed = tl.load(SEED) if DROPOUT else 0
+
+    row, visible, words_per_query = mask_row(
+        VISIBLE, batch, head, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks,
+        SCHEDULE_M, SCHEDULE_N, MASK,
+    )  # fmt: skip
+    line = key_line(LISTS, row, first_query, n_query_blocks, n_key_blocks, SCHEDULE_M, MASK)
+    walk = walk_over_keys(line, n_key_blocks, first_query, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL)
+    total = zeros(BLOCK_M, VALUE0, VALUE1, ACCUMULATOR)
+    row_max = tl.full([BLOCK_M], NEGATIVE_INFINITY, ACCUMULATOR)
+    row_sum = tl.zeros([BLOCK_M], ACCUMULATOR)
+    # Full blocks first: with the masked ones in front, the compiler serializes the products of the main loop.
+    for run in tl.range(0, run_count(walk), num_stages=1):
+        start, end = run_bounds(walk, run, RATIO, LISTED)
+        for block in tl.range(start, end, num_stages=STAGES):
+            total, row_max, row_sum = _forward_tile(
+                total, row_max, row_sum, q, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
+                visible, words_per_query, scale_log2, batch, head, seed, keep_threshold,
+                HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+                False, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+            )  # fmt: skip
+    for index in tl.range(0, masked_count(walk), num_stages=1):
+        block = masked_block(walk, index, RATIO, LISTED)
+        total, row_max, row_sum = _forward_tile(
+            total, row_max, row_sum, q, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
+            visible, words_per_query, scale_log2, batch, head, seed, keep_threshold,
+            HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+            True, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+        )  # fmt: skip
+
+    normaliser, lse_natural = finish(row_max, row_sum)
+    tl.store(LSE + (batch.to(tl.int64) * heads + head) * queries + query, lse_natural, mask=exists)
+    if DROPOUT:
+        normaliser *= tl.full([], keep_scale, tl.float64).to(ACCUMULATOR)
+    store_rows(OUT, out_row * ALIGN, scale_rows(total, normaliser), exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, spec: AttentionSpec, tiles: Tiles
+) -> tuple[Tensor, Tensor, Schedule]:
+    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again.
+
+    Shapes as `normalise_inputs` returns them; `seed` is a one-element int64 tensor, or None without dropout.
+    """
+    q, k, v = readable(q), readable(k), readable(v)
+    out = empty_like_heads(q, spec.heads, spec.value_dim)
+    lse = torch.empty(q.shape[:3], dtype=spec.accumulator_dtype, device=q.device)
+    schedule = build_schedule(mask, spec, tiles)
+    align, strides = aligned_strides(q, k, v, out)
+    tile = tiles.forward
+    launch(
+        forward_kernel,
+        spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
+        (q, k, v, out, lse, schedule.visible, schedule.lists, seed, *call_arguments(spec, schedule, tiles), *strides),
+        dict(ALIGN=align, **call_choices(spec, tile, tiles)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, lse, schedule

@@ -1,0 +1,100 @@
+"""How tensors are handed to a kernel: layouts it can read, strides in aligned units, outputs in the order of the
+inputs."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from flash_attend.dropout import keep_threshold
+from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
+from flash_attend.kernels.key_schedule import Schedule
+from flash_attend.spec import AttentionSpec, MaskKind
+
+__all__ = ["aligned_strides", "call_arguments", "call_choices", "empty_like_heads", "readable"]
+
+VECTOR_BYTES = 16  # the widest load
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, else a copy.
+
+    Any other stride is read as it is. A copy is cheaper than a strided last dimension, which every query block would
+    read again, element by element.
+    """
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def aligned_strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """The batch, head and row strides of 4-D tensors, one after another, in units of `ALIGN` elements; and `ALIGN`.
+
+    ALIGN is 16 bytes' worth where every stride allows it, else 1. The kernel multiplies by it, which tells the compiler
+    that wide loads are safe, with no variant for each length or stride.
+    """
+    # The stride of a dimension of size 1 is never used: it must not spoil the alignment.
+    strides = [
+        stride if size > 1 else 0
+        for tensor in tensors
+        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    ]
+    unit = VECTOR_BYTES // tensors[0].element_size()
+    if any(stride % unit for stride in strides):
+        return 1, strides
+    return unit, [stride // unit for stride in strides]
+
+
+def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
+    """An uninitialised `(b, heads, n, dim)` for a tensor `(b, h, n, d)`, in memory as `(b, n, h, d)` if the tensor is.
+
+    Models that merge heads after attention then need no copy.
+    """
+    batch, _, length, _ = tensor.shape
+    if tensor.shape[1] > 1 and length > 1 and tensor.stride(1) < tensor.stride(2):
+        return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return tensor.new_empty(batch, heads, length, dim)
+
+
+def call_arguments(spec: AttentionSpec, schedule: Schedule, tiles: Tiles) -> tuple:
+    """The run-time numbers that all three attention kernels take, in their order: none of them makes a variant."""
+    mask_heads = spec.heads if spec.mask_per_head else 1
+    many_batches = schedule.visible is not None and schedule.visible.shape[0] > mask_heads
+    block_queries, block_keys = tiles.schedule_block
+    return (
+        float(spec.scale),
+        1.0 / (1.0 - spec.dropout_p),
+        keep_threshold(spec.dropout_p),
+        spec.queries,
+        spec.keys,
+        spec.heads,
+        spec.group,
+        mask_heads if many_batches else 0,
+        1 if spec.mask_per_head else 0,
+        -(-spec.queries // block_queries),
+        -(-spec.keys // block_keys),
+    )
+
+
+def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict:
+    """The compile-time choices that all three attention kernels take: each combination is one variant."""
+    block_queries, block_keys = tiles.schedule_block
+    (head0, head1), (value0, value1) = (head_parts(dim, kind_of(spec)) for dim in (spec.head_dim, spec.value_dim))
+    return dict(
+        HEAD_DIM=spec.head_dim,
+        VALUE_DIM=spec.value_dim,
+        HEAD0=head0,
+        HEAD1=head1,
+        VALUE0=value0,
+        VALUE1=value1,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        STAGES=tile.num_stages,
+        SCHEDULE_M=block_queries,
+        SCHEDULE_N=block_keys,
+        MASK=int(spec.mask),
+        CAUSAL=spec.causal and spec.mask != MaskKind.DENSE,  # a dense mask's schedule holds the causality already
+        NEGATIVE_SCALE=spec.scale < 0,
+        DROPOUT=spec.dropout_p > 0,
+        PRECISION=spec.precision,
+        ACCUMULATOR=tl.float64 if spec.dtype == torch.float64 else tl.float32,
+    )
