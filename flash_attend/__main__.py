@@ -1,0 +1,123 @@
+"""`python -m flash_attend`: what a bug report needs to say about the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+
+import torch
+
+from flash_attend import __version__
+from flash_attend.dispatch import choose, judge
+from flash_attend.functional import Explanation
+from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.target import DeviceTarget
+from flash_attend.validation import VALIDATED, Validation
+
+__all__ = ["main", "report"]
+
+# A call of the kind the kernels are for; another one can be judged differently, which is what `explain` is for.
+REPRESENTATIVE = AttentionSpec(
+    batch=2,
+    heads=8,
+    kv_heads=8,
+    queries=1024,
+    keys=1024,
+    head_dim=64,
+    value_dim=64,
+    dtype=torch.float16,
+    mask=MaskKind.KEY,
+    causal=True,
+    scale=64**-0.5,
+)
+REPRESENTATIVE_IN_WORDS = "float16, b 2, h 8, i = j = 1024, d = dv = 64, causal with key padding"
+
+
+def report(validated: Mapping[tuple[str, str], Validation] = VALIDATED) -> str:
+    """The whole report, one fact a line."""
+    lines = [f"{name:<13} {value}" for name, value in _versions().items()]
+    devices = [torch.device("cpu")]
+    if not torch.cuda.is_available():
+        lines.append(f"{'GPU':<13} none")
+    else:
+        for index in range(torch.cuda.device_count()):
+            devices.append(torch.device("cuda", index))
+            lines.append(f"{f'GPU {index}':<13} {_describe_gpu(devices[-1])}")
+
+    lines += ["", f"backends for {REPRESENTATIVE_IN_WORDS}"]
+    for device in devices:
+        target = DeviceTarget.of(device)
+        plan, verdicts = choose(REPRESENTATIVE, target, validated=validated), judge(REPRESENTATIVE, target, validated)
+        lines.append(f"{device}: {Explanation(plan, '', verdicts, target)}")
+
+    lines += ["", "validated on a GPU"]
+    lines += [f"  {line}" for line in _describe_validation(validated)]
+    archs = {DeviceTarget.of(device).arch for device in devices} - {None}
+    lines += [f"  nothing on {arch}, which is here" for arch in sorted(archs - {arch for _, arch in validated})]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    cpu = DeviceTarget.of(torch.device("cpu"))
+    if cpu.triton is None:
+        triton = "not installed"
+    else:
+        triton = cpu.triton + (" (interpreting: TRITON_INTERPRET is set)" if cpu.interpreted else "")
+    return {
+        "flash_attend": __version__,
+        "torch": torch.__version__,
+        "triton": triton,
+        "einops": importlib.metadata.version("einops"),
+        "CUDA of torch": torch.version.cuda or "none",
+        "driver": _driver_version(),
+        "Python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _driver_version() -> str:
+    """The NVIDIA driver's version. torch knows only which CUDA version the driver serves."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown (no nvidia-smi)"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__} from nvidia-smi)"
+    return answer[0] if answer else "unknown (nvidia-smi names none)"
+
+
+def _describe_gpu(device: torch.device) -> str:
+    target = DeviceTarget.of(device)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    facts = [
+        target.name,
+        target.arch or "no CUDA compute capability",
+        f"{memory / 2**30:.1f} GiB",
+        f"{target.multiprocessors} SMs",
+        f"{target.shared_memory} bytes of shared memory a block",
+    ]
+    return ", ".join(facts)
+
+
+def _describe_validation(validated: Mapping[tuple[str, str], Validation]) -> list[str]:
+    if not validated:
+        return ["nothing yet, on any part"]
+    return [
+        f"{backend} on {arch}: {run.gpu}, torch {run.torch}, Triton {run.triton}, {run.date}, commit {run.commit}, "
+        f"{run.results}"
+        for (backend, arch), run in sorted(validated.items())
+    ]
+
+
+def main() -> None:
+    """Prints the report."""
+    print(report())
+
+
+if __name__ == "__main__":
+    main()
