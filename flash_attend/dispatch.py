@@ -12,6 +12,7 @@ from flash_attend.validation import VALIDATED, Validation
 __all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "choose", "judge"]
 
 LARGEST_HEAD_DIM = 256
+LARGEST_ACCURATE_HEAD_DIM = 128  # float32-accurate products hold each operand twice, and beyond this spill registers
 OLDEST_CAPABILITY = (8, 0)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
 
@@ -63,6 +64,14 @@ def _judge_triton(
     if target.capability < OLDEST_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
         return False, False, f"compute capability {have} is below {need}"
+    if spec.precision == "tf32x3" and max(spec.head_dim, spec.value_dim) > LARGEST_ACCURATE_HEAD_DIM:
+        letter, size = ("d", spec.head_dim) if spec.head_dim >= spec.value_dim else ("dv", spec.value_dim)
+        limit = f"{letter} = {size} is beyond the {LARGEST_ACCURATE_HEAD_DIM} of the kernels' float32-accurate mode"
+        return (
+            False,
+            False,
+            f'{limit}; torch.set_float32_matmul_precision("high") allows TF32, up to {LARGEST_HEAD_DIM}',
+        )
     evidence = validated.get(("triton", target.arch))
     if evidence is None:
         return True, False, f'not validated on {target.arch} yet; ask for it with backend="triton"'

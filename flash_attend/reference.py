@@ -18,12 +18,11 @@ from flash_attend.spec import AttentionSpec
 
 __all__ = ["attention_reference"]
 
-# Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the
-# keys that none of its queries sees, and arrays of 8 MB stay near a CPU's cache and are reused without new page
-# faults.
-CACHED_SCORES = 2**21
-# Beyond this many, the weights are not kept for the backward: each chunk computes them again, and the chunks are of
-# this size (128 MB an array in float32, of which a backward holds four, and six with the LSE).
+# Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the keys
+# that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB where larger ones cost new pages each time.
+CACHED_SCORES = 2**22
+# Beyond this many, the weights are not kept for the backward: each chunk computes them again. The chunks are then of
+# this size: 128 MB an array in float32, of which a backward holds four, and six with the LSE.
 HELD_SCORES = 2**25
 # A chunk has at least so many queries, because each one passes over all of k and v and of their gradients.
 FEWEST_QUERIES = 64
@@ -128,8 +127,7 @@ def _attend(
 def _visible(
     mask: Tensor | None, spec: AttentionSpec, first: int, last: int, keys: int, device: torch.device
 ) -> Tensor | None:
-    """Which of the first `keys` keys each query sees, bool `(b|1, h|1, i|1, keys)`; None where each sees all of
-    them."""
+    """Which of the first `keys` keys each query sees, bool `(b|1, h|1, i|1, keys)`; None where it is all of them."""
     if mask is not None:
         mask = (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., :keys]
     if not spec.causal or keys <= first + spec.offset + 1:

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import ROWS, Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward
-from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.kernels.launch import COMPILER_OPTIONS, Launch, recorded_launches
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, interpreting
 
@@ -169,7 +169,7 @@ def compile_launch(launch: Launch):
         **launch.choices,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
-        enable_fp_fusion=True,
+        **COMPILER_OPTIONS,
         grid=(launch.programs,),
     )
 
@@ -206,6 +206,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         report = Report(name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__)
         log = io.StringIO()
         try:
+            launch.kernel.device_caches.clear()  # what this process has compiled before leaves no log
             with compiled_for(case.arch), contextlib.redirect_stdout(log):
                 compiled = compile_launch(launch)
         except Exception as error:  # whatever stops a compiler is a finding about one row, not the end of the table
@@ -226,40 +227,42 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
     return reports
 
 
-def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
-    """The calls that together compile every config row of these parts; `subset`: one call for each dtype and width."""
-    for arch in archs:
-        for kind, width in HEAD_WIDTHS_BY_KIND:
-            modes = MODES[:1] if subset else MODES if kind == "half" else MODES[:2]
-            dims = [(width, width)] if subset else [(width, width), *SPLIT_DIMS.get(width, ())]
-            for (dim, value_dim), mode in [
-                *((dims[0], mode) for mode in modes),
-                *((dim, MODES[0]) for dim in dims[1:]),
-            ]:
-                spec = AttentionSpec(
-                    batch=2, heads=8, queries=1000, keys=1000, head_dim=dim, value_dim=value_dim, scale=0.1,
-                    **KINDS[kind], **{"kv_heads": 8, **mode},
-                )  # fmt: skip
-                yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
-
-
-# What each kind of rows is for, by one of its dtypes.
-KINDS = {
-    "half": dict(dtype=torch.bfloat16),
-    "tf32": dict(dtype=torch.float32, precision="tf32"),
-    "tf32x3": dict(dtype=torch.float32, precision="tf32x3"),
-    "double": dict(dtype=torch.float64),
-}
-HEAD_WIDTHS_BY_KIND = sorted({(kind, width) for _, kind, width in ROWS})
 # The modes that cost most registers come first; together they reach every branch of the kernels.
 MODES = (
     dict(mask=MaskKind.KEY, causal=True),
-    dict(mask=MaskKind.DENSE, kv_heads=2),
     dict(mask=MaskKind.KEY, causal=True, dropout_p=0.1, kv_heads=2, mask_per_head=True),
+    dict(mask=MaskKind.DENSE, kv_heads=2),
+    dict(mask=MaskKind.DENSE, dropout_p=0.1, kv_heads=2),
     dict(),
 )
-# Head dims in two parts, and dv != d, checked beside each width's own.
-SPLIT_DIMS = {64: ((40, 40), (32, 64)), 128: ((80, 80), (96, 96), (64, 128)), 192: ((160, 160), (192, 128))}
+# What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
+KINDS = {
+    "half": (dict(dtype=torch.bfloat16), 5),
+    "tf32": (dict(dtype=torch.float32, precision="tf32"), 3),
+    "tf32x3": (dict(dtype=torch.float32, precision="tf32x3"), 3),
+    "double": (dict(dtype=torch.float64), 2),
+}
+# Head dims in other parts, and dv != d, that share a row of the kind "half" with those as wide as the row.
+OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}
+SUBSET_WIDTHS = (64, 96)
+
+
+def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
+    """The calls that together compile every config row of these parts; `subset`: two widths in one mode each."""
+    for arch in archs:
+        for kind, width in sorted({(kind, width) for _, kind, width in ROWS}):
+            if subset and width not in SUBSET_WIDTHS:
+                continue
+            dtype, n_modes = KINDS[kind]
+            calls = [((width, width), mode) for mode in MODES[: 1 if subset else n_modes]]
+            if kind == "half" and not subset:
+                calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
+            for (head_dim, value_dim), mode in calls:
+                rest = dict(heads=8, kv_heads=8, **dtype) | mode
+                spec = AttentionSpec(
+                    batch=2, queries=1000, keys=1000, head_dim=head_dim, value_dim=value_dim, scale=0.1, **rest
+                )
+                yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
 
 
 def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tuple[str, ...]]]:
@@ -331,7 +334,7 @@ def as_table(reports: Iterable[Report]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flash_attend.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
-    parser.add_argument("--subset", action="store_true", help="one call for each dtype and head width")
+    parser.add_argument("--subset", action="store_true", help="two head widths, one mode")
     parser.add_argument(
         "--arch", nargs="+", choices=PARTS, default=list(CHECKED), metavar="ARCH", help=", ".join(PARTS)
     )

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from flash_attend.spec import AttentionSpec
+from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Tile", "Tiles", "head_parts", "override", "select_tiles"]
@@ -53,26 +53,68 @@ def kind_of(spec: AttentionSpec) -> str:
 
 
 def head_parts(dim: int, kind: str) -> tuple[int, int]:
-    """A head dimension as one power of two, or two where that is less: 64 -> (64, 0), 80 -> (64, 16).
+    """A head dimension as one power of two, or as two where that serves better: 64 -> (64, 0), 80 -> (64, 16).
 
-    Float32 keeps to one: in two parts no tile of its backward stays in registers, and spilling costs more than padding.
+    TF32 keeps to one: in two parts no tile of its backward stays in registers, and spilling costs more than padding. A
+    float32-accurate product holds each operand twice, so there every dimension above 64 is in two parts, even 128.
     """
     power = max(SMALLEST_PART, 1 << (dim - 1).bit_length())
     first = power // 2
     second = max(SMALLEST_PART, 1 << max(dim - first - 1, 0).bit_length())
-    splits = kind in ("half", "double") and first >= SMALLEST_PART and first + second < power
+    narrower = kind in ("half", "double") and first >= SMALLEST_PART and first + second < power
+    splits = narrower or (kind == "tf32x3" and first >= 64)
     return (first, second) if splits else (power, 0)
 
 
-WIDTHS = (64, 96, 128, 192, 256)
-
-_HALF_90 = {
-    64: Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    128: Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+# (arch, kind, width) -> forward, backward_kv, backward_q. The kind is that of the products, the width that of the wider
+# head dimension with its parts added up. Each tile is the largest of those tried that keeps everything in registers.
+ROWS: dict[tuple[str, str, int], Tiles] = {
+    ("sm_80", "half", 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_80", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_80", "half", 192): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_80", "half", 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
+    ("sm_90", "half", 64): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 192): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
+    ("sm_90", "half", 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
+    **{
+        (arch, "double", width): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+        for arch in ("sm_80", "sm_90")
+        for width in (64, 96)
+    },
+    **{
+        (arch, "double", width): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
+        for arch in ("sm_80", "sm_90")
+        for width in (128, 192, 256)
+    },
+    ("sm_80", "tf32", 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_80", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "tf32", 64): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_90", "tf32", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_90", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_80", "tf32x3", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_80", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_90", "tf32x3", 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_90", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-
-# (arch, kind, width): the kind is that of the products, the width that of the wider head dimension, its parts added up.
-ROWS: dict[tuple[str, str, int], Tiles] = {}
+# Instead of its row, where that would spill in one of these modes.
+VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
+    ("sm_80", "half", 64, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", "half", 96, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
+    ("sm_80", "half", 128, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 96, "dropout"): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 96, "dense+dropout"): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 128, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 192, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", "half", 192, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
+    ("sm_90", "half", 256, "dense"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
+    ("sm_90", "half", 256, "dense+dropout"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
+}
+ARCHS = frozenset(arch for arch, _, _ in ROWS)
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
 INTERPRETED = Tiles(forward=Tile(32, 32, 4, 2), backward_kv=Tile(16, 32, 4, 2), backward_q=Tile(32, 16, 4, 2))
@@ -95,14 +137,19 @@ def row_of(spec: AttentionSpec) -> tuple[str, int]:
     """The kind and the width of a call's rows."""
     kind = kind_of(spec)
     widest = max(sum(head_parts(spec.head_dim, kind)), sum(head_parts(spec.value_dim, kind)))
-    return kind, next(width for width in WIDTHS if width >= widest)
+    return kind, min(width for _, of, width in ROWS if of == kind and width >= widest)
+
+
+def mode_of(spec: AttentionSpec) -> str:
+    """The mode of a call, as `VARIANTS` names it: "", "dense", "dropout" or "dense+dropout"."""
+    return "+".join(["dense"] * (spec.mask == MaskKind.DENSE) + ["dropout"] * (spec.dropout_p > 0))
 
 
 def select_tiles(spec: AttentionSpec, target: DeviceTarget) -> Tiles:
-    """The tiles for a call on a part; parts without rows of their own take the default ones."""
+    """The tiles for a call on a part. Parts without rows of their own take those of sm_80, which fit them all."""
     if _override is not None:
         return _override
     if target.interpreted:
         return INTERPRETED
-    kind, width = row_of(spec)
-    return ROWS.get((target.arch, kind, width)) or ROWS["default", kind, width]
+    row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
+    return VARIANTS.get((*row, mode_of(spec))) or ROWS[row]

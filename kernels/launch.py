@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["Launch", "launch", "recorded_launches"]
+__all__ = ["COMPILER_OPTIONS", "Launch", "launch", "recorded_launches"]
+
+COMPILER_OPTIONS = dict(
+    enable_fp_fusion=True,  # asked for by name: Triton 3.10 turns it off by default
+    maxnreg=255,  # all that a thread can have: else the assembler may spill to fit a second block beside the first
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,5 @@ def launch(
     if _record is not None:
         _record.append(Launch(kernel, programs, arguments, choices, num_warps, num_stages))
         return
-    # Fusing multiplications and additions is asked for by name: Triton 3.10 turns it off by default.
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **choices, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+        kernel[(programs,)](*arguments, **choices, num_warps=num_warps, num_stages=num_stages, **COMPILER_OPTIONS)
