@@ -17,14 +17,12 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import triton
@@ -59,7 +57,7 @@ PARTS = {
     "sm_120": DeviceTarget("cuda", "RTX 5090", (12, 0), 101376, 170, triton.__version__),
 }
 CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
-TENSOR_CORE = re.compile(r"\b(?:HGMMA|HMMA|DMMA|IMMA|UTC\w*MMA)\b")
+TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")  # in PTX
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
 SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
@@ -174,15 +172,6 @@ def compile_launch(launch: Launch):
     )
 
 
-def _tensor_core_instructions(cubin: bytes) -> int:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        sass = subprocess.run([tool, file.name], capture_output=True, text=True, check=True).stdout
-    return len(TENSOR_CORE.findall(sass))
-
-
 def _name_of(launch: Launch) -> str:
     return launch.kernel.__name__.removesuffix("_kernel")
 
@@ -220,7 +209,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
                 registers=int(REGISTERS.search(text).group(1)),
                 spill_bytes=sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(text)),
                 shared_bytes=compiled.metadata.shared,
-                tensor_core_instructions=_tensor_core_instructions(compiled.asm["cubin"]),
+                tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
                 serialized=bool(SERIALIZED.search(text)),
             )
         )
