@@ -19,7 +19,7 @@ from flash_attend.spec import AttentionSpec
 __all__ = ["attention_reference"]
 
 # Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the keys
-# that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB where larger ones cost new pages each time.
+# that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB, where larger ones cost new pages.
 CACHED_SCORES = 2**22
 # Beyond this many, the weights are not kept for the backward: each chunk computes them again. The chunks are then of
 # this size: 128 MB an array in float32, of which a backward holds four, and six with the LSE.

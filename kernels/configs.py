@@ -75,7 +75,7 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_80", "half", 192): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_80", "half", 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
     ("sm_90", "half", 64): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 192): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
     ("sm_90", "half", 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
@@ -105,14 +105,16 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_80", "half", 64, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", "half", 96, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
     ("sm_80", "half", 128, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_90", "half", 64, "dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 96, "dropout"): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 96, "dense+dropout"): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 128, "dropout"): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 128, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 192, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", "half", 192, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", "half", 256, "dense"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
     ("sm_90", "half", 256, "dense+dropout"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
+    ("sm_90", "tf32", 128, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
+    ("sm_90", "tf32", 128, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
 
