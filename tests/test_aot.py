@@ -1,0 +1,141 @@
+"""The ahead-of-time check itself: what it compiles, what it reads, and that it can fail."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="compiling needs Triton")
+
+from flash_attend.kernels import aot
+from flash_attend.kernels.configs import ROWS, VARIANTS, Tile, Tiles, row_of, select_tiles
+from flash_attend.spec import AttentionSpec, MaskKind
+
+SPEC = AttentionSpec(
+    batch=2, heads=4, kv_heads=4, queries=300, keys=300, head_dim=64, value_dim=64, dtype=torch.bfloat16, scale=0.1
+)
+GOOD = aot.Report(
+    kernel="forward",
+    arch="sm_80",
+    config="bfloat16 d64",
+    registers=200,
+    spill_bytes=0,
+    shared_bytes=1024,
+    tensor_core_instructions=8,
+    triton="3.7.1",
+)
+
+
+@pytest.fixture
+def ready_to_compile(tmp_path, monkeypatch):
+    for name, value in dict(ALWAYS_COMPILE="1", DUMP_PTXAS_LOG="1", CACHE_DIR=str(tmp_path)).items():
+        monkeypatch.setenv(f"TRITON_{name}", value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(), None),
+        (dict(spill_bytes=8), "spills 8 bytes"),
+        (dict(shared_bytes=166913), "needs 166913 bytes of shared memory, the part has 166912"),
+        (dict(tensor_core_instructions=0), "has no tensor-core instructions"),
+        (dict(tensor_core_instructions=0, kernel="delta"), None),
+        (dict(serialized=True), "has its asynchronous products serialized"),
+        (dict(error="CompilationError: no"), "CompilationError: no"),
+    ],
+)
+def test_problems(change, problem):
+    assert replace(GOOD, **change).problems() == ([] if problem is None else [problem])
+
+
+def test_every_row_is_compiled():
+    """Each row of the table, and each of its variants, stands behind some case of its part."""
+    for arch in aot.CHECKED:
+        compiled = {(row_of(case.spec), case.tiles) for case in aot.cases([arch])}
+        rows = {((kind, width), tiles) for (of, kind, width), tiles in ROWS.items() if of == arch}
+        variants = {((kind, width), tiles) for (of, kind, width, _), tiles in VARIANTS.items() if of == arch}
+        assert compiled == rows | variants
+
+
+def test_cases_take_the_tiles_that_a_call_would_take():
+    for case in aot.cases(["sm_90"], subset=True):
+        assert case.tiles is select_tiles(case.spec, aot.PARTS["sm_90"])
+
+
+def test_a_call_launches_every_kernel_of_its_mask():
+    tiles = select_tiles(SPEC, aot.PARTS["sm_80"])
+    names = {
+        kind: [launch.kernel.__name__ for launch in aot.record_call(replace(SPEC, mask=kind), tiles)]
+        for kind in MaskKind
+    }
+    attention = ["forward_kernel", "delta_kernel", "backward_kv_kernel", "backward_q_kernel"]
+    assert names[MaskKind.NONE] == attention
+    assert names[MaskKind.KEY] == ["key_schedule_kernel", *attention]
+    assert sorted(names[MaskKind.DENSE]) == sorted(["dense_schedule_kernel", "line_kernel", "line_kernel", *attention])
+
+
+@pytest.mark.parametrize("arch", list(aot.PARTS))
+def test_compiles_for_every_part(arch, ready_to_compile):
+    """Parts without rows of their own compile with the default ones, within their shared memory."""
+    case = aot.Case(arch, replace(SPEC, mask=MaskKind.KEY, causal=True), select_tiles(SPEC, aot.PARTS[arch]))
+    reports = aot.compile_case(case, ["forward", "backward_q"])
+    assert [report.kernel for report in reports] == ["forward", "backward_q"]
+    for report in reports:
+        assert report.arch == arch
+        assert report.registers > 32
+        assert not report.problems()
+
+
+def test_a_tile_that_is_too_large_is_found(ready_to_compile):
+    huge = Tile(128, 128, 4, 2)
+    spec = replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float32, precision="tf32")
+    (report,) = aot.compile_case(aot.Case("sm_80", spec, Tiles(huge, huge, huge)), ["forward"])
+    assert report.spill_bytes > 1000
+    assert report.shared_bytes > aot.PARTS["sm_80"].shared_memory
+    assert len(report.problems()) == 2
+
+
+def test_what_does_not_compile_is_reported(ready_to_compile):
+    odd = Tile(48, 64, 4, 2)  # no power of two
+    (report,) = aot.compile_case(aot.Case("sm_80", SPEC, Tiles(odd, odd, odd)), ["forward"])
+    assert report.error
+    assert report.problems() == [report.error]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "flash_attend.kernels.aot", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+
+
+def test_json():
+    done = command("--json", "--arch", "sm_80", "--subset", "--only", "forward sm_80 bfloat16 d64", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    keys = "kernel arch config registers spill_bytes shared_bytes tensor_core_instructions triton problems"
+    assert list(row) == keys.split()
+    assert (row["kernel"], row["arch"], row["spill_bytes"], row["problems"]) == ("forward", "sm_80", 0, [])
+    assert row["tensor_core_instructions"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "no such kernel"], "nothing matches"),
+        (["--arch", "sm_75"], "invalid choice"),
+        (["--jobs", "0"], "at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

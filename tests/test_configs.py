@@ -1,0 +1,118 @@
+"""The table of tiles: there is a row for every call on every part, and every row is one that the kernels can take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_attend.kernels.configs import INTERPRETED, ROWS, VARIANTS, Tile, Tiles, override, row_of, select_tiles
+from flash_attend.kernels.key_schedule import BLOCKS_PER_STEP
+from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
+from flash_attend.target import DeviceTarget
+
+SPEC = AttentionSpec(
+    batch=1, heads=1, kv_heads=1, queries=8, keys=8, head_dim=64, value_dim=64, dtype=torch.float16, scale=0.1
+)
+KINDS = {
+    "half": dict(dtype=torch.float16),
+    "bfloat16": dict(dtype=torch.bfloat16),
+    "tf32": dict(dtype=torch.float32, precision="tf32"),
+    "tf32x3": dict(dtype=torch.float32, precision="tf32x3"),
+    "double": dict(dtype=torch.float64),
+}
+PARTS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0))
+SMALL = Tile(16, 16, 4, 1)
+
+
+def part(capability: tuple[int, int] | None, **more) -> DeviceTarget:
+    return DeviceTarget("cuda", "some GPU", capability, 99 * 1024, 100, "3.7.1", **more)
+
+
+def specs(kind: str) -> list[AttentionSpec]:
+    """A call of each head dimension with itself, with the smallest, and with the largest."""
+    pairs = {pair for dim in range(1, 257) for pair in ((dim, dim), (dim, 1), (1, dim), (dim, 256), (256, dim))}
+    return [replace(SPEC, head_dim=d, value_dim=dv, **KINDS[kind]) for d, dv in sorted(pairs)]
+
+
+@pytest.mark.parametrize("capability", PARTS, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_has_its_tiles_on_every_part(kind: str, capability: tuple[int, int]) -> None:
+    target = part(capability)
+    arch = target.arch if target.arch in ("sm_80", "sm_90") else "sm_80"  # whose tiles fit every other part
+    for spec in specs(kind):
+        row = (arch, *row_of(spec))
+        assert select_tiles(spec, target) is VARIANTS.get((*row, "none"), ROWS[row])
+        for mask in (MaskKind.KEY, MaskKind.DENSE):
+            of_mask = select_tiles(replace(spec, mask=mask), target)
+            assert of_mask is VARIANTS.get((*row, mask.name.lower()), ROWS[row])
+            dropping = select_tiles(replace(spec, mask=mask, dropout_p=0.1), target)
+            assert dropping is VARIANTS.get((*row, "dropout"), ROWS[row])
+
+
+def test_a_part_has_all_of_its_rows_and_no_other() -> None:
+    """A row that no call takes is a mistake in its key; a part that has rows of its own has them for every call."""
+    taken = {row_of(spec) for kind in KINDS for spec in specs(kind)}
+    assert {arch for arch, *_ in ROWS} == {"sm_80", "sm_90"}
+    for arch in ("sm_80", "sm_90"):
+        assert {(kind, width) for own, kind, width in ROWS if own == arch} == taken
+
+
+def test_a_variant_stands_beside_a_row_and_differs_from_it() -> None:
+    for (arch, kind, width, mode), tiles in VARIANTS.items():
+        assert mode in ("none", "key", "dense", "dropout")
+        assert tiles != ROWS[(arch, kind, width)]
+
+
+def test_a_wider_head_dimension_has_the_row_of_a_wider_width() -> None:
+    for kind in KINDS:
+        widths = [row_of(replace(SPEC, head_dim=d, value_dim=1, **KINDS[kind]))[1] for d in range(1, 257)]
+        assert widths == sorted(widths)
+        assert all(width >= d for d, width in enumerate(widths, 1))
+        assert widths == [row_of(replace(SPEC, head_dim=1, value_dim=d, **KINDS[kind]))[1] for d in range(1, 257)]
+
+
+def is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
+@pytest.mark.parametrize(
+    "row",
+    [*ROWS.items(), *VARIANTS.items(), (("interpreted",), INTERPRETED)],
+    ids=lambda row: "-".join(map(str, row[0])),
+)
+def test_a_row_is_one_that_the_kernels_can_take(row: tuple[object, Tiles]) -> None:
+    _, tiles = row
+    block_queries, block_keys = tiles.schedule_block
+    for tile in (tiles.forward, tiles.backward_kv, tiles.backward_q):
+        assert is_power_of_two(tile.block_m)
+        assert is_power_of_two(tile.block_n)
+        assert min(tile.block_m, tile.block_n) >= 16, "the smallest side of a tensor-core product, and of dropout's"
+        assert tile.num_warps in (4, 8)
+        assert tile.num_stages >= 1
+        assert block_queries % tile.block_m == 0
+        assert block_keys % tile.block_n == 0
+    assert block_keys % 32 == 0, "a word of a dense mask"
+    assert LARGEST_LENGTH + (BLOCKS_PER_STEP + 1) * max(block_queries, block_keys) < 2**31, "positions have 32 bits"
+
+
+def test_the_interpreter_has_tiles_of_its_own() -> None:
+    assert select_tiles(SPEC, part((9, 0), interpreted=True)) is INTERPRETED
+    assert select_tiles(SPEC, DeviceTarget("cpu", interpreted=True)) is INTERPRETED
+    shapes = {tile[:2] for tile in (INTERPRETED.forward, INTERPRETED.backward_kv, INTERPRETED.backward_q)}
+    assert len(shapes) == 3, "or a test cannot tell one kernel's tiles from another's"
+
+
+def test_override_holds_within_and_not_beyond() -> None:
+    one, two = Tiles(SMALL, SMALL, SMALL), Tiles(SMALL, SMALL, Tile(32, 16, 4, 1))
+    target = part((9, 0))
+    usual = select_tiles(SPEC, target)
+    with override(one):
+        assert select_tiles(SPEC, target) is one
+        assert select_tiles(SPEC, replace(target, interpreted=True)) is one
+        with pytest.raises(RuntimeError, match="inside"), override(two):
+            assert select_tiles(SPEC, target) is two
+            raise RuntimeError("inside")
+        assert select_tiles(SPEC, target) is one
+    assert select_tiles(SPEC, target) is usual

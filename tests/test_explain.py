@@ -1,0 +1,149 @@
+"""What a user is told: `explain`, and the one warning when a CUDA call falls back."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+import pytest
+import torch
+
+from flash_attend import BackendUnavailable, explain, flash_attention, functional
+from flash_attend.dispatch import BACKENDS, Plan
+from flash_attend.target import DeviceTarget
+from flash_attend.validation import VALIDATED, Validation
+
+H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=132, triton="3.7.1")
+T4 = DeviceTarget("cuda", "Tesla T4", (7, 5), shared_memory=65536, multiprocessors=40, triton="3.7.1")
+
+
+def _tensors(d: int = 8, dv: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(1, 2, 3, d), torch.randn(1, 2, 4, d), torch.randn(1, 2, 4, dv)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch):
+    """Makes every tensor look as if it were on the given device."""
+
+    def set_target(target: DeviceTarget) -> None:
+        monkeypatch.setattr(DeviceTarget, "of", staticmethod(lambda device: target))
+
+    return set_target
+
+
+def test_one_line_for_every_backend(on) -> None:
+    on(DeviceTarget("cpu", triton="3.7.1"))
+    assert str(explain(*_tensors())).splitlines() == [
+        "on cpu: math serves",
+        "  triton  no       cpu tensors; the kernels need a CUDA device",
+        "  math    yes      the einsum path serves every call",
+    ]
+
+
+def test_a_part_without_evidence(on) -> None:
+    on(H100)
+    found = explain(*_tensors())
+    if ("triton", "sm_90") in VALIDATED:
+        assert found.plan.backend == "triton"
+    else:
+        assert str(found).splitlines() == [
+            "on NVIDIA H100: math serves",
+            '  triton  by name  not validated on sm_90 yet; ask for it with backend="triton"',
+            "  math    yes      the einsum path serves every call",
+        ]
+    assert str(explain(*_tensors(), backend="triton")).startswith("on NVIDIA H100: triton serves\n")
+
+
+def test_a_part_with_evidence(on, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(H100)
+    row = Validation(
+        "NVIDIA H100", torch="2.13.0", triton="3.7.1", date="2026-01-31", commit="abc", results="results.json"
+    )
+    monkeypatch.setitem(VALIDATED, ("triton", "sm_90"), row)
+    assert str(explain(*_tensors())).splitlines()[:2] == [
+        "on NVIDIA H100: triton serves",
+        "  triton  yes      validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)",
+    ]
+
+
+def test_a_backend_by_name_that_cannot_serve_is_told_not_raised(on) -> None:
+    on(T4)
+    found = explain(*_tensors(), backend="triton")
+    assert found.plan is None
+    assert found.refusal == "triton cannot serve: compute capability 7.5 is below 8.0"
+    assert str(found).splitlines()[0] == "on Tesla T4: triton cannot serve: compute capability 7.5 is below 8.0"
+    with pytest.raises(BackendUnavailable, match=r"compute capability 7\.5 is below 8\.0"):
+        flash_attention(*_tensors(), backend="triton")
+
+
+def test_a_head_dim_beyond_the_kernels(on) -> None:
+    on(H100)
+    assert "d = 320 is beyond the kernels' 256" in str(explain(*_tensors(d=320)))
+    assert "dv = 257 is beyond the kernels' 256" in str(explain(*_tensors(dv=257)))
+
+
+def test_repr_is_what_print_shows() -> None:
+    found = explain(*_tensors())
+    assert repr(found) == str(found)
+    assert [verdict.backend for verdict in found.verdicts] == list(BACKENDS)
+
+
+def test_takes_the_arguments_of_flash_attention() -> None:
+    assert inspect.signature(explain).parameters == inspect.signature(flash_attention).parameters
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    options = dict(
+        mask=mask, causal=True, scale=0.5, dropout_p=0.1, return_lse=True, deterministic=True, backend="math"
+    )
+    assert explain(*_tensors(), **options).plan == Plan("math", "asked for by name")
+
+
+def test_draws_nothing_from_the_generator() -> None:
+    tensors = _tensors()
+    state = torch.get_rng_state()
+    explain(*tensors, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class LooksLikeCuda(torch.Tensor):
+    """A CPU tensor that says it is on a GPU: the condition of the warning, without one."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def fresh_warnings():
+    functional._warn_of_fallback.cache_clear()
+    yield
+    functional._warn_of_fallback.cache_clear()
+
+
+def _collect(calls: list[dict], d: int = 8) -> list[warnings.WarningMessage]:
+    tensors = [tensor.as_subclass(LooksLikeCuda) for tensor in _tensors(d=d)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for options in calls:
+            flash_attention(*tensors, **options)
+    return caught
+
+
+def test_a_cuda_fallback_warns_once_for_every_reason(on, fresh_warnings: None) -> None:
+    on(T4)
+    caught = _collect([{}, {}, {"causal": True}])
+    assert [str(warning.message) for warning in caught] == [
+        "flash_attend serves a CUDA call by its einsum path: "
+        "triton: compute capability 7.5 is below 8.0; the einsum path serves every call"
+    ]
+    assert caught[0].filename == __file__  # it points at the caller
+    assert len(_collect([{}, {}], d=300)) == 1  # another reason
+    assert not _collect([{}])
+
+
+def test_no_warning_where_the_einsum_path_was_asked_for(on, fresh_warnings: None) -> None:
+    on(T4)
+    assert not _collect([{"backend": "math"}])
+
+
+def test_no_warning_on_a_cpu(fresh_warnings: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flash_attention(*_tensors())

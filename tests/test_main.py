@@ -1,0 +1,154 @@
+"""`python -m flash_attend` says what a bug report needs, and nothing that is not so."""
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import flash_attend
+from flash_attend import __main__ as bug_report
+from flash_attend import target
+from flash_attend.validation import Validation
+
+H100_RUN = Validation(
+    gpu="NVIDIA H100 80GB HBM3",
+    torch="2.13.0",
+    triton="3.7.1",
+    date="2026-01-02",
+    commit="0123abc",
+    results="benchmarks/results/h100.txt",
+)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """A machine with an A100 and an H100, as far as torch tells."""
+    parts = [
+        SimpleNamespace(
+            name="NVIDIA A100-SXM4-80GB",
+            major=8,
+            minor=0,
+            total_memory=80 * 2**30,
+            multi_processor_count=108,
+            shared_memory_per_block_optin=166912,
+        ),
+        SimpleNamespace(
+            name="NVIDIA H100 80GB HBM3",
+            major=9,
+            minor=0,
+            total_memory=79 * 2**30,
+            multi_processor_count=132,
+            shared_memory_per_block_optin=232448,
+        ),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(parts))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: parts[device.index])
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(target, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(target, "interpreting", lambda: False)
+    target._describe.cache_clear()
+    yield
+    target._describe.cache_clear()
+
+
+def value_of(name: str, text: str) -> str:
+    return re.search(rf"^{re.escape(name)} +(.+)$", text, re.MULTILINE)[1]
+
+
+def section(title: str, text: str) -> str:
+    return re.search(rf"^{re.escape(title)}[^\n]*\n(.*?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_the_command_prints_the_report(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "flash_attend"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert run.stdout.rstrip("\n") == bug_report.report()
+    assert run.stderr == ""
+
+
+def test_versions():
+    text = bug_report.report()
+    assert value_of("flash_attend", text) == flash_attend.__version__
+    assert value_of("torch", text) == torch.__version__
+    assert value_of("einops", text) == importlib.metadata.version("einops")
+    assert value_of("Python", text) == platform.python_version()
+    assert value_of("platform", text) == platform.platform()
+    assert value_of("triton", text).split()[0] == (target.triton_version() or "not")
+
+
+def test_without_triton(monkeypatch):
+    monkeypatch.setattr(target, "triton_version", lambda: None)
+    target._describe.cache_clear()
+    try:
+        text = bug_report.report()
+    finally:
+        target._describe.cache_clear()
+    assert value_of("triton", text) == "not installed"
+    assert "Triton is not installed" in section("backends for", text)
+
+
+def test_without_a_gpu(no_gpu):
+    text = bug_report.report(validated={})
+    assert value_of("GPU", text) == "none"
+    backends = section("backends for", text)
+    assert "cpu: on cpu: math serves" in backends
+    assert "cuda" not in backends.replace("CUDA", "")
+    assert section("validated on a GPU", text) == "  nothing yet, on any part"
+
+
+def test_each_gpu_is_described_and_judged(fake_gpus):
+    text = bug_report.report(validated={})
+    assert value_of("GPU 0", text) == (
+        "NVIDIA A100-SXM4-80GB, sm_80, 80.0 GiB, 108 SMs, 166912 bytes of shared memory a block"
+    )
+    assert value_of("GPU 1", text).startswith("NVIDIA H100 80GB HBM3, sm_90, 79.0 GiB, 132 SMs, 232448 bytes")
+    backends = section("backends for", text)
+    assert "cuda:0: on NVIDIA A100-SXM4-80GB: math serves" in backends
+    assert "cuda:1: on NVIDIA H100 80GB HBM3: math serves" in backends
+    assert "not validated on sm_80 yet" in backends
+    validation = section("validated on a GPU", text)
+    assert "nothing yet, on any part" in validation
+    assert "nothing on sm_80, which is here" in validation
+    assert "nothing on sm_90, which is here" in validation
+
+
+def test_validation_is_told_with_its_evidence(fake_gpus):
+    text = bug_report.report(validated={("triton", "sm_90"): H100_RUN})
+    validation = section("validated on a GPU", text)
+    assert "triton on sm_90: NVIDIA H100 80GB HBM3, torch 2.13.0, Triton 3.7.1" in validation
+    assert H100_RUN.results in validation
+    assert "nothing on sm_80, which is here" in validation
+    assert "nothing on sm_90" not in validation
+    backends = section("backends for", text)
+    assert "cuda:0: on NVIDIA A100-SXM4-80GB: math serves" in backends
+    assert "cuda:1: on NVIDIA H100 80GB HBM3: triton serves" in backends
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 580.159.03; echo 580.159.03", "580.159.03"),
+        ("exit 9", "unknown (CalledProcessError from nvidia-smi)"),
+        ("true", "unknown (nvidia-smi names none)"),
+        (None, "unknown (no nvidia-smi)"),
+    ],
+)
+def test_driver(script, expected, tmp_path, monkeypatch):
+    if script is not None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert value_of("driver", bug_report.report()) == expected
