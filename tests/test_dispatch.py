@@ -37,6 +37,18 @@ REFUSALS = {
     "cpu": (SPEC, CPU, "cpu tensors; the kernels need a CUDA device"),
     "mps": (SPEC, DeviceTarget("mps", triton="3.7.1"), "mps tensors; the kernels need a CUDA device"),
     "rocm": (SPEC, replace(H100, capability=None), "the device has no CUDA compute capability (ROCm is not supported)"),
+    "accurate_d": (
+        replace(SPEC, dtype=torch.float32, precision="tf32x3", head_dim=200),
+        H100,
+        "d = 200 is beyond the 128 of the kernels' float32-accurate mode; "
+        'torch.set_float32_matmul_precision("high") allows TF32, up to 256',
+    ),
+    "accurate_dv": (
+        replace(SPEC, dtype=torch.float32, precision="tf32x3", value_dim=129),
+        H100,
+        "dv = 129 is beyond the 128 of the kernels' float32-accurate mode; "
+        'torch.set_float32_matmul_precision("high") allows TF32, up to 256',
+    ),
     "mps_interpreted": (
         SPEC,
         DeviceTarget("mps", triton="3.7.1", interpreted=True),
@@ -79,6 +91,16 @@ def test_a_part_is_a_default_only_where_it_was_validated(capability: tuple[int, 
     assert (triton.serves, triton.by_default, triton.reason) == (True, True, reason)
     assert choose(SPEC, target, validated=PROVEN) == Plan("triton", reason)
     assert choose(SPEC, target, "math", PROVEN) == Plan("math", "asked for by name")
+
+
+def test_wide_heads_are_served_in_every_other_mode() -> None:
+    for spec in (
+        replace(SPEC, head_dim=256, value_dim=256, dtype=torch.bfloat16, precision="ieee"),
+        replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float32, precision="tf32"),
+        replace(SPEC, head_dim=128, value_dim=128, dtype=torch.float32, precision="tf32x3"),
+        replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float64, precision="ieee"),
+    ):
+        assert choose(spec, H100, validated=PROVEN).backend == "triton"
 
 
 def test_evidence_counts_for_its_own_part_and_backend_only() -> None:
