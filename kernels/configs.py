@@ -55,13 +55,13 @@ def kind_of(spec: AttentionSpec) -> str:
 def head_parts(dim: int, kind: str) -> tuple[int, int]:
     """A head dimension as one power of two, or as two where that serves better: 64 -> (64, 0), 80 -> (64, 16).
 
-    TF32 keeps to one: in two parts no tile of its backward stays in registers, and spilling costs more than padding. A
-    float32-accurate product holds each operand twice, so there every dimension above 64 is in two parts, even 128.
+    TF32 and float64 keep to one: in two parts no tile of their backward stays in registers, and spilling costs more than
+    padding. A float32-accurate product holds each operand twice: there every dimension above 64 is in two, even 128.
     """
     power = max(SMALLEST_PART, 1 << (dim - 1).bit_length())
     first = power // 2
     second = max(SMALLEST_PART, 1 << max(dim - first - 1, 0).bit_length())
-    narrower = kind in ("half", "double") and first >= SMALLEST_PART and first + second < power
+    narrower = kind == "half" and first >= SMALLEST_PART and first + second < power
     splits = narrower or (kind == "tf32x3" and first >= 64)
     return (first, second) if splits else (power, 0)
 
@@ -71,7 +71,7 @@ def head_parts(dim: int, kind: str) -> tuple[int, int]:
 ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_80", "half", 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_80", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
     ("sm_80", "half", 192): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_80", "half", 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
     ("sm_90", "half", 64): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -79,16 +79,12 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_90", "half", 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 192): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
     ("sm_90", "half", 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
-    **{
-        (arch, "double", width): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-        for arch in ("sm_80", "sm_90")
-        for width in (64, 96)
-    },
-    **{
-        (arch, "double", width): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))
-        for arch in ("sm_80", "sm_90")
-        for width in (128, 192, 256)
-    },
+    ("sm_80", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    ("sm_80", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    ("sm_80", "double", 256): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ("sm_90", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    ("sm_90", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    ("sm_90", "double", 256): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_80", "tf32", 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
     ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("sm_80", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
@@ -96,15 +92,14 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_90", "tf32", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("sm_90", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     ("sm_80", "tf32x3", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("sm_80", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ("sm_80", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("sm_90", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    ("sm_90", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(64, 16, 8, 1)),
 }
 # Instead of its row, where that would spill in one of these modes.
 VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_80", "half", 64, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", "half", 96, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", "half", 128, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
     ("sm_90", "half", 64, "dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_90", "half", 128, "dropout"): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2)),
@@ -115,6 +110,9 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_90", "half", 256, "dense+dropout"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
     ("sm_90", "tf32", 128, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
     ("sm_90", "tf32", 128, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
+    ("sm_90", "tf32x3", 128, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
 
