@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.validation import VALIDATED, Validation
@@ -12,7 +14,7 @@ from flash_attend.validation import VALIDATED, Validation
 __all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "choose", "judge"]
 
 LARGEST_HEAD_DIM = 256
-LARGEST_ACCURATE_HEAD_DIM = 128  # float32-accurate products hold each operand twice, and beyond this spill registers
+LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
 OLDEST_CAPABILITY = (8, 0)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
 
@@ -64,14 +66,12 @@ def _judge_triton(
     if target.capability < OLDEST_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
         return False, False, f"compute capability {have} is below {need}"
-    if spec.precision == "tf32x3" and max(spec.head_dim, spec.value_dim) > LARGEST_ACCURATE_HEAD_DIM:
-        letter, size = ("d", spec.head_dim) if spec.head_dim >= spec.value_dim else ("dv", spec.value_dim)
-        limit = f"{letter} = {size} is beyond the {LARGEST_ACCURATE_HEAD_DIM} of the kernels' float32-accurate mode"
-        return (
-            False,
-            False,
-            f'{limit}; torch.set_float32_matmul_precision("high") allows TF32, up to {LARGEST_HEAD_DIM}',
-        )
+    accurate = {torch.float64: "float64", torch.float32: "float32-accurate"}.get(spec.dtype)
+    if accurate and spec.precision != "tf32":
+        for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
+            if size > LARGEST_ACCURATE_HEAD_DIM:
+                limit = f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
+                return False, False, limit
     evidence = validated.get(("triton", target.arch))
     if evidence is None:
         return True, False, f'not validated on {target.arch} yet; ask for it with backend="triton"'

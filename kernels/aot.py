@@ -229,7 +229,7 @@ KINDS = {
     "half": (dict(dtype=torch.bfloat16), 5),
     "tf32": (dict(dtype=torch.float32, precision="tf32"), 3),
     "tf32x3": (dict(dtype=torch.float32, precision="tf32x3"), 3),
-    "double": (dict(dtype=torch.float64), 2),
+    "double": (dict(dtype=torch.float64), 3),
 }
 # Head dims in other parts, and dv != d, that share a row of the kind "half" with those as wide as the row.
 OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}

@@ -38,10 +38,10 @@ BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
 class Schedule(NamedTuple):
     """What the kernels read of a mask, by `rows` of it: one for each batch entry and head that differ.
 
-    All None without a mask.
+    All None without a mask; int32, but for `visible` next to float64, which is int64.
     """
 
-    visible: Tensor | None  # KEY: (rows, key_blocks * block) int32; DENSE: (rows, query_blocks * block, words) int32
+    visible: Tensor | None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
     lists: Tensor | None  # KEY: (rows, length) int32; DENSE: (rows, query_blocks, length)
     states: Tensor | None  # DENSE: (rows, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
 
@@ -376,8 +376,10 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     block_queries, block_keys = tiles.schedule_block
     n_key_blocks = triton.cdiv(keys, block_keys)
     bytes_of_mask = mask.view(torch.uint8)
+    # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
+    word = torch.int64 if spec.dtype == torch.float64 else torch.int32
     if spec.mask == MaskKind.KEY:
-        visible = torch.empty((rows, n_key_blocks * block_keys), dtype=torch.int32, device=mask.device)
+        visible = torch.empty((rows, n_key_blocks * block_keys), dtype=word, device=mask.device)
         lists = _empty_lists(mask, rows, n_blocks=n_key_blocks)
         strides = (mask.stride(0), mask.stride(1), mask.stride(3))
         arguments = (bytes_of_mask, visible, lists, keys, n_key_blocks, heads, *strides)
@@ -385,7 +387,7 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
         return Schedule(visible, lists, None)
     n_query_blocks = triton.cdiv(spec.queries, block_queries)
     words = n_key_blocks * (block_keys // BITS_PER_WORD.value)
-    visible = torch.empty((rows, n_query_blocks * block_queries, words), dtype=torch.int32, device=mask.device)
+    visible = torch.empty((rows, n_query_blocks * block_queries, words), dtype=word, device=mask.device)
     states = torch.empty((rows, n_query_blocks, n_key_blocks), dtype=torch.int32, device=mask.device)
     arguments = (
         bytes_of_mask,

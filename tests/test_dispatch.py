@@ -40,14 +40,17 @@ REFUSALS = {
     "accurate_d": (
         replace(SPEC, dtype=torch.float32, precision="tf32x3", head_dim=200),
         H100,
-        "d = 200 is beyond the 128 of the kernels' float32-accurate mode; "
-        'torch.set_float32_matmul_precision("high") allows TF32, up to 256',
+        "d = 200 is beyond the kernels' 128 in float32-accurate mode",
     ),
     "accurate_dv": (
         replace(SPEC, dtype=torch.float32, precision="tf32x3", value_dim=129),
         H100,
-        "dv = 129 is beyond the 128 of the kernels' float32-accurate mode; "
-        'torch.set_float32_matmul_precision("high") allows TF32, up to 256',
+        "dv = 129 is beyond the kernels' 128 in float32-accurate mode",
+    ),
+    "double_d": (
+        replace(SPEC, dtype=torch.float64, precision="ieee", head_dim=129),
+        H100,
+        "d = 129 is beyond the kernels' 128 in float64 mode",
     ),
     "mps_interpreted": (
         SPEC,
@@ -98,7 +101,7 @@ def test_wide_heads_are_served_in_every_other_mode() -> None:
         replace(SPEC, head_dim=256, value_dim=256, dtype=torch.bfloat16, precision="ieee"),
         replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float32, precision="tf32"),
         replace(SPEC, head_dim=128, value_dim=128, dtype=torch.float32, precision="tf32x3"),
-        replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float64, precision="ieee"),
+        replace(SPEC, head_dim=128, value_dim=128, dtype=torch.float64, precision="ieee"),
     ):
         assert choose(spec, H100, validated=PROVEN).backend == "triton"
 
