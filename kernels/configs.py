@@ -55,8 +55,9 @@ def kind_of(spec: AttentionSpec) -> str:
 def head_parts(dim: int, kind: str) -> tuple[int, int]:
     """A head dimension as one power of two, or as two where that serves better: 64 -> (64, 0), 80 -> (64, 16).
 
-    TF32 and float64 keep to one: in two parts no tile of their backward stays in registers, and spilling costs more than
-    padding. A float32-accurate product holds each operand twice: there every dimension above 64 is in two, even 128.
+    TF32 and float64 keep to one: in two parts no tile of their backward stays in registers, and spilling costs more
+    than padding. A float32-accurate product holds each operand twice: there every dimension above 64 is in two, even
+    128.
     """
     power = max(SMALLEST_PART, 1 << (dim - 1).bit_length())
     first = power // 2
