@@ -7,7 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_attend.kernels.configs import INTERPRETED, ROWS, VARIANTS, Tile, Tiles, override, row_of, select_tiles
+from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
+from flash_attend.kernels.configs import (
+    INTERPRETED,
+    ROWS,
+    VARIANTS,
+    Tile,
+    Tiles,
+    mode_of,
+    override,
+    row_of,
+    select_tiles,
+)
 from flash_attend.kernels.key_schedule import BLOCKS_PER_STEP
 from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
@@ -22,6 +33,8 @@ KINDS = {
     "tf32x3": dict(dtype=torch.float32, precision="tf32x3"),
     "double": dict(dtype=torch.float64),
 }
+# As far as the dispatcher lets a call come, by kind.
+LARGEST = {"tf32x3": LARGEST_ACCURATE_HEAD_DIM, "double": LARGEST_ACCURATE_HEAD_DIM}
 PARTS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0))
 SMALL = Tile(16, 16, 4, 1)
 
@@ -30,9 +43,14 @@ def part(capability: tuple[int, int] | None, **more) -> DeviceTarget:
     return DeviceTarget("cuda", "some GPU", capability, 99 * 1024, 100, "3.7.1", **more)
 
 
+def dims(kind: str) -> range:
+    return range(1, LARGEST.get(kind, LARGEST_HEAD_DIM) + 1)
+
+
 def specs(kind: str) -> list[AttentionSpec]:
     """A call of each head dimension with itself, with the smallest, and with the largest."""
-    pairs = {pair for dim in range(1, 257) for pair in ((dim, dim), (dim, 1), (1, dim), (dim, 256), (256, dim))}
+    most = dims(kind)[-1]
+    pairs = {pair for dim in dims(kind) for pair in ((dim, dim), (dim, 1), (1, dim), (dim, most), (most, dim))}
     return [replace(SPEC, head_dim=d, value_dim=dv, **KINDS[kind]) for d, dv in sorted(pairs)]
 
 
@@ -43,12 +61,17 @@ def test_every_call_has_its_tiles_on_every_part(kind: str, capability: tuple[int
     arch = target.arch if target.arch in ("sm_80", "sm_90") else "sm_80"  # whose tiles fit every other part
     for spec in specs(kind):
         row = (arch, *row_of(spec))
-        assert select_tiles(spec, target) is VARIANTS.get((*row, "none"), ROWS[row])
-        for mask in (MaskKind.KEY, MaskKind.DENSE):
-            of_mask = select_tiles(replace(spec, mask=mask), target)
-            assert of_mask is VARIANTS.get((*row, mask.name.lower()), ROWS[row])
-            dropping = select_tiles(replace(spec, mask=mask, dropout_p=0.1), target)
-            assert dropping is VARIANTS.get((*row, "dropout"), ROWS[row])
+        assert select_tiles(spec, target) is ROWS[row]
+        assert select_tiles(replace(spec, mask=MaskKind.KEY), target) is ROWS[row]
+        dense = replace(spec, mask=MaskKind.DENSE)
+        for special in (dense, replace(spec, dropout_p=0.1), replace(dense, dropout_p=0.1)):
+            assert select_tiles(special, target) is VARIANTS.get((*row, mode_of(special)), ROWS[row])
+
+
+def test_modes() -> None:
+    dense = replace(SPEC, mask=MaskKind.DENSE)
+    calls = (SPEC, replace(SPEC, mask=MaskKind.KEY), dense, replace(SPEC, dropout_p=0.1), replace(dense, dropout_p=0.1))
+    assert [mode_of(spec) for spec in calls] == ["", "", "dense", "dropout", "dense+dropout"]
 
 
 def test_a_part_has_all_of_its_rows_and_no_other() -> None:
@@ -61,16 +84,16 @@ def test_a_part_has_all_of_its_rows_and_no_other() -> None:
 
 def test_a_variant_stands_beside_a_row_and_differs_from_it() -> None:
     for (arch, kind, width, mode), tiles in VARIANTS.items():
-        assert mode in ("none", "key", "dense", "dropout")
+        assert mode in ("dense", "dropout", "dense+dropout")
         assert tiles != ROWS[(arch, kind, width)]
 
 
 def test_a_wider_head_dimension_has_the_row_of_a_wider_width() -> None:
     for kind in KINDS:
-        widths = [row_of(replace(SPEC, head_dim=d, value_dim=1, **KINDS[kind]))[1] for d in range(1, 257)]
+        widths = [row_of(replace(SPEC, head_dim=d, value_dim=1, **KINDS[kind]))[1] for d in dims(kind)]
         assert widths == sorted(widths)
         assert all(width >= d for d, width in enumerate(widths, 1))
-        assert widths == [row_of(replace(SPEC, head_dim=1, value_dim=d, **KINDS[kind]))[1] for d in range(1, 257)]
+        assert widths == [row_of(replace(SPEC, head_dim=1, value_dim=d, **KINDS[kind]))[1] for d in dims(kind)]
 
 
 def is_power_of_two(number: int) -> bool:

@@ -58,11 +58,10 @@ def test_no_tiling_changes_a_result(device: str, case: Case, tiling: str) -> Non
 # ----------------------------------------------------------------------------------------------------- head dimensions
 
 
-@pytest.mark.parametrize("kind", ("half", "double"))
-def test_parts_cover_a_head_dimension_with_as_little_as_two_powers_can(kind: str) -> None:
+def test_parts_cover_a_head_dimension_with_as_little_as_two_powers_can() -> None:
     powers = [2**n for n in range(4, 9)]
     for dim in range(1, 257):
-        first, second = head_parts(dim, kind)
+        first, second = head_parts(dim, "half")
         assert first in powers, dim
         assert second in (0, *powers), dim
         least = min(a + b for a in powers for b in (0, *powers) if a + b >= dim)
@@ -71,10 +70,18 @@ def test_parts_cover_a_head_dimension_with_as_little_as_two_powers_can(kind: str
         assert second == 0 or (second < first and least < whole), f"{dim}: two parts where one does as well"
 
 
-@pytest.mark.parametrize("kind", ("tf32", "tf32x3"))
-def test_float32_keeps_to_one_part(kind: str) -> None:
+@pytest.mark.parametrize("kind", ("tf32", "double"))
+def test_other_kinds_keep_to_one_part(kind: str) -> None:
     for dim in range(1, 257):
         assert head_parts(dim, kind) == (min(2**n for n in range(4, 9) if 2**n >= dim), 0)
+
+
+def test_accurate_products_are_in_parts_of_at_most_64() -> None:
+    for dim in range(1, 129):
+        first, second = head_parts(dim, "tf32x3")
+        assert max(first, second) <= 64
+        assert (second > 0) == (dim > 64)
+        assert dim <= first + second <= max(16, 1 << (dim - 1).bit_length())
 
 
 def test_parts_of_the_common_head_dimensions() -> None:
@@ -118,7 +125,7 @@ def test_rows_of_every_head_dimension(device: str, masked: bool) -> None:
         x = x.to(device)
         out = torch.full((size, dim + 3), torch.nan, dtype=torch.float64, device=device)
         squares = torch.empty(size, dtype=torch.float64, device=device)
-        parts = head_parts(dim, "double")
+        parts = head_parts(dim, "half")
         copy_kernel[(1,)](
             out[:, 1:], squares, x[:, 2:], x.stride(0), out.stride(0), first, rows, size, dim, *parts, MASKED=masked
         )
@@ -166,7 +173,7 @@ def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
     kept[5] = False
     out = torch.empty(m, dim, dtype=torch.float64, device=device)
     product_kernel[(1,)](
-        out, a.to(device), b.to(device), kept.int().to(device), factor.to(device), m, n, dim, *head_parts(dim, "double")
+        out, a.to(device), b.to(device), kept.int().to(device), factor.to(device), m, n, dim, *head_parts(dim, "half")
     )
     expected = torch.where(kept[:, None], -(a @ b.T) @ b * factor[:, None], 0.0)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-13 * dim * n)
