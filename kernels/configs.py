@@ -1,4 +1,4 @@
-"""Tile choices as data. Every row compiles without spills for its part, in every mode (see aot.py); none is measured
+"""Tile choices as data. Every row compiles without spills for its part in the modes of aot.py; none is measured yet.
 yet.
 
 A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages)`: queries and keys of a tile, warps, and buffers of the main loop.
@@ -68,7 +68,7 @@ def head_parts(dim: int, kind: str) -> tuple[int, int]:
 
 
 # (arch, kind, width) -> forward, backward_kv, backward_q. The kind is that of the products, the width that of the wider
-# head dimension with its parts added up. Each tile is the largest of those tried that keeps everything in registers.
+# head dimension with its parts added up. Each tile keeps everything in registers; larger ones that do may exist.
 ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_80", "half", 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
