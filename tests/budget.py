@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from oracle import Answer, visible_pairs
 
-__all__ = ["assert_within_budget", "eager_answer"]
+__all__ = ["Budget", "assert_within_budget", "eager_answer"]
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -139,6 +139,9 @@ def _rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item() if x.numel() else 0.0
 
 
+NORMS = (_largest, _rms)
+
+
 def _zero_by_contract(name: str, pairs: Tensor, gradient: Tensor) -> Tensor:
     """Where a gradient is 0 by contract: rows that see nobody, keys that nobody sees. Bool, no last dimension."""
     if name == "dq":
@@ -150,66 +153,91 @@ def _zero_by_contract(name: str, pairs: Tensor, gradient: Tensor) -> Tensor:
     return hidden.view(hidden.shape[0], kv_heads, hidden.shape[1] // max(kv_heads, 1), hidden.shape[2]).all(dim=2)
 
 
+class Budget:
+    """How far from `truth` every result of one call may be: computed once, for any number of answers."""
+
+    def __init__(
+        self,
+        truth: Answer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        keep: Tensor | None = None,
+        grad_out: Tensor | None = None,
+        grad_lse: Tensor | None = None,
+    ) -> None:
+        batch, heads, queries, _ = q.shape
+        keys = k.shape[-2]
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        self.truth, self.dtype = truth, q.dtype
+        self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
+        self.alive = self.pairs.any(dim=3)
+        common = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
+        eager = eager_answer(q, k, v, self.pairs, **common)
+        magnitudes, largest_score = _magnitudes(q, k, v, self.pairs, truth, **common)
+
+        row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
+        terms = {"out": row_terms, "lse": row_terms, "dq": row_terms, "dk": column_terms, "dv": column_terms}
+        self.eager_errors: dict[str, tuple[float, float]] = {}  # of the eager path, in the two norms
+        self.floors: dict[str, tuple[float, float]] = {}
+        for name in NAMES:
+            want = getattr(truth, name)
+            if want is None:
+                continue
+            reference, magnitude = getattr(eager, name).double(), magnitudes[name]
+            if name in ("out", "lse"):
+                want, reference, magnitude = (x[self.alive] for x in (want, reference, magnitude))
+            eps = torch.finfo(self.accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
+            if name != "lse":
+                eps += torch.finfo(q.dtype).eps / 2
+            eps *= 8 if self.accumulator == torch.float64 else 1
+            self.eager_errors[name] = tuple(norm(reference - want) for norm in NORMS)
+            self.floors[name] = tuple(eps * norm(magnitude) for norm in NORMS)
+
+    def check(self, answer: Answer, *, strict: bool = False) -> dict[str, float]:
+        """Fails unless every result that `answer` holds is within the budget.
+
+        Exact where the contract is exact: dead rows are 0 and -inf, their dq is 0, and unseen keys have dk and dv of 0.
+        Returns how much of its budget each result used, the worse of the two norms.
+        """
+        exact_dtypes = {name: self.accumulator if name == "lse" else self.dtype for name in NAMES}
+        used = {}
+        for name in NAMES:
+            got, want = getattr(answer, name), getattr(self.truth, name)
+            if got is None:
+                continue
+            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            assert got.dtype == exact_dtypes[name], f"{name}: {got.dtype}, expected {exact_dtypes[name]}"
+            got = got.double()
+            if name in ("out", "lse"):
+                dead_value = 0.0 if name == "out" else -torch.inf
+                assert (got[~self.alive] == dead_value).all(), f"{name} of a dead row is not {dead_value}"
+                got, want = got[self.alive], want[self.alive]
+            else:
+                silent = _zero_by_contract(name, self.pairs, got)
+                assert (got[silent] == 0).all(), f"{name} leaks into a dead row or a hidden key"
+            assert not got.isnan().any(), f"{name} has NaN"
+
+            shares = (1.0, 0.0 if strict else 0.5)  # of the floor, for the two norms
+            rules = zip(NORMS, shares, self.eager_errors[name], self.floors[name], strict=True)
+            for norm, share, eager_error, floor in rules:
+                error, limit = norm(got - want), 2 * eager_error + share * floor
+                assert error <= limit, (
+                    f"{name}: {norm.__name__[1:]} error {error:.3e} against float64, allowed {limit:.3e} "
+                    f"(eager makes {eager_error:.3e}; {error / limit:.2f} of the budget)"
+                )
+                used[name] = max(used.get(name, 0.0), error / limit if limit else 0.0)
+        return used
+
+
 def assert_within_budget(
-    answer: Answer,
-    truth: Answer,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    keep: Tensor | None = None,
-    grad_out: Tensor | None = None,
-    grad_lse: Tensor | None = None,
-    strict: bool = False,
+    answer: Answer, truth: Answer, q: Tensor, k: Tensor, v: Tensor, *, strict: bool = False, **call
 ) -> dict[str, float]:
-    """Fails unless every result that `answer` holds is within the error budget around `truth`.
-
-    Exact where the contract is exact: dead rows are 0 and -inf, their dq is 0, and unseen keys have dk and dv of 0.
-    Returns how much of its budget each result used, the worse of the two norms.
-    """
-    batch, heads, queries, _ = q.shape
-    keys = k.shape[-2]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
-    alive = pairs.any(dim=3)
-    common = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
-    eager = eager_answer(q, k, v, pairs, **common)
-    magnitudes, largest_score = _magnitudes(q, k, v, pairs, truth, **common)
-
-    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
-    terms = {"out": row_terms, "lse": row_terms, "dq": row_terms, "dk": column_terms, "dv": column_terms}
-    exact_dtypes = {"out": q.dtype, "lse": accumulator, "dq": q.dtype, "dk": q.dtype, "dv": q.dtype}
-    used = {}
-    for name in NAMES:
-        got, want = getattr(answer, name), getattr(truth, name)
-        if got is None:
-            continue
-        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        assert got.dtype == exact_dtypes[name], f"{name}: {got.dtype}, expected {exact_dtypes[name]}"
-        got, reference, magnitude = got.double(), getattr(eager, name).double(), magnitudes[name]
-        if name in ("out", "lse"):
-            dead_value = 0.0 if name == "out" else -torch.inf
-            assert (got[~alive] == dead_value).all(), f"{name} of a dead row is not {dead_value}"
-            got, want, reference, magnitude = (x[alive] for x in (got, want, reference, magnitude))
-        else:
-            silent = _zero_by_contract(name, pairs, got)
-            assert (got[silent] == 0).all(), f"{name} leaks into a dead row or a hidden key"
-        assert not got.isnan().any(), f"{name} has NaN"
-
-        eps = torch.finfo(accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
-        if name != "lse":
-            eps += torch.finfo(q.dtype).eps / 2
-        eps *= 8 if accumulator == torch.float64 else 1
-        for norm, share in ((_largest, 1.0), (_rms, 0.0 if strict else 0.5)):
-            error, limit = norm(got - want), 2 * norm(reference - want) + share * eps * norm(magnitude)
-            assert error <= limit, (
-                f"{name}: {norm.__name__[1:]} error {error:.3e} against float64, allowed {limit:.3e} "
-                f"(eager makes {norm(reference - want):.3e}; {error / limit:.2f} of the budget)"
-            )
-            used[name] = max(used.get(name, 0.0), error / limit if limit else 0.0)
-    return used
+    """`Budget(truth, q, k, v, **call).check(answer, strict=strict)`, for a single answer."""
+    return Budget(truth, q, k, v, **call).check(answer, strict=strict)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import (
+from calls import (
     BACKENDS,
     Backend,
     Call,

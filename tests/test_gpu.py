@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Call, Case, assert_same_bits, check, make_call, run
+from calls import Call, Case, assert_same_bits, check, make_call, run
 from flash_attend import flash_attention
 
 pytestmark = pytest.mark.gpu

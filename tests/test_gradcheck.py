@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import BACKENDS, Backend, Case, make_call
+from calls import BACKENDS, Backend, Case, make_call
 from flash_attend import flash_attention
 from oracle import visible_pairs
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cases import Case, check, make_call, run, truth_of
+from calls import Case, check, make_call, run, truth_of
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
 from flash_attend.kernels.operands import aligned_strides, empty_like_heads, readable
 from flash_attend.kernels.tiles import (

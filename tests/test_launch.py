@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from cases import Case, check, make_call, run
+from calls import Case, check, make_call, run
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward

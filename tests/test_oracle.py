@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from budget import assert_within_budget, eager_answer
-from cases import MASKS, Case, bits_equal, make_call
+from calls import MASKS, Case, bits_equal, make_call
 from oracle import attention_oracle, visible_pairs
 
 # Masks under which every query sees a key, which is where PyTorch's answer is defined.

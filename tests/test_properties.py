@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from cases import BACKENDS, LAYOUTS, MASKS, Backend, Call, Case, assert_same_bits, check, make_call, run
+from calls import BACKENDS, LAYOUTS, MASKS, Backend, Call, Case, assert_same_bits, check, make_call, run
 
 EXAMPLES = {False: 150, True: 30}  # by whether the backend is interpreted
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import (
+from calls import (
     BACKENDS,
     TRITON_CUDA,
     Backend,
