@@ -1,0 +1,286 @@
+"""The grid as data: which attention calls are measured, in which passes, and how their inputs are made.
+
+Lengths are powers of two from 512 to 16k at 16k tokens a batch with `h * d = 2048`, the field's usual grid, and around
+it what that grid leaves out: odd lengths, grouped heads, head dims that are no power of two, `dv` other than `d`, key
+padding on either side and in holes, dense masks, dropout, cross-attention, decoding, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+__all__ = ["DTYPES", "PASSES", "PRESETS", "Case", "Inputs", "make_inputs", "make_mask", "select_cases"]
+
+# How a case names its dtype -> the tensors' dtype, and `torch.set_float32_matmul_precision` while it runs.
+DTYPES = {
+    "bfloat16": (torch.bfloat16, "highest"),
+    "float16": (torch.float16, "highest"),
+    "float32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+    "float64": (torch.float64, "highest"),
+}
+
+FORWARD, BACKWARD, BOTH, DETERMINISTIC = PASSES = (
+    "forward",
+    "backward",
+    "forward+backward",
+    "deterministic backward",
+)
+
+MASKS = ("none", "right", "left", "holes", "documents")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call, up to the values of its tensors."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    kv_heads: int
+    dtype: str = "bfloat16"
+    causal: bool = False
+    mask: str = "none"  # key padding on the "right" or "left" or in "holes" (b, j); "documents" (b, 1, i, j)
+    valid: float = 1.0  # of the keys, on average over the batch; of "documents": one over how many a sequence holds
+    dropout_p: float = 0.0
+    passes: tuple[str, ...] = PASSES
+    group: str = ""  # the section of the report
+    preset: str = "standard"  # the smallest preset that holds it
+    overhead: bool = False  # also measure what a call costs on the host, and the first one
+
+    @property
+    def name(self) -> str:
+        """Says all that decides the work, and is unique in the grid: results are filed and picked by it."""
+        length = f"s{self.queries}" if self.queries == self.keys else f"i{self.queries} j{self.keys}"
+        heads = f"h{self.heads}" if self.heads == self.kv_heads else f"h{self.heads}/{self.kv_heads}"
+        dim = f"d{self.head_dim}" if self.head_dim == self.value_dim else f"d{self.head_dim}/{self.value_dim}"
+        words = [self.dtype, f"b{self.batch}", heads, length, dim]
+        words += [] if self.mask_words == "none" else [self.mask_words]
+        words += [f"dropout{self.dropout_p:g}"] if self.dropout_p else []
+        return " ".join(words)
+
+    @property
+    def mask_words(self) -> str:
+        """ "none", or who may attend: "causal", "right50", "causal right50"."""
+        words = ["causal"] * self.causal
+        words += [] if self.mask == "none" else [f"{self.mask}{self.valid * 100:.0f}"]
+        return " ".join(words) or "none"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(b, h, hk, i, j, d, dv)`."""
+        return self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of a case. `q`, `k`, `v` are leaves, views `(b, h, n, d)` of storage `(b, n, h, d)` as models make
+    them."""
+
+    case: Case
+    q: Tensor  # (b, h, i, d)
+    k: Tensor  # (b, hk, j, d)
+    v: Tensor  # (b, hk, j, dv)
+    mask: Tensor | None  # bool (b, j) or (b, 1, i, j)
+    grad_out: Tensor  # (b, h, i, dv), 0 where a query sees no key or is padding itself: no loss reads those rows
+    rows: Tensor  # bool (b, i): the queries that count, which see a key and are not padding
+
+
+def make_mask(case: Case, device: torch.device, generator: torch.Generator) -> Tensor | None:
+    """The mask of a case, True = may attend: `(b, j)`, `(b, 1, i, j)` for "documents", or None."""
+    if case.mask == "none":
+        return None
+    batch, queries, keys = case.batch, case.queries, case.keys
+    position = torch.arange(keys, device=device)
+    if case.mask == "holes":  # every block has some: nothing can be skipped, and nothing goes unmasked
+        return torch.rand(batch, keys, device=device, generator=generator) < case.valid
+    if case.mask == "documents":  # sequences packed from documents of random lengths, none of which sees another
+        if queries != keys:
+            raise ValueError(f"documents attend to themselves, got i = {queries} and j = {keys}")
+        cuts = torch.rand(batch, round(1 / case.valid) - 1, device=device, generator=generator) * keys
+        document = torch.searchsorted(cuts.sort(dim=1).values, position.float().repeat(batch, 1))
+        return rearrange(document, "b i -> b 1 i 1") == rearrange(document, "b j -> b 1 1 j")
+    # Lengths spread evenly around the mean, as far as half the way to empty or full.
+    spread = min(case.valid, 1 - case.valid) / 2
+    shares = torch.linspace(case.valid - spread, case.valid + spread, batch + 2, device=device)[1:-1]
+    lengths = (shares * keys).round().long().clamp(min=1)[:, None]
+    return position < lengths if case.mask == "right" else position >= keys - lengths
+
+
+def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """Normal random tensors (zeros would let a GPU clock higher than real data does), the same for every peer."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype, _ = DTYPES[case.dtype]
+
+    def draw(heads: int, length: int, dim: int) -> Tensor:
+        stored = torch.randn(case.batch, length, heads, dim, device=device, dtype=dtype, generator=generator)
+        return rearrange(stored, "b n h d -> b h n d")
+
+    q = draw(case.heads, case.queries, case.head_dim)
+    k = draw(case.kv_heads, case.keys, case.head_dim)
+    v = draw(case.kv_heads, case.keys, case.value_dim)
+    mask = make_mask(case, device, generator)
+    rows = torch.ones(case.batch, case.queries, dtype=torch.bool, device=device)
+    if mask is not None and mask.ndim == 2:
+        if case.queries == case.keys:
+            rows &= mask
+        if case.causal:
+            seen = mask.cumsum(dim=1) > 0
+            last = torch.arange(case.queries, device=device) + case.keys - case.queries
+            rows &= seen[:, last.clamp(min=0)]
+    if case.causal:
+        rows &= torch.arange(case.queries, device=device) >= case.queries - case.keys
+    grad_out = draw(case.heads, case.queries, case.value_dim) * rows[:, None, :, None]
+    return Inputs(case, *(x.requires_grad_() for x in (q, k, v)), mask, grad_out, rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid
+# ---------------------------------------------------------------------------------------------------------------------
+
+TOKENS = 16 * 1024
+WIDTH = 2048  # h * d
+
+
+def _case(length: int, dim: int, *, keys: int = 0, value_dim: int = 0, ratio: int = 1, **rest) -> Case:
+    """A case of the usual size: `ratio` query heads to a key head."""
+    heads = rest.pop("heads", 0) or max(ratio, WIDTH // dim // ratio * ratio)
+    return Case(
+        batch=rest.pop("batch", 0) or max(1, TOKENS // length),
+        heads=heads,
+        kv_heads=heads // ratio,
+        queries=length,
+        keys=keys or length,
+        head_dim=dim,
+        value_dim=value_dim or dim,
+        **rest,
+    )
+
+
+def _lengths() -> Iterator[Case]:
+    for dim in (64, 128, 256):
+        for length in (512, 1024, 2048, 4096, 8192, 16384):
+            for causal in (False, True):
+                preset = "quick" if length in (1024, 8192) and dim < 256 and causal else "standard"
+                yield _case(length, dim, causal=causal, group="lengths", preset=preset)
+
+
+def _shapes() -> Iterator[Case]:
+    for length in (1000, 4097):
+        for dim in (64, 128):
+            yield _case(length, dim, causal=True, group="odd lengths")
+    for ratio in (4, 8):
+        for causal in (False, True):
+            preset = "quick" if ratio == 8 and causal else "standard"
+            yield _case(4096, 128, ratio=ratio, causal=causal, group="grouped heads", preset=preset)
+        yield _case(4096, 64, ratio=ratio, causal=True, group="grouped heads", preset="full")
+    for dim in (40, 80, 96, 160, 192):
+        for causal in (False, True):
+            preset = "standard" if dim in (80, 96) else "full"
+            yield _case(4096, dim, causal=causal, group="head dims", preset=preset)
+    for dim in (32, 64, 128):
+        for causal in (False, True):
+            yield _case(4096, dim, value_dim=2 * dim, causal=causal, group="dv = 2 d")
+    for queries, keys in ((1024, 4096), (4096, 512)):
+        for causal in (False, True)[: 2 if queries < keys else 1]:
+            yield _case(queries, 128, keys=keys, batch=8, causal=causal, group="cross-attention")
+
+
+def _masks() -> Iterator[Case]:
+    for dim in (64, 128):
+        for side in ("right", "left", "holes"):
+            for valid in (0.25, 0.5, 0.75, 0.95):
+                for causal in (False, True):
+                    usual = side == "right" or valid == 0.5
+                    preset = "quick" if side == "right" and valid == 0.5 and dim == 64 else "standard"
+                    case = _case(4096, dim, mask=side, valid=valid, causal=causal, group="key padding", preset=preset)
+                    yield case if usual else replace(case, preset="full")
+    for length in (2048, 4096):
+        for dim in (64, 128):
+            preset = "standard" if length == 4096 else "full"
+            yield _case(length, dim, mask="documents", valid=0.25, group="dense mask", preset=preset)
+    for dim in (64, 128):
+        for causal, mask in ((False, "none"), (True, "none"), (True, "right")):
+            preset = "quick" if dim == 64 and mask == "right" else "standard"
+            valid = 0.5 if mask == "right" else 1.0
+            yield _case(2048, dim, dropout_p=0.1, causal=causal, mask=mask, valid=valid, group="dropout", preset=preset)
+
+
+def _dtypes() -> Iterator[Case]:
+    for dim in (64, 128):
+        yield _case(4096, dim, dtype="float16", causal=True, group="float16")
+        for dtype in ("tf32", "float32"):
+            for causal, mask in ((False, "none"), (True, "none"), (True, "right")):
+                preset = "quick" if dim == 64 and mask == "right" else "standard"
+                valid = 0.5 if mask == "right" else 1.0
+                yield _case(
+                    2048, dim, dtype=dtype, causal=causal, mask=mask, valid=valid, group="float32", preset=preset
+                )
+
+
+def _seeds() -> Iterator[Case]:
+    """What the models that the package patches call: naturalspeech2's float32, the complete complex form's dv = 2 d."""
+    for causal, mask in ((False, "none"), (True, "none"), (False, "right"), (True, "right")):
+        valid = 0.5 if mask == "right" else 1.0
+        rest = dict(batch=16, heads=8, causal=causal, mask=mask, valid=valid, group="the seeds' shapes")
+        for dtype in ("tf32", "float32"):
+            preset = "quick" if dtype == "float32" and causal and mask == "right" else "standard"
+            yield _case(1024, 64, dtype=dtype, preset=preset, **rest)
+            yield _case(1024, 32, value_dim=64, dtype=dtype, preset=preset, **rest)
+
+
+def _decoding() -> Iterator[Case]:
+    for keys in (8192, 32768):
+        batch = 16 * 8192 // keys
+        rest = dict(keys=keys, batch=batch, heads=32, ratio=4, causal=True, passes=(FORWARD,), group="decoding")
+        yield _case(1, 128, preset="quick" if keys == 8192 else "standard", **rest)
+
+
+def _small() -> Iterator[Case]:
+    for causal in (False, True):
+        rest = dict(batch=1, heads=8, causal=causal, passes=(FORWARD, BOTH), group="small calls", overhead=True)
+        yield _case(128, 64, preset="quick" if causal else "standard", **rest)
+
+
+def _cpu() -> Iterator[Case]:
+    """Small enough for a laptop: what the einsum path costs beside what else runs there."""
+    rest = dict(batch=2, heads=4, dtype="float32", passes=(FORWARD, BOTH), preset="cpu", group="on a CPU")
+    for length in (128, 256, 512):
+        for causal in (False, True):
+            yield _case(length, 32, causal=causal, **rest)
+    for mask, valid in (("right", 0.5), ("left", 0.5), ("holes", 0.75), ("documents", 0.25)):
+        yield _case(512, 32, causal=mask == "right", mask=mask, valid=valid, **rest)
+    yield _case(512, 32, value_dim=64, causal=True, **rest)
+    yield _case(512, 64, causal=True, ratio=4, **rest)
+    yield _case(128, 64, keys=512, causal=True, **rest)
+    yield _case(512, 64, causal=True, dropout_p=0.1, **rest)
+    yield _case(32, 32, overhead=True, **rest)
+
+
+GROUPS = (_lengths, _shapes, _masks, _dtypes, _seeds, _decoding, _small)
+PRESETS = ("cpu", "quick", "standard", "full")
+
+
+def select_cases(preset: str, only: str = "") -> list[Case]:
+    """The cases of a preset, larger ones including the smaller, whose group, name or a word of both contains `only`."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if preset == "cpu":
+        cases = list(_cpu())
+    else:
+        rank = PRESETS.index(preset)
+        cases = [case for group in GROUPS for case in group() if PRESETS.index(case.preset) <= rank]
+    return [case for case in cases if all(word in f"{case.group}: {case.name}" for word in only.split())]
