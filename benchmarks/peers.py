@@ -1,0 +1,512 @@
+"""Who is measured beside us, each called as its user calls it.
+
+A peer prepares itself for a case once, as a user does who builds a module or compiles a function, and gives a function
+of `q`, `k` and `v`. Whatever depends on a mask that came with the batch is done by that function, in every call, and so
+is timed: masks are combined, sequences unpadded and padded again. What depends on lengths alone is made once.
+Whatever a peer raises, here or in the call, becomes the error of its row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+
+from cases import Case, Inputs
+from flash_attend import flash_attention
+
+__all__ = ["PEERS", "Attention", "Packing", "Peer", "Unserved", "explicit_mask", "peers_for"]
+
+# q (b, h, i, d), k (b, hk, j, d), v (b, hk, j, dv) -> out (b, h, i, dv); differentiable.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LONGEST_EINSUM = 4096  # queries or keys on a GPU: beyond it the einsum path would take most of a run's time
+
+
+class Unserved(Exception):
+    """A peer cannot serve a case; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute attention."""
+
+    name: str
+    about: str  # one line
+    prepare: Callable[[Inputs], Attention]  # raises `Unserved`, or what the peer itself raises
+    devices: tuple[str, ...] = ("cuda",)
+    by_name_on_cpu: bool = False  # there only where it is asked for: it compiles for long, or is one of the others
+    judged_whole: bool = False  # held to the contract in every row and key; other peers only in `Inputs.rows`
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _hides_future(case: Case) -> bool:
+    """Whether causal hides anything: the one query of a decoding step sees every key."""
+    return case.causal and case.queries > 1
+
+
+def _with_four_dims(mask: Tensor) -> Tensor:
+    """`(b, j)` -> `(b, 1, 1, j)`, a view; 4-D masks as they are."""
+    return mask if mask.ndim == 4 else mask[:, None, None, :]
+
+
+def _always(value: Tensor | None) -> Callable[[], Tensor | None]:
+    return lambda: value
+
+
+def explicit_mask(inputs: Inputs) -> Callable[[], Tensor | None]:
+    """The mask that a user has to build for an attention which takes one mask and no other description.
+
+    The function that comes back gives it for one call: bool, 4-D, broadcastable to `(b, h, i, j)`, True = may attend,
+    or None where every query sees every key. The triangle is made here, once; it meets the batch's mask in every call.
+    """
+    case = inputs.case
+    mask = None if inputs.mask is None else _with_four_dims(inputs.mask)
+    if not _hides_future(case):
+        return _always(mask)
+    square = torch.ones(1, 1, case.queries, case.keys, dtype=torch.bool, device=inputs.q.device)
+    triangle = square.tril(case.keys - case.queries)
+    return _always(triangle) if mask is None else lambda: mask & triangle
+
+
+class _KeepTokens(torch.autograd.Function):
+    """Rows of a tensor. No row is taken twice, so the gradient is a copy and not a sum, as autograd would make it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = x.shape[0]
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (tokens,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, tokens, grad), None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A batch of sequences behind one another, without their padding."""
+
+    batch: int
+    length: int  # of a padded sequence
+    tokens: Tensor | None  # (t,): which of the (b n) tokens are kept; None: all of them
+    starts: Tensor  # int32 (b + 1): where each sequence begins, and where the last one ends
+    longest: int
+
+    @staticmethod
+    def whole(batch: int, length: int, device: torch.device) -> Packing:
+        """Sequences without padding."""
+        starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
+        return Packing(batch, length, None, starts, length)
+
+    @staticmethod
+    def of(mask: Tensor) -> Packing:
+        """What a mask `(b, n)` keeps; the host waits for the device twice."""
+        lengths = mask.sum(dim=1, dtype=torch.int32)
+        starts = F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+        return Packing(*mask.shape, mask.flatten().nonzero().squeeze(1), starts, lengths.max().item())
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """`(b, h, n, d)` -> `(t, h, d)`."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.tokens is None else _KeepTokens.apply(x, self.tokens)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """`(t, h, d)` -> `(b, h, n, d)`, 0 in the padding."""
+        if self.tokens is not None:
+            x = x.new_zeros(self.batch * self.length, *x.shape[1:]).index_copy_(0, self.tokens, x)
+        return x.unflatten(0, (self.batch, self.length)).transpose(1, 2)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """`(b, hk, j, d)` -> `(b, h, j, d)`, for peers that know no grouped heads."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_ours(backend: str, inputs: Inputs) -> Attention:
+    case = inputs.case
+    if backend == "math" and inputs.q.is_cuda and max(case.queries, case.keys) > LONGEST_EINSUM:
+        raise Unserved(f"on a GPU the einsum path is measured up to a length of {LONGEST_EINSUM}")
+    return partial(flash_attention, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch.nn.functional.scaled_dot_product_attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
+    """With one of its kernels forced, or with None the one that PyTorch chooses."""
+    case = inputs.case
+    causal_alone = inputs.mask is None and _hides_future(case)
+    is_causal = causal_alone and case.queries == case.keys  # for other lengths it aligns at the top left
+    if is_causal:
+        attn_mask = _always(None)
+    elif causal_alone and case.queries < case.keys and backend not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+        # Flash and memory-efficient know this alignment; for the others PyTorch would write it out in every call.
+        attn_mask = _always(causal_lower_right(case.queries, case.keys))
+    else:
+        attn_mask = explicit_mask(inputs)
+    repeats = backend is SDPBackend.EFFICIENT_ATTENTION  # knows no grouped heads
+    grouped = case.heads != case.kv_heads and not repeats
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if repeats:
+            k, v = _repeat_heads(k, case.heads), _repeat_heads(v, case.heads)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask(), dropout_p=case.dropout_p, is_causal=is_causal, enable_gqa=grouped
+        )
+
+    def attend_forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return attend(q, k, v)
+
+    return attend if backend is None else _with_kernel(attend_forced, inputs)
+
+
+def _with_kernel(attend: Attention, inputs: Inputs) -> Attention:
+    """`attend`, if PyTorch has a kernel for it. Its error does not say why it has none: its warnings do."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            attend(inputs.q, inputs.k, inputs.v)
+        except RuntimeError as error:
+            reason = _first_reason([str(warning.message) for warning in caught])
+            if "No available kernel" not in str(error) or not reason:
+                raise
+            raise Unserved(f"no available kernel: {reason}") from error
+    return attend
+
+
+def _first_reason(messages: Sequence[str]) -> str:
+    """The first of PyTorch's reasons for not using a kernel that is about the call, and not the choice of kernels."""
+    for message in messages:
+        reason, _, place = message.partition(" (Triggered internally")
+        if place and not reason.endswith("not used because:") and "runtime disabled" not in reason:
+            return " ".join(reason.split())
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _compiled(function: Callable) -> Callable:
+    """`torch.compile` as for a program that has this one case.
+
+    What is compiled is filed under the code of a function, where every case would add to the guards of the next and to
+    the number of recompilations, which is limited. A copy of the code has neither.
+    """
+    fresh = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
+    )
+    return torch.compile(fresh, dynamic=False, fullgraph=True)
+
+
+def _prepare_einsum(inputs: Inputs) -> Attention:
+    case, scale = inputs.case, inputs.case.head_dim**-0.5
+    build = explicit_mask(inputs)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = rearrange(q, "b (hk g) i d -> b hk g i d", hk=case.kv_heads)
+        scores = einsum(q, k, "b hk g i d, b hk j d -> b hk g i j") * scale
+        mask = build()
+        if mask is not None:
+            # The least finite number: with minus infinity, a query that sees no key turns every gradient into NaN.
+            scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        weights = F.dropout(weights, case.dropout_p)
+        out = einsum(weights, v, "b hk g i j, b hk j d -> b hk g i d")
+        return rearrange(out, "b hk g i d -> b (hk g) i d")
+
+    return _compiled(attend)
+
+
+def _mask_mod(inputs: Inputs) -> Callable | None:
+    """Who may see whom, as FlexAttention asks for it: pair by pair; None where everybody sees everybody."""
+    case, mask, offset = inputs.case, inputs.mask, inputs.case.keys - inputs.case.queries
+
+    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j <= i + offset
+
+    def key_padding(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return mask[b, j]
+
+    def dense(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return mask[b, 0, i, j]
+
+    parts = [causal] if _hides_future(case) else []
+    if mask is not None:
+        parts.append(key_padding if mask.ndim == 2 else dense)
+    return and_masks(*parts) if parts else None
+
+
+def _prepare_flex(inputs: Inputs, build_in_call: bool) -> Attention:
+    case, mask, device = inputs.case, inputs.mask, inputs.q.device
+    if case.dropout_p:
+        raise Unserved("FlexAttention has no dropout")
+    if build_in_call and mask is None:
+        raise Unserved("no mask comes with the batch: the BlockMask is made once, as for flex")
+    mask_mod, grouped = _mask_mod(inputs), case.heads != case.kv_heads
+
+    def build() -> BlockMask | None:
+        if mask_mod is None:
+            return None
+        return create_block_mask(mask_mod, None if mask is None else case.batch, None, case.queries, case.keys, device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Tensor:
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+
+    compiled = _compiled(attend)
+    if not build_in_call:
+        return partial(compiled, block_mask=build())
+    compiled_build = _compiled(build)
+    return lambda q, k, v: compiled(q, k, v, compiled_build())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sequences of different lengths, without their padding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_packed(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor, Packing, Packing], Tensor]) -> Attention:
+    """`call` takes `q (t, h, d)`, `k (u, hk, d)`, `v (u, hk, dv)` and how queries and keys are packed."""
+    case, mask, device = inputs.case, inputs.mask, inputs.q.device
+    if case.dropout_p:
+        raise Unserved("has no dropout")
+    if mask is not None and mask.ndim == 4:
+        raise Unserved("takes sequences of different lengths, not a dense mask")
+    if mask is not None and _hides_future(case) and case.queries != case.keys:
+        raise Unserved("causal between sequences of which only one loses its padding is another alignment")
+    whole_q, whole_k = (Packing.whole(case.batch, length, device) for length in (case.queries, case.keys))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        packing_k = whole_k if mask is None else Packing.of(mask)
+        packing_q = packing_k if case.queries == case.keys else whole_q
+        out = call(packing_q.unpad(q), packing_k.unpad(k), packing_k.unpad(v), packing_q, packing_k)
+        return packing_q.pad(out)
+
+    return attend
+
+
+def _prepare_varlen(inputs: Inputs) -> Attention:
+    from torch.nn.attention.varlen import varlen_attn  # not in every PyTorch
+
+    case, options = inputs.case, {}
+    known = inspect.signature(varlen_attn).parameters
+    if _hides_future(case):
+        options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:  # before that, grouped heads needed no word
+        options["enable_gqa"] = case.heads != case.kv_heads
+
+    def call(q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing) -> Tensor:
+        return varlen_attn(q, k, v, queries.starts, keys.starts, queries.longest, keys.longest, **options)
+
+    return _prepare_packed(inputs, call)
+
+
+def _prepare_flash_attention_4(inputs: Inputs) -> Attention:
+    try:
+        from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+    except ModuleNotFoundError as error:
+        if error.name not in ("flash_attn", "flash_attn.cute"):
+            raise
+        raise Unserved("not installed: pip install flash-attn-4") from error
+    case = inputs.case
+
+    def options() -> dict[str, bool]:
+        return dict(causal=_hides_future(case), deterministic=torch.are_deterministic_algorithms_enabled())
+
+    def call(q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing) -> Tensor:
+        out, _ = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=queries.starts,
+            cu_seqlens_k=keys.starts,
+            max_seqlen_q=queries.longest,
+            max_seqlen_k=keys.longest,
+            **options(),
+        )
+        return out
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, _ = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options())
+        return out.transpose(1, 2)
+
+    if inputs.mask is None and not case.dropout_p:
+        return attend
+    return _prepare_packed(inputs, call)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models' own
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _load_attend(package: str) -> ModuleType:
+    """The module `attend` of a package, without what the package itself imports, much of which attention does not need.
+
+    Raises `Unserved` where the package is not installed.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise Unserved(f"not installed: pip install {package.replace('_', '-')}")
+    (folder,) = found.submodule_search_locations
+    spec = importlib.util.spec_from_file_location(f"{package}.attend", Path(folder) / "attend.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _prepare_own(package: str, flash: str, mask_dims: int, inputs: Inputs) -> Attention:
+    """The `Attend` of a model, with what it calls flash switched on; it takes masks of so many dimensions."""
+    case, mask = inputs.case, inputs.mask
+    attend = _load_attend(package).Attend(dropout=case.dropout_p, causal=case.causal, **{flash: True})
+    attend.train(case.dropout_p > 0)
+    if mask is not None and mask_dims == 4:
+        mask = _with_four_dims(mask)
+    if mask is not None and mask.ndim != mask_dims:
+        raise Unserved("takes key padding (b, j), not a dense mask")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, _repeat_heads(k, case.heads), _repeat_heads(v, case.heads), mask=mask)
+
+    return _with_kernel(call, inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+EVERYWHERE = ("cuda", "cpu")
+
+PEERS = (
+    Peer(
+        "flash_attend",
+        "our Triton kernels",
+        partial(_prepare_ours, "triton"),
+        judged_whole=True,
+    ),
+    Peer(
+        "flash_attend math",
+        f"our einsum path; on a GPU up to a length of {LONGEST_EINSUM}",
+        partial(_prepare_ours, "math"),
+        EVERYWHERE,
+        judged_whole=True,
+    ),
+    Peer(
+        "sdpa",
+        "F.scaled_dot_product_attention, by the kernel that PyTorch chooses",
+        partial(_prepare_sdpa, None),
+        EVERYWHERE,
+        by_name_on_cpu=True,
+    ),
+    Peer(
+        "sdpa flash",
+        "F.scaled_dot_product_attention, FlashAttention forced; takes no mask on a GPU",
+        partial(_prepare_sdpa, SDPBackend.FLASH_ATTENTION),
+        EVERYWHERE,
+    ),
+    Peer(
+        "sdpa cudnn",
+        "F.scaled_dot_product_attention, cuDNN forced; masks combined in every call",
+        partial(_prepare_sdpa, SDPBackend.CUDNN_ATTENTION),
+    ),
+    Peer(
+        "sdpa efficient",
+        "F.scaled_dot_product_attention, memory-efficient forced; masks combined, grouped heads repeated in every call",
+        partial(_prepare_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+    ),
+    Peer(
+        "sdpa math",
+        "F.scaled_dot_product_attention, its unfused path forced",
+        partial(_prepare_sdpa, SDPBackend.MATH),
+        EVERYWHERE,
+    ),
+    Peer(
+        "flex",
+        "FlexAttention, compiled; its BlockMask made once, not counted",
+        partial(_prepare_flex, build_in_call=False),
+        EVERYWHERE,
+        by_name_on_cpu=True,
+    ),
+    Peer(
+        "flex + mask",
+        "FlexAttention, compiled; its BlockMask made from the batch's mask in every call, by a compiled function",
+        partial(_prepare_flex, build_in_call=True),
+        EVERYWHERE,
+        by_name_on_cpu=True,
+    ),
+    Peer(
+        "varlen",
+        "torch.nn.attention.varlen; unpads and pads in every call; queries that are padding are not computed but 0",
+        _prepare_varlen,
+    ),
+    Peer(
+        "flash-attention 4",
+        "flash_attn.cute; with key padding unpads and pads in every call, as varlen does",
+        _prepare_flash_attention_4,
+    ),
+    Peer(
+        "complex-valued-transformer",
+        "the model's own Attend with flash=True",
+        partial(_prepare_own, "complex_valued_transformer", "flash", 4),
+        EVERYWHERE,
+    ),
+    Peer(
+        "naturalspeech2",
+        "the model's own Attend with use_flash=True",
+        partial(_prepare_own, "naturalspeech2_pytorch", "use_flash", 2),
+        EVERYWHERE,
+    ),
+    Peer(
+        "compiled einsum",
+        "scores, mask, softmax in float32 and weighted sum, written as einsums, by torch.compile",
+        _prepare_einsum,
+        EVERYWHERE,
+        by_name_on_cpu=True,
+    ),
+)
+
+
+def peers_for(device: torch.device | str, patterns: Sequence[str] = ()) -> list[Peer]:
+    """The peers for a device: by default all that are measured there, else those that a shell pattern names.
+
+    Raises `ValueError` for a pattern that names none.
+    """
+    kind = torch.device(device).type
+    there = [peer for peer in PEERS if kind in peer.devices]
+    if not patterns:
+        return [peer for peer in there if kind != "cpu" or not peer.by_name_on_cpu]
+    for pattern in patterns:
+        if not any(fnmatchcase(peer.name, pattern) for peer in there):
+            names = ", ".join(repr(peer.name) for peer in there)
+            raise ValueError(f"no peer on {kind} is named {pattern!r}; there are {names}")
+    return [peer for peer in there if any(fnmatchcase(peer.name, pattern) for pattern in patterns)]
