@@ -1,4 +1,4 @@
-# `make demo` and `make test` need python3 (3.10 or newer, with venv) and nothing else prepared.
+# `make demo`, `make bench` and `make test` need python3 (3.10 or newer, with venv) and nothing else prepared.
 # The environment in .venv is made on first use, and again when the pinned versions change.
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo test lint format test-plain test-interpreter test-gpu aot clean
+.PHONY: help env demo bench test lint format test-plain test-interpreter test-gpu aot clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -34,11 +34,19 @@ $(VENV)/.made: $(CONSTRAINTS)
 	@touch $@
 
 $(INSTALLED): $(VENV)/.made setup.py pyproject.toml
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,test]'
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,bench,test]'
 	@touch $@
 
 demo: $(INSTALLED) ## trains a real model on real text with its own Attend and with ours, and compares
 	@$(BIN)/python benchmarks/demo.py
+
+bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Of this peer one file is used, which needs none of what the package requires.
+$(VENV)/.peers: $(VENV)/.made
+	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps naturalspeech2-pytorch
+	@touch $@
 
 # Every stage runs, whatever became of the ones before it; the summary comes last.
 test: $(INSTALLED) ## everything that needs no GPU

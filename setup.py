@@ -17,6 +17,9 @@ def read_version() -> str:
     return found[1]
 
 
+# For what `benchmarks/` runs: a model that the package serves, which imports `packaging` without declaring it.
+CLIENTS = ["complex-valued-transformer==0.0.14", "matplotlib", "packaging", "tqdm"]
+
 setup(
     name="flash_attend",
     version=read_version(),
@@ -39,8 +42,8 @@ setup(
     install_requires=["einops>=0.7", "torch>=2.10", "tqdm"],
     extras_require={
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
-        # The client imports `packaging` without declaring it.
-        "demo": ["complex-valued-transformer==0.0.14", "matplotlib", "packaging", "tqdm"],
+        "demo": CLIENTS,
+        "bench": CLIENTS,
         "test": ["build", "hypothesis", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
     },
 )
