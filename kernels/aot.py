@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from multiprocessing import get_context
@@ -44,6 +44,7 @@ __all__ = [
     "compile_all",
     "compile_case",
     "compile_launch",
+    "compile_tasks",
     "compiled_for",
     "record_call",
 ]
@@ -275,10 +276,11 @@ def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tu
     return tasks
 
 
-def compile_all(archs: Iterable[str], *, subset: bool = False, only: str = "", jobs: int | None = None) -> list[Report]:
-    """Compiles the config rows of these parts in processes of their own, with a progress bar on stderr."""
-    tasks = _tasks(archs, subset, only)
-    reports: dict[int, list[Report]] = {}
+def compile_tasks(
+    tasks: Sequence[tuple[Case, Iterable[str] | None]], jobs: int | None = None
+) -> Iterator[tuple[int, list[Report]]]:
+    """`compile_case` of every task in processes of their own, with a progress bar on stderr: indices and reports, as
+    they come."""
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(
@@ -287,9 +289,17 @@ def compile_all(archs: Iterable[str], *, subset: bool = False, only: str = "", j
         tqdm(total=len(tasks), unit="call", desc="compiling", file=sys.stderr, disable=None) as progress,
     ):
         futures = {pool.submit(compile_case, *task): index for index, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            reports[futures[future]] = future.result()
-            progress.update()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+                progress.update()
+        finally:
+            pool.shutdown(cancel_futures=True)  # whoever stops reading waits for no more than what has begun
+
+
+def compile_all(archs: Iterable[str], *, subset: bool = False, only: str = "", jobs: int | None = None) -> list[Report]:
+    """Compiles the config rows of these parts."""
+    reports = dict(compile_tasks(_tasks(archs, subset, only), jobs))
     return [report for index in sorted(reports) for report in reports[index]]
 
 
