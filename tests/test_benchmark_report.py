@@ -412,6 +412,7 @@ def test_the_readme_shows_wins_and_losses_of_the_newest_complete_run(tmp_path):
     headline_run(folder / "full.json", started="2026-02-01T00:00:00+00:00", preset="full")
     headline_run(folder / "standard-late.json", started="2026-03-01T00:00:00+00:00", complete=False, torch="2.12.0")
     headline_run(folder / "standard-part.json", started="2026-04-01T00:00:00+00:00", only="d64", torch="2.13.0")
+    headline_run(folder / "standard-few.json", started="2026-04-01T00:00:00+00:00", peers=["flex"], torch="2.13.0")
     headline_run(tmp_path / "cpu" / "cpu.json", device="cpu", preset="cpu")
     (folder / "tune-forward.json").write_text("{}")
     section = readme_section(tmp_path)
