@@ -15,6 +15,7 @@ import gc
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -172,7 +173,7 @@ class Bench:
                 try:
                     make = partial(make_pass, name, candidate.attend, inputs)
                     functions[peer.name] = function = make()
-                    row = replace(row, **self._measure_beside(case, peer, function, make))
+                    row = replace(row, **self._measure_beside(case, peer, name, function, make))
                 except Exception as error:
                     functions.pop(peer.name, None)
                     row = replace(row, error=_one_line(error))
@@ -205,7 +206,7 @@ class Bench:
         )
 
     def _measure_beside(
-        self, case: Case, peer: Peer, function: Function, make: Callable[[], Function]
+        self, case: Case, peer: Peer, name: str, function: Function, make: Callable[[], Function]
     ) -> dict[str, Any]:
         """What is measured of a pass beside its time."""
         function()  # compiles, and fills the allocator
@@ -219,8 +220,7 @@ class Bench:
         if case.overhead:
             host_us = host_microseconds(function, self.device)
             numbers["host_us"] = None if host_us is None else _rounded(host_us)
-            # Of peers that compile nothing it is the import of torch that would be told, on a CPU of all of them.
-            if BOTH in case.passes and (peer.judged_whole or self.device.type == "cuda"):
+            if name == BOTH and (peer.judged_whole or self.device.type == "cuda"):  # on a CPU nobody compiles
                 numbers["first_call_s"] = tuple(map(_rounded, measure_first_calls(case, peer, self.device)))
         return numbers
 
@@ -342,6 +342,7 @@ def main(arguments: list[str] | None = None, stopwatch: Stopwatch | None = None)
         return 0
     # cuBLAS is deterministic only with a workspace of its own, which it must know when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what the models' own flash paths call is deprecated
     path = options.out or results_folder(device_name(options.device)) / f"{options.preset}.json"
     results = open_results(options, path)
     if options.device.type == "cpu":
