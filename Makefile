@@ -17,7 +17,7 @@ unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench test lint format test-plain test-interpreter test-gpu aot clean
+.PHONY: help env demo bench train-step test lint format test-plain test-interpreter test-gpu aot clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -42,6 +42,9 @@ demo: $(INSTALLED) ## trains a real model on real text with its own Attend and w
 
 bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
+	@$(BIN)/python benchmarks/train_step.py $(ARGS)
 
 # Of this peer one file is used, which needs none of what the package requires.
 $(VENV)/.peers: $(VENV)/.made

@@ -515,7 +515,7 @@ def describe(settings: Settings, sections: Sequence[Section]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _at_least(smallest: int) -> Callable[[str], int]:
+def at_least(smallest: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -528,7 +528,7 @@ def _at_least(smallest: int) -> Callable[[str], int]:
     return parse
 
 
-def _device(text: str) -> str:
+def device_option(text: str) -> str:
     try:
         device = torch.device(text)
     except RuntimeError as error:
@@ -547,15 +547,15 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[Settings, Path]:
         epilog="Sizes default to what suits the device. "
         + "; ".join(f"{kind}: {size}" for kind, size in SIZES.items()),
     )
-    parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N; default cuda where there is one")
-    parser.add_argument("--steps", type=_at_least(1), help="training steps without padding")
-    parser.add_argument("--padded-steps", type=_at_least(0), help="training steps with key padding; 0 for none")
-    parser.add_argument("--batch", type=_at_least(1))
-    parser.add_argument("--length", type=_at_least(2), help="bytes in a window")
-    parser.add_argument("--dim", type=_at_least(1), help="complex numbers in a token's vector")
-    parser.add_argument("--depth", type=_at_least(1), help="layers")
-    parser.add_argument("--heads", type=_at_least(1))
-    parser.add_argument("--seed", type=_at_least(0), default=0)
+    parser.add_argument("--device", type=device_option, help="cpu, cuda or cuda:N; default cuda where there is one")
+    parser.add_argument("--steps", type=at_least(1), help="training steps without padding")
+    parser.add_argument("--padded-steps", type=at_least(0), help="training steps with key padding; 0 for none")
+    parser.add_argument("--batch", type=at_least(1))
+    parser.add_argument("--length", type=at_least(2), help="bytes in a window")
+    parser.add_argument("--dim", type=at_least(1), help="complex numbers in a token's vector")
+    parser.add_argument("--depth", type=at_least(1), help="layers")
+    parser.add_argument("--heads", type=at_least(1))
+    parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),

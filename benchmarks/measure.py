@@ -37,10 +37,12 @@ __all__ = [
     "clocks",
     "device_name",
     "environment",
+    "first_line",
     "host_microseconds",
     "interleave",
     "numerics",
     "peak_bytes",
+    "rounded",
     "stopwatch_for",
     "summarise",
     "synchronize",
@@ -77,10 +79,13 @@ class CpuStopwatch:
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
-    """The stopwatch of a device."""
+    """The stopwatch of a device, which becomes the current one: events are recorded there."""
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"times are taken on CUDA devices and CPUs, got {device}")
-    return CudaStopwatch() if device.type == "cuda" else CpuStopwatch()
+    if device.type == "cpu":
+        return CpuStopwatch()
+    torch.cuda.set_device(device)
+    return CudaStopwatch()
 
 
 def interleave(
@@ -108,6 +113,16 @@ class Statistics:
     median: float
     iqr: float  # between the quartiles
     rounds: tuple[float, ...]  # the median of each round: their spread is what a repetition would show
+
+
+def rounded(value: float) -> float:
+    """As many digits as a time has that say something: results are kept in text."""
+    return float(f"{value:.5g}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error is called, and the first line of what it says."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".removesuffix(": ")
 
 
 def summarise(samples: list[list[float]]) -> Statistics:

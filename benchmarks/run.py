@@ -40,10 +40,12 @@ from measure import (
     clocks,
     device_name,
     environment,
+    first_line,
     host_microseconds,
     interleave,
     numerics,
     peak_bytes,
+    rounded,
     stopwatch_for,
     summarise,
     synchronize,
@@ -102,16 +104,11 @@ def admit(peer: Peer, inputs: Inputs, gate: Gate, plain_gate: Gate) -> Candidate
         check = plain_gate.judge(peer.prepare(plain_gate.inputs), whole=False)
         return Candidate(peer, attend, replace(check, checked=f"{check.checked}, without dropout"))
     except Exception as error:  # whatever stops a peer is what its rows say
-        return Candidate(peer, None, Check(None, None, "", _one_line(error)))
+        return Candidate(peer, None, Check(None, None, "", _reason(error)))
 
 
-def _one_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return text if isinstance(error, Unserved) else f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.5g}")
+def _reason(error: BaseException) -> str:
+    return str(error) if isinstance(error, Unserved) else first_line(error)
 
 
 class Bench:
@@ -176,14 +173,14 @@ class Bench:
                     row = replace(row, **self._measure_beside(case, peer, name, function, make))
                 except Exception as error:
                     functions.pop(peer.name, None)
-                    row = replace(row, error=_one_line(error))
+                    row = replace(row, error=_reason(error))
             rows[peer.name] = row
         try:
             samples = interleave(
                 functions, self.stopwatch, rounds=self.plan.rounds, milliseconds=self.plan.milliseconds
             )
         except torch.OutOfMemoryError as error:  # each of them ran alone
-            rows |= {name: replace(rows[name], error=f"beside the others: {_one_line(error)}") for name in functions}
+            rows |= {name: replace(rows[name], error=f"beside the others: {_reason(error)}") for name in functions}
             samples = {}
         for peer_name, taken in samples.items():
             rows[peer_name] = replace(rows[peer_name], **self._numbers(case, work, taken))
@@ -197,12 +194,12 @@ class Bench:
         ceiling = limits["tflops"].get(case.dtype)
         least = None if ceiling is None else work.least_milliseconds(ceiling, limits["copy_gbps"])
         return dict(
-            ms_median=_rounded(found.median),
-            ms_iqr=_rounded(found.iqr),
-            ms_rounds=tuple(map(_rounded, found.rounds)),
-            tflops=_rounded(work.tflops(found.median)),
-            ceiling_share=None if least is None else _rounded(least / found.median),
-            samples=tuple(tuple(map(_rounded, samples)) for samples in taken),
+            ms_median=rounded(found.median),
+            ms_iqr=rounded(found.iqr),
+            ms_rounds=tuple(map(rounded, found.rounds)),
+            tflops=rounded(work.tflops(found.median)),
+            ceiling_share=None if least is None else rounded(least / found.median),
+            samples=tuple(tuple(map(rounded, samples)) for samples in taken),
         )
 
     def _measure_beside(
@@ -214,14 +211,14 @@ class Bench:
         if self.plan.kernels and self.device.type == "cuda":
             try:
                 times = self.stopwatch.sample(captured(make), self.plan.milliseconds)
-                numbers["ms_kernels"] = _rounded(summarise([times]).median)
+                numbers["ms_kernels"] = rounded(summarise([times]).median)
             except RuntimeError:  # what waits for the device cannot be captured, and has no such time
                 synchronize(self.device)
         if case.overhead:
             host_us = host_microseconds(function, self.device)
-            numbers["host_us"] = None if host_us is None else _rounded(host_us)
+            numbers["host_us"] = None if host_us is None else rounded(host_us)
             if name == BOTH and (peer.judged_whole or self.device.type == "cuda"):  # on a CPU nobody compiles
-                numbers["first_call_s"] = tuple(map(_rounded, measure_first_calls(case, peer, self.device)))
+                numbers["first_call_s"] = tuple(map(rounded, measure_first_calls(case, peer, self.device)))
         return numbers
 
 

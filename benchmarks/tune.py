@@ -59,6 +59,7 @@ from measure import (
     environment,
     interleave,
     numerics,
+    rounded,
     stopwatch_for,
     summarise,
     synchronize,
@@ -438,10 +439,6 @@ def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial
     return Trial(check, partial(repeat, own), partial(repeat, launches))
 
 
-def _rounded(samples: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(f"{sample:.5g}") for sample in taken) for taken in samples)
-
-
 class Bench:
     """The device: what is right there, and how long it takes."""
 
@@ -461,7 +458,7 @@ class Bench:
     def in_turn(self, functions: dict[str, Function]) -> dict[str, tuple[tuple[float, ...], ...]]:
         """The samples of functions, interleaved."""
         taken = interleave(functions, self.stopwatch, rounds=ROUNDS, milliseconds=MILLISECONDS)
-        return {name: _rounded(samples) for name, samples in taken.items()}
+        return {name: tuple(tuple(map(rounded, taken)) for taken in samples) for name, samples in taken.items()}
 
     def measure(self, candidates: list[Candidate]) -> list[Candidate]:
         """Checks candidates and times those that are right, in turn with the current tile."""
