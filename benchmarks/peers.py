@@ -49,7 +49,7 @@ class Peer:
     about: str  # one line
     prepare: Callable[[Inputs], Attention]  # raises `Unserved`, or what the peer itself raises
     devices: tuple[str, ...] = ("cuda",)
-    by_name_on_cpu: bool = False  # there only where it is asked for: it compiles for long, or is one of the others
+    slow_to_start: bool = False  # compiles for seconds: on a CPU and in a quick run only where it is asked for
     judged_whole: bool = False  # held to the contract in every row and key; other peers only in `Inputs.rows`
 
 
@@ -426,7 +426,6 @@ PEERS = (
         "F.scaled_dot_product_attention, by the kernel that PyTorch chooses",
         partial(_prepare_sdpa, None),
         EVERYWHERE,
-        by_name_on_cpu=True,
     ),
     Peer(
         "sdpa flash",
@@ -455,14 +454,14 @@ PEERS = (
         "FlexAttention, compiled; its BlockMask made once, not counted",
         partial(_prepare_flex, build_in_call=False),
         EVERYWHERE,
-        by_name_on_cpu=True,
+        slow_to_start=True,
     ),
     Peer(
         "flex + mask",
         "FlexAttention, compiled; its BlockMask made from the batch's mask in every call, by a compiled function",
         partial(_prepare_flex, build_in_call=True),
         EVERYWHERE,
-        by_name_on_cpu=True,
+        slow_to_start=True,
     ),
     Peer(
         "varlen",
@@ -473,6 +472,7 @@ PEERS = (
         "flash-attention 4",
         "flash_attn.cute; with key padding unpads and pads in every call, as varlen does",
         _prepare_flash_attention_4,
+        slow_to_start=True,
     ),
     Peer(
         "complex-valued-transformer",
@@ -491,20 +491,20 @@ PEERS = (
         "scores, mask, softmax in float32 and weighted sum, written as einsums, by torch.compile",
         _prepare_einsum,
         EVERYWHERE,
-        by_name_on_cpu=True,
+        slow_to_start=True,
     ),
 )
 
 
-def peers_for(device: torch.device | str, patterns: Sequence[str] = ()) -> list[Peer]:
-    """The peers for a device: by default all that are measured there, else those that a shell pattern names.
+def peers_for(device: torch.device | str, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Peer]:
+    """The peers for a device: those that a shell pattern names, or all but what is too slow to start there.
 
     Raises `ValueError` for a pattern that names none.
     """
     kind = torch.device(device).type
     there = [peer for peer in PEERS if kind in peer.devices]
     if not patterns:
-        return [peer for peer in there if kind != "cpu" or not peer.by_name_on_cpu]
+        return [peer for peer in there if not (peer.slow_to_start and (quick or kind == "cpu"))]
     for pattern in patterns:
         if not any(fnmatchcase(peer.name, pattern) for peer in there):
             names = ", ".join(repr(peer.name) for peer in there)

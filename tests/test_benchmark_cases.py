@@ -23,8 +23,9 @@ def test_names_are_unique(preset):
 
 
 def test_presets_hold_each_other():
-    quick, standard, full = (set(select_cases(preset)) for preset in PRESETS[1:])
+    quick, standard, full = ({case.name for case in select_cases(preset)} for preset in PRESETS[1:])
     assert quick < standard < full
+    assert all(set(case.passes) <= {FORWARD, BOTH} for case in select_cases("quick"))
 
 
 def test_the_grid_has_what_people_ask_for():

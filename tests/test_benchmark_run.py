@@ -73,7 +73,7 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "ceilings", lambda device, stopwatch: {"tflops": {"float32": 1.0}, "copy_gbps": 10.0})
 
     def bench(*options, peers=tuple(PEERS), stopwatch=None) -> tuple[int, Results]:
-        monkeypatch.setattr(run, "peers_for", lambda device, patterns: [PEERS[name] for name in peers])
+        monkeypatch.setattr(run, "peers_for", lambda *_, **__: [PEERS[name] for name in peers])
         code = run.main(
             ["--device=cpu", f"--only={ONLY}", f"--out={path}", *options], stopwatch=stopwatch or FakeStopwatch()
         )
