@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
@@ -34,7 +35,9 @@ __all__ = ["PEERS", "Attention", "Packing", "Peer", "Unserved", "explicit_mask",
 # q (b, h, i, d), k (b, hk, j, d), v (b, hk, j, dv) -> out (b, h, i, dv); differentiable.
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-LONGEST_EINSUM = 4096  # queries or keys on a GPU: beyond it the einsum path would take most of a run's time
+# Who writes all scores down is measured on a GPU up to so many of them, b * h * i * j: beyond, a call takes ten to a
+# hundred times as long as that of anybody else, and they would take most of a run's time.
+MOST_SCORES = 2**28
 
 
 class Unserved(Exception):
@@ -49,7 +52,9 @@ class Peer:
     about: str  # one line
     prepare: Callable[[Inputs], Attention]  # raises `Unserved`, or what the peer itself raises
     devices: tuple[str, ...] = ("cuda",)
-    slow_to_start: bool = False  # compiles for seconds: on a CPU and in a quick run only where it is asked for
+    # Whether it compiles for seconds, "once" for many cases or for "each case": on a CPU and in a quick run it is there
+    # only where it is asked for by name.
+    compiles: str = ""
     judged_whole: bool = False  # held to the contract in every row and key; other peers only in `Inputs.rows`
 
 
@@ -85,6 +90,14 @@ def explicit_mask(inputs: Inputs) -> Callable[[], Tensor | None]:
     square = torch.ones(1, 1, case.queries, case.keys, dtype=torch.bool, device=inputs.q.device)
     triangle = square.tril(case.keys - case.queries)
     return _always(triangle) if mask is None else lambda: mask & triangle
+
+
+def _up_to_most_scores(prepare: Callable[[Inputs], Attention], inputs: Inputs) -> Attention:
+    case = inputs.case
+    scores = case.batch * case.heads * case.queries * case.keys
+    if inputs.q.is_cuda and scores > MOST_SCORES:
+        raise Unserved(f"writes down all {scores / 2**20:.0f} Mi scores; measured up to {MOST_SCORES / 2**20:.0f} Mi")
+    return prepare(inputs)
 
 
 class _KeepTokens(torch.autograd.Function):
@@ -149,8 +162,6 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 def _prepare_ours(backend: str, inputs: Inputs) -> Attention:
     case = inputs.case
-    if backend == "math" and inputs.q.is_cuda and max(case.queries, case.keys) > LONGEST_EINSUM:
-        raise Unserved(f"on a GPU the einsum path is measured up to a length of {LONGEST_EINSUM}")
     return partial(flash_attention, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
 
 
@@ -225,6 +236,8 @@ def _compiled(function: Callable) -> Callable:
     fresh = FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
     )
+    # A backward that is timed by itself runs many times over what its forward kept.
+    torch._functorch.config.donated_buffer = False
     return torch.compile(fresh, dynamic=False, fullgraph=True)
 
 
@@ -416,8 +429,8 @@ PEERS = (
     ),
     Peer(
         "flash_attend math",
-        f"our einsum path; on a GPU up to a length of {LONGEST_EINSUM}",
-        partial(_prepare_ours, "math"),
+        "our einsum path",
+        partial(_up_to_most_scores, partial(_prepare_ours, "math")),
         EVERYWHERE,
         judged_whole=True,
     ),
@@ -446,7 +459,7 @@ PEERS = (
     Peer(
         "sdpa math",
         "F.scaled_dot_product_attention, its unfused path forced",
-        partial(_prepare_sdpa, SDPBackend.MATH),
+        partial(_up_to_most_scores, partial(_prepare_sdpa, SDPBackend.MATH)),
         EVERYWHERE,
     ),
     Peer(
@@ -454,14 +467,14 @@ PEERS = (
         "FlexAttention, compiled; its BlockMask made once, not counted",
         partial(_prepare_flex, build_in_call=False),
         EVERYWHERE,
-        slow_to_start=True,
+        compiles="each case",
     ),
     Peer(
         "flex + mask",
         "FlexAttention, compiled; its BlockMask made from the batch's mask in every call, by a compiled function",
         partial(_prepare_flex, build_in_call=True),
         EVERYWHERE,
-        slow_to_start=True,
+        compiles="each case",
     ),
     Peer(
         "varlen",
@@ -472,7 +485,7 @@ PEERS = (
         "flash-attention 4",
         "flash_attn.cute; with key padding unpads and pads in every call, as varlen does",
         _prepare_flash_attention_4,
-        slow_to_start=True,
+        compiles="once",
     ),
     Peer(
         "complex-valued-transformer",
@@ -489,22 +502,23 @@ PEERS = (
     Peer(
         "compiled einsum",
         "scores, mask, softmax in float32 and weighted sum, written as einsums, by torch.compile",
-        _prepare_einsum,
+        partial(_up_to_most_scores, _prepare_einsum),
         EVERYWHERE,
-        slow_to_start=True,
+        compiles="each case",
     ),
 )
 
 
 def peers_for(device: torch.device | str, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Peer]:
-    """The peers for a device: those that a shell pattern names, or all but what is too slow to start there.
+    """The peers for a device: those that a shell pattern names, or all but those that would compile for longer than
+    they are measured.
 
     Raises `ValueError` for a pattern that names none.
     """
     kind = torch.device(device).type
     there = [peer for peer in PEERS if kind in peer.devices]
     if not patterns:
-        return [peer for peer in there if not (peer.slow_to_start and (quick or kind == "cpu"))]
+        return [peer for peer in there if not (peer.compiles and (quick or kind == "cpu"))]
     for pattern in patterns:
         if not any(fnmatchcase(peer.name, pattern) for peer in there):
             names = ", ".join(repr(peer.name) for peer in there)

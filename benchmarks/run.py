@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -66,12 +66,13 @@ class Plan:
     rounds: int
     milliseconds: float  # of one peer in one round, at most about
     thorough: bool = True  # also time CUDA graphs and, on a GPU, everybody's first calls
+    every_case: bool = True  # peers that compile anew for each case take part in all cases and passes
 
 
 PLANS = {
     "cpu": Plan(3, 60.0, thorough=False),
     "quick": Plan(3, 20.0, thorough=False),
-    "standard": Plan(5, 50.0),
+    "standard": Plan(5, 50.0, every_case=False),
     "full": Plan(7, 50.0),
 }
 
@@ -95,15 +96,21 @@ def make_pass(name: str, attend: Attention, inputs: Inputs) -> Function:
     return partial(torch.autograd.grad, attend(*leaves), leaves, inputs.grad_out, retain_graph=True)
 
 
-def admit(peer: Peer, inputs: Inputs, gate: Gate, plain_gate: Gate) -> Candidate:
-    """Prepares a peer and checks what it computes. What its own dropout keeps is not known: it is judged without."""
+def admit(peer: Peer, inputs: Inputs, gate: Callable[[bool], Gate]) -> Candidate:
+    """Prepares a peer and checks what it computes, by a gate with or without dropout.
+
+    What a peer's own dropout keeps is not known: it is judged without.
+    """
+    dropout = inputs.case.dropout_p > 0
     try:
         attend = peer.prepare(inputs)
-        if peer.judged_whole or plain_gate is gate:
-            return Candidate(peer, attend, gate.judge(attend, whole=peer.judged_whole))
-        check = plain_gate.judge(peer.prepare(plain_gate.inputs), whole=False)
+        if peer.judged_whole or not dropout:
+            return Candidate(peer, attend, gate(dropout).judge(attend, whole=peer.judged_whole))
+        plain = gate(False)
+        check = plain.judge(peer.prepare(plain.inputs), whole=False)
         return Candidate(peer, attend, replace(check, checked=f"{check.checked}, without dropout"))
     except Exception as error:  # whatever stops a peer is what its rows say
+        synchronize(inputs.q.device)  # unless it took the device with it, which ends the run
         return Candidate(peer, None, Check(None, None, "", _reason(error)))
 
 
@@ -121,17 +128,26 @@ class Bench:
 
     def missing(self, case: Case) -> list[tuple[str, Peer]]:
         """The passes and peers of a case that have no row yet."""
-        wanted = ((name, peer) for name in case.passes for peer in self.peers)
+        wanted = ((name, peer) for name in case.passes for peer in self.peers if self._takes_part(peer, case, name))
         return [(name, peer) for name, peer in wanted if (case.name, name, peer.name) not in self.results]
+
+    def _takes_part(self, peer: Peer, case: Case, name: str) -> bool:
+        """Whoever compiles anew for each case, and for deterministic passes once more, does it only for the core."""
+        return self.plan.every_case or peer.compiles != "each case" or (case.core and name != DETERMINISTIC)
 
     def measure(self, case: Case, progress: Callable[[int, str], object]) -> None:
         """Adds the rows of a case that are missing; `progress` hears how many rows came, and what comes next."""
         missing = self.missing(case)
         inputs = make_inputs(case, self.device)
         work = work_of(inputs)
-        gate = plain_gate = Gate(inputs)
-        if case.dropout_p:
-            plain_gate = Gate(replace(inputs, case=replace(case, dropout_p=0.0)))
+
+        @cache
+        def gate(dropout: bool) -> Gate:
+            try:
+                return Gate(inputs if dropout else replace(inputs, case=replace(case, dropout_p=0.0)))
+            except torch.OutOfMemoryError as error:
+                raise RuntimeError("not checked, and so not timed: the check does not fit into memory") from error
+
         for deterministic in (False, True):
             turn = [name for name in case.passes if (name == DETERMINISTIC) == deterministic]
             peers = [peer for peer in self.peers if any((name, peer) in missing for name in turn)]
@@ -139,7 +155,7 @@ class Bench:
                 candidates = []
                 for peer in peers:
                     progress(0, f"{case.name}: checking {peer.name}")
-                    candidates.append(admit(peer, inputs, gate, plain_gate))
+                    candidates.append(admit(peer, inputs, gate))
                 for name in turn:
                     progress(0, f"{case.name}: {name}")
                     wanted = [candidate for candidate in candidates if (name, candidate.peer) in missing]
@@ -172,6 +188,7 @@ class Bench:
                     functions[peer.name] = function = make()
                     row = replace(row, **self._measure_beside(case, peer, name, function, make))
                 except Exception as error:
+                    synchronize(self.device)
                     functions.pop(peer.name, None)
                     row = replace(row, error=_reason(error))
             rows[peer.name] = row

@@ -11,7 +11,7 @@ import torch
 
 import report
 import run
-from cases import BOTH, FORWARD, select_cases
+from cases import BOTH, DETERMINISTIC, FORWARD, select_cases
 from flash_attend import flash_attention
 from peers import Peer, Unserved
 from results import Results, Row, results_folder
@@ -114,6 +114,45 @@ def test_our_own_wrong_result_fails_the_run(bench, monkeypatch, capsys):
     code, results = bench(peers=("right",))
     assert code == 1 and all(row.ms_median is None for row in results)
     assert "right is WRONG" in capsys.readouterr().err
+
+
+def test_without_a_check_there_is_no_time(bench, monkeypatch):
+    def too_large(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run, "Gate", too_large)
+    code, results = bench(peers=("right",))
+    assert code == 0 and all("not checked, and so not timed" in row.error for row in results)
+    assert all(row.ms_median is None for row in results)
+
+
+def test_a_peer_that_takes_the_device_with_it_ends_the_run(bench, monkeypatch, tmp_path):
+    """What follows on a device that is dead is nobody else's error. What was measured before is kept."""
+
+    def dead(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(run, "synchronize", dead)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        bench(peers=("right", "unserved"))
+    results = Results.load(tmp_path / "cpu.json")
+    assert not list(results) and not results.header["complete"]
+
+
+def test_peers_that_compile_anew_take_part_in_the_core_of_the_standard_grid(tmp_path):
+    grid = select_cases("standard")
+    core = [case for case in grid if case.core]
+    assert 20 < len(core) < len(grid) / 2
+    assert {case.group for case in core} >= {"lengths", "key padding", "dense mask", "grouped heads", "float32"}
+    peers = [PEERS["right"], replace(PEERS["right"], name="compiling", compiles="each case")]
+    for preset, cases in (("standard", core), ("full", grid)):
+        bench = run.Bench(Results(tmp_path / "x.json", {}), torch.device("cpu"), peers, run.PLANS[preset], None)
+        for case in grid:
+            missing = [(name, peer.name) for name, peer in bench.missing(case)]
+            assert {name for name, peer in missing if peer == "right"} == set(case.passes)
+            left_out = {DETERMINISTIC} if preset == "standard" else set()
+            wanted = set(case.passes) - left_out if case in cases else set()
+            assert {name for name, peer in missing if peer == "compiling"} == wanted
 
 
 def test_the_file_has_the_fields_that_are_promised(bench, tmp_path):
