@@ -39,6 +39,7 @@ from flash_attend.target import DeviceTarget, interpreting
 __all__ = [
     "PARTS",
     "Case",
+    "Part",
     "Report",
     "cases",
     "compile_all",
@@ -111,7 +112,7 @@ class Report:
         return found
 
 
-class _Part:
+class Part:
     """As much of a Triton driver as compiling takes. Triton keeps its variants by device: a part is its own device."""
 
     def __init__(self, arch: str) -> None:
@@ -129,11 +130,11 @@ class _Part:
 
 
 @contextlib.contextmanager
-def compiled_for(arch: str) -> Iterator[None]:
+def compiled_for(arch: str, driver_of: type[Part] = Part) -> Iterator[None]:
     """Within this context Triton compiles for a part that need not be there."""
     driver = triton.runtime.driver
     outer = driver._active
-    driver.set_active(_Part(arch))
+    driver.set_active(driver_of(arch))
     try:
         yield
     finally:
