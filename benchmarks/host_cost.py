@@ -99,7 +99,7 @@ def without_launches() -> Iterator[None]:
 
 def replay(launches: list[Launch]) -> None:
     for one in launches:
-        launch(one.kernel, one.programs, one.arguments, one.choices, num_warps=one.num_warps, num_stages=one.num_stages)
+        launch(one.prepared, *one.tensors)
 
 
 def stages(mode: str) -> dict[str, Callable[[], object]]:

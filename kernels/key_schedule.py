@@ -14,6 +14,7 @@ of them make one.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.launch import launch
+from flash_attend.kernels.launch import CALLS_KEPT, Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
 from flash_attend.spec import AttentionSpec, MaskKind
 
@@ -44,6 +45,11 @@ class Schedule(NamedTuple):
     visible: Tensor | None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
     lists: Tensor | None  # KEY: (rows, length) int32; DENSE: (rows, query_blocks, length)
     states: Tensor | None  # DENSE: (rows, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the mask there are; 0 without one."""
+        return 0 if self.visible is None else self.visible.shape[0]
 
 
 # ------------------------------------------------------------------------------------------ walking over a schedule
@@ -354,16 +360,15 @@ def line_kernel(
     _close(line, n_blocks, totals)
 
 
-def _empty_lists(states_or_mask: Tensor, *lines: int, n_blocks: int) -> Tensor:
-    return torch.empty((*lines, 4 * n_blocks + 5), dtype=torch.int32, device=states_or_mask.device)
+def _empty_lists(*lines: int, n_blocks: int, device: torch.device) -> Tensor:
+    return torch.empty(*lines, 4 * n_blocks + 5, dtype=torch.int32, device=device)
 
 
 def _lines(states: Tensor) -> Tensor:
     """The lists of `(rows, n_lines, n_blocks)` states."""
     rows, n_lines, n_blocks = states.shape
-    lists = _empty_lists(states, rows, n_lines, n_blocks=n_blocks)
-    arguments = (states, lists, n_lines, n_blocks, *states.stride())
-    launch(line_kernel, rows * n_lines, arguments, dict(STEP=BLOCKS_PER_STEP), num_warps=1)
+    lists = _empty_lists(rows, n_lines, n_blocks=n_blocks, device=states.device)
+    launch(_prepare_lines(rows, n_lines, n_blocks, states.stride()), states, lists)
     return lists
 
 
@@ -374,37 +379,51 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     batch, heads, _, keys = mask.shape
     rows = batch * heads
     block_queries, block_keys = tiles.schedule_block
-    n_key_blocks = triton.cdiv(keys, block_keys)
+    n_key_blocks = -(-keys // block_keys)
     bytes_of_mask = mask.view(torch.uint8)
     # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
-    word = torch.int64 if spec.dtype == torch.float64 else torch.int32
+    word = dict(dtype=torch.int64 if spec.dtype == torch.float64 else torch.int32, device=mask.device)
     if spec.mask == MaskKind.KEY:
-        visible = torch.empty((rows, n_key_blocks * block_keys), dtype=word, device=mask.device)
-        lists = _empty_lists(mask, rows, n_blocks=n_key_blocks)
-        strides = (mask.stride(0), mask.stride(1), mask.stride(3))
-        arguments = (bytes_of_mask, visible, lists, keys, n_key_blocks, heads, *strides)
-        launch(key_schedule_kernel, rows, arguments, dict(STEP=BLOCKS_PER_STEP, BLOCK=block_keys), num_warps=4)
+        visible = torch.empty(rows, n_key_blocks * block_keys, **word)
+        lists = _empty_lists(rows, n_blocks=n_key_blocks, device=mask.device)
+        launch(_prepare_keys(rows, heads, keys, block_keys, mask.stride()), bytes_of_mask, visible, lists)
         return Schedule(visible, lists, None)
-    n_query_blocks = triton.cdiv(spec.queries, block_queries)
+    n_query_blocks = -(-spec.queries // block_queries)
     words = n_key_blocks * (block_keys // BITS_PER_WORD.value)
-    visible = torch.empty((rows, n_query_blocks * block_queries, words), dtype=word, device=mask.device)
-    states = torch.empty((rows, n_query_blocks, n_key_blocks), dtype=torch.int32, device=mask.device)
-    arguments = (
-        bytes_of_mask,
-        visible,
-        states,
-        spec.queries,
-        keys,
-        n_query_blocks,
-        n_key_blocks,
-        heads,
-        *mask.stride(),
-    )
-    choices = dict(BLOCK_QUERIES=block_queries, BLOCK_KEYS=block_keys, CAUSAL=spec.causal)
-    launch(dense_schedule_kernel, rows * n_query_blocks * n_key_blocks, arguments, choices, num_warps=4)
+    visible = torch.empty(rows, n_query_blocks * block_queries, words, **word)
+    states = torch.empty(rows, n_query_blocks, n_key_blocks, dtype=torch.int32, device=mask.device)
+    launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, states)
     return Schedule(visible, _lines(states), states)
 
 
 def transposed_lists(schedule: Schedule) -> Tensor | None:
     """For each key block of a dense mask the query blocks that see it: (rows, key_blocks, length)."""
     return None if schedule.states is None else _lines(schedule.states.transpose(1, 2))
+
+
+# The launches for masks and states with these strides.
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_keys(rows: int, heads: int, keys: int, block: int, strides: tuple[int, ...]) -> Prepared:
+    numbers = (keys, -(-keys // block), heads, strides[0], strides[1], strides[3])
+    return Prepared(key_schedule_kernel, rows, numbers, dict(STEP=BLOCKS_PER_STEP, BLOCK=block), num_warps=4)
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_dense(rows: int, heads: int, spec: AttentionSpec, tiles: Tiles, strides: tuple[int, ...]) -> Prepared:
+    block_queries, block_keys = tiles.schedule_block
+    n_query_blocks, n_key_blocks = -(-spec.queries // block_queries), -(-spec.keys // block_keys)
+    return Prepared(
+        dense_schedule_kernel,
+        rows * n_query_blocks * n_key_blocks,
+        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, heads, *strides),
+        dict(BLOCK_QUERIES=block_queries, BLOCK_KEYS=block_keys, CAUSAL=spec.causal),
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_lines(rows: int, n_lines: int, n_blocks: int, strides: tuple[int, ...]) -> Prepared:
+    numbers = (n_lines, n_blocks, *strides)
+    return Prepared(line_kernel, rows * n_lines, numbers, dict(STEP=BLOCKS_PER_STEP), num_warps=1)
