@@ -64,7 +64,7 @@ from flash_attend.kernels.tiles import (
 )
 from flash_attend.spec import AttentionSpec, MaskKind
 
-__all__ = ["attention_backward"]
+__all__ = ["attention_backward", "empty_gradients"]
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -639,6 +639,18 @@ def backward_q_kernel(
 DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
 
 
+def empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where a backward writes the gradients of q, k and v that are `needed`."""
+    needs_q, needs_k, needs_v = needed
+    return (
+        empty_like_heads(readable(q), spec.heads, spec.head_dim) if needs_q else None,
+        empty_like_heads(readable(k), spec.kv_heads, spec.head_dim) if needs_k else None,
+        empty_like_heads(readable(v), spec.kv_heads, spec.value_dim) if needs_v else None,
+    )
+
+
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -657,7 +669,6 @@ def attention_backward(
 
     Everything else is what the forward took and gave. A gradient that is None counts as 0.
     """
-    needs_q, needs_k, needs_v = needed
     q, k, v, out = readable(q), readable(k), readable(v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
@@ -667,18 +678,15 @@ def attention_backward(
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
     launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
 
-    grad_q = grad_k = grad_v = None
+    grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
     inputs = q, k, v, grad_out
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
-    if needs_k or needs_v:
-        grad_k = empty_like_heads(k, spec.kv_heads, spec.head_dim) if needs_k else None
-        grad_v = empty_like_heads(v, spec.kv_heads, spec.value_dim) if needs_v else None
+    if grad_k is not None or grad_v is not None:
         lists = transposed_lists(schedule)
         of_outputs = (None if grad is None else grad.stride() for grad in (grad_k, grad_v))
         prepared = _prepare_kv(spec, tiles, schedule.rows, *strides, *of_outputs)
         launch(prepared, *inputs, grad_k, grad_v, lse_log2, delta, schedule.visible, lists, seed)
-    if needs_q:
-        grad_q = empty_like_heads(q, spec.heads, spec.head_dim)
+    if grad_q is not None:
         prepared = _prepare_q(spec, tiles, schedule.rows, *strides, grad_q.stride())
         launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
     return grad_q, grad_k, grad_v

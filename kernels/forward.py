@@ -38,7 +38,7 @@ from flash_attend.kernels.softmax import NEGATIVE_INFINITY, finish, online_step,
 from flash_attend.kernels.tiles import accumulate, inner_products, load_rows, negate, scale_rows, store_rows, zeros
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["attention_forward"]
+__all__ = ["attention_forward", "empty_outputs"]
 
 
 @triton.jit
@@ -227,6 +227,13 @@ def forward_kernel(
     store_rows(OUT, out_row * ALIGN, scale_rows(total, normaliser), exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1)
 
 
+def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Where a forward writes `out (b, h, i, dv)` and `lse (b, h, i)`. Also what it gives when nothing is launched."""
+    out = empty_like_heads(readable(q), spec.heads, spec.value_dim)
+    lse = torch.empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype, device=q.device)
+    return out, lse
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, spec: AttentionSpec, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Schedule]:
@@ -235,8 +242,7 @@ def attention_forward(
     Shapes as `normalise_inputs` returns them; `seed` is a one-element int64 tensor, or None without dropout.
     """
     q, k, v = readable(q), readable(k), readable(v)
-    out = empty_like_heads(q, spec.heads, spec.value_dim)
-    lse = torch.empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype, device=q.device)
+    out, lse = empty_outputs(q, spec)
     schedule = build_schedule(mask, spec, tiles)
     prepared = _prepare(spec, tiles, schedule.rows, q.stride(), k.stride(), v.stride(), out.stride())
     launch(prepared, q, k, v, out, lse, schedule.visible, schedule.lists, seed)

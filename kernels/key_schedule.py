@@ -27,7 +27,7 @@ from flash_attend.kernels.launch import CALLS_KEPT, Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
 from flash_attend.spec import AttentionSpec, MaskKind
 
-__all__ = ["Schedule", "build_schedule", "transposed_lists"]
+__all__ = ["Schedule", "build_schedule", "empty_schedule", "transposed_lists"]
 
 HEADER = tl.constexpr(4)
 EMPTY = tl.constexpr(0)
@@ -364,41 +364,56 @@ def _empty_lists(*lines: int, n_blocks: int, device: torch.device) -> Tensor:
     return torch.empty(*lines, 4 * n_blocks + 5, dtype=torch.int32, device=device)
 
 
-def _lines(states: Tensor) -> Tensor:
-    """The lists of `(rows, n_lines, n_blocks)` states."""
-    rows, n_lines, n_blocks = states.shape
-    lists = _empty_lists(rows, n_lines, n_blocks=n_blocks, device=states.device)
-    launch(_prepare_lines(rows, n_lines, n_blocks, states.stride()), states, lists)
-    return lists
+def _fill_lines(states: Tensor, lists: Tensor) -> None:
+    """Writes the lists of `(rows, n_lines, n_blocks)` states."""
+    launch(_prepare_lines(*states.shape, states.stride()), states, lists)
 
 
-def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
-    """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
+def empty_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+    """Where the schedule of a mask `(b|1, h|1, i|1, j)` is written."""
     if mask is None:
         return Schedule(None, None, None)
     batch, heads, _, keys = mask.shape
     rows = batch * heads
     block_queries, block_keys = tiles.schedule_block
     n_key_blocks = -(-keys // block_keys)
-    bytes_of_mask = mask.view(torch.uint8)
     # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
     word = dict(dtype=torch.int64 if spec.dtype == torch.float64 else torch.int32, device=mask.device)
     if spec.mask == MaskKind.KEY:
         visible = torch.empty(rows, n_key_blocks * block_keys, **word)
-        lists = _empty_lists(rows, n_blocks=n_key_blocks, device=mask.device)
-        launch(_prepare_keys(rows, heads, keys, block_keys, mask.stride()), bytes_of_mask, visible, lists)
-        return Schedule(visible, lists, None)
+        return Schedule(visible, _empty_lists(rows, n_blocks=n_key_blocks, device=mask.device), None)
     n_query_blocks = -(-spec.queries // block_queries)
     words = n_key_blocks * (block_keys // BITS_PER_WORD.value)
     visible = torch.empty(rows, n_query_blocks * block_queries, words, **word)
     states = torch.empty(rows, n_query_blocks, n_key_blocks, dtype=torch.int32, device=mask.device)
-    launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, states)
-    return Schedule(visible, _lines(states), states)
+    return Schedule(visible, _empty_lists(rows, n_query_blocks, n_blocks=n_key_blocks, device=mask.device), states)
+
+
+def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+    """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
+    schedule = visible, lists, states = empty_schedule(mask, spec, tiles)
+    if mask is None:
+        return schedule
+    batch, heads, _, keys = mask.shape
+    bytes_of_mask, rows = mask.view(torch.uint8), batch * heads
+    if spec.mask == MaskKind.KEY:
+        prepared = _prepare_keys(rows, heads, keys, tiles.schedule_block[1], mask.stride())
+        launch(prepared, bytes_of_mask, visible, lists)
+    else:
+        launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, states)
+        _fill_lines(states, lists)
+    return schedule
 
 
 def transposed_lists(schedule: Schedule) -> Tensor | None:
     """For each key block of a dense mask the query blocks that see it: (rows, key_blocks, length)."""
-    return None if schedule.states is None else _lines(schedule.states.transpose(1, 2))
+    if schedule.states is None:
+        return None
+    states = schedule.states.transpose(1, 2)
+    rows, n_lines, n_blocks = states.shape
+    lists = _empty_lists(rows, n_lines, n_blocks=n_blocks, device=states.device)
+    _fill_lines(states, lists)
+    return lists
 
 
 # The launches for masks and states with these strides.
