@@ -73,7 +73,7 @@ class Deviceless(aot.Part):
 
     utils = SimpleNamespace(
         get_device_properties=lambda device: dict(max_shared_mem=PART.shared_memory),
-        load_binary=lambda *binary: (None, None, 0, 0, 1024),  # module, function, registers, spills, threads
+        load_binary=lambda *binary: (object(), object(), 0, 0, 1024),  # module, function, registers, spills, threads
     )
 
     @staticmethod

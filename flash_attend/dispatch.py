@@ -18,8 +18,6 @@ LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the re
 OLDEST_CAPABILITY = (8, 0)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
 
-BACKENDS = ("triton", "math")  # fastest first
-
 
 class BackendUnavailable(ValueError):
     """A backend was asked for by name and cannot serve the call."""
@@ -88,14 +86,21 @@ def _release(version: str) -> tuple[int, int] | None:
         return None
 
 
+def _judge_math(
+    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
+) -> tuple[bool, bool, str]:
+    return True, True, "the einsum path serves every call"
+
+
+_JUDGES = {"triton": _judge_triton, "math": _judge_math}
+BACKENDS = tuple(_JUDGES)  # fastest first
+
+
 def judge(
     spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation] = VALIDATED
 ) -> tuple[Verdict, ...]:
     """Every backend's verdict, fastest first."""
-    return (
-        Verdict("triton", *_judge_triton(spec, target, validated)),
-        Verdict("math", True, True, "the einsum path serves every call"),
-    )
+    return tuple(Verdict(backend, *judge_one(spec, target, validated)) for backend, judge_one in _JUDGES.items())
 
 
 def choose(
@@ -109,17 +114,17 @@ def choose(
     `backend="auto"` takes the fastest backend that serves the call and has been validated on the part. A backend asked
     for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
-    verdicts = judge(spec, target, validated)
-    if backend != "auto":
-        verdict = next(v for v in verdicts if v.backend == backend)
-        if not verdict.serves:
-            raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {verdict.reason}")
+    if backend in _JUDGES:
+        serves, _, reason = _JUDGES[backend](spec, target, validated)
+        if not serves:
+            raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
         return Plan(backend, "asked for by name")
-    passed_over = []
-    for verdict in verdicts:
-        if verdict.serves and verdict.by_default:
-            return Plan(verdict.backend, "; ".join([*passed_over, verdict.reason]))
-        passed_over.append(f"{verdict.backend}: {verdict.reason}")
+    if backend != "auto":
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
+    passed_over: list[str] = []
+    for name, judge_one in _JUDGES.items():
+        serves, by_default, reason = judge_one(spec, target, validated)
+        if serves and by_default:
+            return Plan(name, "; ".join([*passed_over, reason]))
+        passed_over.append(f"{name}: {reason}")
     raise AssertionError("the math backend serves every call")

@@ -29,7 +29,7 @@ from flash_attend.kernels.key_schedule import (
     walk_over_keys,
     walk_over_queries,
 )
-from flash_attend.kernels.launch import CALLS_KEPT, Prepared, launch
+from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import (
     DENSE,
     KEY,
@@ -62,7 +62,7 @@ from flash_attend.kernels.tiles import (
     store_rows,
     zeros,
 )
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward", "empty_gradients"]
 

@@ -22,7 +22,7 @@ from flash_attend.kernels.key_schedule import (
     run_count,
     walk_over_keys,
 )
-from flash_attend.kernels.launch import CALLS_KEPT, Prepared, launch
+from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, NONE, hide, query_tile, tile_visibility
 from flash_attend.kernels.operands import (
     Strides,
@@ -36,7 +36,7 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, finish, online_step, to_log2_scale
 from flash_attend.kernels.tiles import accumulate, inner_products, load_rows, negate, scale_rows, store_rows, zeros
-from flash_attend.spec import AttentionSpec
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["attention_forward", "empty_outputs"]
 

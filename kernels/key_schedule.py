@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.launch import CALLS_KEPT, Prepared, launch
+from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["Schedule", "build_schedule", "empty_schedule", "transposed_lists"]
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CALLS_KEPT", "COMPILER_OPTIONS", "Launch", "Prepared", "launch", "recorded_launches"]
+__all__ = ["COMPILER_OPTIONS", "Launch", "Prepared", "launch", "recorded_launches"]
 
 COMPILER_OPTIONS = dict(
     enable_fp_fusion=True,  # asked for by name: Triton 3.10 turns it off by default
     maxnreg=255,  # all that a thread can have: else the assembler may spill to fit a second block beside the first
 )
-CALLS_KEPT = 512  # of how many different calls (lengths, layouts, modes) the preparation is kept
 ALIGNMENT = 16  # bytes: what Triton makes a variant of a kernel for
 
 

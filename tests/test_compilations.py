@@ -155,7 +155,7 @@ def test_a_mode_is_a_variant(variants: Callable, change: dict, expected: dict[st
 
 
 def test_tiles_are_variants(variants: Callable) -> None:
-    wider = replace(TILES, forward=Tile(64, 64, 4, 2))
+    wider = TILES._replace(forward=Tile(64, 64, 4, 2))
     expected = dict(forward_kernel=2, delta_kernel=1, backward_kv_kernel=1, backward_q_kernel=1)
     assert variants([*aot.record_call(SPEC, TILES), *aot.record_call(SPEC, wider)]) == expected
 
