@@ -72,8 +72,9 @@ def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
 
     Models that merge heads after attention then need no copy.
     """
-    batch, _, length, _ = tensor.shape
-    if tensor.shape[1] > 1 and length > 1 and tensor.stride(1) < tensor.stride(2):
+    batch, own_heads, length, _ = tensor.shape
+    _, head_stride, row_stride, _ = tensor.stride()
+    if own_heads > 1 and length > 1 and head_stride < row_stride:
         return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
     return tensor.new_empty(batch, heads, length, dim)
 
