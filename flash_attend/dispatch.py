@@ -114,7 +114,7 @@ def choose(
     `backend="auto"` takes the fastest backend that serves the call and has been validated on the part. A backend asked
     for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
     """
-    if backend in _JUDGES:
+    if backend in BACKENDS:
         serves, _, reason = _JUDGES[backend](spec, target, validated)
         if not serves:
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")

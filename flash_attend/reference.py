@@ -60,7 +60,9 @@ def attention_reference(
     q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in (q, k, v))
 
     attend = _attend
-    if recompute and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+    # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    if recompute and differentiated and not torch._C._are_functorch_transforms_active():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     with _no_autocast(q.device):
         parts = [attend(q, k, v, mask, seed, spec, first, last, return_lse) for first, last in chunks]

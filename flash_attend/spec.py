@@ -12,12 +12,14 @@ import math
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CALLS_KEPT", "AttentionSpec", "MaskKind", "normalise_inputs"]
+from flash_attend.tracing import constant_when_compiled, traced
+
+__all__ = ["CALLS_KEPT", "AttentionSpec", "MaskKind", "describe", "normalise_inputs"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
@@ -69,6 +71,11 @@ class AttentionSpec:
     def offset(self) -> int:
         """Under `causal`, query `x` sees key `y` iff `y <= x + offset` (the last query sees the last key)."""
         return self.keys - self.queries
+
+    @property
+    def options(self) -> tuple[bool, float, float, bool, str]:
+        """What the tensors of a call do not say, in the order in which `describe` takes it."""
+        return self.causal, self.scale, self.dropout_p, self.deterministic, self.precision
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
@@ -177,13 +184,10 @@ def normalise_inputs(
     scale = None if scale is None else _check_number("scale", scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    precision = "ieee"
-    if isinstance(q, Tensor) and q.dtype == torch.float32:
-        precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = _float32_precision() if isinstance(q, Tensor) and q.dtype == torch.float32 else "ieee"
     # While a call is traced, its lengths may be symbols, which cannot be looked up.
-    traced = torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor)
-    describe = _describe.__wrapped__ if traced else _describe
-    spec, mask_sizes = describe(
+    describe_facts = _describe.__wrapped__ if traced(q, k, v, mask) else _describe
+    spec, mask_sizes = describe_facts(
         _facts("q", q),
         _facts("k", k),
         _facts("v", v),
@@ -198,6 +202,21 @@ def normalise_inputs(
     v = v[:, None] if v.ndim == 3 else v
     mask = None if mask is None else _view_mask(mask, mask_sizes, spec.keys)
     return q, k, v, mask, spec
+
+
+def describe(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *options: Any) -> AttentionSpec:
+    """The spec of tensors that `normalise_inputs` has returned, with the `options` of theirs; whatever became of the
+    tensors' strides since."""
+    of_mask = None if mask is None else _facts("mask", mask)._replace(stride=(1, 1, 1, 1))
+    return _describe.__wrapped__(_facts("q", q), _facts("k", k), _facts("v", v), of_mask, *options)[0]
+
+
+# A graph that holds the answer is guarded by torch.compile: at every call it compares
+# torch.backends.cuda.matmul.allow_tf32, which follows this setting.
+@constant_when_compiled
+def _float32_precision() -> str:
+    """How float32 products are computed: accurately (3xTF32) at "highest", else in TF32."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from flash_attend.tracing import constant_when_compiled
+
 __all__ = ["DeviceTarget", "triton_version"]
 
 
@@ -52,6 +54,7 @@ class DeviceTarget:
         return None if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
 
     @staticmethod
+    @constant_when_compiled
     def of(device: torch.device) -> DeviceTarget:
         """Describes a device of this process (cached: the properties of a device do not change)."""
         if device.type == "cuda" and device.index is None:

@@ -1,0 +1,299 @@
+"""Attention as operators of PyTorch, opaque to whatever traces or transforms a program: torch.compile, torch.export,
+torch.func, dispatch modes, tensor subclasses.
+
+`flash_attend::forward` and `flash_attend::backward` run the kernels, or the einsum path for a compiler, to which its loop
+over chunks would be as many graphs as there are lengths. Each has an implementation, a fake one that says what comes out
+without computing it, an autograd kernel, and a rule for `torch.vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import compress
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.utils._pytree import tree_map
+
+from flash_attend.autograd import Attention, Gradients, apply
+from flash_attend.reference import attention_reference
+from flash_attend.spec import AttentionSpec, describe
+from flash_attend.target import DeviceTarget
+
+if TYPE_CHECKING:
+    from flash_attend.kernels.configs import Tiles
+
+__all__ = ["attend", "differentiate"]
+
+_OPTIONS = "bool causal, float scale, float dropout_p, bool deterministic, str precision, str backend"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+_library = torch.library.Library("flash_attend", "DEF")
+_library.define(
+    f"forward(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed, {_OPTIONS}, bool return_lse)"
+    " -> (Tensor, Tensor, Tensor[])",
+    tags=_TAGS,
+)
+_library.define(
+    "backward(bool[] needed, Tensor? grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor? mask,"
+    f" Tensor? seed, Tensor out, Tensor lse, Tensor[] schedule, {_OPTIONS}) -> Tensor[]",
+    tags=_TAGS,
+)
+FORWARD = torch.ops.flash_attend.forward.default
+BACKWARD = torch.ops.flash_attend.backward.default
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    spec: AttentionSpec,
+    backend: str,
+    *,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`out (b, h, i, dv)` and `lse (b, h, i)`; without `return_lse` the einsum path leaves the lse `(b, h, 0)`.
+
+    Arguments as `normalise_inputs` returns them; `seed` is a one-element int64 tensor on q's device, or None.
+    """
+    out, lse, _ = FORWARD(q, k, v, mask, seed, *spec.options, backend, return_lse)
+    return out, lse
+
+
+def differentiate(
+    backend: str,
+    needed: Sequence[bool],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    spec: AttentionSpec,
+    out: Tensor,
+    lse: Tensor,
+    *schedule: Tensor,
+) -> list[Tensor]:
+    """The gradients of those of q, k and v that are needed, from those of out and lse; None counts as 0."""
+    tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse
+    return BACKWARD(needed, *tensors, schedule, *spec.options, backend)
+
+
+# ------------------------------------------------------------------------------------------------------ implementations
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse):
+    spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    if backend == "math":
+        with torch.no_grad():
+            out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
+        return out.contiguous(), _no_lse(q, spec) if lse is None else lse.contiguous(), []
+    from flash_attend import launches
+
+    with torch.no_grad():
+        out, lse, *schedule = launches.forward(_tiles(spec, q.device), q, k, v, mask, seed, spec)
+    return out, lse, schedule
+
+
+@torch.library.register_fake(FORWARD, lib=_library)
+def _like_forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse):
+    spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    if backend == "math":
+        lse = q.new_empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
+        out = q.new_empty(spec.batch, spec.heads, spec.queries, spec.value_dim)
+        return out, lse if return_lse else _no_lse(q, spec), []
+    from flash_attend import launches
+
+    out, lse, *schedule = launches.like_forward(_tiles(spec, q.device), q, mask, spec)
+    return out, lse, schedule
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(
+    needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
+    causal, scale, dropout_p, deterministic, precision, backend,
+):  # fmt: skip
+    spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    if backend == "math":
+        return _recomputed_gradients(needed, grad_out, grad_lse, q, k, v, mask, seed, spec)
+    from flash_attend import launches
+
+    with torch.no_grad():
+        tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
+        return list(launches.backward(_tiles(spec, q.device), needed, *tensors, *schedule))
+
+
+@torch.library.register_fake(BACKWARD, lib=_library)
+def _like_backward(
+    needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
+    causal, scale, dropout_p, deterministic, precision, backend,
+):  # fmt: skip
+    if backend == "math":
+        return [x.new_empty(x.shape) for x in compress((q, k, v), needed)]
+    from flash_attend import launches
+
+    spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    return list(launches.like_backward(needed, q, k, v, spec))
+
+
+def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
+    from flash_attend.kernels.configs import select_tiles
+
+    # No length matters to them, and one that is a symbol cannot be looked up.
+    unsized = replace(spec, batch=1, heads=1, kv_heads=1, queries=1, keys=1)
+    return select_tiles(unsized, DeviceTarget.of(device))
+
+
+def _no_lse(q: Tensor, spec: AttentionSpec) -> Tensor:
+    return q.new_empty(spec.batch, spec.heads, 0, dtype=spec.accumulator_dtype)
+
+
+def _recomputed_gradients(
+    needed: Sequence[bool],
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    spec: AttentionSpec,
+) -> list[Tensor]:
+    """The einsum path's gradients: the forward once more, this time under autograd."""
+    leaves = [x.detach().requires_grad_(need) for x, need in zip((q, k, v), needed, strict=True)]
+    with torch.enable_grad():
+        outputs = attention_reference(*leaves, mask, seed, spec, return_lse=grad_lse is not None)
+    pairs = [(x, grad) for x, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
+    found = torch.autograd.grad(
+        [x for x, _ in pairs],
+        list(compress(leaves, needed)),
+        [grad for _, grad in pairs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [grad.contiguous() for grad in found]
+
+
+# ----------------------------------------------------------------------------------------------------- autograd kernels
+
+
+@contextmanager
+def _levels_below() -> Iterator[None]:
+    """What runs inside a function's forward is, under torch.func, the operator at the next level: it may be
+    differentiated there."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True):
+        yield
+
+
+def _forward_autograd(
+    keyset, q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse
+):  # fmt: skip
+    below = keyset & torch._C._after_autograd_keyset
+
+    def run(q, k, v, mask, seed, spec):
+        with _levels_below():
+            out, lse, schedule = FORWARD.redispatch(below, q, k, v, mask, seed, *spec.options, backend, return_lse)
+        return out, lse, *schedule
+
+    spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    with enable_single_level_autograd_function():
+        out, lse, *schedule = apply(Attention, run, partial(differentiate, backend), q, k, v, mask, seed, spec)
+    return out, lse, schedule
+
+
+def _backward_autograd(
+    keyset, needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
+    causal, scale, dropout_p, deterministic, precision, backend,
+):  # fmt: skip
+    below = keyset & torch._C._after_autograd_keyset
+
+    def run(needed, grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse, *schedule):
+        tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse
+        with _levels_below():
+            return BACKWARD.redispatch(below, needed, *tensors, list(schedule), *spec.options, backend)
+
+    spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
+    with enable_single_level_autograd_function():
+        return list(apply(Gradients, run, needed, *tensors, *schedule))
+
+
+_library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
+_library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- vmap rules
+#
+# The dimension that is mapped over is folded into the batch, so that one launch serves all of it. Dropout draws a seed
+# for each entry with randomness="different"; the first serves the folded batch, whose entries differ by their position.
+
+
+@torch.library.register_vmap(FORWARD, lib=_library)
+def _forward_vmap(info, in_dims, *arguments):
+    q, k, v, mask, seed, causal, scale, dropout_p, *others = arguments
+    if dropout_p > 0 and in_dims[4] is None:
+        return _one_by_one(FORWARD, info, in_dims, arguments)
+    fold, folded = partial(_fold, info.batch_size), _is_folded(mask, in_dims[3])
+    q, k, v = map(fold, (q, k, v), in_dims)
+    mask = fold(mask, in_dims[3]) if folded else mask
+    outputs = FORWARD(q, k, v, mask, _first(seed, in_dims[4]), causal, scale, dropout_p, *others)
+    out, lse, schedule = tree_map(partial(_unfold, info.batch_size), outputs)
+    if folded:
+        return (out, lse, schedule), (0, 0, [0 for _ in schedule])
+    return (out, lse, outputs[2]), (0, 0, [None for _ in schedule])
+
+
+@torch.library.register_vmap(BACKWARD, lib=_library)
+def _backward_vmap(info, in_dims, *arguments):
+    needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule, causal, scale, dropout_p, *others = arguments
+    if dropout_p > 0 and in_dims[7] is None:
+        return _one_by_one(BACKWARD, info, in_dims, arguments)
+    fold, folded = partial(_fold, info.batch_size), _is_folded(mask, in_dims[6])
+    grad_out, grad_lse, q, k, v = map(fold, (grad_out, grad_lse, q, k, v), in_dims[1:])
+    out, lse = map(fold, (out, lse), in_dims[8:])
+    if folded:
+        mask, schedule = fold(mask, in_dims[6]), list(map(fold, schedule, in_dims[10]))
+    tensors = grad_out, grad_lse, q, k, v, mask, _first(seed, in_dims[7]), out, lse, schedule
+    grads = BACKWARD(needed, *tensors, causal, scale, dropout_p, *others)
+    return [_unfold(info.batch_size, grad) for grad in grads], [0 for _ in grads]
+
+
+def _fold(size: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+    """`(b, ...)`, mapped over `dim`, as `(size * b, ...)`: a view where the strides allow it."""
+    if tensor is None:
+        return None
+    return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+
+
+def _unfold(size: int, tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (size, tensor.shape[0] // size))
+
+
+def _is_folded(mask: Tensor | None, dim: int | None) -> bool:
+    """A mask that is the same for the whole batch stays so."""
+    return mask is not None and (dim is not None or mask.shape[0] != 1)
+
+
+def _first(seed: Tensor | None, dim: int | None) -> Tensor | None:
+    return seed if dim is None else seed.select(dim, 0)
+
+
+def _one_by_one(op: torch._ops.OpOverload, info: Any, in_dims: Any, arguments: Any) -> tuple[Any, Any]:
+    """One call for each entry: with randomness="same" all of them drop the same weights, those of one seed."""
+
+    def entry(index: int) -> Any:
+        return tree_map(lambda x, dim: x if dim is None else x.select(dim, index), arguments, in_dims)
+
+    results = [op(*entry(index)) for index in range(info.batch_size)]
+    stacked = tree_map(lambda *tensors: torch.stack(tensors), *results)
+    return stacked, tree_map(lambda _: 0, stacked)

@@ -1,0 +1,36 @@
+"""Who else takes part in a call: compilers, transforms, tensor subclasses. Decides between a direct launch and the
+operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["constant_when_compiled", "intercepted", "traced"]
+
+_F = TypeVar("_F", bound=Callable)
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+
+
+def constant_when_compiled(function: _F) -> _F:
+    """Lets torch.compile call `function` while it traces, and put the result into its graph as a constant.
+
+    What `torch.compiler.assume_constant_result` does, but that one imports the compiler, which takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def traced(*tensors: Tensor | None) -> bool:
+    """Whether the call is being compiled or exported, or a tensor is of a class that sees operators: fake, functional,
+    DTensor."""
+    return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
+
+
+def intercepted() -> bool:
+    """Whether a torch.func transform or a dispatch mode is active, which sees operators and nothing else."""
+    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
