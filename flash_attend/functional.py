@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from flash_attend import operators
 from flash_attend.dispatch import BACKENDS, Plan, Verdict, choose, judge
 from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
-from flash_attend.spec import normalise_inputs
+from flash_attend.spec import CALLS_KEPT, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, intercepted, traced
+from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
 __all__ = ["Explanation", "explain", "flash_attention"]
 
@@ -59,18 +59,24 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    if sharded(q, k, v, mask):
+        from flash_attend.sharding import attend_locally  # imports DTensor
+
+        options = dict(causal=causal, scale=scale, return_lse=return_lse, deterministic=deterministic, backend=backend)
+        return attend_locally(partial(flash_attention, **options), q, k, v, mask, dropout_p)
     q, k, v = _autocast(q, k, v)
     q, k, v, mask, spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    plan = choose(spec, target, backend)
+    watched = traced(q, k, v, mask)
+    plan = (choose if watched else _choose_once)(spec, target, backend)
     if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
         _warn_of_fallback(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    # The one place that decides between an opaque operator and what is in it. In the einsum path those are operators too,
-    # which all but a compiler and a sharded tensor deal with better.
-    if traced(q, k, v, mask) or (plan.backend != "math" and intercepted()):
+    # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
+    # and all but a compiler and a sharded tensor do better with them.
+    if watched or (plan.backend != "math" and intercepted()):
         out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
     elif plan.backend == "math":
         out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
@@ -81,12 +87,17 @@ def flash_attention(
     return (out, lse) if return_lse else out
 
 
+_choose_once = lru_cache(maxsize=CALLS_KEPT)(choose)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast gives them to torch's own attention and einsum: float64 is left alone."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+    if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     castable = [tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors]

@@ -3,13 +3,14 @@ operators."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["constant_when_compiled", "intercepted", "traced"]
+__all__ = ["constant_when_compiled", "intercepted", "sharded", "traced"]
 
 _F = TypeVar("_F", bound=Callable)
 
@@ -28,7 +29,16 @@ def constant_when_compiled(function: _F) -> _F:
 def traced(*tensors: Tensor | None) -> bool:
     """Whether the call is being compiled or exported, or a tensor is of a class that sees operators: fake, functional,
     DTensor."""
-    return torch.compiler.is_compiling() or any(type(tensor) not in _PLAIN for tensor in tensors)
+    return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))
+
+
+def sharded(*tensors: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor. Where nobody has imported their module, which takes a second, there are none."""
+    if _PLAIN.issuperset(map(type, tensors)) or "torch.distributed.tensor" not in sys.modules:
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def intercepted() -> bool:
