@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from flash_attend import operators
 from flash_attend.dispatch import BACKENDS, Plan, Verdict, choose, judge
 from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
-from flash_attend.spec import CALLS_KEPT, normalise_inputs
+from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
@@ -69,14 +69,13 @@ def flash_attention(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    watched = traced(q, k, v, mask)
-    plan = (choose if watched else _choose_once)(spec, target, backend)
+    plan = choose(spec, target, backend)
     if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
         _warn_of_fallback(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
     # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
     # and all but a compiler and a sharded tensor do better with them.
-    if watched or (plan.backend != "math" and intercepted()):
+    if traced(q, k, v, mask) or (plan.backend != "math" and intercepted()):
         out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
     elif plan.backend == "math":
         out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
@@ -85,9 +84,6 @@ def flash_attention(
 
         out, lse = launches.attend(q, k, v, mask, seed, spec, target)
     return (out, lse) if return_lse else out
-
-
-_choose_once = lru_cache(maxsize=CALLS_KEPT)(choose)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -1,9 +1,9 @@
 """Attention as operators of PyTorch, opaque to whatever traces or transforms a program: torch.compile, torch.export,
 torch.func, dispatch modes, tensor subclasses.
 
-`flash_attend::forward` and `flash_attend::backward` run the kernels, or the einsum path for a compiler, to which its loop
-over chunks would be as many graphs as there are lengths. Each has an implementation, a fake one that says what comes out
-without computing it, an autograd kernel, and a rule for `torch.vmap`.
+`flash_attend::forward` and `flash_attend::backward` run the kernels, or the einsum path for a compiler, which would
+make of its loop over chunks as many graphs as there are lengths. Each has an implementation, a fake one that says what
+comes out without computing it, an autograd kernel, and a rule for `torch.vmap`.
 """
 
 from __future__ import annotations
@@ -169,18 +169,23 @@ def _recomputed_gradients(
     seed: Tensor | None,
     spec: AttentionSpec,
 ) -> list[Tensor]:
-    """The einsum path's gradients: the forward once more, this time under autograd."""
-    leaves = [x.detach().requires_grad_(need) for x, need in zip((q, k, v), needed, strict=True)]
-    with torch.enable_grad():
+    """The einsum path's gradients: the forward once more, this time under autograd.
+
+    Which is switched off inside an operator, by leaving out its dispatch keys.
+    """
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(included, excluded - autograd), torch.enable_grad():
+        leaves = [x.detach().requires_grad_(need) for x, need in zip((q, k, v), needed, strict=True)]
         outputs = attention_reference(*leaves, mask, seed, spec, return_lse=grad_lse is not None)
-    pairs = [(x, grad) for x, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
-    found = torch.autograd.grad(
-        [x for x, _ in pairs],
-        list(compress(leaves, needed)),
-        [grad for _, grad in pairs],
-        allow_unused=True,
-        materialize_grads=True,
-    )
+        pairs = [(x, grad) for x, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs],
+            list(compress(leaves, needed)),
+            [grad for _, grad in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
     return [grad.contiguous() for grad in found]
 
 
@@ -243,14 +248,13 @@ def _forward_vmap(info, in_dims, *arguments):
     q, k, v, mask, seed, causal, scale, dropout_p, *others = arguments
     if dropout_p > 0 and in_dims[4] is None:
         return _one_by_one(FORWARD, info, in_dims, arguments)
-    fold, folded = partial(_fold, info.batch_size), _is_folded(mask, in_dims[3])
-    q, k, v = map(fold, (q, k, v), in_dims)
-    mask = fold(mask, in_dims[3]) if folded else mask
-    outputs = FORWARD(q, k, v, mask, _first(seed, in_dims[4]), causal, scale, dropout_p, *others)
-    out, lse, schedule = tree_map(partial(_unfold, info.batch_size), outputs)
-    if folded:
-        return (out, lse, schedule), (0, 0, [0 for _ in schedule])
-    return (out, lse, outputs[2]), (0, 0, [None for _ in schedule])
+    q, k, v = map(partial(_fold, info.batch_size), (q, k, v), in_dims)
+    tensors = q, k, v, _fold_mask(info.batch_size, mask, in_dims[3], q.shape[0]), _first(seed, in_dims[4])
+    out, lse, schedule = FORWARD(*tensors, causal, scale, dropout_p, *others)
+    out, lse = _unfold(info.batch_size, out), _unfold(info.batch_size, lse)
+    if _is_shared(mask, in_dims[3]):
+        return (out, lse, schedule), (0, 0, [None for _ in schedule])
+    return (out, lse, [_unfold(info.batch_size, tensor) for tensor in schedule]), (0, 0, [0 for _ in schedule])
 
 
 @torch.library.register_vmap(BACKWARD, lib=_library)
@@ -258,30 +262,42 @@ def _backward_vmap(info, in_dims, *arguments):
     needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule, causal, scale, dropout_p, *others = arguments
     if dropout_p > 0 and in_dims[7] is None:
         return _one_by_one(BACKWARD, info, in_dims, arguments)
-    fold, folded = partial(_fold, info.batch_size), _is_folded(mask, in_dims[6])
+    fold = partial(_fold, info.batch_size)
     grad_out, grad_lse, q, k, v = map(fold, (grad_out, grad_lse, q, k, v), in_dims[1:])
     out, lse = map(fold, (out, lse), in_dims[8:])
-    if folded:
-        mask, schedule = fold(mask, in_dims[6]), list(map(fold, schedule, in_dims[10]))
-    tensors = grad_out, grad_lse, q, k, v, mask, _first(seed, in_dims[7]), out, lse, schedule
+    if not _is_shared(mask, in_dims[6]):
+        schedule = list(map(fold, schedule, in_dims[10]))
+    mask, seed = _fold_mask(info.batch_size, mask, in_dims[6], q.shape[0]), _first(seed, in_dims[7])
+    tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule
     grads = BACKWARD(needed, *tensors, causal, scale, dropout_p, *others)
     return [_unfold(info.batch_size, grad) for grad in grads], [0 for _ in grads]
 
 
 def _fold(size: int, tensor: Tensor | None, dim: int | None) -> Tensor | None:
     """`(b, ...)`, mapped over `dim`, as `(size * b, ...)`: a view where the strides allow it."""
-    if tensor is None:
-        return None
-    return (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+    return None if tensor is None else _unfolded(size, tensor, dim).flatten(0, 1)
+
+
+def _fold_mask(size: int, mask: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+    """`(b|1, ...)` as `(batch, ...)`, where `batch = size * b`, or as it is where it is shared."""
+    if mask is None or _is_shared(mask, dim):
+        return mask
+    return _unfolded(size, mask, dim).expand(-1, batch // size, -1, -1, -1).flatten(0, 1)
+
+
+def _is_shared(mask: Tensor | None, dim: int | None) -> bool:
+    """Whether a mask, and so its schedule, is the same for the whole of the folded batch."""
+    return mask is None or (dim is None and mask.shape[0] == 1)
+
+
+def _unfolded(size: int, tensor: Tensor, dim: int | None) -> Tensor:
+    """`(size, b, ...)`."""
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 def _unfold(size: int, tensor: Tensor) -> Tensor:
+    """`(size * b, ...)` as `(size, b, ...)`."""
     return tensor.unflatten(0, (size, tensor.shape[0] // size))
-
-
-def _is_folded(mask: Tensor | None, dim: int | None) -> bool:
-    """A mask that is the same for the whole batch stays so."""
-    return mask is not None and (dim is not None or mask.shape[0] != 1)
 
 
 def _first(seed: Tensor | None, dim: int | None) -> Tensor | None:
