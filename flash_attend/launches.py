@@ -16,7 +16,7 @@ from flash_attend.kernels.forward import attention_forward, empty_outputs
 from flash_attend.kernels.key_schedule import Schedule, empty_schedule
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import intercepted, traced
+from flash_attend.tracing import differentiated, intercepted, traced
 
 __all__ = ["attend", "backward", "forward", "like_backward", "like_forward"]
 
@@ -32,7 +32,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """What `operators.attend` gives, without the detour through an operator, which takes the host longer."""
     tiles = select_tiles(spec, target)  # chosen here: the backward runs in another thread and must agree
-    out, lse, *_ = apply(Attention, partial(forward, tiles), partial(_differentiate, tiles), q, k, v, mask, seed, spec)
+    if differentiated(q, k, v):
+        run, differentiate = partial(forward, tiles), partial(_differentiate, tiles)
+        out, lse, *_ = apply(Attention, run, differentiate, q, k, v, mask, seed, spec)
+    else:
+        out, lse, _ = attention_forward(q, k, v, mask, seed, spec, tiles)
     return out, lse
 
 

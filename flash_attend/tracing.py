@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["constant_when_compiled", "intercepted", "sharded", "traced"]
+__all__ = ["constant_when_compiled", "differentiated", "intercepted", "sharded", "traced"]
 
 _F = TypeVar("_F", bound=Callable)
 
@@ -44,3 +45,10 @@ def sharded(*tensors: Tensor | None) -> bool:
 def intercepted() -> bool:
     """Whether a torch.func transform or a dispatch mode is active, which sees operators and nothing else."""
     return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether derivatives may be asked for: backward ones of what requires them, or forward ones."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
