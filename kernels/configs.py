@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -39,8 +39,12 @@ class Tiles(NamedTuple):
     def schedule_block(self) -> tuple[int, int]:
         """Queries and keys of a block of the mask's schedule: whole tiles of all three kernels, at least one word of
         bits."""
-        three = (self.forward, self.backward_kv, self.backward_q)
-        return max(tile.block_m for tile in three), max(32, *(tile.block_n for tile in three))
+        return _schedule_block(self)
+
+
+@cache
+def _schedule_block(tiles: Tiles) -> tuple[int, int]:
+    return max(tile.block_m for tile in tiles), max(32, *(tile.block_n for tile in tiles))
 
 
 SMALLEST_PART = 16  # the smallest dimension of a tensor-core product
