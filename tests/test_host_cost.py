@@ -117,12 +117,13 @@ def test_bad_arguments(host_cost: ModuleType, arguments: list[str]) -> None:
 
 # Function calls of a call whose like came before, with a tenth to spare: Python's versions differ a little.
 MOST_CALLS = {
-    ("plain", "forward"): 120,
-    ("causal", "forward"): 120,
-    ("key mask", "forward"): 180,
-    ("dropout", "forward"): 130,
-    ("plain", "with gradients"): 330,
-    ("key mask", "with gradients"): 390,
+    ("plain", "forward"): 135,
+    ("causal", "forward"): 140,
+    ("key mask", "forward"): 175,
+    ("dropout", "forward"): 140,
+    ("plain", "without gradients"): 130,
+    ("plain", "with gradients"): 350,
+    ("key mask", "with gradients"): 395,
 }
 
 
@@ -147,6 +148,5 @@ def test_a_forward_allocates_and_no_more(warm: Callable, mode: str) -> None:
     found = operators(warm(mode, "forward"))
     allocations = {"plain": 2, "causal": 2, "key mask": 4, "dropout": 3}[mode]
     assert found["aten::empty"] == allocations
-    assert found["aten::random_"] == (mode == "dropout")
-    views = {"aten::view", "aten::view_as", "aten::detach", "detach"}
-    assert set(found) <= {"aten::empty", "aten::new_empty", "aten::random_", *views}
+    random = {"aten::randint", "aten::random_"} if mode == "dropout" else set()
+    assert set(found) <= {"aten::empty", "aten::new_empty", "aten::view", "aten::detach", *random}
