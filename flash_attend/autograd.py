@@ -1,20 +1,19 @@
 """Attention and its gradients as differentiable functions, whoever runs them. No arithmetic here.
 
-The first derivatives come from whoever ran the forward. Further ones, and forward mode, come from a recomputation
-through the einsum path: correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
+The first derivatives come from whoever ran the forward. Further ones come from a recomputation through the einsum path:
+correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_attend.reference import attention_reference
+from flash_attend.reference import attention_reference_gradients
 from flash_attend.spec import AttentionSpec
 
 __all__ = ["Attention", "Gradients", "apply"]
@@ -53,7 +52,6 @@ class Attention(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _, ctx.differentiate, *tensors, ctx.spec = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.save_for_forward(*tensors, *output)
         ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
@@ -63,12 +61,6 @@ class Attention(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:5]
         found = ctx.differentiate(needed, grad_out, grad_lse, q, k, v, mask, seed, ctx.spec, *outputs)
         return None, None, *_spread(found, needed), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, seed, out, lse, *schedule = ctx.saved_tensors
-        function = _recomputation(mask, seed, ctx.spec)
-        return *_push_forward(function, (q, k, v), tangents[2:5], (out, lse)), *(None for _ in schedule)
 
 
 class Gradients(torch.autograd.Function):
@@ -98,73 +90,24 @@ class Gradients(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         _, ctx.needed, *tensors, ctx.spec = inputs[:10]
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        function, primals = _recomputed_gradients(ctx)
-        _, pull_back = torch.func.vjp(function, *primals)
-        found = pull_back(_filled(grads, compress(primals[2:], ctx.needed)))
-        wanted = ctx.needs_input_grad[2:7]
-        others = len(ctx.needs_input_grad) - 7
-        return None, None, *_spread(compress(found, wanted), wanted), *(None for _ in range(others))
+        *tensors, mask, seed = ctx.saved_tensors
+        present = [tensor is not None for tensor in tensors]
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        function, primals = _recomputed_gradients(ctx)
-        return _push_forward(function, primals, tangents[2:7], tuple(compress(primals[2:], ctx.needed)))
+        def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return attention_reference_gradients(*_spread(inputs, present), mask, seed, ctx.spec)
 
-
-Function = Callable[..., tuple[Tensor, ...]]
+        found, pull_back = torch.func.vjp(gradients, *compress(tensors, present))
+        cotangents = zip(found, _spread(grads, ctx.needed), strict=True)
+        pulled = pull_back(tuple(torch.zeros_like(x) if grad is None else grad for x, grad in cotangents))
+        others = len(ctx.needs_input_grad) - 2 - len(tensors)
+        return None, None, *_spread(pulled, present), *(None for _ in range(others))
 
 
-def _recomputation(mask: Tensor | None, seed: Tensor | None, spec: AttentionSpec) -> Function:
-    """`(q, k, v) -> (out, lse)` through the einsum path."""
-    return partial(attention_reference, mask=mask, seed=seed, spec=spec, return_lse=True)
-
-
-def _recomputed_gradients(ctx: Any) -> tuple[Function, tuple[Tensor, ...]]:
-    """What `Gradients` computes, in operations that are differentiable, and its inputs."""
-    grad_out, grad_lse, q, k, v, mask, seed = ctx.saved_tensors
-    attend, spec = _recomputation(mask, seed, ctx.spec), ctx.spec
-    if grad_out is None:
-        grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
-    if grad_lse is None:
-        grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
-
-    def gradients(grad_out: Tensor, grad_lse: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, pull_back = torch.func.vjp(attend, *inputs)
-        return tuple(compress(pull_back((grad_out, grad_lse)), ctx.needed))
-
-    return gradients, (grad_out, grad_lse, q, k, v)
-
-
-def _push_forward(
-    function: Function,
-    primals: tuple[Tensor, ...],
-    tangents: Sequence[Tensor | None],
-    outputs: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
-    """The derivatives of `outputs = function(*primals)` along tangents, None for none.
-
-    By reverse mode twice: pulling back is linear, and the transpose of that is pushing forward. Forward mode itself
-    does not nest inside torch's own forward mode.
-    """
-
-    def pull_back(*cotangents: Tensor) -> tuple[Tensor, ...]:
-        return torch.func.vjp(function, *primals)[1](cotangents)
-
-    _, transposed = torch.func.vjp(pull_back, *map(torch.zeros_like, outputs))
-    return transposed(_filled(tangents, primals))
-
-
-def _filled(tensors: Sequence[Tensor | None], like: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """The tensors, with zeros in place of None."""
-    return tuple(torch.zeros_like(y) if x is None else x for x, y in zip(tensors, like, strict=True))
-
-
-def _spread(found: Iterable[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def _spread(found: Iterable[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
     """What was found in the places where it is needed, None elsewhere."""
     following = iter(found)
     return [next(following) if need else None for need in needed]

@@ -22,9 +22,10 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils._pytree import tree_map
 
 from flash_attend.autograd import Attention, Gradients, apply
-from flash_attend.reference import attention_reference
+from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, describe
 from flash_attend.target import DeviceTarget
+from flash_attend.tracing import forward_mode
 
 if TYPE_CHECKING:
     from flash_attend.kernels.configs import Tiles
@@ -96,8 +97,8 @@ def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, preci
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if backend == "math":
         with torch.no_grad():
-            out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
-        return out.contiguous(), _no_lse(q, spec) if lse is None else lse.contiguous(), []
+            out, lse = _through_einsum(q, k, v, mask, seed, spec, return_lse)
+        return out.contiguous(), lse.contiguous(), []
     from flash_attend import launches
 
     with torch.no_grad():
@@ -125,7 +126,9 @@ def _backward(
 ):  # fmt: skip
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if backend == "math":
-        return _recomputed_gradients(needed, grad_out, grad_lse, q, k, v, mask, seed, spec)
+        with torch.no_grad():
+            grads = attention_reference_gradients(grad_out, grad_lse, q, k, v, mask, seed, spec)
+        return [grad.contiguous() for grad in compress(grads, needed)]
     from flash_attend import launches
 
     with torch.no_grad():
@@ -154,63 +157,43 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
     return select_tiles(unsized, DeviceTarget.of(device))
 
 
-def _no_lse(q: Tensor, spec: AttentionSpec) -> Tensor:
-    return q.new_empty(spec.batch, spec.heads, 0, dtype=spec.accumulator_dtype)
-
-
-def _recomputed_gradients(
-    needed: Sequence[bool],
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
+def _through_einsum(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
     seed: Tensor | None,
     spec: AttentionSpec,
-) -> list[Tensor]:
-    """The einsum path's gradients: the forward once more, this time under autograd.
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
+    return out, _no_lse(q, spec) if lse is None else lse
 
-    Which is switched off inside an operator, by leaving out its dispatch keys.
-    """
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    autograd = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    with torch._C._ForceDispatchKeyGuard(included, excluded - autograd), torch.enable_grad():
-        leaves = [x.detach().requires_grad_(need) for x, need in zip((q, k, v), needed, strict=True)]
-        outputs = attention_reference(*leaves, mask, seed, spec, return_lse=grad_lse is not None)
-        pairs = [(x, grad) for x, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
-        found = torch.autograd.grad(
-            [x for x, _ in pairs],
-            list(compress(leaves, needed)),
-            [grad for _, grad in pairs],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return [grad.contiguous() for grad in found]
+
+def _no_lse(q: Tensor, spec: AttentionSpec) -> Tensor:
+    return q.new_empty(spec.batch, spec.heads, 0, dtype=spec.accumulator_dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- autograd kernels
 
 
-@contextmanager
-def _levels_below() -> Iterator[None]:
-    """What runs inside a function's forward is, under torch.func, the operator at the next level: it may be
-    differentiated there."""
-    with torch.enable_grad(), _set_fwd_grad_enabled(True):
-        yield
+#
+# Functions that deal with one level of torch.func at a time, as the kernels of torch's own operators do. In forward
+# mode the operators are the einsum path itself, whose parts know their tangents.
 
 
 def _forward_autograd(
     keyset, q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse
 ):  # fmt: skip
-    below = keyset & torch._C._after_autograd_keyset
-
     def run(q, k, v, mask, seed, spec):
         with _levels_below():
+            below = keyset & torch._C._after_autograd_keyset
             out, lse, schedule = FORWARD.redispatch(below, q, k, v, mask, seed, *spec.options, backend, return_lse)
         return out, lse, *schedule
 
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    if forward_mode():
+        return *_through_einsum(q, k, v, mask, seed, spec, return_lse), []
     with enable_single_level_autograd_function():
         out, lse, *schedule = apply(Attention, run, partial(differentiate, backend), q, k, v, mask, seed, spec)
     return out, lse, schedule
@@ -220,17 +203,26 @@ def _backward_autograd(
     keyset, needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
     causal, scale, dropout_p, deterministic, precision, backend,
 ):  # fmt: skip
-    below = keyset & torch._C._after_autograd_keyset
-
     def run(needed, grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse, *schedule):
-        tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse
+        tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse, list(schedule)
         with _levels_below():
-            return BACKWARD.redispatch(below, needed, *tensors, list(schedule), *spec.options, backend)
+            below = keyset & torch._C._after_autograd_keyset
+            return BACKWARD.redispatch(below, needed, *tensors, *spec.options, backend)
 
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
+    if forward_mode():
+        return list(compress(attention_reference_gradients(grad_out, grad_lse, q, k, v, mask, seed, spec), needed))
     tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
     with enable_single_level_autograd_function():
         return list(apply(Gradients, run, needed, *tensors, *schedule))
+
+
+@contextmanager
+def _levels_below() -> Iterator[None]:
+    """For what runs inside a function's forward, where torch switches derivatives off: at the next level of torch.func
+    the operator may be differentiated again."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True):
+        yield
 
 
 _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)

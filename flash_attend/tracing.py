@@ -9,9 +9,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-__all__ = ["constant_when_compiled", "differentiated", "intercepted", "sharded", "traced"]
+__all__ = ["constant_when_compiled", "differentiated", "forward_mode", "intercepted", "sharded", "traced"]
 
 _F = TypeVar("_F", bound=Callable)
 
@@ -43,12 +44,17 @@ def sharded(*tensors: Tensor | None) -> bool:
 
 
 def intercepted() -> bool:
-    """Whether a torch.func transform or a dispatch mode is active, which sees operators and nothing else."""
-    return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether forward mode, a transform of torch.func or a dispatch mode is on, which deal with operators."""
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transformed or torch._C._len_torch_dispatch_stack() > 0
+
+
+def forward_mode() -> bool:
+    """Whether derivatives are pushed forward, by torch.autograd.forward_ad, torch.func.jvp or what builds on them."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(level.key() == TransformType.Jvp for level in levels)
 
 
 def differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether derivatives may be asked for: backward ones of what requires them, or forward ones."""
-    if forward_ad._current_level >= 0:
-        return True
+    """Whether a backward may be asked for."""
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
