@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -66,8 +67,12 @@ def attend_locally(
         mask = mask.redistribute(placements=_places_of_mask(mask, q)).to_local()
     found = call(*inputs, mask=mask)
 
+    even = all(q.shape[one.dim] % mesh.size(at) == 0 for at, one in enumerate(placements) if isinstance(one, Shard))
+
     def whole(part: Tensor, *last: int) -> DTensor:
-        shape = (*q.shape[:3], *last)
+        if even:
+            return DTensor.from_local(part, mesh, placements, run_check=False)
+        shape = torch.Size((*q.shape[:3], *last))
         return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=_strides(shape, part))
 
     if isinstance(found, Tensor):

@@ -120,7 +120,7 @@ def _check_tensor(name: str, facts: _Facts, ranks: tuple[int, ...]) -> None:
 def _check_number(name: str, value: object) -> float:
     if isinstance(value, (Tensor, bool)) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a Python number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # in words that a compiler follows where the number is a symbol
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from flash_attend import Attend, flash_attention
 
-__all__ = ["RANKS", "Call", "Ranks", "Tensors", "attend", "refusal", "train"]
+__all__ = ["RANKS", "SAME_SUMS", "Call", "Ranks", "attend", "attend_compiled", "refusal", "train"]
 
 RANKS = 2
 PATIENCE = timedelta(seconds=60)  # a rank that waits longer for the other one fails
@@ -130,6 +130,7 @@ def train(how: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
 # ---------------------------------------------------------------------------------------------------------- DTensors
 
 Tensors = dict[str, Tensor]
+SAME_SUMS = dict(rtol=1e-13, atol=1e-13)  # in float64, of numbers of order 1, summed in another order
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,19 @@ def attend(call: Call, device: str, backend: str) -> tuple[dict[str, list[Placem
         {name: x.detach().to_local().cpu() for name, x in results.items()},
         {str(operation): count for operation, count in sent.get_comm_counts().items()},
     )
+
+
+def attend_compiled(call: Call) -> None:
+    """Fails unless the compiled call, in one graph, gives a rank what the call itself gives."""
+    given = _distribute(call, "cpu", gradients=True)
+    q, k, v = (given[name].requires_grad_() for name in "qkv")
+
+    def answers(function: Callable[..., DTensor]) -> list[Tensor]:
+        out = function(q, k, v, mask=given.get("mask"), **call.options)
+        return [x.to_local() for x in (out, *torch.autograd.grad(out, (q, k, v), given["grad_out"]))]
+
+    compiled = torch.compile(flash_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(answers(compiled), answers(flash_attention), **SAME_SUMS)
 
 
 def refusal(call: Call, plain: str = "") -> str:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from flash_attend import flash_attention
-from ranks import RANKS, Call, Ranks, attend, refusal, train
+from ranks import RANKS, SAME_SUMS, Call, Ranks, attend, attend_compiled, refusal, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -100,8 +100,12 @@ def test_sharded_tensors_stay_where_they_are(ranks: Ranks, call: Call, device: s
     grads = torch.autograd.grad(found, (q, k, v), (given["grad_out"], given["grad_lse"]))
     for name, whole in zip(("out", "lse", "dq", "dk", "dv"), (*found, *grads), strict=True):
         together = put_together([parts[name] for _, parts, _ in answers], answers[0][0][name])
-        # Float64 against float64, of numbers of order 1: sums in another order.
-        torch.testing.assert_close(together, whole.detach(), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(together, whole.detach(), **SAME_SUMS)
+
+
+@pytest.mark.parametrize("name", ("batch_key_mask", "heads_shared"))
+def test_sharded_tensors_compile(ranks: Ranks, name: str) -> None:
+    ranks.run(attend_compiled, SERVED[name])
 
 
 REFUSED = {
