@@ -59,10 +59,11 @@ def _judge_triton(
         return True, False, "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
     if target.device_type != "cuda":
         return False, False, f"{target.device_type} tensors; the kernels need a CUDA device"
-    if target.capability is None:
+    arch, capability = target.arch, target.capability
+    if arch is None or capability is None:
         return False, False, "the device has no CUDA compute capability (ROCm is not supported)"
-    if target.capability < OLDEST_CAPABILITY:
-        have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
+    if capability < OLDEST_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST_CAPABILITY))
         return False, False, f"compute capability {have} is below {need}"
     accurate = {torch.float64: "float64", torch.float32: "float32-accurate"}.get(spec.dtype)
     if accurate and spec.precision != "tf32":
@@ -70,12 +71,12 @@ def _judge_triton(
             if size > LARGEST_ACCURATE_HEAD_DIM:
                 limit = f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
                 return False, False, limit
-    evidence = validated.get(("triton", target.arch))
+    evidence = validated.get(("triton", arch))
     if evidence is None:
-        return True, False, f'not validated on {target.arch} yet; ask for it with backend="triton"'
+        return True, False, f'not validated on {arch} yet; ask for it with backend="triton"'
     if version is not None and version > newest:
         return True, False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; ask by name"
-    return True, True, f"validated on {target.arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
+    return True, True, f"validated on {arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
 
 
 def _release(version: str) -> tuple[int, int] | None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 __all__ = ["attend_locally"]
 
 BATCH, HEADS = Shard(0), Shard(1)
-DIMENSIONS = {
+DIMENSIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "q": {4: ("batch", "heads", "queries", "d")},
     "k": {4: ("batch", "heads", "keys", "d"), 3: ("batch", "keys", "d")},
     "v": {4: ("batch", "heads", "keys", "dv"), 3: ("batch", "keys", "dv")},
@@ -41,18 +42,12 @@ def attend_locally(
         TypeError: some are DTensors and others are not.
         ValueError: the meshes differ, a placement is another one, or `dropout_p` is not 0.
     """
-    tensors = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, DTensor):
-            raise TypeError(f"{name} must be a DTensor, as others of q, k, v and mask are, got {type(tensor).__name__}")
-        if tensor.ndim not in DIMENSIONS[name]:
-            ranks = " or ".join(map(str, DIMENSIONS[name]))
-            raise ValueError(f"{name} must have {ranks} dimensions, got {tensor.ndim}")
-        if tensor.device_mesh != q.device_mesh:
-            raise ValueError(f"{name} must be on q's mesh {q.device_mesh}, got {tensor.device_mesh}")
+    q = _checked("q", q)
+    mesh, placements = q.device_mesh, q.placements
+    k, v = _checked("k", k, mesh), _checked("v", v, mesh)
+    mask = None if mask is None else _checked("mask", mask, mesh)
     if dropout_p:  # what is dropped depends on the place in the whole batch, and ranks draw seeds of their own
         raise ValueError(f"dropout_p must be 0 for DTensors, got {dropout_p}")
-    mesh, placements = q.device_mesh, q.placements
     for at, placement in enumerate(placements):
         if placement not in (Replicate(), BATCH, HEADS):
             raise _misplaced("q", q, at, "replicated or sharded on batch or heads")
@@ -63,9 +58,8 @@ def attend_locally(
         # Where every rank has heads of its own for the same k and v, each finds a part of their gradients.
         parts = [Partial() if ours != theirs else ours for ours, theirs in zip(wanted, placements, strict=True)]
         inputs.append(tensor.to_local(grad_placements=parts))
-    if mask is not None:
-        mask = mask.redistribute(placements=_places_of_mask(mask, q)).to_local()
-    found = call(*inputs, mask=mask)
+    local_mask = None if mask is None else mask.redistribute(placements=_places_of_mask(mask, q)).to_local()
+    found = call(*inputs, mask=local_mask)
 
     even = all(q.shape[one.dim] % mesh.size(at) == 0 for at, one in enumerate(placements) if isinstance(one, Shard))
 
@@ -79,6 +73,18 @@ def attend_locally(
         return whole(found, v.shape[-1])
     out, lse = found
     return whole(out, v.shape[-1]), whole(lse)
+
+
+def _checked(name: str, tensor: Tensor, mesh: DeviceMesh | None = None) -> DTensor:
+    """The tensor, which has to be a DTensor, and on this mesh."""
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"{name} must be a DTensor, as others of q, k, v and mask are, got {type(tensor).__name__}")
+    if tensor.ndim not in DIMENSIONS[name]:
+        ranks = " or ".join(map(str, DIMENSIONS[name]))
+        raise ValueError(f"{name} must have {ranks} dimensions, got {tensor.ndim}")
+    if mesh is not None and tensor.device_mesh != mesh:
+        raise ValueError(f"{name} must be on q's mesh {mesh}, got {tensor.device_mesh}")
+    return tensor
 
 
 def _places_of_heads(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -64,12 +64,12 @@ class DeviceTarget:
 
 @cache
 def _describe(device: torch.device) -> DeviceTarget:
-    common = dict(device_type=device.type, triton=triton_version(), interpreted=interpreting())
+    here = DeviceTarget(device.type, triton=triton_version(), interpreted=interpreting())
     if device.type != "cuda":
-        return DeviceTarget(**common)
+        return here
     properties = torch.cuda.get_device_properties(device)
-    return DeviceTarget(
-        **common,
+    return replace(
+        here,
         name=properties.name,
         capability=(properties.major, properties.minor) if torch.version.hip is None else None,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),
