@@ -144,6 +144,19 @@ def test_no_keys_of_its_own() -> None:
     assert block.attend.load_state_dict({}, strict=True).missing_keys == []
 
 
+def test_a_checkpoint_of_the_replaced_module_loads() -> None:
+    class Seed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn_dropout = nn.Dropout(0.1)
+            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool), persistent=False)
+
+    checkpoint = nn.ModuleDict({"proj": nn.Linear(2, 2), "attend": Seed()}).state_dict()
+    ours = nn.ModuleDict({"proj": nn.Linear(2, 2), "attend": Attend(0.1)})
+    ours.load_state_dict(checkpoint, strict=True)
+    assert torch.equal(ours["proj"].weight, checkpoint["proj.weight"])
+
+
 def client() -> nn.Module:
     torch.manual_seed(0)
     return ComplexTransformer(dim=16, depth=2, num_tokens=32, causal=True, heads=2, dim_head=8)
