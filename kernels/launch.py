@@ -33,8 +33,8 @@ class Prepared:
     choices: dict[str, Any]  # the compile-time arguments
     num_warps: int
     num_stages: int = 1
-    # By the device's index: the compiled kernel on its grid, and the arguments that follow the tensors.
-    compiled: dict[int | None, tuple[Callable[..., None], tuple]] = field(default_factory=dict, compare=False)
+    # By the device's index, -1 for the CPU: the compiled kernel on its grid, and the arguments that follow the tensors.
+    compiled: dict[int, tuple[Callable[..., None], tuple]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -70,15 +70,15 @@ def launch(prepared: Prepared, *tensors: Tensor | None) -> None:
     if _record is not None:
         _record.append(Launch(prepared, tensors))
         return
-    device = tensors[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(prepared, tensors, device.index)
+            _run(prepared, tensors, device)
     else:
-        _run(prepared, tensors, device.index)
+        _run(prepared, tensors, device)
 
 
-def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int | None) -> None:
+def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
     addresses = 0
     for tensor in tensors:
         if tensor is not None:
