@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache, partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,38 @@ from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
 __all__ = ["Explanation", "explain", "flash_attention"]
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -62,8 +95,15 @@ def flash_attention(
     if sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        options = dict(causal=causal, scale=scale, return_lse=return_lse, deterministic=deterministic, backend=backend)
-        return attend_locally(partial(flash_attention, **options), q, k, v, mask, dropout_p)
+        here = partial(
+            flash_attention,
+            causal=causal,
+            scale=scale,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        return attend_locally(here, q, k, v, mask, dropout_p)
     q, k, v = _autocast(q, k, v)
     q, k, v, mask, spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
@@ -71,7 +111,7 @@ def flash_attention(
     target = DeviceTarget.of(q.device)
     plan = choose(spec, target, backend)
     if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
-        _warn_of_fallback(plan.reason)
+        _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
     # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
     # and all but a compiler and a sharded tensor do better with them.
@@ -100,10 +140,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(dtype) if cast else tensor for tensor, cast in zip(tensors, castable, strict=True))
 
 
-@constant_when_compiled
+@constant_when_compiled  # so that the compiler warns, and does not compile a warning
+def _warn_once(reason: str) -> None:
+    _warn_of_fallback(reason)
+
+
 @cache
 def _warn_of_fallback(reason: str) -> None:
-    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=3)
+    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=4)
 
 
 @dataclass(frozen=True)

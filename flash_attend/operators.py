@@ -103,7 +103,7 @@ def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, preci
 
     with torch.no_grad():
         out, lse, *schedule = launches.forward(_tiles(spec, q.device), q, k, v, mask, seed, spec)
-    return out, lse, schedule
+    return out, lse, launches.pack(schedule)
 
 
 @torch.library.register_fake(FORWARD, lib=_library)
@@ -115,8 +115,7 @@ def _like_forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, 
         return out, lse if return_lse else _no_lse(q, spec), []
     from flash_attend import launches
 
-    out, lse, *schedule = launches.like_forward(_tiles(spec, q.device), q, mask, spec)
-    return out, lse, schedule
+    return *launches.like_forward(q, spec), launches.like_packed(_tiles(spec, q.device), mask, spec)
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
@@ -131,9 +130,9 @@ def _backward(
         return [grad.contiguous() for grad in compress(grads, needed)]
     from flash_attend import launches
 
+    tiles, tensors = _tiles(spec, q.device), (grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse)
     with torch.no_grad():
-        tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
-        return list(launches.backward(_tiles(spec, q.device), needed, *tensors, *schedule))
+        return list(launches.backward(tiles, needed, *tensors, *launches.unpack(tiles, schedule, mask, spec)))
 
 
 @torch.library.register_fake(BACKWARD, lib=_library)
@@ -152,9 +151,10 @@ def _like_backward(
 def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
     from flash_attend.kernels.configs import select_tiles
 
-    # No length matters to them, and one that is a symbol cannot be looked up.
-    unsized = replace(spec, batch=1, heads=1, kv_heads=1, queries=1, keys=1)
-    return select_tiles(unsized, DeviceTarget.of(device))
+    # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
+    known = dict(head_dim=int(spec.head_dim), value_dim=int(spec.value_dim), dropout_p=float(spec.dropout_p))
+    reduced = replace(spec, batch=1, heads=1, kv_heads=1, queries=1, keys=1, scale=1.0, **known)
+    return select_tiles(reduced, DeviceTarget.of(device))
 
 
 def _through_einsum(

@@ -143,7 +143,7 @@ def _check_mask(mask: _Facts, batch: int, heads: int, queries: int, keys: int) -
     elif len(shape) != 4:
         raise ValueError(f"mask must be (b, j) or broadcast to (b, h, i, j), got {len(shape)} dimensions: {mask.shown}")
     for letter, size, wanted in zip("bhij", shape, full, strict=True):
-        if size not in (1, wanted):
+        if size != 1 and size != wanted:  # torch.compile takes a symbol for not being in a tuple of its value
             raise ValueError(f"mask {mask.shown} does not broadcast to (b, h, i, j) = {full}: {letter} is {size}")
     b, h, i = (1 if size > 1 and step == 0 else size for size, step in zip(shape[:3], stride[:3], strict=True))
     return b, h, i

@@ -27,7 +27,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["Schedule", "build_schedule", "empty_schedule", "transposed_lists"]
+__all__ = ["Schedule", "build_schedule", "schedule_layout", "transposed_lists"]
 
 HEADER = tl.constexpr(4)
 EMPTY = tl.constexpr(0)
@@ -360,49 +360,48 @@ def line_kernel(
     _close(line, n_blocks, totals)
 
 
-def _empty_lists(*lines: int, n_blocks: int, device: torch.device) -> Tensor:
-    return torch.empty(*lines, 4 * n_blocks + 5, dtype=torch.int32, device=device)
-
-
 def _fill_lines(states: Tensor, lists: Tensor) -> None:
     """Writes the lists of `(rows, n_lines, n_blocks)` states."""
     launch(_prepare_lines(*states.shape, states.stride()), states, lists)
 
 
-def empty_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
-    """Where the schedule of a mask `(b|1, h|1, i|1, j)` is written."""
+def schedule_layout(
+    mask: Tensor | None, spec: AttentionSpec, tiles: Tiles
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor in the schedule of a mask `(b|1, h|1, i|1, j)`, in the order of `Schedule`."""
     if mask is None:
-        return Schedule(None, None, None)
-    batch, heads, _, keys = mask.shape
-    rows = batch * heads
+        return []
+    rows = mask.shape[0] * mask.shape[1]
     block_queries, block_keys = tiles.schedule_block
-    n_key_blocks = -(-keys // block_keys)
+    n_key_blocks = -(-spec.keys // block_keys)
     # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
-    word = dict(dtype=torch.int64 if spec.dtype == torch.float64 else torch.int32, device=mask.device)
+    word = torch.int64 if spec.dtype == torch.float64 else torch.int32
     if spec.mask == MaskKind.KEY:
-        visible = torch.empty(rows, n_key_blocks * block_keys, **word)
-        return Schedule(visible, _empty_lists(rows, n_blocks=n_key_blocks, device=mask.device), None)
+        return [((rows, n_key_blocks * block_keys), word), ((rows, 4 * n_key_blocks + 5), torch.int32)]
     n_query_blocks = -(-spec.queries // block_queries)
     words = n_key_blocks * (block_keys // BITS_PER_WORD.value)
-    visible = torch.empty(rows, n_query_blocks * block_queries, words, **word)
-    states = torch.empty(rows, n_query_blocks, n_key_blocks, dtype=torch.int32, device=mask.device)
-    return Schedule(visible, _empty_lists(rows, n_query_blocks, n_blocks=n_key_blocks, device=mask.device), states)
+    return [
+        ((rows, n_query_blocks * block_queries, words), word),
+        ((rows, n_query_blocks, 4 * n_key_blocks + 5), torch.int32),
+        ((rows, n_query_blocks, n_key_blocks), torch.int32),
+    ]
 
 
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
     """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
-    schedule = visible, lists, states = empty_schedule(mask, spec, tiles)
     if mask is None:
-        return schedule
+        return Schedule(None, None, None)
+    layout = schedule_layout(mask, spec, tiles)
+    visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
     batch, heads, _, keys = mask.shape
     bytes_of_mask, rows = mask.view(torch.uint8), batch * heads
     if spec.mask == MaskKind.KEY:
         prepared = _prepare_keys(rows, heads, keys, tiles.schedule_block[1], mask.stride())
         launch(prepared, bytes_of_mask, visible, lists)
-    else:
-        launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, states)
-        _fill_lines(states, lists)
-    return schedule
+        return Schedule(visible, lists, None)
+    launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, *states)
+    _fill_lines(*states, lists)
+    return Schedule(visible, lists, *states)
 
 
 def transposed_lists(schedule: Schedule) -> Tensor | None:
@@ -411,7 +410,7 @@ def transposed_lists(schedule: Schedule) -> Tensor | None:
         return None
     states = schedule.states.transpose(1, 2)
     rows, n_lines, n_blocks = states.shape
-    lists = _empty_lists(rows, n_lines, n_blocks=n_blocks, device=states.device)
+    lists = torch.empty(rows, n_lines, 4 * n_blocks + 5, dtype=torch.int32, device=states.device)
     _fill_lines(states, lists)
     return lists
 
