@@ -98,9 +98,11 @@ class Gradients(torch.autograd.Function):
         present = [tensor is not None for tensor in tensors]
 
         def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-            return attention_reference_gradients(*_spread(inputs, present), mask, seed, ctx.spec)
+            every: list[Any] = _spread(inputs, present)
+            grad_out, grad_lse, q, k, v = every
+            return attention_reference_gradients(grad_out, grad_lse, q, k, v, mask, seed, ctx.spec)
 
-        found, pull_back = torch.func.vjp(gradients, *compress(tensors, present))
+        found, pull_back, *_ = torch.func.vjp(gradients, *compress(tensors, present))
         cotangents = zip(found, _spread(grads, ctx.needed), strict=True)
         pulled = pull_back(tuple(torch.zeros_like(x) if grad is None else grad for x, grad in cotangents))
         others = len(ctx.needs_input_grad) - 2 - len(tensors)

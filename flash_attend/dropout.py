@@ -69,9 +69,8 @@ def keep_mask(
     """
     last_key = spec.keys if last_key is None else last_key
     threshold = keep_threshold(spec.dropout_p)
-    position = dict(dtype=torch.int64, device=seed.device)
-    batch = torch.arange(spec.batch, **position)[:, None, None, None]
-    head = torch.arange(spec.heads, **position)[:, None, None]
+    batch = torch.arange(spec.batch, device=seed.device)[:, None, None, None]
+    head = torch.arange(spec.heads, device=seed.device)[:, None, None]
     key = _shared_positions(0, last_key, seed.device)
 
     pieces = []

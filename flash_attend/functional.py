@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -113,6 +113,7 @@ def flash_attention(
     if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
+    lse: Tensor | None
     # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
     # and all but a compiler and a sharded tensor do better with them.
     if traced(q, k, v, mask) or (plan.backend != "math" and intercepted()):
@@ -123,7 +124,7 @@ def flash_attention(
         from flash_attend import launches  # imports Triton
 
         out, lse = launches.attend(q, k, v, mask, seed, spec, target)
-    return (out, lse) if return_lse else out
+    return (out, cast(Tensor, lse)) if return_lse else out
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

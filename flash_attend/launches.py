@@ -98,6 +98,8 @@ def pack(schedule: Sequence[Tensor]) -> list[Tensor]:
 
 def like_packed(tiles: Tiles, mask: Tensor | None, spec: AttentionSpec) -> list[Tensor]:
     """What `pack` gives, uninitialised."""
+    if mask is None:
+        return []
     layout = enumerate(schedule_layout(mask, spec, tiles))
     return [
         mask.new_empty(shape[0], math.prod(shape[1:]) + (index == 2), dtype=dtype) for index, (shape, dtype) in layout

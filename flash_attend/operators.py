@@ -152,8 +152,18 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
     from flash_attend.kernels.configs import select_tiles
 
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
-    known = dict(head_dim=int(spec.head_dim), value_dim=int(spec.value_dim), dropout_p=float(spec.dropout_p))
-    reduced = replace(spec, batch=1, heads=1, kv_heads=1, queries=1, keys=1, scale=1.0, **known)
+    reduced = replace(
+        spec,
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        queries=1,
+        keys=1,
+        head_dim=int(spec.head_dim),
+        value_dim=int(spec.value_dim),
+        scale=1.0,
+        dropout_p=float(spec.dropout_p),
+    )
     return select_tiles(reduced, DeviceTarget.of(device))
 
 
@@ -293,7 +303,7 @@ def _unfold(size: int, tensor: Tensor) -> Tensor:
 
 
 def _first(seed: Tensor | None, dim: int | None) -> Tensor | None:
-    return seed if dim is None else seed.select(dim, 0)
+    return seed if seed is None or dim is None else seed.select(dim, 0)
 
 
 def _one_by_one(op: torch._ops.OpOverload, info: Any, in_dims: Any, arguments: Any) -> tuple[Any, Any]:

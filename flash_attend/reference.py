@@ -136,6 +136,7 @@ def _attend(
 
     weights = scores.softmax(dim=-1)
     if spec.dropout_p > 0:
+        assert seed is not None
         weights = weights * keep_mask(seed, spec, first, last, scores.shape[-1])
     out = _ungrouped(einsum(_grouped(weights, spec), v, "b hk g i j, b hk j dv -> b hk g i dv"))
     if spec.dropout_p > 0:
@@ -175,6 +176,7 @@ def _differentiate(
     weights = kept_weights = scores.softmax(dim=-1)
     grad_weights = _ungrouped(einsum(grad_out, v, "b hk g i dv, b hk j dv -> b hk g i j"))
     if spec.dropout_p > 0:
+        assert seed is not None
         factor = keep_mask(seed, spec, first, last, keys) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
     delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
@@ -197,7 +199,7 @@ def _scores(
     q, k = q[:, :, first:last] * spec.scale, k[:, :, :keys]
 
     visible, dead = _visible(mask, spec, first, last, keys, q.device), None
-    if mask is not None or (spec.causal and first + spec.offset < 0):
+    if visible is not None and (mask is not None or first + spec.offset < 0):
         dead = ~visible.any(dim=-1, keepdim=True)
         q = q.masked_fill(dead, 0.0)
 
@@ -235,8 +237,8 @@ def _unread_keys(mask: Tensor, spec: AttentionSpec, chunks: list[tuple[int, int]
     if mask.shape[2] == 1:
         read = mask[:, :, 0]  # under `causal` too: the last query sees every key that the mask leaves
     else:
-        seen = (_visible(mask, spec, *chunk, spec.keys, mask.device).any(dim=2) for chunk in chunks)
-        read = functools.reduce(torch.logical_or, seen)
+        seen = (_visible(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
+        read = functools.reduce(torch.logical_or, (part.any(dim=2) for part in seen if part is not None))
     if read.shape[1] > 1:
         read = reduce(read, "b (hk g) j -> b hk j", "any", hk=spec.kv_heads, g=spec.group)
     return ~read[..., None]

@@ -132,7 +132,8 @@ def _check_mask(mask: _Facts, batch: int, heads: int, queries: int, keys: int) -
     if mask.stride is None:
         raise TypeError(f"mask must be a dense strided tensor, got layout {mask.layout}")
     full = (batch, heads, queries, keys)
-    shape, stride = mask.shape, mask.stride
+    shape: tuple[int, ...] = mask.shape
+    stride = mask.stride
     if len(shape) == 2:
         if tuple(shape) != (batch, keys):
             raise ValueError(
@@ -237,9 +238,9 @@ def _describe(
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
-    for name, tensor in (("k", k), ("v", v), ("mask", mask)):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
+    for name, other in (("k", k), ("v", v), ("mask", mask)):
+        if other is not None and other.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {other.device}")
 
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1] if len(k.shape) == 4 else 1
