@@ -55,7 +55,7 @@ def report(validated: Mapping[tuple[str, str], Validation] = VALIDATED) -> str:
 
     lines += ["", "validated on a GPU"]
     lines += [f"  {line}" for line in _describe_validation(validated)]
-    archs = {DeviceTarget.of(device).arch for device in devices} - {None}
+    archs = {arch for device in devices if (arch := DeviceTarget.of(device).arch) is not None}
     lines += [f"  nothing on {arch}, which is here" for arch in sorted(archs - {arch for _, arch in validated})]
     return "\n".join(lines)
 

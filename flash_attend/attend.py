@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import numbers
 
-import torch
 from torch import Tensor, nn
 
 from flash_attend.dispatch import BACKENDS
@@ -109,7 +108,6 @@ class Attend(nn.Module):
         Raises:
             TypeError, ValueError: as `flash_attention`.
         """
-        q, k, v = _autocast(q, k, v)
         return flash_attention(
             q,
             k,
@@ -145,15 +143,3 @@ def _probability(dropout: object) -> float:
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     return dropout
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast gives them to torch's own attention and einsum: float64 is left alone."""
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return tensors
-    device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    castable = [tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors]
-    return tuple(tensor.to(dtype) if cast else tensor for tensor, cast in zip(tensors, castable, strict=True))

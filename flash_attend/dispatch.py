@@ -18,8 +18,6 @@ LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the re
 OLDEST_CAPABILITY = (8, 0)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
 
-BACKENDS = ("triton", "math")  # fastest first
-
 
 class BackendUnavailable(ValueError):
     """A backend was asked for by name and cannot serve the call."""
@@ -61,10 +59,11 @@ def _judge_triton(
         return True, False, "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
     if target.device_type != "cuda":
         return False, False, f"{target.device_type} tensors; the kernels need a CUDA device"
-    if target.capability is None:
+    arch, capability = target.arch, target.capability
+    if arch is None or capability is None:
         return False, False, "the device has no CUDA compute capability (ROCm is not supported)"
-    if target.capability < OLDEST_CAPABILITY:
-        have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
+    if capability < OLDEST_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST_CAPABILITY))
         return False, False, f"compute capability {have} is below {need}"
     accurate = {torch.float64: "float64", torch.float32: "float32-accurate"}.get(spec.dtype)
     if accurate and spec.precision != "tf32":
@@ -72,12 +71,12 @@ def _judge_triton(
             if size > LARGEST_ACCURATE_HEAD_DIM:
                 limit = f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
                 return False, False, limit
-    evidence = validated.get(("triton", target.arch))
+    evidence = validated.get(("triton", arch))
     if evidence is None:
-        return True, False, f'not validated on {target.arch} yet; ask for it with backend="triton"'
+        return True, False, f'not validated on {arch} yet; ask for it with backend="triton"'
     if version is not None and version > newest:
         return True, False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; ask by name"
-    return True, True, f"validated on {target.arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
+    return True, True, f"validated on {arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
 
 
 def _release(version: str) -> tuple[int, int] | None:
@@ -88,14 +87,21 @@ def _release(version: str) -> tuple[int, int] | None:
         return None
 
 
+def _judge_math(
+    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
+) -> tuple[bool, bool, str]:
+    return True, True, "the einsum path serves every call"
+
+
+_JUDGES = {"triton": _judge_triton, "math": _judge_math}
+BACKENDS = tuple(_JUDGES)  # fastest first
+
+
 def judge(
     spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation] = VALIDATED
 ) -> tuple[Verdict, ...]:
     """Every backend's verdict, fastest first."""
-    return (
-        Verdict("triton", *_judge_triton(spec, target, validated)),
-        Verdict("math", True, True, "the einsum path serves every call"),
-    )
+    return tuple(Verdict(backend, *judge_one(spec, target, validated)) for backend, judge_one in _JUDGES.items())
 
 
 def choose(
@@ -109,17 +115,17 @@ def choose(
     `backend="auto"` takes the fastest backend that serves the call and has been validated on the part. A backend asked
     for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
-    verdicts = judge(spec, target, validated)
-    if backend != "auto":
-        verdict = next(v for v in verdicts if v.backend == backend)
-        if not verdict.serves:
-            raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {verdict.reason}")
+    if backend in BACKENDS:
+        serves, _, reason = _JUDGES[backend](spec, target, validated)
+        if not serves:
+            raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
         return Plan(backend, "asked for by name")
-    passed_over = []
-    for verdict in verdicts:
-        if verdict.serves and verdict.by_default:
-            return Plan(verdict.backend, "; ".join([*passed_over, verdict.reason]))
-        passed_over.append(f"{verdict.backend}: {verdict.reason}")
+    if backend != "auto":
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
+    passed_over: list[str] = []
+    for name, judge_one in _JUDGES.items():
+        serves, by_default, reason = judge_one(spec, target, validated)
+        if serves and by_default:
+            return Plan(name, "; ".join([*passed_over, reason]))
+        passed_over.append(f"{name}: {reason}")
     raise AssertionError("the math backend serves every call")

@@ -24,6 +24,7 @@ ROUNDS = 7  # the paper's fewest that pass all of BigCrush
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 WORD = 2**32 - 1
+LARGEST_SEED = 2**63 - 1
 
 SHARED_BIT = 8  # of query and of key: elements that differ in it alone share an evaluation
 BLOCK = 2 * SHARED_BIT
@@ -32,7 +33,7 @@ LARGEST_PIECE = 2**18  # evaluations at once: an array of 2 MB stays in a core's
 
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed, int64 of shape `(1,)`, from torch's generator of the device. It stays on the device."""
-    return torch.empty(1, dtype=torch.int64, device=device).random_()
+    return torch.randint(LARGEST_SEED, (1,), dtype=torch.int64, device=device)
 
 
 def keep_threshold(p: float) -> int:
@@ -68,9 +69,8 @@ def keep_mask(
     """
     last_key = spec.keys if last_key is None else last_key
     threshold = keep_threshold(spec.dropout_p)
-    position = dict(dtype=torch.int64, device=seed.device)
-    batch = torch.arange(spec.batch, **position)[:, None, None, None]
-    head = torch.arange(spec.heads, **position)[:, None, None]
+    batch = torch.arange(spec.batch, device=seed.device)[:, None, None, None]
+    head = torch.arange(spec.heads, device=seed.device)[:, None, None]
     key = _shared_positions(0, last_key, seed.device)
 
     pieces = []

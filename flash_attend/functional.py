@@ -4,17 +4,53 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from typing import Literal, cast, overload
 
+import torch
 from torch import Tensor
 
+from flash_attend import operators
 from flash_attend.dispatch import BACKENDS, Plan, Verdict, choose, judge
 from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
 from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
+from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
 __all__ = ["Explanation", "explain", "flash_attention"]
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[False] = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: Literal[True],
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def flash_attention(
@@ -56,26 +92,63 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    if sharded(q, k, v, mask):
+        from flash_attend.sharding import attend_locally  # imports DTensor
+
+        here = partial(
+            flash_attention,
+            causal=causal,
+            scale=scale,
+            return_lse=return_lse,
+            deterministic=deterministic,
+            backend=backend,
+        )
+        return attend_locally(here, q, k, v, mask, dropout_p)
+    q, k, v = _autocast(q, k, v)
     q, k, v, mask, spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
     plan = choose(spec, target, backend)
-    if plan.backend == "math" and backend == "auto" and q.is_cuda:
-        _warn_of_fallback(plan.reason)
+    if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
+        _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    if plan.backend == "math":
+    lse: Tensor | None
+    # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
+    # and all but a compiler and a sharded tensor do better with them.
+    if traced(q, k, v, mask) or (plan.backend != "math" and intercepted()):
+        out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
+    elif plan.backend == "math":
         out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
     else:
-        from flash_attend.autograd import FlashAttention  # imports Triton
+        from flash_attend import launches  # imports Triton
 
-        out, lse = FlashAttention.apply(q, k, v, mask, seed, spec, target)
-    return (out, lse) if return_lse else out
+        out, lse = launches.attend(q, k, v, mask, seed, spec, target)
+    return (out, cast(Tensor, lse)) if return_lse else out
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as autocast gives them to torch's own attention and einsum: float64 is left alone."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    castable = [tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors]
+    return tuple(tensor.to(dtype) if cast else tensor for tensor, cast in zip(tensors, castable, strict=True))
+
+
+@constant_when_compiled  # so that the compiler warns, and does not compile a warning
+def _warn_once(reason: str) -> None:
+    _warn_of_fallback(reason)
 
 
 @cache
 def _warn_of_fallback(reason: str) -> None:
-    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=3)
+    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=4)
 
 
 @dataclass(frozen=True)
@@ -116,6 +189,7 @@ def explain(
 
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """
+    q, k, v = _autocast(q, k, v)
     q, k, v, mask, spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )

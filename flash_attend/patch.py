@@ -290,7 +290,8 @@ class _Partial:
 
     def set(self, value: Any) -> None:
         state = {"func": self.owner.func, "args": self.owner.args, self.name: value}
-        self.owner.__setstate__((state["func"], state["args"], self.owner.keywords, vars(self.owner)))
+        whole = (state["func"], state["args"], self.owner.keywords, vars(self.owner))
+        self.owner.__setstate__(whole)  # type: ignore[attr-defined]  # typeshed leaves it out
 
 
 @dataclass(frozen=True)
@@ -460,9 +461,9 @@ def _judge(attend: nn.Module, slots: Iterable[_Slot], make: Callable[..., Attend
     flash = bool(getattr(attend, flash_name, False))
     layer = getattr(attend, "attn_dropout", None)
     # The flash path reads the number, the einsum path the layer, which whoever walks over nn.Dropout may have changed.
-    from_layer = layer is not None and not flash
+    read = None if flash else layer
     options = {
-        "dropout": layer.p if from_layer else getattr(attend, "dropout", 0.0),
+        "dropout": getattr(attend, "dropout", 0.0) if read is None else read.p,
         "causal": getattr(attend, "causal", False),
         "scale": getattr(attend, "scale", None),
     }
@@ -471,7 +472,8 @@ def _judge(attend: nn.Module, slots: Iterable[_Slot], make: Callable[..., Attend
     except (TypeError, ValueError) as error:
         return _Judgement(None, str(error))
 
-    notes, doubtful = [], False
+    notes: list[str] = []
+    doubtful = False
     if row is None:
         try:
             replacement, notes = _compare_stranger(attend, replacement, functools.partial(make, flash=flash, **options))
@@ -485,7 +487,7 @@ def _judge(attend: nn.Module, slots: Iterable[_Slot], make: Callable[..., Attend
             doubtful = True
     # Not train(): the module and its layer may differ, and outside the module tree neither follows the model.
     replacement.training = attend.training
-    replacement.attn_dropout.training = layer.training if from_layer else attend.training
+    replacement.attn_dropout.training = attend.training if read is None else read.training
     return _Judgement(replacement, "; ".join(notes), doubtful)
 
 
@@ -544,8 +546,7 @@ def _refuse_slots(slots: Iterable[_Slot]) -> str | None:
     for slot in slots:
         if slot.path.rpartition(".")[2] == "_orig_mod":
             return "it was compiled on its own; patch before compiling"
-        method = slot.parent.get().__name__ if isinstance(slot, _MethodOwner) else "forward"
-        if method not in _CALLS:
+        if isinstance(slot, _MethodOwner) and (method := slot.parent.get().__name__) not in _CALLS:
             return f"{slot.parent.path} holds its method {method}, which a replacement does not have"
     return None
 
@@ -597,7 +598,8 @@ def _compare_stranger(
 
     def example(queries: int, keys: int, kv_heads: int | None = 4) -> tuple[Tensor, Tensor, Tensor]:
         kv = (2, keys, 8) if kv_heads is None else (2, kv_heads, keys, 8)
-        return tuple(torch.randn(size, generator=generator, device="cpu") for size in ((2, 4, queries, 8), kv, kv))
+        q, k, v = (torch.randn(size, generator=generator, device="cpu") for size in ((2, 4, queries, 8), kv, kv))
+        return q, k, v
 
     def compare(what: str, inputs: tuple[Tensor, ...], mask: Tensor | None = None) -> bool:
         """Whether the stranger computes this at all."""
@@ -715,7 +717,7 @@ class PatchHandle:
 
     def __str__(self) -> str:
         head = ("path", "class", "causal", "dropout", "scale", "status", "reason or note")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for outcome in self.outcomes:
             more = f" (+{len(outcome.paths) - 1} more)" if len(outcome.paths) > 1 else ""
             options = (outcome.causal, outcome.dropout, outcome.scale)
@@ -789,8 +791,9 @@ def patch(
                 swaps += [(slot, attend, judgement.replacement) for slot in slots]
             if judgement.doubtful:
                 doubts.append(f"{slots[0].path}: {reason}")
-        shown = (getattr(attend, name, None) for name in ("causal", "dropout", "scale"))
-        outcomes.append(Outcome(tuple(slot.path for slot in slots), _path_of(type(attend)), *shown, status, reason))
+        shown = {name: getattr(attend, name, None) for name in ("causal", "dropout", "scale")}
+        paths, kind = tuple(slot.path for slot in slots), _path_of(type(attend))
+        outcomes.append(Outcome(paths, kind, status=status, reason=reason, **shown))
 
     refused = [outcome for outcome in outcomes if outcome.status == "refused"]
     if strict and not outcomes:

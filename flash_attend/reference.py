@@ -11,12 +11,13 @@ from contextlib import nullcontext
 import torch
 from einops import einsum, rearrange, reduce
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["attention_reference"]
+__all__ = ["attention_reference", "attention_reference_gradients"]
 
 # Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the keys
 # that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB, where larger ones cost new pages.
@@ -49,18 +50,16 @@ def attention_reference(
     Returns:
         `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log, or None.
     """
-    scores_per_query = max(1, spec.batch * spec.heads * spec.keys)
-    recompute = scores_per_query * spec.queries > HELD_SCORES
-    rows = max(FEWEST_QUERIES, (HELD_SCORES if recompute else CACHED_SCORES) // scores_per_query)
-    chunks = [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)]
-
+    chunks, recompute = _chunks(spec)
     if mask is not None:  # whatever an unread key holds, it must not reach a product
-        unread = _unread_keys(mask, spec, chunks)[..., None]
+        unread = _unread_keys(mask, spec, chunks)
         k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
     q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in (q, k, v))
 
     attend = _attend
-    if recompute and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v)):
+    # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    if recompute and differentiated and not torch._C._are_functorch_transforms_active():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     with _no_autocast(q.device):
         parts = [attend(q, k, v, mask, seed, spec, first, last, return_lse) for first, last in chunks]
@@ -69,6 +68,51 @@ def attention_reference(
         return out.to(spec.dtype), None
     out, lse = out.split([spec.value_dim, 1], dim=-1)
     return out.to(spec.dtype).contiguous(), lse.squeeze(-1)
+
+
+def attention_reference_gradients(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a backward through `attention_reference` gives for q, k and v, itself differentiable any number of times.
+
+    From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
+    forward is held.
+    """
+    if grad_out is None:
+        grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
+    if grad_lse is None:
+        grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
+    chunks, _ = _chunks(spec)
+    if mask is not None:
+        unread = _unread_keys(mask, spec, chunks)
+        k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
+    q, k, v, grad_out = (tensor.to(spec.accumulator_dtype) for tensor in (q, k, v, grad_out))
+
+    grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+    with _no_autocast(q.device):
+        for first, last in chunks:
+            of_q, of_k, of_v = _differentiate(grad_out, grad_lse, q, k, v, mask, seed, spec, first, last)
+            rest = (0, 0, 0, spec.keys - of_k.shape[2])  # the keys that no query of the chunk sees
+            grads_q.append(of_q)
+            grad_k, grad_v = grad_k + pad(of_k, rest), grad_v + pad(of_v, rest)
+    if mask is not None:
+        grad_k, grad_v = grad_k.masked_fill(unread, 0.0), grad_v.masked_fill(unread, 0.0)
+    return torch.cat(grads_q, dim=2).to(spec.dtype), grad_k.to(spec.dtype), grad_v.to(spec.dtype)
+
+
+def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
+    """The ranges of queries that are computed at once, and whether there are too many scores to hold them all."""
+    scores_per_query = max(1, spec.batch * spec.heads * spec.keys)
+    too_many = scores_per_query * spec.queries > HELD_SCORES
+    rows = max(FEWEST_QUERIES, (HELD_SCORES if too_many else CACHED_SCORES) // scores_per_query)
+    return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
 
 
 def _attend(
@@ -87,41 +131,92 @@ def _attend(
     With `return_lse` the LSE is one more column. It comes in one tensor with the output so that a backward runs through
     both: what a chunk computes again for one that nobody differentiates would stay, and add up over the chunks.
     """
-    keys = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
-    q, k, v = q[:, :, first:last] * spec.scale, k[:, :, :keys], v[:, :, :keys]
-
-    visible = _visible(mask, spec, first, last, keys, q.device)
-    rows_may_die = mask is not None or (spec.causal and first + spec.offset < 0)
-    if rows_may_die:
-        dead = ~visible.any(dim=-1, keepdim=True)  # (b|1, h|1, i|1, 1)
-        q = q.masked_fill(dead, 0.0)
-
-    q = rearrange(q, "b (hk g) i d -> b hk g i d", hk=spec.kv_heads, g=spec.group)
-    scores = einsum(q, k, "b hk g i d, b hk j d -> b hk g i j")
-    scores = rearrange(scores, "b hk g i j -> b (hk g) i j")
-    if visible is not None:
-        # Added and not filled in: that is several times faster on a CPU. Finite and not -inf: in a dead row it makes no
-        # NaN, which a gradient of zero would carry on into the keys.
-        scores = scores + (~visible).to(scores.dtype) * torch.finfo(scores.dtype).min
+    scores, dead = _scores(q, k, mask, spec, first, last)
+    v = v[:, :, : scores.shape[-1]]
 
     weights = scores.softmax(dim=-1)
     if spec.dropout_p > 0:
-        weights = weights * keep_mask(seed, spec, first, last, keys)
-
-    weights = rearrange(weights, "b (hk g) i j -> b hk g i j", hk=spec.kv_heads, g=spec.group)
-    out = einsum(weights, v, "b hk g i j, b hk j dv -> b hk g i dv")
-    out = rearrange(out, "b hk g i dv -> b (hk g) i dv")
+        assert seed is not None
+        weights = weights * keep_mask(seed, spec, first, last, scores.shape[-1])
+    out = _ungrouped(einsum(_grouped(weights, spec), v, "b hk g i j, b hk j dv -> b hk g i dv"))
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
 
-    if rows_may_die:
+    if dead is not None:
         out = out.masked_fill(dead, 0.0)
     if not return_lse:
         return out
     lse = scores.logsumexp(dim=-1, keepdim=True)
-    if rows_may_die:
+    if dead is not None:
         lse = lse.masked_fill(dead, -torch.inf)
     return torch.cat([out, lse], dim=-1)
+
+
+def _differentiate(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    spec: AttentionSpec,
+    first: int,
+    last: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the queries from `first` to `last` give to the gradients: their own, and those of the keys they may see."""
+    scores, dead = _scores(q, k, mask, spec, first, last)
+    keys = scores.shape[-1]
+    q, k, v = q[:, :, first:last] * spec.scale, k[:, :, :keys], v[:, :, :keys]
+    grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
+    if dead is not None:
+        q, grad_out, grad_lse = (tensor.masked_fill(dead, 0.0) for tensor in (q, grad_out, grad_lse))
+    q, grad_out = _grouped(q, spec), _grouped(grad_out, spec)
+
+    weights = kept_weights = scores.softmax(dim=-1)
+    grad_weights = _ungrouped(einsum(grad_out, v, "b hk g i dv, b hk j dv -> b hk g i j"))
+    if spec.dropout_p > 0:
+        assert seed is not None
+        factor = keep_mask(seed, spec, first, last, keys) / (1 - spec.dropout_p)
+        kept_weights, grad_weights = weights * factor, grad_weights * factor
+    delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
+    grad_scores = _grouped(weights * (grad_weights - delta), spec)
+
+    grad_q = _ungrouped(einsum(grad_scores, k, "b hk g i j, b hk j d -> b hk g i d")) * spec.scale
+    if dead is not None:
+        grad_q = grad_q.masked_fill(dead, 0.0)
+    grad_k = einsum(grad_scores, q, "b hk g i j, b hk g i d -> b hk j d")
+    grad_v = einsum(_grouped(kept_weights, spec), grad_out, "b hk g i j, b hk g i dv -> b hk j dv")
+    return grad_q, grad_k, grad_v
+
+
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, spec: AttentionSpec, first: int, last: int
+) -> tuple[Tensor, Tensor | None]:
+    """The scores `(b, h, i, j)` of the queries from `first` to `last` with the keys that any of them may see, and which
+    rows are dead, `(b|1, h|1, i|1, 1)`, or None where none can be."""
+    keys = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
+    q, k = q[:, :, first:last] * spec.scale, k[:, :, :keys]
+
+    visible, dead = _visible(mask, spec, first, last, keys, q.device), None
+    if visible is not None and (mask is not None or first + spec.offset < 0):
+        dead = ~visible.any(dim=-1, keepdim=True)
+        q = q.masked_fill(dead, 0.0)
+
+    scores = _ungrouped(einsum(_grouped(q, spec), k, "b hk g i d, b hk j d -> b hk g i j"))
+    if visible is not None:
+        # Added and not filled in: that is several times faster on a CPU. Finite and not -inf: in a dead row it makes no
+        # NaN, which a gradient of zero would carry on into the keys.
+        scores = scores + (~visible).to(scores.dtype) * torch.finfo(scores.dtype).min
+    return scores, dead
+
+
+def _grouped(tensor: Tensor, spec: AttentionSpec) -> Tensor:
+    return rearrange(tensor, "b (hk g) i x -> b hk g i x", hk=spec.kv_heads, g=spec.group)
+
+
+def _ungrouped(tensor: Tensor) -> Tensor:
+    return rearrange(tensor, "b hk g i x -> b (hk g) i x")
 
 
 def _visible(
@@ -138,15 +233,15 @@ def _visible(
 
 
 def _unread_keys(mask: Tensor, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> Tensor:
-    """The keys that no query sees, bool `(b|1, hk|1, j)`."""
+    """The keys that no query sees, bool `(b|1, hk|1, j, 1)`."""
     if mask.shape[2] == 1:
         read = mask[:, :, 0]  # under `causal` too: the last query sees every key that the mask leaves
     else:
-        seen = (_visible(mask, spec, *chunk, spec.keys, mask.device).any(dim=2) for chunk in chunks)
-        read = functools.reduce(torch.logical_or, seen)
+        seen = (_visible(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
+        read = functools.reduce(torch.logical_or, (part.any(dim=2) for part in seen if part is not None))
     if read.shape[1] > 1:
         read = reduce(read, "b (hk g) j -> b hk j", "any", hk=spec.kv_heads, g=spec.group)
-    return ~read
+    return ~read[..., None]
 
 
 def _no_autocast(device: torch.device) -> torch.autocast | nullcontext:

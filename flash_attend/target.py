@@ -6,10 +6,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+
+from flash_attend.tracing import constant_when_compiled
 
 __all__ = ["DeviceTarget", "triton_version"]
 
@@ -52,6 +54,7 @@ class DeviceTarget:
         return None if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
 
     @staticmethod
+    @constant_when_compiled
     def of(device: torch.device) -> DeviceTarget:
         """Describes a device of this process (cached: the properties of a device do not change)."""
         if device.type == "cuda" and device.index is None:
@@ -61,12 +64,12 @@ class DeviceTarget:
 
 @cache
 def _describe(device: torch.device) -> DeviceTarget:
-    common = dict(device_type=device.type, triton=triton_version(), interpreted=interpreting())
+    here = DeviceTarget(device.type, triton=triton_version(), interpreted=interpreting())
     if device.type != "cuda":
-        return DeviceTarget(**common)
+        return here
     properties = torch.cuda.get_device_properties(device)
-    return DeviceTarget(
-        **common,
+    return replace(
+        here,
         name=properties.name,
         capability=(properties.major, properties.minor) if torch.version.hip is None else None,
         shared_memory=getattr(properties, "shared_memory_per_block_optin", 0),

@@ -39,6 +39,7 @@ from flash_attend.target import DeviceTarget, interpreting
 __all__ = [
     "PARTS",
     "Case",
+    "Part",
     "Report",
     "cases",
     "compile_all",
@@ -112,7 +113,7 @@ class Report:
         return found
 
 
-class _Part:
+class Part:
     """As much of a Triton driver as compiling takes. Triton keeps its variants by device: a part is its own device."""
 
     def __init__(self, arch: str) -> None:
@@ -130,11 +131,11 @@ class _Part:
 
 
 @contextlib.contextmanager
-def compiled_for(arch: str) -> Iterator[None]:
+def compiled_for(arch: str, driver_of: type[Part] = Part) -> Iterator[None]:
     """Within this context Triton compiles for a part that need not be there."""
     driver = triton.runtime.driver
     outer = driver._active
-    driver.set_active(_Part(arch))
+    driver.set_active(driver_of(arch))
     try:
         yield
     finally:
@@ -163,26 +164,28 @@ def record_call(spec: AttentionSpec, tiles: Tiles) -> list[Launch]:
 
 def compile_launch(launch: Launch):
     """Compiles a recorded launch for the part of the surrounding `compiled_for`, and gives Triton's compiled kernel."""
-    return launch.kernel.warmup(
-        *launch.arguments,
-        **launch.choices,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+    prepared = launch.prepared
+    return prepared.kernel.warmup(
+        *launch.tensors,
+        *prepared.numbers,
+        **prepared.choices,
+        num_warps=prepared.num_warps,
+        num_stages=prepared.num_stages,
         **COMPILER_OPTIONS,
-        grid=(launch.programs,),
+        grid=(prepared.programs,),
     )
 
 
 def _name_of(launch: Launch) -> str:
-    return launch.kernel.__name__.removesuffix("_kernel")
+    return launch.prepared.kernel.__name__.removesuffix("_kernel")
 
 
 def _config_of(launch: Launch, case: Case) -> str:
-    choices = launch.choices
-    spec = case.spec
+    prepared, spec = launch.prepared, case.spec
     dtype = str(spec.dtype).removeprefix("torch.") + (f"/{spec.precision}" if spec.dtype == torch.float32 else "")
-    stages = f" s{launch.num_stages}" if "STAGES" in choices else ""
-    tile = f" {choices['BLOCK_M']}x{choices['BLOCK_N']} w{launch.num_warps}{stages}" if "BLOCK_N" in choices else ""
+    stages = f" s{prepared.num_stages}" if "STAGES" in prepared.choices else ""
+    blocks = [str(prepared.choices[name]) for name in ("BLOCK_M", "BLOCK_N") if "BLOCK_N" in prepared.choices]
+    tile = f" {'x'.join(blocks)} w{prepared.num_warps}{stages}" if blocks else ""
     return f"{dtype} d{spec.head_dim} dv{spec.value_dim} {case.mode}{tile}"
 
 
@@ -196,7 +199,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         report = Report(name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__)
         log = io.StringIO()
         try:
-            launch.kernel.device_caches.clear()  # what this process has compiled before leaves no log
+            launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
             with compiled_for(case.arch), contextlib.redirect_stdout(log):
                 compiled = compile_launch(launch)
         except Exception as error:  # whatever stops a compiler is a finding about one row, not the end of the table
@@ -262,11 +265,9 @@ def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tu
     for case in cases(archs, subset):
         fresh = []
         for launch in record_call(case.spec, case.tiles):
-            arguments = tuple(
-                argument.dtype if isinstance(argument, torch.Tensor) else argument is None
-                for argument in launch.arguments
-            )
-            identity = (case.arch, launch.kernel.__name__, arguments, str(launch.choices), launch.num_warps)
+            prepared = launch.prepared
+            dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
+            identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
             name = _name_of(launch)
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
                 seen.add(identity)

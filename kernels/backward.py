@@ -7,6 +7,7 @@ dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -28,7 +29,7 @@ from flash_attend.kernels.key_schedule import (
     walk_over_keys,
     walk_over_queries,
 )
-from flash_attend.kernels.launch import launch
+from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import (
     DENSE,
     KEY,
@@ -39,7 +40,16 @@ from flash_attend.kernels.masking import (
     query_tile,
     tile_visibility,
 )
-from flash_attend.kernels.operands import aligned_strides, call_arguments, call_choices, empty_like_heads, readable
+from flash_attend.kernels.operands import (
+    Strides,
+    aligned_strides,
+    call_arguments,
+    call_choices,
+    empty_like_heads,
+    key_sizes,
+    query_sizes,
+    readable,
+)
 from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, recomputed_weights, to_log2_scale
 from flash_attend.kernels.tiles import (
     accumulate,
@@ -52,9 +62,9 @@ from flash_attend.kernels.tiles import (
     store_rows,
     zeros,
 )
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["attention_backward"]
+__all__ = ["attention_backward", "empty_gradients"]
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -629,6 +639,18 @@ def backward_q_kernel(
 DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
 
 
+def empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where a backward writes the gradients of q, k and v that are `needed`."""
+    needs_q, needs_k, needs_v = needed
+    return (
+        empty_like_heads(readable(q), spec.heads, spec.head_dim) if needs_q else None,
+        empty_like_heads(readable(k), spec.kv_heads, spec.head_dim) if needs_k else None,
+        empty_like_heads(readable(v), spec.kv_heads, spec.value_dim) if needs_v else None,
+    )
+
+
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -647,19 +669,42 @@ def attention_backward(
 
     Everything else is what the forward took and gave. A gradient that is None counts as 0.
     """
-    needs_q, needs_k, needs_v = needed
     q, k, v, out = readable(q), readable(k), readable(v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
 
     delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    align, strides = aligned_strides(out, grad_out)
+    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
+    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
+
+    grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
+    inputs = q, k, v, grad_out
+    strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
+    if grad_k is not None or grad_v is not None:
+        lists = transposed_lists(schedule)
+        of_outputs = (None if grad is None else grad.stride() for grad in (grad_k, grad_v))
+        prepared = _prepare_kv(spec, tiles, schedule.rows, *strides, *of_outputs)
+        launch(prepared, *inputs, grad_k, grad_v, lse_log2, delta, schedule.visible, lists, seed)
+    if grad_q is not None:
+        prepared = _prepare_q(spec, tiles, schedule.rows, *strides, grad_q.stride())
+        launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
+    return grad_q, grad_k, grad_v
+
+
+# The launches for tensors with these strides.
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_delta(spec: AttentionSpec, tiles: Tiles, out: Strides, grad_out: Strides, with_lse: bool) -> Prepared:
+    # Calls with a gradient of the LSE and those without are prepared apart: None is a variant of its own.
+    sizes = query_sizes(spec)
+    align, strides = aligned_strides(spec.dtype, (sizes, out), (sizes, grad_out))
     choices = call_choices(spec, tiles.backward_q, tiles)
-    launch(
+    return Prepared(
         delta_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, DELTA_ROWS),
-        (out, grad_out, lse, grad_lse, delta, lse_log2, spec.queries, spec.heads, *strides),
+        (spec.queries, spec.heads, *strides),
         dict(
             ALIGN=align,
             BLOCK_M=DELTA_ROWS,
@@ -668,42 +713,68 @@ def attention_backward(
         num_warps=4,
     )
 
-    grad_q = grad_k = grad_v = None
-    numbers = call_arguments(spec, schedule, tiles)
-    if needs_k or needs_v:
-        grad_k = empty_like_heads(k, spec.kv_heads, spec.head_dim) if needs_k else None
-        grad_v = empty_like_heads(v, spec.kv_heads, spec.value_dim) if needs_v else None
-        align, strides = aligned_strides(
-            q, k, v, grad_out, k if grad_k is None else grad_k, v if grad_v is None else grad_v
-        )
-        tile = tiles.backward_kv
-        arguments = (q, k, v, grad_out, grad_k, grad_v, lse_log2, delta)
-        launch(
-            backward_kv_kernel,
-            spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
-            (*arguments, schedule.visible, transposed_lists(schedule), seed, *numbers, *strides),
-            dict(
-                ALIGN=align,
-                GROUPED=spec.group > 1,
-                HIDE_KEYS=spec.group > 1 and spec.mask == MaskKind.KEY and spec.mask_per_head,
-                NEEDS_K=needs_k,
-                NEEDS_V=needs_v,
-                **call_choices(spec, tile, tiles),
-            ),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    if needs_q:
-        grad_q = empty_like_heads(q, spec.heads, spec.head_dim)
-        align, strides = aligned_strides(q, k, v, grad_out, grad_q)
-        tile = tiles.backward_q
-        arguments = (q, k, v, grad_out, grad_q, lse_log2, delta)
-        launch(
-            backward_q_kernel,
-            spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
-            (*arguments, schedule.visible, schedule.lists, seed, *numbers, *strides),
-            dict(ALIGN=align, **choices),
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-    return grad_q, grad_k, grad_v
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_kv(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    mask_rows: int,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    grad_out: Strides,
+    grad_k: Strides | None,
+    grad_v: Strides | None,
+) -> Prepared:
+    of_queries, of_keys = query_sizes(spec), key_sizes(spec)
+    align, strides = aligned_strides(
+        spec.dtype,
+        (of_queries, q),
+        (of_keys, k),
+        (of_keys, v),
+        (of_queries, grad_out),
+        (of_keys, grad_k or k),  # one that is not needed is not written: it must not spoil the alignment
+        (of_keys, grad_v or v),
+    )
+    tile = tiles.backward_kv
+    return Prepared(
+        backward_kv_kernel,
+        spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
+        (*call_arguments(spec, mask_rows, tiles), *strides),
+        dict(
+            ALIGN=align,
+            GROUPED=spec.group > 1,
+            HIDE_KEYS=spec.group > 1 and spec.mask == MaskKind.KEY and spec.mask_per_head,
+            NEEDS_K=grad_k is not None,
+            NEEDS_V=grad_v is not None,
+            **call_choices(spec, tile, tiles),
+        ),
+        tile.num_warps,
+        tile.num_stages,
+    )
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_q(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    mask_rows: int,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    grad_out: Strides,
+    grad_q: Strides,
+) -> Prepared:
+    of_queries, of_keys = query_sizes(spec), key_sizes(spec)
+    align, strides = aligned_strides(
+        spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, grad_out), (of_queries, grad_q)
+    )
+    tile = tiles.backward_q
+    return Prepared(
+        backward_q_kernel,
+        spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
+        (*call_arguments(spec, mask_rows, tiles), *strides),
+        dict(ALIGN=align, **call_choices(spec, tile, tiles)),
+        tile.num_warps,
+        tile.num_stages,
+    )

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Tile", "Tiles", "head_parts", "override", "select_tiles"]
@@ -28,8 +28,7 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-@dataclass(frozen=True)
-class Tiles:
+class Tiles(NamedTuple):
     """The tiles of the three kernels that serve one call."""
 
     forward: Tile
@@ -40,8 +39,12 @@ class Tiles:
     def schedule_block(self) -> tuple[int, int]:
         """Queries and keys of a block of the mask's schedule: whole tiles of all three kernels, at least one word of
         bits."""
-        three = (self.forward, self.backward_kv, self.backward_q)
-        return max(tile.block_m for tile in three), max(32, *(tile.block_n for tile in three))
+        return _schedule_block(self)
+
+
+@cache
+def _schedule_block(tiles: Tiles) -> tuple[int, int]:
+    return max(tile.block_m for tile in tiles), max(32, *(tile.block_n for tile in tiles))
 
 
 SMALLEST_PART = 16  # the smallest dimension of a tensor-core product
@@ -146,8 +149,11 @@ def mode_of(spec: AttentionSpec) -> str:
 
 def select_tiles(spec: AttentionSpec, target: DeviceTarget) -> Tiles:
     """The tiles for a call on a part. Parts without rows of their own take those of sm_80, which fit them all."""
-    if _override is not None:
-        return _override
+    return _override or _look_up_tiles(spec, target)
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget) -> Tiles:
     if target.interpreted:
         return INTERPRETED
     row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -20,14 +22,23 @@ from flash_attend.kernels.key_schedule import (
     run_count,
     walk_over_keys,
 )
-from flash_attend.kernels.launch import launch
+from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, NONE, hide, query_tile, tile_visibility
-from flash_attend.kernels.operands import aligned_strides, call_arguments, call_choices, empty_like_heads, readable
+from flash_attend.kernels.operands import (
+    Strides,
+    aligned_strides,
+    call_arguments,
+    call_choices,
+    empty_like_heads,
+    key_sizes,
+    query_sizes,
+    readable,
+)
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, finish, online_step, to_log2_scale
 from flash_attend.kernels.tiles import accumulate, inner_products, load_rows, negate, scale_rows, store_rows, zeros
-from flash_attend.spec import AttentionSpec
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_forward"]
+__all__ = ["attention_forward", "empty_outputs"]
 
 
 @triton.jit
@@ -216,6 +227,13 @@ def forward_kernel(
     store_rows(OUT, out_row * ALIGN, scale_rows(total, normaliser), exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1)
 
 
+def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    """Where a forward writes `out (b, h, i, dv)` and `lse (b, h, i)`. Also what it gives when nothing is launched."""
+    out = empty_like_heads(readable(q), spec.heads, spec.value_dim)
+    lse = torch.empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype, device=q.device)
+    return out, lse
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, spec: AttentionSpec, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Schedule]:
@@ -224,17 +242,32 @@ def attention_forward(
     Shapes as `normalise_inputs` returns them; `seed` is a one-element int64 tensor, or None without dropout.
     """
     q, k, v = readable(q), readable(k), readable(v)
-    out = empty_like_heads(q, spec.heads, spec.value_dim)
-    lse = torch.empty(q.shape[:3], dtype=spec.accumulator_dtype, device=q.device)
+    out, lse = empty_outputs(q, spec)
     schedule = build_schedule(mask, spec, tiles)
-    align, strides = aligned_strides(q, k, v, out)
+    prepared = _prepare(spec, tiles, schedule.rows, q.stride(), k.stride(), v.stride(), out.stride())
+    launch(prepared, q, k, v, out, lse, schedule.visible, schedule.lists, seed)
+    return out, lse, schedule
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    mask_rows: int,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    out: Strides,
+) -> Prepared:
+    """The launch for tensors with these strides."""
+    of_queries, of_keys = query_sizes(spec), key_sizes(spec)
+    align, strides = aligned_strides(spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, out))
     tile = tiles.forward
-    launch(
+    return Prepared(
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
-        (q, k, v, out, lse, schedule.visible, schedule.lists, seed, *call_arguments(spec, schedule, tiles), *strides),
+        (*call_arguments(spec, mask_rows, tiles), *strides),
         dict(ALIGN=align, **call_choices(spec, tile, tiles)),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        tile.num_warps,
+        tile.num_stages,
     )
-    return out, lse, schedule

@@ -14,6 +14,7 @@ of them make one.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.launch import launch
+from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["Schedule", "build_schedule", "transposed_lists"]
+__all__ = ["Schedule", "build_schedule", "schedule_layout", "transposed_lists"]
 
 HEADER = tl.constexpr(4)
 EMPTY = tl.constexpr(0)
@@ -44,6 +45,11 @@ class Schedule(NamedTuple):
     visible: Tensor | None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
     lists: Tensor | None  # KEY: (rows, length) int32; DENSE: (rows, query_blocks, length)
     states: Tensor | None  # DENSE: (rows, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
+
+    @property
+    def rows(self) -> int:
+        """How many rows of the mask there are; 0 without one."""
+        return 0 if self.visible is None else self.visible.shape[0]
 
 
 # ------------------------------------------------------------------------------------------ walking over a schedule
@@ -354,57 +360,84 @@ def line_kernel(
     _close(line, n_blocks, totals)
 
 
-def _empty_lists(states_or_mask: Tensor, *lines: int, n_blocks: int) -> Tensor:
-    return torch.empty((*lines, 4 * n_blocks + 5), dtype=torch.int32, device=states_or_mask.device)
+def _fill_lines(states: Tensor, lists: Tensor) -> None:
+    """Writes the lists of `(rows, n_lines, n_blocks)` states."""
+    launch(_prepare_lines(*states.shape, states.stride()), states, lists)
 
 
-def _lines(states: Tensor) -> Tensor:
-    """The lists of `(rows, n_lines, n_blocks)` states."""
-    rows, n_lines, n_blocks = states.shape
-    lists = _empty_lists(states, rows, n_lines, n_blocks=n_blocks)
-    arguments = (states, lists, n_lines, n_blocks, *states.stride())
-    launch(line_kernel, rows * n_lines, arguments, dict(STEP=BLOCKS_PER_STEP), num_warps=1)
-    return lists
+def schedule_layout(
+    mask: Tensor | None, spec: AttentionSpec, tiles: Tiles
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor in the schedule of a mask `(b|1, h|1, i|1, j)`, in the order of `Schedule`."""
+    if mask is None:
+        return []
+    rows = mask.shape[0] * mask.shape[1]
+    block_queries, block_keys = tiles.schedule_block
+    n_key_blocks = -(-spec.keys // block_keys)
+    # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
+    word = torch.int64 if spec.dtype == torch.float64 else torch.int32
+    if spec.mask == MaskKind.KEY:
+        return [((rows, n_key_blocks * block_keys), word), ((rows, 4 * n_key_blocks + 5), torch.int32)]
+    n_query_blocks = -(-spec.queries // block_queries)
+    words = n_key_blocks * (block_keys // BITS_PER_WORD.value)
+    return [
+        ((rows, n_query_blocks * block_queries, words), word),
+        ((rows, n_query_blocks, 4 * n_key_blocks + 5), torch.int32),
+        ((rows, n_query_blocks, n_key_blocks), torch.int32),
+    ]
 
 
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
     """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
     if mask is None:
         return Schedule(None, None, None)
+    layout = schedule_layout(mask, spec, tiles)
+    visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
     batch, heads, _, keys = mask.shape
-    rows = batch * heads
-    block_queries, block_keys = tiles.schedule_block
-    n_key_blocks = triton.cdiv(keys, block_keys)
-    bytes_of_mask = mask.view(torch.uint8)
-    # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
-    word = torch.int64 if spec.dtype == torch.float64 else torch.int32
+    bytes_of_mask, rows = mask.view(torch.uint8), batch * heads
     if spec.mask == MaskKind.KEY:
-        visible = torch.empty((rows, n_key_blocks * block_keys), dtype=word, device=mask.device)
-        lists = _empty_lists(mask, rows, n_blocks=n_key_blocks)
-        strides = (mask.stride(0), mask.stride(1), mask.stride(3))
-        arguments = (bytes_of_mask, visible, lists, keys, n_key_blocks, heads, *strides)
-        launch(key_schedule_kernel, rows, arguments, dict(STEP=BLOCKS_PER_STEP, BLOCK=block_keys), num_warps=4)
+        prepared = _prepare_keys(rows, heads, keys, tiles.schedule_block[1], mask.stride())
+        launch(prepared, bytes_of_mask, visible, lists)
         return Schedule(visible, lists, None)
-    n_query_blocks = triton.cdiv(spec.queries, block_queries)
-    words = n_key_blocks * (block_keys // BITS_PER_WORD.value)
-    visible = torch.empty((rows, n_query_blocks * block_queries, words), dtype=word, device=mask.device)
-    states = torch.empty((rows, n_query_blocks, n_key_blocks), dtype=torch.int32, device=mask.device)
-    arguments = (
-        bytes_of_mask,
-        visible,
-        states,
-        spec.queries,
-        keys,
-        n_query_blocks,
-        n_key_blocks,
-        heads,
-        *mask.stride(),
-    )
-    choices = dict(BLOCK_QUERIES=block_queries, BLOCK_KEYS=block_keys, CAUSAL=spec.causal)
-    launch(dense_schedule_kernel, rows * n_query_blocks * n_key_blocks, arguments, choices, num_warps=4)
-    return Schedule(visible, _lines(states), states)
+    launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, *states)
+    _fill_lines(*states, lists)
+    return Schedule(visible, lists, *states)
 
 
 def transposed_lists(schedule: Schedule) -> Tensor | None:
     """For each key block of a dense mask the query blocks that see it: (rows, key_blocks, length)."""
-    return None if schedule.states is None else _lines(schedule.states.transpose(1, 2))
+    if schedule.states is None:
+        return None
+    states = schedule.states.transpose(1, 2)
+    rows, n_lines, n_blocks = states.shape
+    lists = torch.empty(rows, n_lines, 4 * n_blocks + 5, dtype=torch.int32, device=states.device)
+    _fill_lines(states, lists)
+    return lists
+
+
+# The launches for masks and states with these strides.
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_keys(rows: int, heads: int, keys: int, block: int, strides: tuple[int, ...]) -> Prepared:
+    numbers = (keys, -(-keys // block), heads, strides[0], strides[1], strides[3])
+    return Prepared(key_schedule_kernel, rows, numbers, dict(STEP=BLOCKS_PER_STEP, BLOCK=block), num_warps=4)
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_dense(rows: int, heads: int, spec: AttentionSpec, tiles: Tiles, strides: tuple[int, ...]) -> Prepared:
+    block_queries, block_keys = tiles.schedule_block
+    n_query_blocks, n_key_blocks = -(-spec.queries // block_queries), -(-spec.keys // block_keys)
+    return Prepared(
+        dense_schedule_kernel,
+        rows * n_query_blocks * n_key_blocks,
+        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, heads, *strides),
+        dict(BLOCK_QUERIES=block_queries, BLOCK_KEYS=block_keys, CAUSAL=spec.causal),
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_lines(rows: int, n_lines: int, n_blocks: int, strides: tuple[int, ...]) -> Prepared:
+    numbers = (n_lines, n_blocks, *strides)
+    return Prepared(line_kernel, rows * n_lines, numbers, dict(STEP=BLOCKS_PER_STEP), num_warps=1)

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["COMPILER_OPTIONS", "Launch", "launch", "recorded_launches"]
+__all__ = ["COMPILER_OPTIONS", "Launch", "Prepared", "launch", "recorded_launches"]
 
 COMPILER_OPTIONS = dict(
     enable_fp_fusion=True,  # asked for by name: Triton 3.10 turns it off by default
     maxnreg=255,  # all that a thread can have: else the assembler may spill to fit a second block beside the first
 )
+ALIGNMENT = 16  # bytes: what Triton makes a variant of a kernel for
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A launch with everything but its tensors: made once, for all calls that differ in nothing else.
+
+    Its tensors have the same dtypes each time, and None stands at the same places. The grid is one-dimensional: its
+    other dimensions end at 65535.
+    """
+
+    kernel: Any
+    programs: int
+    numbers: tuple[int | float, ...]  # the run-time arguments, after the tensors
+    choices: dict[str, Any]  # the compile-time arguments
+    num_warps: int
+    num_stages: int = 1
+    # By the device's index, -1 for the CPU: the compiled kernel on its grid, and the arguments that follow the tensors.
+    compiled: dict[int, tuple[Callable[..., None], tuple]] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
 class Launch:
     """A launch as it was asked for. Tensors may be on the meta device."""
 
-    kernel: Any
-    programs: int
-    arguments: tuple
-    choices: dict[str, Any]  # compile-time arguments
-    num_warps: int
-    num_stages: int
+    prepared: Prepared
+    tensors: tuple[Tensor | None, ...]
 
 
 _record: list[Launch] | None = None
@@ -43,17 +59,44 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _record = outer
 
 
-def launch(
-    kernel: Any, programs: int, arguments: tuple, choices: dict[str, Any], *, num_warps: int, num_stages: int = 1
-) -> None:
-    """Runs `programs` programs of a kernel on its first tensor's device; none if that is 0.
+def launch(prepared: Prepared, *tensors: Tensor | None) -> None:
+    """Runs a kernel on the device of its first tensor; not at all if there are no programs.
 
-    The grid is one-dimensional: its other dimensions end at 65535.
+    Triton finds a compiled kernel anew at each launch, from all of its arguments. Here it is kept, for tensors whose
+    addresses are aligned; others go Triton's way.
     """
-    if programs == 0:
+    if prepared.programs == 0:
         return
     if _record is not None:
-        _record.append(Launch(kernel, programs, arguments, choices, num_warps, num_stages))
+        _record.append(Launch(prepared, tensors))
         return
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **choices, num_warps=num_warps, num_stages=num_stages, **COMPILER_OPTIONS)
+    device = tensors[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _run(prepared, tensors, device)
+    else:
+        _run(prepared, tensors, device)
+
+
+def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    aligned = addresses % ALIGNMENT == 0
+    if aligned and device in prepared.compiled:
+        run, rest = prepared.compiled[device]
+        run(*tensors, *rest)
+        return
+    kernel, numbers, choices = prepared.kernel, prepared.numbers, prepared.choices
+    compiled = kernel[(prepared.programs,)](
+        *tensors,
+        *numbers,
+        **choices,
+        num_warps=prepared.num_warps,
+        num_stages=prepared.num_stages,
+        **COMPILER_OPTIONS,
+    )
+    if aligned and compiled is not None:  # the interpreter compiles nothing
+        in_order = (choices[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
+        prepared.compiled[device] = compiled[prepared.programs, 1, 1], (*numbers, *in_order)

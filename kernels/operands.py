@@ -3,16 +3,28 @@ inputs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
-from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.spec import AttentionSpec, MaskKind
 
-__all__ = ["aligned_strides", "call_arguments", "call_choices", "empty_like_heads", "readable"]
+__all__ = [
+    "Strides",
+    "aligned_strides",
+    "call_arguments",
+    "call_choices",
+    "empty_like_heads",
+    "key_sizes",
+    "query_sizes",
+    "readable",
+]
+
+Strides = tuple[int, ...]
 
 VECTOR_BYTES = 16  # the widest load
 
@@ -26,22 +38,33 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def aligned_strides(*tensors: Tensor) -> tuple[int, list[int]]:
-    """The batch, head and row strides of 4-D tensors, one after another, in units of `ALIGN` elements; and `ALIGN`.
+def query_sizes(spec: AttentionSpec) -> tuple[int, int, int]:
+    """The sizes of q, out and their gradients but for the last."""
+    return spec.batch, spec.heads, spec.queries
 
-    ALIGN is 16 bytes' worth where every stride allows it, else 1. The kernel multiplies by it, which tells the compiler
-    that wide loads are safe, with no variant for each length or stride.
+
+def key_sizes(spec: AttentionSpec) -> tuple[int, int, int]:
+    """The sizes of k, v and their gradients but for the last."""
+    return spec.batch, spec.kv_heads, spec.keys
+
+
+def aligned_strides(dtype: torch.dtype, *layouts: tuple[Sequence[int], Strides]) -> tuple[int, Strides]:
+    """`ALIGN`, and the batch, head and row strides of 4-D tensors, one after another, in units of `ALIGN` elements.
+
+    A layout is `(sizes, strides)`, of which the first three count. ALIGN is 16 bytes' worth where every stride allows
+    it, else 1. The kernel multiplies by it, which tells the compiler that wide loads are safe, with no variant for each
+    length or stride.
     """
     # The stride of a dimension of size 1 is never used: it must not spoil the alignment.
     strides = [
         stride if size > 1 else 0
-        for tensor in tensors
-        for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+        for sizes, of_tensor in layouts
+        for size, stride in zip(sizes[:3], of_tensor[:3], strict=True)
     ]
-    unit = VECTOR_BYTES // tensors[0].element_size()
+    unit = VECTOR_BYTES // dtype.itemsize
     if any(stride % unit for stride in strides):
-        return 1, strides
-    return unit, [stride // unit for stride in strides]
+        return 1, tuple(strides)
+    return unit, tuple(stride // unit for stride in strides)
 
 
 def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
@@ -49,16 +72,19 @@ def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
 
     Models that merge heads after attention then need no copy.
     """
-    batch, _, length, _ = tensor.shape
-    if tensor.shape[1] > 1 and length > 1 and tensor.stride(1) < tensor.stride(2):
+    batch, own_heads, length, _ = tensor.shape
+    _, head_stride, row_stride, _ = tensor.stride()
+    if own_heads > 1 and length > 1 and head_stride < row_stride:
         return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
     return tensor.new_empty(batch, heads, length, dim)
 
 
-def call_arguments(spec: AttentionSpec, schedule: Schedule, tiles: Tiles) -> tuple:
-    """The run-time numbers that all three attention kernels take, in their order: none of them makes a variant."""
+def call_arguments(spec: AttentionSpec, mask_rows: int, tiles: Tiles) -> tuple:
+    """The run-time numbers that all three attention kernels take, in their order: none of them makes a variant.
+
+    `mask_rows` is the number of rows in the schedule: 0 without a mask.
+    """
     mask_heads = spec.heads if spec.mask_per_head else 1
-    many_batches = schedule.visible is not None and schedule.visible.shape[0] > mask_heads
     block_queries, block_keys = tiles.schedule_block
     return (
         float(spec.scale),
@@ -68,7 +94,7 @@ def call_arguments(spec: AttentionSpec, schedule: Schedule, tiles: Tiles) -> tup
         spec.keys,
         spec.heads,
         spec.group,
-        mask_heads if many_batches else 0,
+        mask_heads if mask_rows > mask_heads else 0,
         1 if spec.mask_per_head else 0,
         -(-spec.queries // block_queries),
         -(-spec.keys // block_keys),

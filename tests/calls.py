@@ -277,11 +277,12 @@ def _to(mask: Tensor, device: str) -> Tensor:
     return small.to(device).expand(mask.shape)
 
 
-def run(call: Call, backend: str, needs: str = "qkv") -> Answer:
-    """Answers a call through the public function, with the gradients of the inputs named in `needs`."""
+def run(call: Call, backend: str, needs: str = "qkv", attend: Callable = flash_attention) -> Answer:
+    """Answers a call through the public function, or what was made of it, with the gradients of the inputs named in
+    `needs`."""
     leaves = {name: getattr(call, name).detach().requires_grad_(name in needs) for name in "qkv"}
     torch.manual_seed(call.torch_seed)
-    out, lse = flash_attention(*leaves.values(), **call.options, return_lse=True, backend=backend)
+    out, lse = attend(*leaves.values(), **call.options, return_lse=True, backend=backend)
     # The LSE does not depend on v: where v alone needs a gradient, a backend may say so.
     pairs = [(x, g) for x, g in ((out, call.grad_out), (lse, call.grad_lse)) if g is not None and x.requires_grad]
     wanted = {name: leaf for name, leaf in leaves.items() if name in needs}

@@ -69,7 +69,7 @@ def test_cases_take_the_tiles_that_a_call_would_take():
 def test_a_call_launches_every_kernel_of_its_mask():
     tiles = select_tiles(SPEC, aot.PARTS["sm_80"])
     names = {
-        kind: [launch.kernel.__name__ for launch in aot.record_call(replace(SPEC, mask=kind), tiles)]
+        kind: [launch.prepared.kernel.__name__ for launch in aot.record_call(replace(SPEC, mask=kind), tiles)]
         for kind in MaskKind
     }
     attention = ["forward_kernel", "delta_kernel", "backward_kv_kernel", "backward_q_kernel"]

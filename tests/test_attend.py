@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,45 +216,8 @@ def test_code_that_walks_over_dropout_layers_reaches_it(calls):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a module must be able to do
+# What it shows
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def test_has_no_state():
-    attend = Attend(0.1, causal=True, scale=0.5)
-    assert list(attend.parameters()) == []
-    assert list(attend.buffers()) == []
-    assert attend.state_dict() == {}
-    attend.load_state_dict({}, strict=True)
-
-
-def test_a_checkpoint_of_the_replaced_module_loads():
-    class Seed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn_dropout = nn.Dropout(0.1)
-            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.bool), persistent=False)
-
-    checkpoint = nn.ModuleDict({"proj": nn.Linear(2, 2), "attend": Seed()}).state_dict()
-    ours = nn.ModuleDict({"proj": nn.Linear(2, 2), "attend": Attend(0.1)})
-    ours.load_state_dict(checkpoint, strict=True)
-    assert torch.equal(ours["proj"].weight, checkpoint["proj.weight"])
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies_and_pickles(copied):
-    attend = Attend(0.1, True, False, heads=4, scale=0.3, deterministic=True).eval()
-    again = copied(attend)
-    assert repr(again) == repr(attend)
-    assert not again.training
-    assert torch.equal(again(*inputs()), attend(*inputs()))
-
-
-def test_a_deep_copy_has_its_own_dropout():
-    attend = Attend(0.1)
-    again = copy.deepcopy(attend)
-    again.dropout = 0.2
-    assert attend.dropout == 0.1
 
 
 def test_repr_shows_what_is_set():

@@ -16,7 +16,7 @@ from flash_attend.kernels import aot
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
-from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.kernels.launch import Launch, Prepared, recorded_launches
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
 
 # One, odd, even, and multiples of 8, 16 and 128: what Triton makes variants of where it is let.
@@ -60,7 +60,8 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[Launch]], di
             patch.setattr(triton.knobs.runtime, "jit_cache_hook", skip)
             for launch in launches:
                 # Whatever other tests compiled, here nothing is.
-                patch.setattr(launch.kernel, "device_caches", defaultdict(launch.kernel.create_binder))
+                kernel = launch.prepared.kernel
+                patch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
                 assert aot.compile_launch(launch) is None
         return dict(Counter(name for name, _ in found))
 
@@ -126,7 +127,8 @@ def test_a_variant_is_reused(monkeypatch: pytest.MonkeyPatch) -> None:
         aot.record_call(replace(SPEC, **changes), TILES)[0]
         for changes in (dict(queries=1, keys=16), dict(queries=333, keys=7), dict(head_dim=16))
     )
-    monkeypatch.setattr(first.kernel, "device_caches", defaultdict(first.kernel.create_binder))
+    kernel = first.prepared.kernel
+    monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
     with aot.compiled_for("sm_90"):
         compiled = aot.compile_launch(first)
         assert compiled.asm["cubin"]
@@ -153,7 +155,7 @@ def test_a_mode_is_a_variant(variants: Callable, change: dict, expected: dict[st
 
 
 def test_tiles_are_variants(variants: Callable) -> None:
-    wider = replace(TILES, forward=Tile(64, 64, 4, 2))
+    wider = TILES._replace(forward=Tile(64, 64, 4, 2))
     expected = dict(forward_kernel=2, delta_kernel=1, backward_kv_kernel=1, backward_q_kernel=1)
     assert variants([*aot.record_call(SPEC, TILES), *aot.record_call(SPEC, wider)]) == expected
 
@@ -172,5 +174,5 @@ def test_the_count_sees_what_triton_specializes(variants: Callable) -> None:
         pass
 
     lengths = {length for pair in PAIRS for length in pair}
-    launches = [Launch(careless_kernel, 1, (new(8), length), {}, 4, 1) for length in lengths]
+    launches = [Launch(Prepared(careless_kernel, 1, (length,), {}, num_warps=4), (new(8),)) for length in lengths]
     assert variants(launches) == {"careless_kernel": 3}  # for 1, for multiples of 16, for the rest

@@ -182,6 +182,12 @@ def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
 # ----------------------------------------------------------------------------------------------------- memory layouts
 
 
+def layout(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Of tensors: the unit, and the strides in it."""
+    unit, strides = aligned_strides(tensors[0].dtype, *((tensor.shape, tensor.stride()) for tensor in tensors))
+    return unit, list(strides)
+
+
 def at_odd_offset(x: Tensor) -> Tensor:
     """The same tensor with aligned strides, one element off the start of an allocation."""
     buffer = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype, device=x.device)
@@ -195,7 +201,7 @@ def at_odd_offset(x: Tensor) -> Tensor:
 def test_unaligned_pointers(device: str, dtype: torch.dtype) -> None:
     call = make_call(Case("offset", batch=1, kv_heads=1, d=16, dv=24, mask="holes", causal=True), dtype, device)
     moved = replace(call, **{name: at_odd_offset(getattr(call, name)) for name in ("q", "k", "v", "grad_out")})
-    assert aligned_strides(moved.q, moved.k, moved.v)[0] > 1
+    assert layout(moved.q, moved.k, moved.v)[0] > 1
     assert moved.q.data_ptr() % 16
     check(run(moved, "triton"), call)
 
@@ -206,7 +212,7 @@ def test_one_unaligned_stride(device: str, odd: str) -> None:
     call = make_call(Case("odd", batch=1, d=16, dv=32, mask="pad_left", causal=True), torch.float32, device)
     x = getattr(call, odd)
     padded = torch.nn.functional.pad(x, (0, 1), value=torch.nan)[..., :-1]
-    assert aligned_strides(padded)[0] == 1
+    assert layout(padded)[0] == 1
     check(run(call.with_(**{odd: padded}), "triton"), call)
 
 
@@ -214,20 +220,20 @@ def test_strides_in_aligned_units() -> None:
     half, single, double = (
         torch.empty(2, 3, 5, 64, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64)
     )
-    assert aligned_strides(half) == (8, [120, 40, 8])
-    assert aligned_strides(single) == (4, [240, 80, 16])
-    assert aligned_strides(double) == (2, [480, 160, 32])
-    assert aligned_strides(half, half[..., :60]) == (8, [120, 40, 8] * 2)
+    assert layout(half) == (8, [120, 40, 8])
+    assert layout(single) == (4, [240, 80, 16])
+    assert layout(double) == (2, [480, 160, 32])
+    assert layout(half, half[..., :60]) == (8, [120, 40, 8] * 2)
     odd = torch.empty(2, 3, 5, 33, dtype=torch.float16)
-    assert aligned_strides(odd) == (1, [495, 165, 33])
-    assert aligned_strides(half, odd) == (1, [960, 320, 64, 495, 165, 33]), "one odd stride decides for all"
-    assert aligned_strides(half[:, :1].expand(2, 3, 5, 64)) == (8, [120, 0, 8])
+    assert layout(odd) == (1, [495, 165, 33])
+    assert layout(half, odd) == (1, [960, 320, 64, 495, 165, 33]), "one odd stride decides for all"
+    assert layout(half[:, :1].expand(2, 3, 5, 64)) == (8, [120, 0, 8])
 
 
 def test_strides_that_are_never_used_spoil_nothing() -> None:
     buffer = torch.empty(2 * 3 * 64 + 1, dtype=torch.float16)
     one = buffer.as_strided((1, 3, 1, 64), (7, 64, 13, 1))
-    assert aligned_strides(one) == (8, [0, 8, 0])
+    assert layout(one) == (8, [0, 8, 0])
 
 
 def test_only_a_strided_last_dimension_is_copied() -> None:

@@ -1,0 +1,142 @@
+"""Attention of DTensors: each rank attends over what it holds, and nothing is sent.
+
+Batch entries do not see each other, and neither do heads: a call whose q, k and v are sharded on those is one call a
+rank. A call that would need another rank's data is refused, where DTensor itself would gather it without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+__all__ = ["attend_locally"]
+
+BATCH, HEADS = Shard(0), Shard(1)
+DIMENSIONS: dict[str, dict[int, tuple[str, ...]]] = {
+    "q": {4: ("batch", "heads", "queries", "d")},
+    "k": {4: ("batch", "heads", "keys", "d"), 3: ("batch", "keys", "d")},
+    "v": {4: ("batch", "heads", "keys", "dv"), 3: ("batch", "keys", "dv")},
+    "mask": {4: ("batch", "heads", "queries", "keys"), 2: ("batch", "keys")},
+}
+
+
+def attend_locally(
+    call: Callable[..., Tensor | tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`call(q, k, v, mask=mask)`, which is `flash_attention` with its options, on each rank's part of DTensors.
+
+    Shapes as in `flash_attention`. On each dimension of the mesh q is replicated or sharded on batch or heads, and k
+    and v are as q is; where q is sharded on heads and k and v have only one, they are replicated. The mask is as q is,
+    replicated where its own dimension is 1, or replicated as a whole. What comes back is placed as q is.
+
+    Raises:
+        TypeError: some are DTensors and others are not.
+        ValueError: the meshes differ, a placement is another one, or `dropout_p` is not 0.
+    """
+    q = _checked("q", q)
+    mesh, placements = q.device_mesh, q.placements
+    k, v = _checked("k", k, mesh), _checked("v", v, mesh)
+    mask = None if mask is None else _checked("mask", mask, mesh)
+    if dropout_p:  # what is dropped depends on the place in the whole batch, and ranks draw seeds of their own
+        raise ValueError(f"dropout_p must be 0 for DTensors, got {dropout_p}")
+    for at, placement in enumerate(placements):
+        if placement not in (Replicate(), BATCH, HEADS):
+            raise _misplaced("q", q, at, "replicated or sharded on batch or heads")
+
+    inputs = [q.to_local()]
+    for name, tensor in (("k", k), ("v", v)):
+        wanted = _places_of_heads(name, tensor, q)
+        # Where every rank has heads of its own for the same k and v, each finds a part of their gradients.
+        parts = [Partial() if ours != theirs else ours for ours, theirs in zip(wanted, placements, strict=True)]
+        inputs.append(tensor.to_local(grad_placements=parts))
+    local_mask = None if mask is None else mask.redistribute(placements=_places_of_mask(mask, q)).to_local()
+    found = call(*inputs, mask=local_mask)
+
+    even = all(q.shape[one.dim] % mesh.size(at) == 0 for at, one in enumerate(placements) if isinstance(one, Shard))
+
+    def whole(part: Tensor, *last: int) -> DTensor:
+        if even:
+            return DTensor.from_local(part, mesh, placements, run_check=False)
+        shape = torch.Size((*q.shape[:3], *last))
+        return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=_strides(shape, part))
+
+    if isinstance(found, Tensor):
+        return whole(found, v.shape[-1])
+    out, lse = found
+    return whole(out, v.shape[-1]), whole(lse)
+
+
+def _checked(name: str, tensor: Tensor, mesh: DeviceMesh | None = None) -> DTensor:
+    """The tensor, which has to be a DTensor, and on this mesh."""
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"{name} must be a DTensor, as others of q, k, v and mask are, got {type(tensor).__name__}")
+    if tensor.ndim not in DIMENSIONS[name]:
+        ranks = " or ".join(map(str, DIMENSIONS[name]))
+        raise ValueError(f"{name} must have {ranks} dimensions, got {tensor.ndim}")
+    if mesh is not None and tensor.device_mesh != mesh:
+        raise ValueError(f"{name} must be on q's mesh {mesh}, got {tensor.device_mesh}")
+    return tensor
+
+
+def _places_of_heads(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:
+    """Where k or v has to be for q; raises if it is elsewhere."""
+    heads, own_heads = q.shape[1], tensor.shape[1] if tensor.ndim == 4 else 1
+    ranks = 1
+    wanted = []
+    for at, (placement, found) in enumerate(zip(q.placements, tensor.placements, strict=True)):
+        shared = placement == HEADS and own_heads == 1 and (heads > 1 or tensor.ndim == 3)
+        wanted.append(Replicate() if shared else placement)
+        if found != wanted[-1]:
+            reason = f"as q is {_told('q', q, at)}" + (f" and {name} has one head" if shared else "")
+            raise _misplaced(name, tensor, at, f"{_told(name, tensor, at, wanted[-1])}, {reason}")
+        ranks *= q.device_mesh.size(at) if placement == HEADS else 1
+    if own_heads not in (1, heads) and own_heads % ranks:
+        raise ValueError(f"{name} has {own_heads} heads, which {ranks} ranks cannot share as they share q's {heads}")
+    return wanted
+
+
+def _places_of_mask(mask: DTensor, q: DTensor) -> list[Placement]:
+    """Where the mask has to be for q; raises if it cannot come there without being sent."""
+    wanted = []
+    for at, (placement, found) in enumerate(zip(q.placements, mask.placements, strict=True)):
+        dim = placement.dim if isinstance(placement, Shard) else None
+        own = mask.ndim == 4 or dim == 0
+        follows = dim is not None and own and mask.shape[dim] > 1
+        wanted.append(placement if follows else Replicate())
+        if found not in (wanted[-1], Replicate()):
+            either = f"replicated or {_told('mask', mask, at, placement)}" if follows else "replicated"
+            raise _misplaced("mask", mask, at, f"{either}, as q is {_told('q', q, at)}")
+    return wanted
+
+
+def _told(name: str, tensor: DTensor, at: int, placement: Placement | None = None) -> str:
+    """A placement (the tensor's own by default) in words."""
+    placement = tensor.placements[at] if placement is None else placement
+    if isinstance(placement, Replicate):
+        return "replicated"
+    if type(placement) is Shard:
+        return f"sharded on {DIMENSIONS[name][tensor.ndim][placement.dim]}"
+    return str(placement)
+
+
+def _misplaced(name: str, tensor: DTensor, at: int, wanted: str) -> ValueError:
+    found = f"{_told(name, tensor, at)} ({tensor.placements[at]})"
+    return ValueError(f"{name} must be {wanted}; on dimension {at} of the mesh it is {found}")
+
+
+def _strides(shape: Sequence[int], part: Tensor) -> tuple[int, ...]:
+    """The strides of a dense tensor whose dimensions lie in memory in the order of a part's."""
+    strides, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (part.stride(dim), -dim)):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)

@@ -1,0 +1,221 @@
+"""Two processes that belong to one another, and what they run: a test hands each a function of this file by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing import get_context
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from flash_attend import Attend, flash_attention
+
+__all__ = ["RANKS", "SAME_SUMS", "Call", "Ranks", "attend", "attend_compiled", "refusal", "train"]
+
+RANKS = 2
+PATIENCE = timedelta(seconds=60)  # a rank that waits longer for the other one fails
+
+
+class Ranks:
+    """Processes of their own, started once, each with its rank."""
+
+    def __init__(self, rendezvous: str) -> None:
+        context = get_context("spawn")
+        self._processes = [
+            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, rendezvous))
+            for rank in range(RANKS)
+        ]
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What each rank returns."""
+        futures = [process.submit(function, *arguments) for process in self._processes]
+        return [future.result(timeout=PATIENCE.total_seconds()) for future in futures]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.submit(dist.destroy_process_group)
+        for process in self._processes:
+            process.shutdown()
+
+
+def _join(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=f"file://{rendezvous}", timeout=PATIENCE)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+class Layer(nn.Module):
+    """Attention and a projection, beside a residual."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attend = Attend(causal=True)
+        self.to_out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x (b, n, dim)`, `mask (b, n)` -> `(b, n, dim)`."""
+        q, k, v = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return x + self.to_out(self.attend(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+
+
+class Layers(nn.Module):
+    """A small model; the same weights each time."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layers = nn.ModuleList(Layer(16, 2) for _ in range(2))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        self.to(dtype)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x (b, n, 16)`, `mask (b, n)` -> a loss, the mean over all that it holds."""
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x.square().mean()
+
+
+def batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """What is trained on: `(x, mask)` for each step, four entries, one of them padded."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[2, 5:] = False
+    return [(torch.randn(4, 9, 16, generator=generator, dtype=torch.float64).to(dtype), mask) for _ in range(3)]
+
+
+def train(how: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """The loss of each step and the parameters after the last, in float64. `how`: "alone", "ddp" or "fsdp"."""
+    model = Layers(dtype)
+    part = slice(None)
+    if how != "alone":
+        each = 4 // RANKS
+        part = slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+    if how == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    if how == "fsdp":
+        mesh = dist.init_device_mesh("cpu", (RANKS,))
+        for layer in model.layers:
+            dist.fsdp.fully_shard(layer, mesh=mesh)
+        dist.fsdp.fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for x, mask in batches(dtype):
+        loss = model(x[part], mask[part])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().double()
+        if how != "alone":
+            dist.all_reduce(total)
+            total /= RANKS
+        losses.append(total)
+    parameters = [x.full_tensor() if how == "fsdp" else x for x in model.parameters()]
+    return torch.stack(losses), [x.detach().double() for x in parameters]
+
+
+# ---------------------------------------------------------------------------------------------------------- DTensors
+
+Tensors = dict[str, Tensor]
+SAME_SUMS = dict(rtol=1e-13, atol=1e-13)  # in float64, of numbers of order 1, summed in another order
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `flash_attention` on DTensors: sizes, and where each tensor lies on each dimension of the mesh."""
+
+    q: list[Placement]
+    kv: list[Placement]
+    mask: list[Placement] | None = None
+    mask_sizes: tuple[int, ...] = (4, 7)
+    batch: int = 4
+    heads: int = 4
+    kv_heads: int | None = 4  # None: k and v have no dimension of heads
+    mesh: tuple[int, ...] = (RANKS,)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def places(self) -> dict[str, list[Placement]]:
+        """The placements by the tensor's name."""
+        return {"q": self.q, "k": self.kv, "v": self.kv, "grad_out": self.q, "grad_lse": self.q, "mask": self.mask}
+
+    def tensors(self) -> Tensors:
+        """The whole tensors, the same in every process."""
+        generator = torch.Generator().manual_seed(0)
+
+        def new(*sizes: int) -> Tensor:
+            return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+        heads = () if self.kv_heads is None else (self.kv_heads,)
+        tensors = {
+            "q": new(self.batch, self.heads, 5, 8),
+            "k": new(self.batch, *heads, 7, 8),
+            "v": new(self.batch, *heads, 7, 6),
+            "grad_out": new(self.batch, self.heads, 5, 6),
+            "grad_lse": new(self.batch, self.heads, 5),
+        }
+        return tensors if self.mask is None else tensors | {"mask": new(*self.mask_sizes) > -0.5}
+
+
+def _distribute(call: Call, device: str, *, gradients: bool) -> dict[str, DTensor]:
+    mesh = dist.init_device_mesh(device, call.mesh)
+    return {
+        # Each rank has the whole: it takes its part, and nothing is sent.
+        name: distribute_tensor(tensor.to(device), mesh, call.places[name], src_data_rank=None)
+        for name, tensor in call.tensors().items()
+        if gradients or not name.startswith("grad")
+    }
+
+
+def attend(call: Call, device: str, backend: str) -> tuple[dict[str, list[Placement]], Tensors, dict[str, int]]:
+    """What a rank has of the outputs and gradients, where they lie, and what was sent for them."""
+    given = _distribute(call, device, gradients=True)
+    q, k, v = (given[name].requires_grad_() for name in "qkv")
+    with CommDebugMode() as sent:
+        found = flash_attention(q, k, v, mask=given.get("mask"), return_lse=True, backend=backend, **call.options)
+        grads = torch.autograd.grad(found, (q, k, v), (given["grad_out"], given["grad_lse"]))
+    results = dict(zip(("out", "lse", "dq", "dk", "dv"), (*found, *grads), strict=True))
+    assert found[0].shape == given["grad_out"].shape
+    assert found[1].shape == given["grad_lse"].shape
+    return (
+        {name: list(x.placements) for name, x in results.items()},
+        {name: x.detach().to_local().cpu() for name, x in results.items()},
+        {str(operation): count for operation, count in sent.get_comm_counts().items()},
+    )
+
+
+def attend_compiled(call: Call) -> None:
+    """Fails unless the compiled call, in one graph, gives a rank what the call itself gives."""
+    given = _distribute(call, "cpu", gradients=True)
+    q, k, v = (given[name].requires_grad_() for name in "qkv")
+
+    def answers(function: Callable[..., DTensor]) -> list[Tensor]:
+        out = function(q, k, v, mask=given.get("mask"), **call.options)
+        return [x.to_local() for x in (out, *torch.autograd.grad(out, (q, k, v), given["grad_out"]))]
+
+    compiled = torch.compile(flash_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(answers(compiled), answers(flash_attention), **SAME_SUMS)
+
+
+def refusal(call: Call, plain: str = "") -> str:
+    """What a rank is told of a call that is refused; the tensor named `plain` is no DTensor."""
+    given = _distribute(call, "cpu", gradients=False)
+    if plain:
+        given[plain] = given[plain].to_local()
+    with CommDebugMode() as sent, pytest.raises((TypeError, ValueError)) as refused:
+        flash_attention(given["q"], given["k"], given["v"], mask=given.get("mask"), **call.options)
+    assert not sent.get_total_counts()
+    return f"{refused.type.__name__}: {refused.value}"

@@ -1,0 +1,159 @@
+"""On two processes: data parallel training gives what one process gives, and sharded tensors stay where they are."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from flash_attend import flash_attention
+from ranks import RANKS, SAME_SUMS, Call, Ranks, attend, attend_compiled, refusal, train
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    processes = Ranks(str(tmp_path_factory.mktemp("ranks") / "rendezvous"))
+    yield processes
+    processes.close()
+
+
+@pytest.mark.parametrize("how", ("ddp", "fsdp"))
+def test_training_gives_what_one_process_gives(ranks: Ranks, how: str) -> None:
+    """Parallel training rounds the mean over the batch in another order; beyond that nothing may differ."""
+    truth, single = train("alone", torch.float64), train("alone", torch.float32)
+    first, second = ranks.run(train, how, torch.float32)
+    for ours, theirs in zip((first[0], *first[1]), (second[0], *second[1]), strict=True):
+        assert torch.equal(ours, theirs), "the ranks differ"
+
+    def error(found: tuple) -> float:
+        return max(
+            (x - y).abs().max().item() for x, y in zip((found[0], *found[1]), (truth[0], *truth[1]), strict=True)
+        )
+
+    assert 0 < error(first) <= 4 * error(single)
+
+
+# ---------------------------------------------------------------------------------------------------------- DTensors
+
+HERE, BATCH, HEADS, THIRD, LAST = Replicate(), Shard(0), Shard(1), Shard(2), Shard(3)
+
+SERVED = {
+    "replicated": Call([HERE], [HERE], [HERE]),
+    "batch": Call([BATCH], [BATCH]),
+    "batch_key_mask": Call([BATCH], [BATCH], [BATCH], options=dict(causal=True)),
+    "batch_replicated_key_mask": Call([BATCH], [BATCH], [HERE]),
+    "batch_dense_mask": Call([BATCH], [BATCH], [BATCH], (4, 1, 5, 7)),
+    "batch_mask_of_one_entry": Call([BATCH], [BATCH], [HERE], (1, 4, 5, 7)),
+    "batch_shared_heads": Call([BATCH], [BATCH], [BATCH], kv_heads=2),
+    "batch_without_kv_heads": Call([BATCH], [BATCH], kv_heads=None),
+    "uneven_batch": Call([BATCH], [BATCH], [BATCH], (3, 7), batch=3),
+    "one_entry": Call([BATCH], [BATCH], batch=1),
+    "heads": Call([HEADS], [HEADS], options=dict(causal=True, scale=0.3)),
+    "heads_key_mask": Call([HEADS], [HEADS], [HERE]),
+    "heads_shared": Call([HEADS], [HEADS], [HERE], heads=8, kv_heads=2, options=dict(causal=True)),
+    "heads_of_the_mask": Call([HEADS], [HEADS], [HEADS], (1, 4, 1, 7)),
+    "heads_of_a_replicated_mask": Call([HEADS], [HEADS], [HERE], (1, 4, 5, 7), kv_heads=2),
+    "uneven_heads": Call([HEADS], [HEADS], heads=3, kv_heads=3),
+    "one_kv_head": Call([HEADS], [HERE], [HERE], kv_heads=1),
+    "no_kv_heads": Call([HEADS], [HERE], kv_heads=None, options=dict(causal=True)),
+    "two_dimensions": Call([BATCH, HEADS], [BATCH, HEADS], [BATCH, HERE], kv_heads=2, mesh=(RANKS, 1)),
+    "two_dimensions_of_heads": Call([HEADS, HEADS], [HEADS, HEADS], [HERE, HERE], kv_heads=2, mesh=(1, RANKS)),
+}
+BACKENDS = (
+    pytest.param("cpu", "math", id="math"),
+    pytest.param("cuda", "triton", id="triton", marks=pytest.mark.gpu),
+)
+
+
+def put_together(parts: list[torch.Tensor], placements: list) -> torch.Tensor:
+    """The whole tensor; of the dimensions of these meshes, one is longer than 1."""
+    placement = next((one for one in placements if one != HERE), HERE)
+    if isinstance(placement, Shard):
+        return torch.cat(parts, dim=placement.dim)
+    if isinstance(placement, Partial):
+        return sum(parts)
+    assert all(torch.equal(part, parts[0]) for part in parts)
+    return parts[0]
+
+
+@pytest.mark.parametrize(("device", "backend"), BACKENDS)
+@pytest.mark.parametrize("call", SERVED.values(), ids=SERVED)
+def test_sharded_tensors_stay_where_they_are(ranks: Ranks, call: Call, device: str, backend: str) -> None:
+    answers = ranks.run(attend, call, device, backend)
+    for placements, _, sent in answers:
+        assert not sent
+        assert placements["out"] == placements["lse"] == placements["dq"] == call.q
+        parts = [Partial() if q != kv else kv for q, kv in zip(call.q, call.kv, strict=True)]
+        assert placements["dk"] == placements["dv"] == parts
+
+    given = call.tensors()
+    q, k, v = (given[name].requires_grad_() for name in "qkv")
+    found = flash_attention(q, k, v, mask=given.get("mask"), return_lse=True, backend="math", **call.options)
+    grads = torch.autograd.grad(found, (q, k, v), (given["grad_out"], given["grad_lse"]))
+    for name, whole in zip(("out", "lse", "dq", "dk", "dv"), (*found, *grads), strict=True):
+        together = put_together([parts[name] for _, parts, _ in answers], answers[0][0][name])
+        torch.testing.assert_close(together, whole.detach(), **SAME_SUMS)
+
+
+@pytest.mark.parametrize("name", ("batch_key_mask", "heads_shared"))
+def test_sharded_tensors_compile(ranks: Ranks, name: str) -> None:
+    ranks.run(attend_compiled, SERVED[name])
+
+
+REFUSED = {
+    "queries": (Call([THIRD], [HERE]), "ValueError: q must be replicated or sharded on batch or heads; .* on queries"),
+    "d": (Call([LAST], [LAST]), r"ValueError: q must be .* it is sharded on d \(S\(3\)\)"),
+    "keys": (Call([HERE], [THIRD]), "ValueError: k must be replicated, as q is replicated; .* sharded on keys"),
+    "keys_without_heads": (Call([BATCH], [HEADS], kv_heads=None), "ValueError: k must be sharded on batch, .* on keys"),
+    "batch_and_heads": (Call([BATCH], [HEADS]), "ValueError: k must be sharded on batch, as q is sharded on batch; .*"),
+    "whole_heads": (Call([HEADS], [HERE], kv_heads=2), "ValueError: k must be sharded on heads, as q is .* replicated"),
+    "one_head_sharded": (Call([HEADS], [HEADS], kv_heads=1), "ValueError: k must be replicated, .* and k has one head"),
+    "odd_heads": (Call([HEADS], [HEADS], heads=6, kv_heads=3), "ValueError: k has 3 heads, which 2 ranks cannot share"),
+    "mask_keys": (
+        Call([BATCH], [BATCH], [HEADS]),
+        "ValueError: mask must be replicated or sharded on batch",
+    ),
+    "mask_queries": (Call([HERE], [HERE], [THIRD], (4, 1, 5, 7)), "ValueError: mask must be replicated, .* on queries"),
+    "mask_of_one_head": (
+        Call([HEADS], [HEADS], [HEADS], (4, 1, 5, 7)),
+        "ValueError: mask must be replicated, as q",
+    ),
+    "dropout": (Call([BATCH], [BATCH], options=dict(dropout_p=0.1)), "ValueError: dropout_p must be 0 for DTensors"),
+    "second_dimension": (
+        Call([BATCH, THIRD], [BATCH, HERE], mesh=(RANKS, 1)),
+        "q must be .* on dimension 1 of the mesh",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_placement_is_refused(ranks: Ranks, call: Call, message: str) -> None:
+    """DTensor would gather what is missing, without a word."""
+    for told in ranks.run(refusal, call):
+        assert re.search(message, told)
+
+
+@pytest.mark.parametrize("plain", ("q", "k", "v", "mask"))
+def test_plain_tensors_do_not_mix_with_sharded_ones(ranks: Ranks, plain: str) -> None:
+    for told in ranks.run(refusal, Call([BATCH], [BATCH], [BATCH]), plain):
+        assert told.startswith(f"TypeError: {plain} must be a DTensor")
+
+
+def test_nobody_else_pays_for_it() -> None:
+    """Importing DTensor takes as long as importing the package."""
+    code = """
+import sys, torch
+from flash_attend import Attend
+x = torch.ones(1, 1, 2, 4)
+Attend()(x, x, x)
+sys.exit("torch.distributed.tensor" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
