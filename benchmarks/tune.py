@@ -136,7 +136,7 @@ class Question:
 
     def tiles_with(self, tile: Tile, tiles: Tiles | None = None) -> Tiles:
         """The row (default: the current one) with another tile for the kernel in question."""
-        return replace(tiles or self.tiles, **{self.kernel: tile})
+        return (tiles or self.tiles)._replace(**{self.kernel: tile})
 
     @property
     def mode(self) -> str:
@@ -417,7 +417,7 @@ class Trial:
 def repeat(launches: list[Launch]) -> None:
     """Runs recorded launches."""
     for one in launches:
-        launch(**vars(one))
+        launch(one.prepared, *one.tensors)
 
 
 def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial:
@@ -435,7 +435,7 @@ def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial
     with recorded_launches() as launches:
         torch.autograd.grad(attend(*leaves), leaves, inputs.grad_out)
     repeat(launches)  # in order, once: the kernel's inputs are what the kernels before it wrote
-    own = [one for one in launches if one.kernel.__name__ == f"{question.kernel}_kernel"]
+    own = [one for one in launches if one.prepared.kernel.__name__ == f"{question.kernel}_kernel"]
     return Trial(check, partial(repeat, own), partial(repeat, launches))
 
 

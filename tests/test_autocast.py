@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cases import BACKENDS, Backend, Case, assert_same_bits, check, make_call, run
+from calls import BACKENDS, Backend, Case, assert_same_bits, check, make_call, run
 from flash_attend import Attend, explain, flash_attention
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -109,8 +109,8 @@ def test_every_tile_of_the_space_is_looked_at_once_and_the_current_one_first() -
 def test_another_tile_changes_one_kernel_and_the_schedule_with_it() -> None:
     tile = Tile(16, 16, 4, 1)
     tiles = question("backward_q").tiles_with(tile)
-    assert tiles == replace(QUESTION.tiles, backward_q=tile)
-    small = replace(QUESTION.tiles, backward_kv=tile, backward_q=tile)
+    assert tiles == QUESTION.tiles._replace(backward_q=tile)
+    small = QUESTION.tiles._replace(backward_kv=tile, backward_q=tile)
     assert QUESTION.tiles_with(tile, small).schedule_block == (16, 32)
 
 
@@ -470,14 +470,14 @@ def test_a_trial_repeats_the_one_kernel_of_a_right_call(kernel: str) -> None:
     assert trial.check.checked == "all of it"
 
     (own,) = trial.kernel.args[0]
-    assert (own.choices["BLOCK_M"], own.choices["BLOCK_N"]) == getattr(tiles, kernel)[:2]
+    assert (own.prepared.choices["BLOCK_M"], own.prepared.choices["BLOCK_N"]) == getattr(tiles, kernel)[:2]
     launches = trial.call.args[0]
-    names = [one.kernel.__name__ for one in launches]
+    names = [one.prepared.kernel.__name__ for one in launches]
     assert names == ["key_schedule_kernel", "forward_kernel", "delta_kernel", "backward_kv_kernel", "backward_q_kernel"]
 
-    tensors = [x for one in launches for x in one.arguments if isinstance(x, torch.Tensor)]
+    tensors = [x for one in launches for x in one.tensors if isinstance(x, torch.Tensor)]
     before = [x.clone() for x in tensors]
-    written = {"forward": own.arguments[3:5], "backward_kv": own.arguments[4:6], "backward_q": own.arguments[4:5]}
+    written = {"forward": own.tensors[3:5], "backward_kv": own.tensors[4:6], "backward_q": own.tensors[4:5]}
     for x in written[kernel]:
         x.fill_(7.0)
     trial.kernel()

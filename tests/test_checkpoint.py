@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cases import BACKENDS, Backend
+from calls import BACKENDS, Backend
 from flash_attend import Attend
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

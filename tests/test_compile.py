@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from cases import BACKENDS, MATH_CPU, MATH_CUDA, TRITON_CUDA, Backend, Case, check, make_call, run
+from calls import BACKENDS, MATH_CPU, MATH_CUDA, TRITON_CUDA, Backend, Case, check, make_call, run
 from flash_attend import Attend, BackendUnavailable, flash_attention, functional
 from flash_attend.operators import FORWARD
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export, load, save
 
-from cases import BACKENDS, Backend
+from calls import BACKENDS, Backend
 from flash_attend import Attend
 from flash_attend.operators import FORWARD
 

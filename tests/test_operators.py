@@ -15,7 +15,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from cases import BACKENDS, LAYOUTS, Backend, Case, assert_same_bits, check, make_call, run
+from calls import BACKENDS, LAYOUTS, Backend, Case, assert_same_bits, check, make_call, run
 from flash_attend import flash_attention
 from flash_attend.dropout import draw_seed
 from flash_attend.operators import BACKWARD, FORWARD
