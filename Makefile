@@ -17,7 +17,7 @@ unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench train-step test lint format test-plain test-interpreter test-gpu aot clean
+.PHONY: help env demo bench train-step validate test lint format test-plain test-interpreter test-gpu aot clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -45,6 +45,9 @@ bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine:
 
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
 	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+
+validate: $(INSTALLED) $(VENV)/.peers ## on a GPU: proves the kernels right there, then measures them (ARGS=--list)
+	@$(BIN)/python benchmarks/validate.py $(ARGS)
 
 # Of this peer one file is used, which needs none of what the package requires.
 $(VENV)/.peers: $(VENV)/.made

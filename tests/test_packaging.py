@@ -131,7 +131,7 @@ def test_the_wheel_says_what_it_needs(wheel):
     optional = set(re.findall(r"^Requires-Dist: ([\w-]+)[^\n]*extra == \"triton\"", metadata, re.MULTILINE))
     assert optional == {"triton"}
     assert required | optional == imported_by_the_package() - sys.stdlib_module_names - {"flash_attend"}
-    assert re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE) == ["triton", "demo", "test"]
+    assert re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE) == ["triton", "demo", "bench", "test"]
     assert f"\nVersion: {flash_attend.__version__}\n" in metadata
 
 
