@@ -41,6 +41,6 @@ setup(
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
         # The client imports `packaging` without declaring it.
         "demo": ["complex-valued-transformer==0.0.14", "matplotlib", "packaging", "tqdm"],
-        "test": ["build", "hypothesis", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
+        "test": ["build", "hypothesis", "mypy", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
     },
 )
