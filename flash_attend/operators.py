@@ -130,7 +130,9 @@ def _backward(
         return [grad.contiguous() for grad in compress(grads, needed)]
     from flash_attend import launches
 
-    tiles, tensors = _tiles(spec, q.device), (grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse)
+    tiles = _tiles(spec, q.device)
+    # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
+    tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse.contiguous()
     with torch.no_grad():
         return list(launches.backward(tiles, needed, *tensors, *launches.unpack(tiles, schedule, mask, spec)))
 

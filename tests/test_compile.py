@@ -31,11 +31,10 @@ def compiled(function: Callable, backend: str = "aot_eager") -> tuple[Callable, 
 
 SMALL = dict(batch=2, heads=2, kv_heads=1, d=3, dv=5)
 CASES = (
-    Case("plain", **SMALL, grads="out"),
     Case("padded_causal", **SMALL, mask="pad_left", causal=True),
     Case("dense", **SMALL, mask="bhij", scale=-0.7),
     Case("dropout", **SMALL, mask="1h1j", dropout_p=0.3),
-    Case("keys_of_one_head", **{**SMALL, "kv_heads": 0}, causal=True),
+    Case("keys_of_one_head", **{**SMALL, "kv_heads": 0}, causal=True, grads="out"),
 )
 EVERYTHING = Case("everything", **{**SMALL, "batch": 1}, mask="1hij", dropout_p=0.2)
 
@@ -92,7 +91,7 @@ def test_a_module_trains_in_one_graph(backend: Backend) -> None:
     step, counter = compiled(model)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
-    for length in (12, 9, 12, 12, 12, 12):
+    for length in (12, 9, 12, 12, 12):
         torch.manual_seed(length)
         x = torch.randn(2, length, 8).to(backend.device)
         loss = (step(x) - x).square().mean()
@@ -230,7 +229,6 @@ def test_a_mistake_raises_what_it_raises_without_a_compiler(mistake: str) -> Non
 TRANSFORMS: dict[str, Callable[[Callable], Callable]] = {
     "grad": lambda f: torch.func.grad(lambda q: f(q).sin().sum()),
     "vmap": torch.vmap,
-    "grad_of_vmap": lambda f: torch.func.grad(lambda q: torch.vmap(f)(q).sin().sum()),
     "jvp": lambda f: lambda q: torch.func.jvp(f, (q,), (q.cos(),))[1],
 }
 
