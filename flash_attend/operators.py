@@ -154,18 +154,8 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
     from flash_attend.kernels.configs import select_tiles
 
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
-    reduced = replace(
-        spec,
-        batch=1,
-        heads=1,
-        kv_heads=1,
-        queries=1,
-        keys=1,
-        head_dim=int(spec.head_dim),
-        value_dim=int(spec.value_dim),
-        scale=1.0,
-        dropout_p=float(spec.dropout_p),
-    )
+    known = dict(head_dim=int(spec.head_dim), value_dim=int(spec.value_dim), dropout_p=float(spec.dropout_p))
+    reduced = replace(spec, batch=1, heads=1, kv_heads=1, queries=1, keys=1, mask_per_head=False, scale=1.0, **known)
     return select_tiles(reduced, DeviceTarget.of(device))
 
 
