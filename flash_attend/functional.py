@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from flash_attend import operators
-from flash_attend.dispatch import BACKENDS, Plan, Verdict, choose, judge
+from flash_attend.dispatch import BACKENDS, Plan, Verdict, check_backend, choose, judge
 from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
-from flash_attend.spec import normalise_inputs
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
@@ -109,14 +109,16 @@ def flash_attention(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    plan = choose(spec, target, backend)
-    if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
+    watched = traced(q, k, v, mask)
+    check_backend(backend)
+    plan = (choose if watched else _choose_once)(spec, target, backend)
+    if plan.backend == "math" and backend == "auto" and target.device_type == "cuda":
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
     lse: Tensor | None
     # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
     # and all but a compiler and a sharded tensor do better with them.
-    if traced(q, k, v, mask) or (plan.backend != "math" and intercepted()):
+    if watched or (plan.backend != "math" and intercepted()):
         out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
     elif plan.backend == "math":
         out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
@@ -125,6 +127,11 @@ def flash_attention(
 
         out, lse = launches.attend(q, k, v, mask, seed, spec, target)
     return (out, cast(Tensor, lse)) if return_lse else out
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _choose_once(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Plan:
+    return choose(spec, target, backend)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
