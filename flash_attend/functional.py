@@ -75,9 +75,8 @@ def flash_attention(
         mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
         causal: query `x` sees key `y` iff `y <= x + (j - i)`: the last query sees the last key.
         scale: factor on the scores, default `d ** -0.5`; any finite number.
-        dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed
-        that
-            is drawn from torch's generator of q's device, and of (batch, head, query, key).
+        dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed,
+            drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
         backend: "auto", "triton" or "math". A backend asked for by name never falls back.
@@ -85,6 +84,11 @@ def flash_attention(
     Returns:
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
         sees no key has output 0, lse -inf and gradient 0.
+
+    Under autocast q, k and v are cast to its dtype first, unless they are float64. Derivatives of any order and in
+    forward mode are there on every backend; what goes beyond the gradients is computed through the einsum path, which
+    takes longer, and memory for several arrays of `(b, h, i, j)`. Under `torch.vmap` one launch serves all entries;
+    with dropout and randomness="same" each takes its own.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched. `BackendUnavailable` (a ValueError): the

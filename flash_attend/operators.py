@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any
@@ -154,8 +153,21 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
     from flash_attend.kernels.configs import select_tiles
 
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
-    known = dict(head_dim=int(spec.head_dim), value_dim=int(spec.value_dim), dropout_p=float(spec.dropout_p))
-    reduced = replace(spec, batch=1, heads=1, kv_heads=1, queries=1, keys=1, mask_per_head=False, scale=1.0, **known)
+    reduced = AttentionSpec(
+        batch=1,
+        heads=1,
+        kv_heads=1,
+        queries=1,
+        keys=1,
+        head_dim=int(spec.head_dim),
+        value_dim=int(spec.value_dim),
+        dtype=spec.dtype,
+        mask=spec.mask,
+        causal=spec.causal,
+        dropout_p=float(spec.dropout_p),
+        deterministic=spec.deterministic,
+        precision=spec.precision,
+    )
     return select_tiles(reduced, DeviceTarget.of(device))
 
 
