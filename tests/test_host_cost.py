@@ -77,7 +77,10 @@ def operators(call: Callable[[], object]) -> Counter[str]:
 # --------------------------------------------------------------------------------------------------- the benchmark
 
 
-def test_every_stage_is_measured(host_cost: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_measured(
+    host_cost: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # the tests after this one keep theirs
     host_cost.main(["--json", "--modes", "plain", "key mask", "--rounds", "2"])
     rows = json.loads(capsys.readouterr().out)
     assert [(row["mode"], row["stage"]) for row in rows] == [
