@@ -51,12 +51,14 @@ def answer_lengths(case: Case, backend: Backend, lengths: list[tuple[int, int]])
 @on_every_backend
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_second_graph_serves_all_lengths(case: Case, backend: Backend) -> None:
-    assert answer_lengths(case, backend, [(5, 8), (7, 13), (6, 6), (33, 34)]) == 2
+    assert answer_lengths(case, backend, [(5, 8), (7, 13), (33, 34)]) == 2
 
 
 @on_every_backend
 def test_twenty_lengths_compile_twice(backend: Backend) -> None:
-    assert answer_lengths(EVERYTHING, backend, [(2 + n, 5 + n) for n in range(20)]) == 2
+    """A quarter of them in the interpreter, where each takes a second."""
+    lengths = [(2 + n, 5 + n) for n in range(0, 20, 4 if backend.interpreted else 1)]
+    assert answer_lengths(EVERYTHING, backend, lengths) == 2
 
 
 @on_every_backend
@@ -91,7 +93,7 @@ def test_a_module_trains_in_one_graph(backend: Backend) -> None:
     step, counter = compiled(model)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
-    for length in (12, 9, 12, 12, 12):
+    for length in (12, 9, 12, 12):
         torch.manual_seed(length)
         x = torch.randn(2, length, 8).to(backend.device)
         loss = (step(x) - x).square().mean()
