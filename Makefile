@@ -66,9 +66,10 @@ test: $(INSTALLED) ## everything that needs no GPU
 	printf "\n$$summary"; \
 	exit $$failed
 
-lint: $(INSTALLED) ## ruff: rules and format
+lint: $(INSTALLED) ## ruff: rules and format; mypy: types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 format: $(INSTALLED) ## ruff: mends what it can
 	@$(BIN)/ruff check --fix .
@@ -98,5 +99,5 @@ $(VENV)/triton-%/.installed: $(VENV)/.made
 	@touch $@
 
 clean: ## removes the environment, the builds and the caches
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

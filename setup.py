@@ -44,6 +44,6 @@ setup(
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
         "demo": CLIENTS,
         "bench": CLIENTS,
-        "test": ["build", "hypothesis", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
+        "test": ["build", "hypothesis", "mypy", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
     },
 )

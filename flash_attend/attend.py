@@ -7,7 +7,7 @@ import numbers
 
 from torch import Tensor, nn
 
-from flash_attend.dispatch import BACKENDS
+from flash_attend.dispatch import check_backend
 from flash_attend.functional import flash_attention
 
 __all__ = ["Attend"]
@@ -61,8 +61,7 @@ class Attend(nn.Module):
             raise TypeError(f"heads must be an integer or None, got {heads!r}")
         if heads is not None and heads < 1:
             raise ValueError(f"heads must be at least 1, got {heads}")
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
+        check_backend(backend)
 
         self.flash = flash is not False and use_flash is not False
         if not self.flash and backend not in ("auto", "math"):

@@ -11,7 +11,7 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.validation import VALIDATED, Validation
 
-__all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "choose", "judge"]
+__all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "check_backend", "choose", "judge"]
 
 LARGEST_HEAD_DIM = 256
 LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
@@ -97,6 +97,12 @@ _JUDGES = {"triton": _judge_triton, "math": _judge_math}
 BACKENDS = tuple(_JUDGES)  # fastest first
 
 
+def check_backend(backend: str) -> None:
+    """Raises `ValueError` unless a backend has this name, or it is "auto"."""
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
+
+
 def judge(
     spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation] = VALIDATED
 ) -> tuple[Verdict, ...]:
@@ -115,13 +121,12 @@ def choose(
     `backend="auto"` takes the fastest backend that serves the call and has been validated on the part. A backend asked
     for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
     """
-    if backend in BACKENDS:
+    check_backend(backend)
+    if backend != "auto":
         serves, _, reason = _JUDGES[backend](spec, target, validated)
         if not serves:
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
         return Plan(backend, "asked for by name")
-    if backend != "auto":
-        raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
     passed_over: list[str] = []
     for name, judge_one in _JUDGES.items():
         serves, by_default, reason = judge_one(spec, target, validated)

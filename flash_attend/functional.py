@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
 from flash_attend import operators
-from flash_attend.dispatch import BACKENDS, Plan, Verdict, choose, judge
+from flash_attend.dispatch import BACKENDS, Plan, Verdict, check_backend, choose, judge
 from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
-from flash_attend.spec import normalise_inputs
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
@@ -75,9 +75,8 @@ def flash_attention(
         mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
         causal: query `x` sees key `y` iff `y <= x + (j - i)`: the last query sees the last key.
         scale: factor on the scores, default `d ** -0.5`; any finite number.
-        dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed
-        that
-            is drawn from torch's generator of q's device, and of (batch, head, query, key).
+        dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed,
+            drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
         backend: "auto", "triton" or "math". A backend asked for by name never falls back.
@@ -85,6 +84,11 @@ def flash_attention(
     Returns:
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
         sees no key has output 0, lse -inf and gradient 0.
+
+    Under autocast q, k and v are cast to its dtype first, unless they are float64. Derivatives of any order and in
+    forward mode are there on every backend; what goes beyond the gradients is computed through the einsum path, which
+    takes longer, and memory for several arrays of `(b, h, i, j)`. Under `torch.vmap` one launch serves all entries;
+    with dropout and randomness="same" each takes its own.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched. `BackendUnavailable` (a ValueError): the
@@ -109,14 +113,16 @@ def flash_attention(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    plan = choose(spec, target, backend)
-    if plan.backend == "math" and backend == "auto" and q.device.type == "cuda":
+    watched = traced(q, k, v, mask)
+    check_backend(backend)
+    plan = (choose if watched else _choose_once)(spec, target, backend)
+    if plan.backend == "math" and backend == "auto" and target.device_type == "cuda":
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
     lse: Tensor | None
     # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
     # and all but a compiler and a sharded tensor do better with them.
-    if traced(q, k, v, mask) or (plan.backend != "math" and intercepted()):
+    if watched or (plan.backend != "math" and intercepted()):
         out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
     elif plan.backend == "math":
         out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
@@ -125,6 +131,11 @@ def flash_attention(
 
         out, lse = launches.attend(q, k, v, mask, seed, spec, target)
     return (out, cast(Tensor, lse)) if return_lse else out
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _choose_once(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Plan:
+    return choose(spec, target, backend)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

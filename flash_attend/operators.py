@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any
@@ -130,7 +129,9 @@ def _backward(
         return [grad.contiguous() for grad in compress(grads, needed)]
     from flash_attend import launches
 
-    tiles, tensors = _tiles(spec, q.device), (grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse)
+    tiles = _tiles(spec, q.device)
+    # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
+    tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse.contiguous()
     with torch.no_grad():
         return list(launches.backward(tiles, needed, *tensors, *launches.unpack(tiles, schedule, mask, spec)))
 
@@ -152,8 +153,7 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
     from flash_attend.kernels.configs import select_tiles
 
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
-    reduced = replace(
-        spec,
+    reduced = AttentionSpec(
         batch=1,
         heads=1,
         kv_heads=1,
@@ -161,8 +161,12 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
         keys=1,
         head_dim=int(spec.head_dim),
         value_dim=int(spec.value_dim),
-        scale=1.0,
+        dtype=spec.dtype,
+        mask=spec.mask,
+        causal=spec.causal,
         dropout_p=float(spec.dropout_p),
+        deterministic=spec.deterministic,
+        precision=spec.precision,
     )
     return select_tiles(reduced, DeviceTarget.of(device))
 

@@ -177,7 +177,7 @@ def _differentiate(
     grad_weights = _ungrouped(einsum(grad_out, v, "b hk g i dv, b hk j dv -> b hk g i j"))
     if spec.dropout_p > 0:
         assert seed is not None
-        factor = keep_mask(seed, spec, first, last, keys) / (1 - spec.dropout_p)
+        factor = keep_mask(seed, spec, first, last, keys).to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
     delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
     grad_scores = _grouped(weights * (grad_weights - delta), spec)

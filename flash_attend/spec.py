@@ -59,8 +59,10 @@ class AttentionSpec:
 
     @cached_property
     def _hash(self) -> int:
-        """Taken once: launches are looked up by their spec. Of sizes alone, which hash alike in every process."""
-        return hash((self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim))
+        """Taken once: launches are looked up by their spec. Of numbers alone, which hash alike in every process."""
+        sizes = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim)
+        mode = (int(self.mask), self.mask_per_head, self.causal, self.scale, self.dropout_p, self.deterministic)
+        return hash((sizes, mode, self.dtype.itemsize))
 
     @property
     def group(self) -> int:

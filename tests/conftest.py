@@ -10,6 +10,9 @@ import hypothesis
 import pytest
 import torch
 
+# Without it cuBLAS, which the einsum path and torch's own layers use, refuses where determinism is asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The tests are about the installed package. With the root on the path (`python -m pytest` puts it there) the folder

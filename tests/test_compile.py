@@ -31,11 +31,10 @@ def compiled(function: Callable, backend: str = "aot_eager") -> tuple[Callable, 
 
 SMALL = dict(batch=2, heads=2, kv_heads=1, d=3, dv=5)
 CASES = (
-    Case("plain", **SMALL, grads="out"),
     Case("padded_causal", **SMALL, mask="pad_left", causal=True),
     Case("dense", **SMALL, mask="bhij", scale=-0.7),
     Case("dropout", **SMALL, mask="1h1j", dropout_p=0.3),
-    Case("keys_of_one_head", **{**SMALL, "kv_heads": 0}, causal=True),
+    Case("keys_of_one_head", **{**SMALL, "kv_heads": 0}, causal=True, grads="out"),
 )
 EVERYTHING = Case("everything", **{**SMALL, "batch": 1}, mask="1hij", dropout_p=0.2)
 
@@ -52,12 +51,14 @@ def answer_lengths(case: Case, backend: Backend, lengths: list[tuple[int, int]])
 @on_every_backend
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_second_graph_serves_all_lengths(case: Case, backend: Backend) -> None:
-    assert answer_lengths(case, backend, [(5, 8), (7, 13), (6, 6), (33, 34)]) == 2
+    assert answer_lengths(case, backend, [(5, 8), (7, 13), (33, 34)]) == 2
 
 
 @on_every_backend
 def test_twenty_lengths_compile_twice(backend: Backend) -> None:
-    assert answer_lengths(EVERYTHING, backend, [(3 + n, 5 + 2 * n) for n in range(20)]) == 2
+    """A quarter of them in the interpreter, where each takes a second."""
+    lengths = [(2 + n, 5 + n) for n in range(0, 20, 4 if backend.interpreted else 1)]
+    assert answer_lengths(EVERYTHING, backend, lengths) == 2
 
 
 @on_every_backend
@@ -92,7 +93,7 @@ def test_a_module_trains_in_one_graph(backend: Backend) -> None:
     step, counter = compiled(model)
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
-    for length in (12, 9, 12, 12, 12, 12):
+    for length in (12, 9, 12, 12):
         torch.manual_seed(length)
         x = torch.randn(2, length, 8).to(backend.device)
         loss = (step(x) - x).square().mean()
@@ -126,6 +127,16 @@ def test_inductor(backend: Backend) -> None:
     first, again, other = (run(dropping.with_(torch_seed=s), backend.name, attend=attend).out for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ("math", "triton"))
+def test_cuda_graphs_that_the_compiler_makes(backend: str) -> None:
+    attend = torch.compile(flash_attention, mode="reduce-overhead", fullgraph=True)
+    call = make_call(Case("x", **SMALL, queries=6, keys=9, mask="pad_left", causal=True), torch.float32, "cuda")
+    for _ in range(4):  # some to warm up, one that is captured, and replays
+        torch.compiler.cudagraph_mark_step_begin()
+        check(run(call, backend, attend=attend), call)
 
 
 # ---------------------------------------------------------------------------------------------------------------- state
@@ -230,7 +241,6 @@ def test_a_mistake_raises_what_it_raises_without_a_compiler(mistake: str) -> Non
 TRANSFORMS: dict[str, Callable[[Callable], Callable]] = {
     "grad": lambda f: torch.func.grad(lambda q: f(q).sin().sum()),
     "vmap": torch.vmap,
-    "grad_of_vmap": lambda f: torch.func.grad(lambda q: torch.vmap(f)(q).sin().sum()),
     "jvp": lambda f: lambda q: torch.func.jvp(f, (q,), (q.cos(),))[1],
 }
 

@@ -104,12 +104,6 @@ def test_draws_nothing_from_the_generator() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-class LooksLikeCuda(torch.Tensor):
-    """A CPU tensor that says it is on a GPU: the condition of the warning, without one."""
-
-    is_cuda = True
-
-
 @pytest.fixture
 def fresh_warnings():
     functional._warn_of_fallback.cache_clear()
@@ -118,7 +112,7 @@ def fresh_warnings():
 
 
 def _collect(calls: list[dict], d: int = 8) -> list[warnings.WarningMessage]:
-    tensors = [tensor.as_subclass(LooksLikeCuda) for tensor in _tensors(d=d)]
+    tensors = _tensors(d=d)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for options in calls:

@@ -15,9 +15,11 @@ from types import FrameType, ModuleType
 
 import pytest
 import torch
+from triton.compiler.compiler import LazyDict
+from triton.runtime.jit import JITFunction
 
 from flash_attend import BackendUnavailable, flash_attention, spec
-from flash_attend.kernels import forward
+from flash_attend.kernels import backward, forward, key_schedule
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "host_cost.py"
 
@@ -41,8 +43,8 @@ def warm(host_cost: ModuleType) -> Callable[[str, str], Callable[[], object]]:
     def stage_of(mode: str, stage: str) -> Callable[[], object]:
         if mode not in made:
             made[mode] = host_cost.stages(mode)
-            for _ in range(2):
-                made[mode]["with gradients"]()
+        for _ in range(2):
+            made[mode][stage]()
         return made[mode][stage]
 
     with host_cost.on_the_part():
@@ -75,7 +77,10 @@ def operators(call: Callable[[], object]) -> Counter[str]:
 # --------------------------------------------------------------------------------------------------- the benchmark
 
 
-def test_every_stage_is_measured(host_cost: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_stage_is_measured(
+    host_cost: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # the tests after this one keep theirs
     host_cost.main(["--json", "--modes", "plain", "key mask", "--rounds", "2"])
     rows = json.loads(capsys.readouterr().out)
     assert [(row["mode"], row["stage"]) for row in rows] == [
@@ -111,6 +116,61 @@ def test_bad_arguments(host_cost: ModuleType, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         host_cost.main(arguments)
     assert stopped.value.code == 2
+
+
+# ------------------------------------------------------------------------------------------------- what is launched
+
+
+@pytest.fixture
+def nothing_prepared() -> Iterator[None]:
+    """Every launch is prepared anew, by this test and by the next."""
+    prepare = (
+        forward._prepare,
+        backward._prepare_delta,
+        backward._prepare_kv,
+        backward._prepare_q,
+        key_schedule._prepare_keys,
+    )
+    for function in prepare:
+        function.cache_clear()
+    yield
+    for function in prepare:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("mode", ("plain", "key mask", "dropout"))
+def test_a_kept_kernel_is_given_what_triton_gives_it(
+    host_cost: ModuleType, monkeypatch: pytest.MonkeyPatch, nothing_prepared: None, mode: str
+) -> None:
+    """The first launch of a kernel goes Triton's way, the next ones do not: the launcher sees no difference."""
+    given = []
+
+    class Noting(host_cost.Deviceless):
+        def get_current_device(self) -> int:
+            return id(given)  # where no kernel has a launcher yet
+
+        @staticmethod
+        def launcher_cls(source: object, metadata: tuple) -> Callable:
+            return lambda *arguments: given.append((metadata.name, [*map(described, arguments)]))
+
+    monkeypatch.setattr(host_cost, "Deviceless", Noting)
+    with host_cost.on_the_part():
+        call = host_cost.stages(mode)["with gradients"]
+        call()
+        first, given[:] = [*given], []
+        with monkeypatch.context() as patch:
+            patch.setattr(JITFunction, "run", lambda *_, **__: pytest.fail("Triton was asked again"))
+            call()
+    assert [name for name, _ in first].count("forward_kernel") == 1
+    assert len(first) == 5 if mode == "key mask" else 4
+    assert given == first
+
+
+def described(argument: object) -> object:
+    """An argument of a launch; what is in it, if it is made anew each time."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.shape, argument.stride()
+    return argument.data if isinstance(argument, LazyDict) else argument
 
 
 # ---------------------------------------------------------------------------------------------------- counting work

@@ -15,17 +15,15 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from calls import BACKENDS, LAYOUTS, Backend, Case, assert_same_bits, check, make_call, run
+from calls import BACKENDS, Backend, Case, assert_same_bits, check, make_call, run
 from flash_attend import flash_attention
 from flash_attend.dropout import draw_seed
 from flash_attend.operators import BACKWARD, FORWARD
 from flash_attend.spec import normalise_inputs
 
-SMALL = dict(heads=4, kv_heads=2, queries=5, keys=7, d=3, dv=4)
+SMALL = dict(heads=2, kv_heads=1, queries=5, keys=7, d=3, dv=4)
 CASES = (
-    Case("plain", **SMALL),
-    Case("padded", **SMALL, mask="pad_left", causal=True),
-    Case("mask_per_head", **SMALL, mask="1h1j"),
+    Case("padded_per_head", **SMALL, mask="1h1j", causal=True),
     Case("dense_mask_dropout", **SMALL, mask="b1ij", dropout_p=0.3),
 )
 
@@ -73,7 +71,7 @@ def test_opcheck_of_the_backward(case: Case, backend: Backend) -> None:
 def test_opcheck_of_the_backward_where_it_is_differentiated(backend: Backend) -> None:
     """All but the tracing of second derivatives with symbolic lengths, which takes half a minute."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(BACKWARD, backward_arguments(CASES[1], backend, requires_grad=True), test_utils=tests)
+    opcheck(BACKWARD, backward_arguments(CASES[0], backend, requires_grad=True), test_utils=tests)
 
 
 def layout_of(x: object) -> object:
@@ -81,7 +79,7 @@ def layout_of(x: object) -> object:
 
 
 @on_every_backend
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ("contiguous", "heads_inside", "interleaved", "broadcast_batch"))
 def test_the_fake_operators_say_what_the_real_ones_give(layout: str, backend: Backend) -> None:
     for dtype in (torch.float16, torch.float64):
         case = Case(layout, heads=2, queries=5, keys=7, d=3, dv=4, mask="bhij", layout=layout, grad_layout=layout)
@@ -125,7 +123,7 @@ def test_a_dispatch_mode_sees_one_operator_for_the_kernels(case: Case, backend: 
 
 @on_every_backend
 def test_fake_tensors_go_through(backend: Backend) -> None:
-    call = make_call(CASES[1], torch.float16, backend.device)
+    call = make_call(CASES[0], torch.float16, backend.device)
     with FakeTensorMode() as mode:
         q, k, v, mask = (mode.from_tensor(x) for x in (call.q, call.k, call.v, call.mask))
         q.requires_grad_()

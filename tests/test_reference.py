@@ -104,6 +104,30 @@ def test_garbage_stays_out_of_every_chunk(regime, mask, monkeypatch):
             assert torch.equal(got, want)
 
 
+@each_regime
+@each_mask
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_the_gradients_that_are_written_out_are_those_of_autograd(regime, mask, causal, dropout_p, monkeypatch):
+    """In every regime, with garbage in the keys that nobody reads, and where either incoming gradient is missing."""
+    inputs = make_inputs(2, 4, 2, 11, 9, 5, 3)
+    options = dict(mask=make_mask(mask, 2, 4, 11, 9), causal=causal, dropout_p=dropout_p)
+    grads = torch.randn(2, 4, 11, 3).double(), torch.randn(2, 4, 11).double()
+    of_out = results(inputs, grads[0], torch.zeros_like(grads[1]), **options)[2:]
+    of_lse = results(inputs, torch.zeros_like(grads[0]), grads[1], **options)[2:]
+    if mask is not None:
+        unread = of_lse[1].eq(0).all(dim=-1, keepdim=True)
+        assert unread.any()
+        inputs = inputs[0], *(x.detach().masked_fill(unread, torch.nan) for x in inputs[1:])
+    use(monkeypatch, regime)
+    *tensors, spec = normalise_inputs(*inputs, **options)
+    both = [a + b for a, b in zip(of_out, of_lse, strict=True)]
+    for given, expected in (((grads[0], None), of_out), ((None, grads[1]), of_lse), (grads, both)):
+        found = reference.attention_reference_gradients(*given, *tensors, SEED, spec)
+        for got, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+            assert torch.equal(got == 0, want == 0)  # dead rows and unread keys, exactly
+
+
 def test_only_a_gradient_asks_for_a_second_computation(monkeypatch):
     calls = []
 

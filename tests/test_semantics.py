@@ -113,6 +113,7 @@ EMPTY = (
     Case("no_queries", queries=0),
     Case("no_keys", keys=0),
     Case("no_keys_causal", keys=0, causal=True),
+    Case("no_keys_causal_one_query", queries=1, keys=0, causal=True),
     Case("no_queries_causal", queries=0, causal=True),
     Case("no_queries_no_keys", queries=0, keys=0),
     Case("no_keys_padding", keys=0, mask="b11j"),

@@ -127,7 +127,9 @@ def test_sent_to_a_process_that_is_started_afresh() -> None:
         (Attend(causal=True, scale=0.3), (q, k, v, torch.rand(2, 7) > 0.3)),
         (patched_client()[0].requires_grad_(False).eval(), (torch.randint(0, 32, (1, 9)),)),
     ]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    # With another number of threads, sums would run in another order.
+    threads = dict(initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **threads) as pool:
         for module, inputs in calls:
             assert torch.equal(pool.submit(module, *inputs).result(timeout=120), module(*inputs))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -203,3 +204,23 @@ def test_a_description_is_frozen_and_hashable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.batch = 3
     assert len({spec, dataclasses.replace(spec)}) == 1
+
+
+# What is worked out for a call is looked up by its spec: specs that differ and hash alike would be compared each time.
+CHANGES = (
+    dict(batch=3),
+    dict(keys=8),
+    dict(dtype=torch.float64),
+    dict(mask=MaskKind.KEY),
+    dict(mask=MaskKind.KEY, mask_per_head=True),
+    dict(causal=True),
+    dict(scale=0.5),
+    dict(dropout_p=0.1),
+    dict(deterministic=True),
+)
+
+
+def test_specs_hash_as_they_compare() -> None:
+    spec = AttentionSpec(2, 4, 4, 5, 7, 8, 8, torch.float32)
+    assert hash(spec) == hash(dataclasses.replace(spec)) == hash(pickle.loads(pickle.dumps(spec)))
+    assert len({hash(dataclasses.replace(spec, **change)) for change in ({}, *CHANGES)}) == 1 + len(CHANGES)
