@@ -1,5 +1,4 @@
 """Tile choices as data. Every row compiles without spills for its part in the modes of aot.py; none is measured yet.
-yet.
 
 A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages)`: queries and keys of a tile, warps, and buffers of the main loop.
 """

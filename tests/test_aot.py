@@ -91,10 +91,10 @@ def test_compiles_for_every_part(arch, ready_to_compile):
 
 
 def test_a_tile_that_is_too_large_is_found(ready_to_compile):
-    huge = Tile(128, 128, 4, 2)
-    spec = replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float32, precision="tf32")
+    huge = Tile(64, 64, 4, 4)
+    spec = replace(SPEC, head_dim=256, value_dim=256, dtype=torch.bfloat16)
     (report,) = aot.compile_case(aot.Case("sm_80", spec, Tiles(huge, huge, huge)), ["forward"])
-    assert report.spill_bytes > 1000
+    assert report.spill_bytes > 100
     assert report.shared_bytes > aot.PARTS["sm_80"].shared_memory
     assert len(report.problems()) == 2
 
