@@ -428,6 +428,12 @@ PEERS = (
         judged_whole=True,
     ),
     Peer(
+        "flash_attend hopper",
+        "our Gluon forward for Hopper, with the backward of the Triton kernels",
+        partial(_prepare_ours, "hopper"),
+        judged_whole=True,
+    ),
+    Peer(
         "flash_attend math",
         "our einsum path",
         partial(_up_to_most_scores, partial(_prepare_ours, "math")),

@@ -36,7 +36,7 @@ __all__ = [
     "time_of",
 ]
 
-OURS = ("flash_attend", "flash_attend math")  # the first that a run holds stands for us
+OURS = ("flash_attend", "flash_attend hopper", "flash_attend math")  # the first that a run holds stands for us
 WIN, EVEN, LOSS, ALONE = VERDICTS = ("win", "even", "loss", "alone")
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flash_attend.spec import AttentionSpec
+from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.validation import VALIDATED, Validation
 
@@ -16,6 +16,9 @@ __all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "check_backend",
 LARGEST_HEAD_DIM = 256
 LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
 OLDEST_CAPABILITY = (8, 0)
+HOPPER_ARCH = "sm_90"
+HOPPER_DTYPES = (torch.float16, torch.bfloat16)
+HOPPER_HEAD_DIMS = (64, 128, 256)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
 
 
@@ -46,7 +49,7 @@ def _judge_triton(
 ) -> tuple[bool, bool, str]:
     if target.triton is None:
         return False, False, "Triton is not installed"
-    oldest, newest = TRITON_VERSIONS
+    oldest = TRITON_VERSIONS[0]
     version = _release(target.triton)
     if version is not None and version < oldest:
         return False, False, f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
@@ -71,11 +74,43 @@ def _judge_triton(
             if size > LARGEST_ACCURATE_HEAD_DIM:
                 limit = f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
                 return False, False, limit
-    evidence = validated.get(("triton", arch))
+    return _default_where_validated("triton", arch, target.triton, validated)
+
+
+def _judge_hopper(
+    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
+) -> tuple[bool, bool, str]:
+    serves, _, reason = _judge_triton(spec, target, validated)  # whose kernels are the backward
+    if not serves:
+        return False, False, reason
+    if target.interpreted:
+        return False, False, "Triton's interpreter runs no Gluon"
+    if target.arch != HOPPER_ARCH:
+        return False, False, f"the kernels are for {HOPPER_ARCH}, the part is {target.arch}"
+    if spec.dtype not in HOPPER_DTYPES:
+        return False, False, f"{spec.dtype} is not float16 or bfloat16".replace("torch.", "")
+    if spec.head_dim != spec.value_dim or spec.head_dim not in HOPPER_HEAD_DIMS:
+        dims = ", ".join(map(str, HOPPER_HEAD_DIMS))
+        return False, False, f"d = {spec.head_dim} and dv = {spec.value_dim} are not the same one of {dims}"
+    if spec.mask == MaskKind.DENSE:
+        return False, False, "the mask varies over queries"
+    if spec.dropout_p > 0:
+        return False, False, "dropout is on"
+    if spec.keys == 0:
+        return False, False, "there are no keys"
+    return _default_where_validated("hopper", HOPPER_ARCH, target.triton, validated)
+
+
+def _default_where_validated(
+    backend: str, arch: str, triton: str | None, validated: Mapping[tuple[str, str], Validation]
+) -> tuple[bool, bool, str]:
+    """The verdict on a call that a backend serves."""
+    evidence = validated.get((backend, arch))
     if evidence is None:
-        return True, False, f'not validated on {arch} yet; ask for it with backend="triton"'
+        return True, False, f'not validated on {arch} yet; ask for it with backend="{backend}"'
+    version, newest = _release(triton or ""), TRITON_VERSIONS[1]
     if version is not None and version > newest:
-        return True, False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; ask by name"
+        return True, False, f"Triton {triton} is newer than the tested {newest[0]}.{newest[1]}; ask by name"
     return True, True, f"validated on {arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
 
 
@@ -93,7 +128,7 @@ def _judge_math(
     return True, True, "the einsum path serves every call"
 
 
-_JUDGES = {"triton": _judge_triton, "math": _judge_math}
+_JUDGES = {"hopper": _judge_hopper, "triton": _judge_triton, "math": _judge_math}
 BACKENDS = tuple(_JUDGES)  # fastest first
 
 

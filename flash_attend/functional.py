@@ -79,7 +79,7 @@ def flash_attention(
             drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
-        backend: "auto", "triton" or "math". A backend asked for by name never falls back.
+        backend: "auto", "hopper", "triton" or "math". A backend asked for by name never falls back.
 
     Returns:
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
@@ -129,7 +129,7 @@ def flash_attention(
     else:
         from flash_attend import launches  # imports Triton
 
-        out, lse = launches.attend(q, k, v, mask, seed, spec, target)
+        out, lse = launches.attend(q, k, v, mask, seed, spec, target, plan.backend)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -31,18 +31,29 @@ def attend(
     seed: Tensor | None,
     spec: AttentionSpec,
     target: DeviceTarget,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """What `operators.attend` gives, without the detour through an operator, which takes the host longer."""
-    tiles = select_tiles(spec, target)  # chosen here: the backward runs in another thread and must agree
+    tiles = select_tiles(spec, target, backend)  # chosen here: the backward runs in another thread and must agree
     if differentiated(q, k, v):
-        run, differentiate = partial(forward, tiles), partial(_differentiate, tiles)
+        run, differentiate = partial(forward, backend, tiles), partial(_differentiate, backend, tiles)
         out, lse, *_ = apply(Attention, run, differentiate, q, k, v, mask, seed, spec)
     else:
-        out, lse, _ = attention_forward(q, k, v, mask, seed, spec, tiles)
+        out, lse, _ = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
     return out, lse
 
 
+def _forward_of(backend: str) -> Callable[..., tuple[Tensor, Tensor, Schedule]]:
+    """The backend's forward. The backward is the same for all: it needs no more than out, lse and the schedule."""
+    if backend == "triton":
+        return attention_forward
+    from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward  # imports Gluon
+
+    return hopper_forward
+
+
 def forward(
+    backend: str,
     tiles: Tiles,
     q: Tensor,
     k: Tensor,
@@ -52,7 +63,7 @@ def forward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, ...]:
     """`(out, lse, *schedule)`."""
-    out, lse, schedule = attention_forward(q, k, v, mask, seed, spec, tiles)
+    out, lse, schedule = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
     return out, lse, *_present(schedule)
 
 
@@ -116,6 +127,7 @@ def unpack(tiles: Tiles, packed: Sequence[Tensor], mask: Tensor | None, spec: At
 
 
 def _differentiate(
+    backend: str,
     tiles: Tiles,
     needed: Sequence[bool],
     grad_out: Tensor | None,
@@ -132,7 +144,7 @@ def _differentiate(
 ) -> Sequence[Tensor]:
     inputs = needed, grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
     if traced(grad_out, grad_lse) or intercepted():  # a backward may be transformed where its forward was not
-        return operators.differentiate("triton", *inputs, *pack(schedule))
+        return operators.differentiate(backend, *inputs, *pack(schedule))
     if torch.is_grad_enabled():
         return apply(Gradients, partial(backward, tiles), *inputs, *schedule)
     return backward(tiles, *inputs, *schedule)

@@ -101,7 +101,7 @@ def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, preci
     from flash_attend import launches
 
     with torch.no_grad():
-        out, lse, *schedule = launches.forward(_tiles(spec, q.device), q, k, v, mask, seed, spec)
+        out, lse, *schedule = launches.forward(backend, _tiles(spec, q.device, backend), q, k, v, mask, seed, spec)
     return out, lse, launches.pack(schedule)
 
 
@@ -114,7 +114,7 @@ def _like_forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, 
         return out, lse if return_lse else _no_lse(q, spec), []
     from flash_attend import launches
 
-    return *launches.like_forward(q, spec), launches.like_packed(_tiles(spec, q.device), mask, spec)
+    return *launches.like_forward(q, spec), launches.like_packed(_tiles(spec, q.device, backend), mask, spec)
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
@@ -129,7 +129,7 @@ def _backward(
         return [grad.contiguous() for grad in compress(grads, needed)]
     from flash_attend import launches
 
-    tiles = _tiles(spec, q.device)
+    tiles = _tiles(spec, q.device, backend)
     # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
     tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse.contiguous()
     with torch.no_grad():
@@ -149,7 +149,7 @@ def _like_backward(
     return list(launches.like_backward(needed, q, k, v, spec))
 
 
-def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
+def _tiles(spec: AttentionSpec, device: torch.device, backend: str) -> Tiles:
     from flash_attend.kernels.configs import select_tiles
 
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
@@ -168,7 +168,7 @@ def _tiles(spec: AttentionSpec, device: torch.device) -> Tiles:
         deterministic=spec.deterministic,
         precision=spec.precision,
     )
-    return select_tiles(reduced, DeviceTarget.of(device))
+    return select_tiles(reduced, DeviceTarget.of(device), backend)
 
 
 def _through_einsum(

@@ -30,9 +30,12 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.kernels.backward import attention_backward
-from flash_attend.kernels.configs import ROWS, Tiles, select_tiles
+from flash_attend.kernels.configs import HOPPER_FORWARD, ROWS, Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward
-from flash_attend.kernels.launch import COMPILER_OPTIONS, Launch, recorded_launches
+from flash_attend.kernels.hopper.forward import CONSUMERS
+from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward
+from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, interpreting
 
@@ -62,6 +65,9 @@ CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
 TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")  # in PTX
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
+MULTIPLYING = ("forward", "hopper_forward", "backward_kv", "backward_q")
+LOOPS = 4  # of the forward for Hopper: each consumer's over full blocks, which is its main loop, and over masked ones
+EDGE_SPILLS = 256  # bytes that the forward for Hopper may spill outside of its main loops: with a key mask it does
 SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
 
 
@@ -72,6 +78,7 @@ class Case:
     arch: str
     spec: AttentionSpec
     tiles: Tiles
+    backend: str = "triton"
 
     @property
     def mode(self) -> str:
@@ -95,6 +102,7 @@ class Report:
     triton: str
     serialized: bool = False
     error: str = ""
+    loops: tuple[ProductLoop, ...] = ()  # of the kernels for Hopper, the shortest first
 
     def problems(self) -> list[str]:
         """Why this kernel must not be chosen, if it must not."""
@@ -102,14 +110,29 @@ class Report:
             return [self.error]
         limit = PARTS[self.arch].shared_memory
         found = []
-        if self.spill_bytes:
+        if self.spill_bytes > (EDGE_SPILLS if self.kernel == "hopper_forward" else 0):
             found.append(f"spills {self.spill_bytes} bytes")
         if self.shared_bytes > limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, the part has {limit}")
-        if not self.tensor_core_instructions and self.kernel in ("forward", "backward_kv", "backward_q"):
+        if not self.tensor_core_instructions and self.kernel in MULTIPLYING:
             found.append("has no tensor-core instructions")
         if self.serialized:
             found.append("has its asynchronous products serialized")
+        if self.kernel == "hopper_forward":
+            found += self._loop_problems()
+        return found
+
+    def _loop_problems(self) -> list[str]:
+        """What is wrong with the main loops of the forward for Hopper, the two shortest: one for each consumer."""
+        found = []
+        if len(self.loops) != LOOPS:
+            found.append(f"has {len(self.loops)} loops with products, not {LOOPS}")
+        main = self.loops[: CONSUMERS.value]
+        bare = sum(loop.exponentials - loop.covered for loop in main)
+        if bare or not all(loop.exponentials for loop in main):
+            found.append(f"takes {bare} exponentials of its main loops while no product runs")
+        if any(loop.spills for loop in main):
+            found.append("spills in a main loop")
         return found
 
 
@@ -142,7 +165,7 @@ def compiled_for(arch: str, driver_of: type[Part] = Part) -> Iterator[None]:
         driver._active = outer
 
 
-def record_call(spec: AttentionSpec, tiles: Tiles) -> list[Launch]:
+def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> list[Launch]:
     """Every launch that a forward and backward of this spec would make, on meta tensors."""
     with torch.device("meta"):
         q = torch.empty(spec.batch, spec.heads, spec.queries, spec.head_dim, dtype=spec.dtype)
@@ -155,7 +178,8 @@ def record_call(spec: AttentionSpec, tiles: Tiles) -> list[Launch]:
             mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
         with recorded_launches() as launches:
-            out, lse, schedule = attention_forward(q, k, v, mask, seed, spec, tiles)
+            forward = hopper_forward if backend == "hopper" else attention_forward
+            out, lse, schedule = forward(q, k, v, mask, seed, spec, tiles)
             attention_backward(
                 torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, tiles, (True, True, True)
             )
@@ -166,12 +190,10 @@ def compile_launch(launch: Launch):
     """Compiles a recorded launch for the part of the surrounding `compiled_for`, and gives Triton's compiled kernel."""
     prepared = launch.prepared
     return prepared.kernel.warmup(
-        *launch.tensors,
+        *prepared.hand_over(launch.tensors),
         *prepared.numbers,
         **prepared.choices,
-        num_warps=prepared.num_warps,
-        num_stages=prepared.num_stages,
-        **COMPILER_OPTIONS,
+        **prepared.options,
         grid=(prepared.programs,),
     )
 
@@ -192,7 +214,7 @@ def _config_of(launch: Launch, case: Case) -> str:
 def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Report]:
     """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
     reports = []
-    for launch in record_call(case.spec, case.tiles):
+    for launch in record_call(case.spec, case.tiles, case.backend):
         name = _name_of(launch)
         if kernels is not None and name not in kernels:
             continue
@@ -215,6 +237,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
                 serialized=bool(SERIALIZED.search(text)),
+                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if name == "hopper_forward" else (),
             )
         )
     return reports
@@ -228,6 +251,7 @@ MODES = (
     dict(mask=MaskKind.DENSE, dropout_p=0.1, kv_heads=2),
     dict(),
 )
+HOPPER_MODES = (dict(mask=MaskKind.KEY, causal=True), dict(mask=MaskKind.KEY), dict(causal=True), dict())
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
 KINDS = {
     "half": (dict(dtype=torch.bfloat16), 5),
@@ -256,6 +280,20 @@ def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
                     batch=2, queries=1000, keys=1000, head_dim=head_dim, value_dim=value_dim, scale=0.1, **rest
                 )
                 yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
+    if "sm_90" in archs:
+        yield from _hopper_cases(subset)
+
+
+def _hopper_cases(subset: bool) -> Iterator[Case]:
+    for dim in HOPPER_FORWARD:
+        if subset and dim not in SUBSET_WIDTHS:
+            continue
+        for mode in HOPPER_MODES[: 1 if subset else None]:
+            spec = AttentionSpec(
+                batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, head_dim=dim, value_dim=dim, scale=0.1,
+                dtype=torch.bfloat16, **mode,
+            )  # fmt: skip
+            yield Case("sm_90", spec, select_tiles(spec, PARTS["sm_90"], "hopper"), "hopper")
 
 
 def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tuple[str, ...]]]:
@@ -264,7 +302,7 @@ def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tu
     tasks = []
     for case in cases(archs, subset):
         fresh = []
-        for launch in record_call(case.spec, case.tiles):
+        for launch in record_call(case.spec, case.tiles, case.backend):
             prepared = launch.prepared
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
             identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
@@ -312,7 +350,7 @@ def _prepare_worker(cache: str) -> None:
 
 def as_json(reports: Iterable[Report]) -> str:
     """The table as a list of objects."""
-    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error")]
+    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error", "loops")]
     return json.dumps(
         [{**{key: getattr(report, key) for key in keys}, "problems": report.problems()} for report in reports], indent=1
     )

@@ -115,6 +115,13 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
     ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
 }
+# The forward of the backend "hopper", by head dimension (d = dv). With twice the queries or the keys registers are
+# spilled and products serialized, and there is no power of two in between. Two buffers each of k and of v.
+HOPPER_FORWARD: dict[int, Tile] = {
+    64: Tile(128, 128, 4, 2),
+    128: Tile(128, 128, 4, 2),
+    256: Tile(128, 64, 4, 2),
+}
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
@@ -146,14 +153,15 @@ def mode_of(spec: AttentionSpec) -> str:
     return "+".join(["dense"] * (spec.mask == MaskKind.DENSE) + ["dropout"] * (spec.dropout_p > 0))
 
 
-def select_tiles(spec: AttentionSpec, target: DeviceTarget) -> Tiles:
+def select_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str = "triton") -> Tiles:
     """The tiles for a call on a part. Parts without rows of their own take those of sm_80, which fit them all."""
-    return _override or _look_up_tiles(spec, target)
+    return _override or _look_up_tiles(spec, target, backend)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget) -> Tiles:
+def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Tiles:
     if target.interpreted:
         return INTERPRETED
     row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
-    return VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
+    tiles = VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
+    return tiles._replace(forward=HOPPER_FORWARD[spec.head_dim]) if backend == "hopper" else tiles

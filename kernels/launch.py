@@ -12,10 +12,8 @@ from torch import Tensor
 
 __all__ = ["COMPILER_OPTIONS", "Launch", "Prepared", "launch", "recorded_launches"]
 
-COMPILER_OPTIONS = dict(
-    enable_fp_fusion=True,  # asked for by name: Triton 3.10 turns it off by default
-    maxnreg=255,  # all that a thread can have: else the assembler may spill to fit a second block beside the first
-)
+COMPILER_OPTIONS = dict(enable_fp_fusion=True)  # asked for by name: Triton 3.10 turns it off by default
+ALL_REGISTERS = 255  # that a thread can have: with fewer the assembler may spill to fit a second block beside the first
 ALIGNMENT = 16  # bytes: what Triton makes a variant of a kernel for
 
 
@@ -33,8 +31,15 @@ class Prepared:
     choices: dict[str, Any]  # the compile-time arguments
     num_warps: int
     num_stages: int = 1
+    registers: int = ALL_REGISTERS  # of a thread
+    hand_over: Callable[[tuple], tuple] = tuple  # what the kernel is given for the tensors
     # By the device's index, -1 for the CPU: the compiled kernel on its grid, and the arguments that follow the tensors.
     compiled: dict[int, tuple[Callable[..., None], tuple]] = field(default_factory=dict, compare=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that Triton is told beside the arguments."""
+        return dict(num_warps=self.num_warps, num_stages=self.num_stages, maxnreg=self.registers, **COMPILER_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -86,17 +91,10 @@ def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int) ->
     aligned = addresses % ALIGNMENT == 0
     if aligned and device in prepared.compiled:
         run, rest = prepared.compiled[device]
-        run(*tensors, *rest)
+        run(*prepared.hand_over(tensors), *rest)
         return
     kernel, numbers, choices = prepared.kernel, prepared.numbers, prepared.choices
-    compiled = kernel[(prepared.programs,)](
-        *tensors,
-        *numbers,
-        **choices,
-        num_warps=prepared.num_warps,
-        num_stages=prepared.num_stages,
-        **COMPILER_OPTIONS,
-    )
+    compiled = kernel[(prepared.programs,)](*prepared.hand_over(tensors), *numbers, **choices, **prepared.options)
     if aligned and compiled is not None:  # the interpreter compiles nothing
         in_order = (choices[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
         prepared.compiled[device] = compiled[prepared.programs, 1, 1], (*numbers, *in_order)

@@ -20,6 +20,7 @@ __all__ = [
     "call_choices",
     "empty_like_heads",
     "key_sizes",
+    "mask_strides",
     "query_sizes",
     "readable",
 ]
@@ -79,12 +80,17 @@ def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
     return tensor.new_empty(batch, heads, length, dim)
 
 
+def mask_strides(spec: AttentionSpec, mask_rows: int) -> tuple[int, int]:
+    """How many rows of the mask's schedule, which has `mask_rows`, lie between two batch entries and two heads."""
+    mask_heads = spec.heads if spec.mask_per_head else 1
+    return mask_heads if mask_rows > mask_heads else 0, 1 if spec.mask_per_head else 0
+
+
 def call_arguments(spec: AttentionSpec, mask_rows: int, tiles: Tiles) -> tuple:
     """The run-time numbers that all three attention kernels take, in their order: none of them makes a variant.
 
     `mask_rows` is the number of rows in the schedule: 0 without a mask.
     """
-    mask_heads = spec.heads if spec.mask_per_head else 1
     block_queries, block_keys = tiles.schedule_block
     return (
         float(spec.scale),
@@ -94,8 +100,7 @@ def call_arguments(spec: AttentionSpec, mask_rows: int, tiles: Tiles) -> tuple:
         spec.keys,
         spec.heads,
         spec.group,
-        mask_heads if mask_rows > mask_heads else 0,
-        1 if spec.mask_per_head else 0,
+        *mask_strides(spec, mask_rows),
         -(-spec.queries // block_queries),
         -(-spec.keys // block_keys),
     )

@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="compiling needs Triton")
 
+from flash_attend.dispatch import judge
 from flash_attend.kernels import aot
-from flash_attend.kernels.configs import ROWS, VARIANTS, Tile, Tiles, row_of, select_tiles
+from flash_attend.kernels.configs import HOPPER_FORWARD, ROWS, VARIANTS, Tile, Tiles, row_of, select_tiles
+from flash_attend.kernels.sass import ProductLoop
 from flash_attend.spec import AttentionSpec, MaskKind
 
 SPEC = AttentionSpec(
@@ -55,15 +58,23 @@ def test_problems(change, problem):
 def test_every_row_is_compiled():
     """Each row of the table, and each of its variants, stands behind some case of its part."""
     for arch in aot.CHECKED:
-        compiled = {(row_of(case.spec), case.tiles) for case in aot.cases([arch])}
+        compiled = {(row_of(case.spec), case.tiles) for case in aot.cases([arch]) if case.backend == "triton"}
         rows = {((kind, width), tiles) for (of, kind, width), tiles in ROWS.items() if of == arch}
         variants = {((kind, width), tiles) for (of, kind, width, _), tiles in VARIANTS.items() if of == arch}
         assert compiled == rows | variants
 
 
+def test_every_forward_for_hopper_is_compiled_in_every_mode():
+    cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == "hopper"]
+    compiled = {(case.arch, case.spec.head_dim, case.spec.mask, case.spec.causal) for case in cases}
+    modes = product(HOPPER_FORWARD, (MaskKind.NONE, MaskKind.KEY), (False, True))
+    assert compiled == {("sm_90", *mode) for mode in modes}
+    assert all(judge(case.spec, aot.PARTS["sm_90"])[0].serves for case in cases)
+
+
 def test_cases_take_the_tiles_that_a_call_would_take():
     for case in aot.cases(["sm_90"], subset=True):
-        assert case.tiles is select_tiles(case.spec, aot.PARTS["sm_90"])
+        assert case.tiles is select_tiles(case.spec, aot.PARTS["sm_90"], case.backend)
 
 
 def test_a_call_launches_every_kernel_of_its_mask():
@@ -76,6 +87,40 @@ def test_a_call_launches_every_kernel_of_its_mask():
     assert names[MaskKind.NONE] == attention
     assert names[MaskKind.KEY] == ["key_schedule_kernel", *attention]
     assert sorted(names[MaskKind.DENSE]) == sorted(["dense_schedule_kernel", "line_kernel", "line_kernel", *attention])
+
+
+LOOP = ProductLoop(instructions=480, exponentials=66, covered=66, spills=0)
+EDGE = ProductLoop(instructions=860, exponentials=66, covered=64, spills=3)
+HOPPER = replace(GOOD, kernel="hopper_forward", arch="sm_90", loops=(LOOP, LOOP, EDGE, EDGE))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(), None),
+        (dict(spill_bytes=256), None),
+        (dict(spill_bytes=257), "spills 257 bytes"),
+        (dict(shared_bytes=232449), "needs 232449 bytes of shared memory, the part has 232448"),
+        (dict(tensor_core_instructions=0), "has no tensor-core instructions"),
+        (dict(serialized=True), "has its asynchronous products serialized"),
+        (dict(loops=(LOOP, LOOP, EDGE)), "has 3 loops with products, not 4"),
+        (
+            dict(loops=(LOOP, EDGE._replace(spills=0), EDGE, EDGE)),
+            "takes 2 exponentials of its main loops while no product runs",
+        ),
+        (dict(loops=(LOOP, LOOP._replace(spills=1), EDGE, EDGE)), "spills in a main loop"),
+    ],
+)
+def test_problems_of_the_forward_for_hopper(change, problem):
+    assert replace(HOPPER, **change).problems() == ([] if problem is None else [problem])
+
+
+def test_the_forward_for_hopper_compiles_well(ready_to_compile):
+    """On whichever of the supported Tritons is here."""
+    (case, *_) = (case for case in aot.cases(["sm_90"], subset=True) if case.backend == "hopper")
+    (report,) = aot.compile_case(case, ["hopper_forward"])
+    assert not report.problems()
+    assert [loop.exponentials for loop in report.loops[:2]] == [66, 66]  # 64 of a row's weights, two of corrections
 
 
 @pytest.mark.parametrize("arch", list(aot.PARTS))

@@ -21,6 +21,7 @@ from flash_attend.dispatch import BackendUnavailable
 from measure import numerics
 from oracle import Answer, attention_oracle, visible_pairs
 from peers import PEERS, Attention, Packing, Peer, Unserved, explicit_mask, peers_for
+from verdicts import OURS
 
 # The models' own Attends call what PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
@@ -472,7 +473,7 @@ def test_a_model_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
 def test_every_peer_has_a_name_of_its_own_and_a_line_about_it():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     assert all(peer.about and "\n" not in peer.about for peer in PEERS)
-    assert [peer.name for peer in PEERS if peer.judged_whole] == ["flash_attend", "flash_attend math"]
+    assert [peer.name for peer in PEERS if peer.judged_whole] == list(OURS)
 
 
 def test_a_gpu_measures_all_of_them():

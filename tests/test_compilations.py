@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_attend.kernels import aot
 from flash_attend.kernels.backward import attention_backward
-from flash_attend.kernels.configs import Tile, Tiles
+from flash_attend.kernels.configs import Tile, Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, recorded_launches
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
@@ -101,6 +101,18 @@ def test_fifty_lengths_compile_once(variants: Callable, mode: str) -> None:
         )
         launches += aot.record_call(of_call, TILES)
     assert variants(launches) == dict.fromkeys((*OF_MASK[spec.mask], *ATTENTION), 1)
+
+
+@pytest.mark.parametrize("mask", (MaskKind.NONE, MaskKind.KEY), ids=("plain", "key_mask"))
+def test_fifty_lengths_compile_the_forward_for_hopper_once(variants: Callable, mask: MaskKind) -> None:
+    spec = replace(SPEC, head_dim=128, value_dim=128, dtype=torch.bfloat16, mask=mask)
+    tiles = select_tiles(spec, aot.PARTS["sm_90"], "hopper")
+    launches = []
+    for number, (queries, keys) in enumerate(PAIRS):
+        heads = spec.heads * (1 + number % 3)
+        of_call = replace(spec, queries=queries, keys=keys, heads=heads, batch=1 + number % 4, scale=1.0 + number)
+        launches += [aot.record_call(of_call, tiles, "hopper")[0 if mask == MaskKind.NONE else 1]]
+    assert variants(launches) == {"hopper_forward_kernel": 1}
 
 
 def test_layouts_compile_once(variants: Callable) -> None:

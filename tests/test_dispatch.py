@@ -64,17 +64,69 @@ REFUSALS = {
 def test_refusals(name: str) -> None:
     """The kernels cannot serve: "auto" takes the einsum path and says why, by name there is no fallback."""
     spec, target, reason = REFUSALS[name]
-    triton, math = judge(spec, target, PROVEN)
+    hopper, triton, math = judge(spec, target, PROVEN)
+    assert (hopper.serves, hopper.by_default, hopper.reason) == (False, False, reason), "its backward is the kernels'"
     assert (triton.backend, triton.serves, triton.by_default, triton.reason) == ("triton", False, False, reason)
     assert (math.backend, math.serves, math.by_default) == ("math", True, True)
 
     assert choose(spec, target, validated=PROVEN) == Plan(
-        "math", f"triton: {reason}; the einsum path serves every call"
+        "math", f"hopper: {reason}; triton: {reason}; the einsum path serves every call"
     )
     assert choose(spec, target, "math", PROVEN).backend == "math"
     with pytest.raises(BackendUnavailable) as caught:
         choose(spec, target, "triton", PROVEN)
     assert str(caught.value) == f"backend 'triton' cannot serve this call: {reason}"
+
+
+HOPPER_REFUSALS = {
+    "sm_80": (SPEC, replace(H100, capability=(8, 0)), "the kernels are for sm_90, the part is sm_80"),
+    "sm_100": (SPEC, replace(H100, capability=(10, 0)), "the kernels are for sm_90, the part is sm_100"),
+    "float32": (replace(SPEC, dtype=torch.float32, precision="tf32"), H100, "float32 is not float16 or bfloat16"),
+    "float64": (replace(SPEC, dtype=torch.float64), H100, "float64 is not float16 or bfloat16"),
+    "d": (replace(SPEC, head_dim=96, value_dim=96), H100, "d = 96 and dv = 96 are not the same one of 64, 128, 256"),
+    "dv": (replace(SPEC, value_dim=128), H100, "d = 64 and dv = 128 are not the same one of 64, 128, 256"),
+    "dense": (replace(SPEC, mask=MaskKind.DENSE), H100, "the mask varies over queries"),
+    "dropout": (replace(SPEC, dropout_p=0.1), H100, "dropout is on"),
+    "no_keys": (replace(SPEC, keys=0), H100, "there are no keys"),
+    "interpreter": (SPEC, INTERPRETER, "Triton's interpreter runs no Gluon"),
+}
+ALL_PROVEN = PROVEN | {("hopper", "sm_90"): ROW}
+
+
+@pytest.mark.parametrize("name", HOPPER_REFUSALS)
+def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str) -> None:
+    spec, target, reason = HOPPER_REFUSALS[name]
+    hopper, triton, _ = judge(spec, target, ALL_PROVEN)
+    assert (hopper.backend, hopper.serves, hopper.by_default, hopper.reason) == ("hopper", False, False, reason)
+    assert triton.serves
+    assert choose(spec, target, validated=ALL_PROVEN).backend == ("math" if target.interpreted else "triton")
+    with pytest.raises(BackendUnavailable) as caught:
+        choose(spec, target, "hopper", ALL_PROVEN)
+    assert str(caught.value) == f"backend 'hopper' cannot serve this call: {reason}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        dict(dtype=torch.bfloat16),
+        dict(head_dim=128, value_dim=128),
+        dict(head_dim=256, value_dim=256),
+        dict(mask=MaskKind.KEY, mask_per_head=True, causal=True),
+        dict(scale=-1.0),
+        dict(batch=0),
+        dict(queries=0),
+    ),
+    ids=str,
+)
+def test_the_kernels_for_hopper_are_a_default_only_where_they_were_validated(changes: dict) -> None:
+    spec = replace(SPEC, **changes)
+    hopper, *_ = judge(spec, H100, PROVEN)
+    reason = 'not validated on sm_90 yet; ask for it with backend="hopper"'
+    assert (hopper.serves, hopper.by_default, hopper.reason) == (True, False, reason)
+    assert choose(spec, H100, validated=PROVEN).backend == "triton"
+    assert choose(spec, H100, "hopper", PROVEN) == Plan("hopper", "asked for by name")
+    proven = choose(spec, H100, validated=ALL_PROVEN)
+    assert proven == Plan("hopper", "validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)")
 
 
 @pytest.mark.parametrize("capability", ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)))
@@ -83,16 +135,17 @@ def test_a_part_is_a_default_only_where_it_was_validated(capability: tuple[int, 
     arch = f"sm_{capability[0]}{capability[1]}"
     assert target.arch == arch
 
-    triton, _ = judge(SPEC, target, {})
+    hopper, triton, _ = judge(SPEC, target, {})
     reason = f'not validated on {arch} yet; ask for it with backend="triton"'
     assert (triton.serves, triton.by_default, triton.reason) == (True, False, reason)
-    assert choose(SPEC, target, validated={}) == Plan("math", f"triton: {reason}; the einsum path serves every call")
+    passed_over = f"hopper: {hopper.reason}; triton: {reason}"
+    assert choose(SPEC, target, validated={}) == Plan("math", f"{passed_over}; the einsum path serves every call")
     assert choose(SPEC, target, "triton", {}) == Plan("triton", "asked for by name")
 
-    triton, _ = judge(SPEC, target, PROVEN)
+    _, triton, _ = judge(SPEC, target, PROVEN)
     reason = f"validated on {arch} (NVIDIA H100, Triton 3.7.1, 2026-01-31)"
     assert (triton.serves, triton.by_default, triton.reason) == (True, True, reason)
-    assert choose(SPEC, target, validated=PROVEN) == Plan("triton", reason)
+    assert choose(SPEC, target, validated=PROVEN) == Plan("triton", f"hopper: {hopper.reason}; {reason}")
     assert choose(SPEC, target, "math", PROVEN) == Plan("math", "asked for by name")
 
 
@@ -109,8 +162,8 @@ def test_wide_heads_are_served_in_every_other_mode() -> None:
 def test_evidence_counts_for_its_own_part_and_backend_only() -> None:
     other_part = {("triton", "sm_80"): ROW}
     other_backend = {("hopper", "sm_90"): ROW}
-    for evidence in (other_part, other_backend):
-        assert choose(SPEC, H100, validated=evidence).backend == "math"
+    assert choose(SPEC, H100, validated=other_part).backend == "math"
+    assert choose(replace(SPEC, dropout_p=0.1), H100, validated=other_backend).backend == "math"
     assert choose(SPEC, replace(H100, capability=(8, 0)), validated=other_part).backend == "triton"
 
 
@@ -119,7 +172,7 @@ def test_evidence_counts_for_its_own_part_and_backend_only() -> None:
     (("3.6.0", True), ("3.9.0", True), ("3.9.1+git", True), ("3.10.0", False), ("4.0", False)),
 )
 def test_triton_versions(version: str, by_default: bool) -> None:
-    triton, _ = judge(SPEC, replace(H100, triton=version), PROVEN)
+    _, triton, _ = judge(SPEC, replace(H100, triton=version), PROVEN)
     assert (triton.serves, triton.by_default) == (True, by_default)
     if not by_default:
         assert triton.reason == f"Triton {version} is newer than the tested 3.9; ask by name"
@@ -132,7 +185,7 @@ def test_a_triton_of_unknown_version_serves() -> None:
 @pytest.mark.parametrize("device_type", ("cpu", "cuda"))
 def test_the_interpreter_serves_by_name_only(device_type: str) -> None:
     target = replace(INTERPRETER, device_type=device_type)
-    triton, _ = judge(SPEC, target, PROVEN)
+    _, triton, _ = judge(SPEC, target, PROVEN)
     assert (triton.serves, triton.by_default) == (True, False)
     assert "TRITON_INTERPRET=1" in triton.reason
     assert choose(SPEC, target, validated=PROVEN).backend == "math"
@@ -172,7 +225,7 @@ def test_everything_in_the_contract_is_served_by_the_kernels(changes: dict) -> N
 
 @pytest.mark.parametrize("name", ("cudnn", "", "Triton", "flash", None, 3))
 def test_an_unknown_backend(name: object) -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'triton', 'math', got ") as caught:
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'hopper', 'triton', 'math', got ") as caught:
         choose(SPEC, H100, name)
     assert repr(name) in str(caught.value)
     assert not isinstance(caught.value, BackendUnavailable)
@@ -195,7 +248,7 @@ def test_choosing_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_verdicts_come_fastest_first() -> None:
-    assert tuple(verdict.backend for verdict in judge(SPEC, H100)) == BACKENDS == ("triton", "math")
+    assert tuple(verdict.backend for verdict in judge(SPEC, H100)) == BACKENDS == ("hopper", "triton", "math")
 
 
 def test_every_validated_row_names_its_evidence() -> None:

@@ -35,6 +35,7 @@ def test_one_line_for_every_backend(on) -> None:
     on(DeviceTarget("cpu", triton="3.7.1"))
     assert str(explain(*_tensors())).splitlines() == [
         "on cpu: math serves",
+        "  hopper  no       cpu tensors; the kernels need a CUDA device",
         "  triton  no       cpu tensors; the kernels need a CUDA device",
         "  math    yes      the einsum path serves every call",
     ]
@@ -48,6 +49,7 @@ def test_a_part_without_evidence(on) -> None:
     else:
         assert str(found).splitlines() == [
             "on NVIDIA H100: math serves",
+            "  hopper  no       float32 is not float16 or bfloat16",
             '  triton  by name  not validated on sm_90 yet; ask for it with backend="triton"',
             "  math    yes      the einsum path serves every call",
         ]
@@ -60,8 +62,9 @@ def test_a_part_with_evidence(on, monkeypatch: pytest.MonkeyPatch) -> None:
         "NVIDIA H100", torch="2.13.0", triton="3.7.1", date="2026-01-31", commit="abc", results="results.json"
     )
     monkeypatch.setitem(VALIDATED, ("triton", "sm_90"), row)
-    assert str(explain(*_tensors())).splitlines()[:2] == [
+    assert str(explain(*_tensors())).splitlines()[:3] == [
         "on NVIDIA H100: triton serves",
+        "  hopper  no       float32 is not float16 or bfloat16",
         "  triton  yes      validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)",
     ]
 
@@ -125,7 +128,8 @@ def test_a_cuda_fallback_warns_once_for_every_reason(on, fresh_warnings: None) -
     caught = _collect([{}, {}, {"causal": True}])
     assert [str(warning.message) for warning in caught] == [
         "flash_attend serves a CUDA call by its einsum path: "
-        "triton: compute capability 7.5 is below 8.0; the einsum path serves every call"
+        "hopper: compute capability 7.5 is below 8.0; triton: compute capability 7.5 is below 8.0; "
+        "the einsum path serves every call"
     ]
     assert caught[0].filename == __file__  # it points at the caller
     assert len(_collect([{}, {}], d=300)) == 1  # another reason

@@ -1,0 +1,278 @@
+"""The forward for Hopper, emulated: what its partitions compute together, and that their mistakes would be found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="the kernels need Triton")
+
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from calls import Call, Case, bits_equal, check, make_call
+from calls import run as run_publicly
+from flash_attend import BackendUnavailable, operators
+from flash_attend.kernels.configs import Tile, override, select_tiles
+from flash_attend.kernels.hopper import forward
+from flash_attend.kernels.hopper.forward import V_RING, attention_forward
+from flash_attend.kernels.hopper.ring import SLOTS
+from flash_attend.kernels.hopper.versions import load_tile
+from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.spec import MaskKind, normalise_inputs
+from flash_attend.target import DeviceTarget
+from gluon_emulator import EmulationError, bound, emulate
+from oracle import Answer
+from plain_schedule import block_states, lines_of
+
+# With few multiprocessors a program has several tiles.
+H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=3, triton="3.7.1")
+
+
+def on(part: DeviceTarget):
+    """Within this context every tensor is on that part, as far as the package asks."""
+    return mock.patch.object(DeviceTarget, "of", staticmethod(lambda device: part))
+
+
+def recorded(call: Call, part: DeviceTarget = H100) -> tuple[Tensor, Tensor, Launch]:
+    """Out and lse of a call, NaN for now, and the launch that writes them."""
+    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    tiles = select_tiles(spec, part, "hopper")
+    with on(part), recorded_launches() as launches:
+        out, lse, schedule = attention_forward(q, k, v, mask, None, spec, tiles)
+    out.fill_(torch.nan)
+    lse.fill_(torch.nan)
+    if spec.mask == MaskKind.KEY:
+        rows = mask.reshape(-1, spec.keys)
+        schedule.visible.zero_()[:, : spec.keys] = rows
+        schedule.lists.copy_(lines_of(block_states(rows[:, None], 1, tiles.schedule_block[1])[:, 0]))
+    return out, lse, launches[-1]
+
+
+def run(call: Call, **options) -> Answer:
+    out, lse, launch = recorded(call)
+    emulate(launch, **options)
+    return Answer(out, lse, None, None, None)
+
+
+CASES = (
+    Case("plain", 1, 2, queries=256, keys=384, d=128),
+    Case("ragged", 2, 2, queries=130, keys=200, d=128),
+    Case("one_block", 1, 2, queries=5, keys=7, d=64),
+    Case("one_query", 1, 2, queries=1, keys=300, d=128, causal=True),
+    Case("causal", 2, 2, queries=300, keys=300, d=64, causal=True),
+    Case("causal_more_keys", 1, 3, queries=200, keys=450, d=128, causal=True),
+    Case("causal_dead_rows", 1, 2, queries=450, keys=200, d=64, causal=True),
+    Case("grouped", 2, 6, 2, queries=140, keys=260, d=64),
+    Case("one_kv_head", 2, 3, 0, queries=140, keys=260, d=128, causal=True),
+    Case("pad_right", 3, 2, queries=200, keys=700, d=64, mask="pad_right"),
+    Case("pad_left", 3, 2, 1, queries=300, keys=500, d=128, mask="pad_left", causal=True),
+    Case("pad_right_causal", 2, 2, queries=420, keys=420, d=64, mask="pad_right", causal=True),
+    Case("holes", 2, 2, queries=140, keys=500, d=128, mask="holes"),
+    Case("holes_causal", 2, 2, queries=300, keys=200, d=64, mask="holes", causal=True),
+    Case("dead_batch", 2, 2, queries=140, keys=300, d=64, mask="dead_batch"),
+    Case("all_hidden", 1, 2, queries=40, keys=300, d=64, mask="all_hidden", causal=True),
+    Case("all_visible", 1, 2, queries=140, keys=300, d=64, mask="all_visible"),
+    Case("mask_per_head", 2, 2, queries=140, keys=300, d=64, mask="bh1j"),
+    Case("mask_of_heads", 2, 2, queries=140, keys=300, d=64, mask="1h1j", causal=True),
+    Case("wide", 1, 2, queries=200, keys=200, d=256),
+    Case("wide_causal_holes", 2, 2, queries=200, keys=300, d=256, mask="holes", causal=True),
+    Case("negative_scale", 1, 2, queries=140, keys=300, d=64, scale=-0.2, causal=True),
+    Case("scale_0", 1, 2, queries=140, keys=300, d=64, scale=0.0, causal=True),
+    Case("heads_inside", 2, 2, queries=140, keys=300, d=64, layout="heads_inside"),
+    Case("odd_strides", 2, 2, queries=140, keys=300, d=64, layout="sliced"),
+    Case("broadcast_heads", 2, 2, queries=140, keys=300, d=64, layout="broadcast_heads"),
+    Case("strided_last_dimension", 1, 2, queries=140, keys=300, d=64, layout="interleaved"),
+)
+
+
+@pytest.mark.parametrize("late", (False, True), ids=("eager", "late"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right(case: Case, late: bool) -> None:
+    call = make_call(case, torch.bfloat16)
+    check(run(call, late=late), call)
+
+
+def test_float16() -> None:
+    call = make_call(Case("causal", 1, 2, queries=140, keys=300, d=128, causal=True, mask="holes"), torch.float16)
+    check(run(call), call)
+
+
+@pytest.mark.parametrize("late", (False, True), ids=("eager", "late"))
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("d", (64, 256))
+def test_what_hidden_keys_hold_changes_no_bit(d: int, causal: bool, late: bool) -> None:
+    case = Case("garbage", 3, 2, 1, queries=200, keys=300, d=d, mask="pad_right", causal=causal)
+    call = make_call(case, torch.bfloat16)
+    hidden = ~call.mask[:, None, :, None]
+    poisoned = call.with_(k=call.k.masked_fill(hidden, torch.nan), v=call.v.masked_fill(hidden, torch.inf))
+    clean, other = run(call, late=late), run(poisoned, late=late)
+    assert bits_equal(clean.out, other.out)
+    assert bits_equal(clean.lse, other.lse)
+
+
+def test_blocks_smaller_than_the_schedules() -> None:
+    call = make_call(Case("ratio", 2, 2, queries=200, keys=500, d=64, mask="holes", causal=True), torch.bfloat16)
+    *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    with override(select_tiles(spec, H100, "hopper")._replace(forward=Tile(128, 32, 4, 2))):
+        answer = run(call)
+    check(answer, call)
+
+
+def test_every_schedule_gives_the_same_bits() -> None:
+    call = make_call(Case("seeds", 1, 2, queries=200, keys=500, d=64, mask="holes", causal=True), torch.bfloat16)
+    first = run(call)
+    for seed in range(1, 6):
+        other = run(call, seed=100 * seed, late=seed % 2 == 1)
+        assert bits_equal(first.out, other.out)
+        assert bits_equal(first.lse, other.lse)
+
+
+@pytest.mark.parametrize("programs", (1, 3, 132))
+@pytest.mark.parametrize("heads_in_cache", (1, 3, 100))
+def test_any_number_of_programs_and_sections_covers_every_tile(
+    heads_in_cache: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = make_call(Case("tiles", 2, 4, 2, queries=300, keys=140, d=64, causal=True), torch.bfloat16)
+    monkeypatch.setattr(forward, "CACHED_BYTES", heads_in_cache * 2 * 140 * 64 * 2)
+    forward._prepare.cache_clear()
+    out, lse, launch = recorded(call, replace(H100, multiprocessors=programs))
+    forward._prepare.cache_clear()
+    assert launch.prepared.programs == min(programs, 2 * 4 * 3)
+    emulate(launch)
+    check(Answer(out, lse, None, None, None), call)
+
+
+def test_the_longest_tiles_of_a_section_come_first_and_heads_are_neighbours() -> None:
+    tile_at, queries, heads, total = bound(forward._tile_at), *map(torch.tensor, (300, 2, 5))
+    tiles = [
+        tuple(map(int, tile_at(torch.tensor(index), queries, heads, total, section=3, BLOCK_M=128)))
+        for index in range(15)
+    ]
+    first_section, second_section = tiles[:9], tiles[9:]
+    assert first_section == [(row, head // 2, head % 2) for row in (256, 128, 0) for head in (0, 1, 2)]
+    assert second_section == [(row, head // 2, head % 2) for row in (256, 128, 0) for head in (3, 4)]
+
+
+def test_nothing_is_launched_for_nothing() -> None:
+    for shape in ((0, 2, 5), (2, 0, 5), (2, 2, 0)):
+        q, k = torch.empty(*shape, 64, dtype=torch.bfloat16), torch.empty(*shape[:2], 7, 64, dtype=torch.bfloat16)
+        q, k, _, _, spec = normalise_inputs(q, k, k)
+        with on(H100), recorded_launches() as launches:
+            out, _, _ = attention_forward(q, k, k, None, None, spec, select_tiles(spec, H100, "hopper"))
+        assert out.shape == q.shape
+        assert not launches
+
+
+@pytest.mark.parametrize("mask", ("none", "pad_right"))
+def test_the_public_call_runs_it_and_the_other_kernels_backward(mask: str) -> None:
+    call = make_call(Case("public", 1, 2, queries=140, keys=300, d=64, mask=mask, causal=True), torch.float16)
+    schedule = [] if mask == "none" else ["key_schedule_kernel"]
+    with on(H100), recorded_launches() as launches:
+        answer = run_publicly(call, "hopper")
+    names = [launch.prepared.kernel.__name__ for launch in launches]
+    assert names == [*schedule, "hopper_forward_kernel", "delta_kernel", "backward_kv_kernel", "backward_q_kernel"]
+    assert answer.dq.shape == call.q.shape
+
+
+def test_as_an_operator_it_is_the_same_launch() -> None:
+    call = make_call(Case("operator", 1, 2, queries=140, keys=300, d=64, mask="pad_right"), torch.float16)
+    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    with on(H100), recorded_launches() as launches:
+        operators.attend(q, k, v, mask, None, spec, "hopper")
+    *_, expected = recorded(call, H100)
+    assert launches[-1].prepared is expected.prepared
+
+
+def test_a_call_that_it_cannot_serve_is_refused_with_the_reason() -> None:
+    call = make_call(Case("refused", 1, 2, queries=14, keys=30, d=80), torch.float16)
+    with on(H100), pytest.raises(BackendUnavailable, match="d = 80 and dv = 80 are not the same one of 64, 128, 256"):
+        run_publicly(call, "hopper")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_right_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
+    call = make_call(case, dtype, "cuda")
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels are for sm_90")
+    check(run_publicly(call, "hopper"), call)
+
+
+# Mistakes. Each takes the place of a function of the kernel, and must be found under every schedule that is tried.
+
+
+def fill_without_waiting(descriptor, coordinates, buffer, barriers, ring, slot, turn):
+    full = barriers.index(ring + slot)
+    mbarrier.expect(full, descriptor.block_type.nbytes)
+    load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
+
+
+def fill_expecting_too_little(descriptor, coordinates, buffer, barriers, ring, slot, turn):
+    full = barriers.index(ring + slot)
+    mbarrier.wait(barriers.index(ring + SLOTS + slot), (turn & 1) ^ 1)
+    mbarrier.expect(full, descriptor.block_type.nbytes // 2)
+    load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
+
+
+def await_with_the_wrong_phase(barriers, ring, slot, turn):
+    mbarrier.wait(barriers.index(ring + slot), (turn & 1) ^ 1)
+
+
+def await_all_but_v(barriers, ring, slot, turn):
+    if ring != V_RING:
+        mbarrier.wait(barriers.index(ring + slot), turn & 1)
+
+
+def await_and_release(barriers, ring, slot, turn):
+    mbarrier.wait(barriers.index(ring + slot), turn & 1)
+    mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=1)
+
+
+def release_nothing(barriers, ring, slot):
+    pass
+
+
+def release_twice(barriers, ring, slot):
+    mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=2)
+
+
+def clear_nothing(buffer, visible, first_key, barriers, cleared, CONSUMER):
+    pass
+
+
+def fence_nothing():
+    pass
+
+
+MISTAKES = {
+    "a slot is filled before it is empty": dict(fill=fill_without_waiting),
+    "a copy brings more bytes than expected": dict(fill=fill_expecting_too_little),
+    "the wrong phase is awaited": dict(await_full=await_with_the_wrong_phase),
+    "v is not awaited": dict(await_full=await_all_but_v),
+    "a slot is released before it is read": dict(await_full=await_and_release, release=release_nothing),
+    "no slot is released": dict(release=release_nothing),
+    "a slot is released twice": dict(release=release_twice),
+    "hidden rows of v are left": dict(_clear_hidden=clear_nothing),
+    "stores are not fenced": dict(fence_async_shared=fence_nothing),
+    "out is stored before its copy is through": dict(tma=SimpleNamespace(store_wait=lambda pending: None)),
+}
+
+
+@pytest.mark.parametrize("late", (False, True), ids=("eager", "late"))
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_found(name: str, late: bool) -> None:
+    call = make_call(Case("mistakes", 1, 2, queries=400, keys=700, d=64, mask="holes"), torch.bfloat16)
+    call = call.with_(v=call.v.masked_fill(~call.mask[:, None, :, None], torch.nan))
+    right = run(call, late=late)
+    for seed in range(3):
+        try:
+            wrong = run(call, seed=seed, late=late, instead=MISTAKES[name])
+        except EmulationError:
+            continue
+        assert not bits_equal(wrong.out, right.out), f"not found with seed {seed}"
