@@ -74,7 +74,7 @@ def _line_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     ranked = sorted((peer for peer in scores if peer not in OURS), key=lambda peer: (-scores[peer], peer))
     held = [name for name in OURS if name in scores]
     styles: dict[str, dict[str, Any]] = {}
-    for name, line, width in zip(held, ("-", "--"), (3.0, 1.5), strict=False):
+    for name, line, width in zip(held, ("-", "--", ":"), (3.0, 2.0, 1.5), strict=False):
         styles[name] = dict(color=BLUE, linestyle=line, linewidth=width, marker="o", markersize=5, zorder=4, label=name)
     for peer, (colour, marker) in zip(ranked, COLOURS, strict=False):
         styles[peer] = dict(color=colour, linewidth=1.3, marker=marker, markersize=4, zorder=3, label=_plain(peer))
