@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flash_attend import operators
-from flash_attend.autograd import Attention, Gradients, apply
+from flash_attend.autograd import Attention, Gradients
 from flash_attend.kernels.backward import attention_backward, empty_gradients
 from flash_attend.kernels.configs import Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward, empty_outputs
@@ -37,7 +37,7 @@ def attend(
     tiles = select_tiles(spec, target, backend)  # chosen here: the backward runs in another thread and must agree
     if differentiated(q, k, v):
         run, differentiate = partial(forward, backend, tiles), partial(_differentiate, backend, tiles)
-        out, lse, *_ = apply(Attention, run, differentiate, q, k, v, mask, seed, spec)
+        out, lse, *_ = Attention.apply(run, differentiate, q, k, v, mask, seed, spec)
     else:
         out, lse, _ = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
     return out, lse
@@ -146,7 +146,7 @@ def _differentiate(
     if traced(grad_out, grad_lse) or intercepted():  # a backward may be transformed where its forward was not
         return operators.differentiate(backend, *inputs, *pack(schedule))
     if torch.is_grad_enabled():
-        return apply(Gradients, partial(backward, tiles), *inputs, *schedule)
+        return Gradients.apply(partial(backward, tiles), *inputs, *schedule)
     return backward(tiles, *inputs, *schedule)
 
 

@@ -20,7 +20,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils._pytree import tree_map
 
-from flash_attend.autograd import Attention, Gradients, apply
+from flash_attend.autograd import Attention, Gradients
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, describe
 from flash_attend.target import DeviceTarget
@@ -209,7 +209,7 @@ def _forward_autograd(
     if forward_mode():
         return *_through_einsum(q, k, v, mask, seed, spec, return_lse), []
     with enable_single_level_autograd_function():
-        out, lse, *schedule = apply(Attention, run, partial(differentiate, backend), q, k, v, mask, seed, spec)
+        out, lse, *schedule = Attention.apply(run, partial(differentiate, backend), q, k, v, mask, seed, spec)
     return out, lse, schedule
 
 
@@ -228,7 +228,7 @@ def _backward_autograd(
         return list(compress(attention_reference_gradients(grad_out, grad_lse, q, k, v, mask, seed, spec), needed))
     tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
     with enable_single_level_autograd_function():
-        return list(apply(Gradients, run, needed, *tensors, *schedule))
+        return list(Gradients.apply(run, needed, *tensors, *schedule))
 
 
 @contextmanager
