@@ -88,7 +88,9 @@ def differentiate(
     return BACKWARD(needed, *tensors, schedule, *spec.options, backend)
 
 
-# ------------------------------------------------------------------------------------------------------ implementations
+# ---------------------------------------------------------------------------------------------------------------------
+# Implementations
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
@@ -188,10 +190,10 @@ def _no_lse(q: Tensor, spec: AttentionSpec) -> Tensor:
     return q.new_empty(spec.batch, spec.heads, 0, dtype=spec.accumulator_dtype)
 
 
-# ----------------------------------------------------------------------------------------------------- autograd kernels
+# ---------------------------------------------------------------------------------------------------------------------
+# Autograd kernels
+# ---------------------------------------------------------------------------------------------------------------------
 
-
-#
 # Functions that deal with one level of torch.func at a time, as the kernels of torch's own operators do. In forward
 # mode the operators are the einsum path itself, whose parts know their tangents.
 
@@ -243,8 +245,10 @@ _library.impl("forward", _forward_autograd, "Autograd", with_keyset=True)
 _library.impl("backward", _backward_autograd, "Autograd", with_keyset=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- vmap rules
-#
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules for torch.vmap
+# ---------------------------------------------------------------------------------------------------------------------
+
 # The dimension that is mapped over is folded into the batch, so that one launch serves all of it. Dropout draws a seed
 # for each entry with randomness="different"; the first serves the folded batch, whose entries differ by their position.
 

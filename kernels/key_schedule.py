@@ -52,8 +52,9 @@ class Schedule(NamedTuple):
         return 0 if self.visible is None else self.visible.shape[0]
 
 
-# ------------------------------------------------------------------------------------------ walking over a schedule
-#
+# ---------------------------------------------------------------------------------------------------------------------
+# Walking over a schedule
+# ---------------------------------------------------------------------------------------------------------------------
 # A walk is the tuple (line, n_blocks, runs, partials, begin, full_begin, full_end, tail_begin, end): first the full
 # blocks, run after run, within [full_begin, full_end); then the blocks that need masking: the listed ones, those of
 # [begin, full_begin) and those of [tail_begin, end).
@@ -208,7 +209,9 @@ def masked_block(walk, index, RATIO: tl.constexpr, LISTED: tl.constexpr):
     return block
 
 
-# ---------------------------------------------------------------------------------------------------- building
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit

@@ -28,7 +28,9 @@ from flash_attend.kernels.tiles import (
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 
-# -------------------------------------------------------------------------------------------------------------- tilings
+# ---------------------------------------------------------------------------------------------------------------------
+# Tilings
+# ---------------------------------------------------------------------------------------------------------------------
 
 SMALLEST = Tile(16, 16, 4, 1)
 TILINGS = {
@@ -55,7 +57,9 @@ def test_no_tiling_changes_a_result(device: str, case: Case, tiling: str) -> Non
         check(run(call, "triton"), call, truth_of(call))
 
 
-# ----------------------------------------------------------------------------------------------------- head dimensions
+# ---------------------------------------------------------------------------------------------------------------------
+# Head dimensions
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_parts_cover_a_head_dimension_with_as_little_as_two_powers_can() -> None:
@@ -179,7 +183,9 @@ def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-13 * dim * n)
 
 
-# ----------------------------------------------------------------------------------------------------- memory layouts
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory layouts
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def layout(*tensors: Tensor) -> tuple[int, list[int]]:
