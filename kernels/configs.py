@@ -1,4 +1,7 @@
-"""Tile choices as data. Every row compiles without spills for its part in the modes of aot.py; none is measured yet.
+"""Tile choices as data; none is measured yet.
+
+Every row of `ROWS` and `VARIANTS` compiles without spills for its part in the modes of aot.py. Those of
+`HOPPER_FORWARD` do in their main loops; with a key mask they spill up to 132 bytes outside of them.
 
 A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages)`: queries and keys of a tile, warps, and buffers of the main loop.
 """

@@ -200,7 +200,7 @@ def test_a_call_that_it_cannot_serve_is_refused_with_the_reason() -> None:
 def test_right_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     call = make_call(case, dtype, "cuda")
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernels are for sm_90")
+        pytest.skip("reason: the kernels are for sm_90, and the GPU is another one")
     check(run_publicly(call, "hopper"), call)
 
 
