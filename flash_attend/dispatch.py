@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -101,6 +102,20 @@ def _judge_hopper(
     return _default_where_validated("hopper", HOPPER_ARCH, target.triton, validated)
 
 
+def _judge_fused(
+    family: str, spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
+) -> tuple[bool, bool, str]:
+    """The same kernels, but for the backward: one pass, which sums the gradient of q up in no fixed order."""
+    serves, by_default, reason = _JUDGES[family](spec, target, validated)
+    if not serves:
+        return False, False, reason
+    if spec.deterministic:
+        return False, False, "deterministic gradients are asked for, and it sums those of q up in no fixed order"
+    if target.interpreted or target.arch is None:
+        return serves, by_default, reason
+    return _default_where_validated(f"{family}_fused", target.arch, target.triton, validated)
+
+
 def _default_where_validated(
     backend: str, arch: str, triton: str | None, validated: Mapping[tuple[str, str], Validation]
 ) -> tuple[bool, bool, str]:
@@ -128,7 +143,13 @@ def _judge_math(
     return True, True, "the einsum path serves every call"
 
 
-_JUDGES = {"hopper": _judge_hopper, "triton": _judge_triton, "math": _judge_math}
+_JUDGES = {
+    "hopper_fused": partial(_judge_fused, "hopper"),
+    "hopper": _judge_hopper,
+    "triton_fused": partial(_judge_fused, "triton"),
+    "triton": _judge_triton,
+    "math": _judge_math,
+}
 BACKENDS = tuple(_JUDGES)  # fastest first
 
 

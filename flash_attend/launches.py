@@ -45,7 +45,7 @@ def attend(
 
 def _forward_of(backend: str) -> Callable[..., tuple[Tensor, Tensor, Schedule]]:
     """The backend's forward. The backward is the same for all: it needs no more than out, lse and the schedule."""
-    if backend == "triton":
+    if backend.startswith("triton"):
         return attention_forward
     from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward  # imports Gluon
 

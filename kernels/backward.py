@@ -67,6 +67,13 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 __all__ = ["attention_backward", "empty_gradients"]
 
 INFINITY = tl.constexpr(float("inf"))
+LONGEST_TILE = tl.constexpr(128)  # queries: rows of DELTA and LSE_LOG2 are whole tiles, so that no load needs a mask
+
+
+@triton.jit
+def padded_length(queries):
+    """The length of a row of DELTA and LSE_LOG2."""
+    return tl.cdiv(queries, LONGEST_TILE) * LONGEST_TILE
 
 
 @triton.jit(
@@ -96,9 +103,9 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
 ):
-    """DELTA and LSE_LOG2 (b, h, i) for the two kernels below. A dead row gets delta 0 and LSE +inf: its weights are
-    0."""
-    first_query, batch, head = query_tile(queries, heads, BLOCK_M, False)
+    """DELTA and LSE_LOG2, in padded rows, for the kernels below. Dead rows and those past the last get delta 0 and LSE
+    +inf: their weights are 0."""
+    first_query, batch, head = query_tile(padded_length(queries), heads, BLOCK_M, False)
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
     batch64 = batch.to(tl.int64) * ALIGN
@@ -108,14 +115,15 @@ def delta_kernel(
     grad_rows = GRAD_OUT + batch64 * grad_batch + head64 * grad_head + first64 * grad_row
     out = load_rows(out_rows, out_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
     grad = load_rows(grad_rows, grad_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
-    at = (batch.to(tl.int64) * heads + head) * queries + query
-    lse = tl.load(LSE + at, mask=exists, other=0.0)
+    row = batch.to(tl.int64) * heads + head
+    lse = tl.load(LSE + row * queries + query, mask=exists, other=NEGATIVE_INFINITY)
     dead = lse == NEGATIVE_INFINITY
     delta = row_products(out, grad, ACCUMULATOR)
     if GRAD_LSE is not None:
-        delta -= tl.load(GRAD_LSE + at, mask=exists, other=0.0)
-    tl.store(DELTA + at, tl.where(dead, 0.0, delta), mask=exists)
-    tl.store(LSE_LOG2 + at, tl.where(dead, INFINITY, lse * LOG2E), mask=exists)
+        delta -= tl.load(GRAD_LSE + row * queries + query, mask=exists, other=0.0)
+    at = row * padded_length(queries) + query
+    tl.store(DELTA + at, tl.where(dead, 0.0, delta))
+    tl.store(LSE_LOG2 + at, tl.where(dead, INFINITY, lse * LOG2E))
 
 
 @triton.jit
@@ -165,15 +173,12 @@ def _key_value_tile(
     first_query = block * BLOCK_M
     query = first_query + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)
+    lse_log2 = tl.load(LSE_LOG2 + query)
+    delta = tl.load(DELTA + query)
     alive = None
     if MASKED:
         # What a dead row holds, in q and in the gradient, may be anything: it is not read. No full block has dead rows.
-        lse_log2 = tl.load(LSE_LOG2 + query, mask=query < queries, other=INFINITY)
-        delta = tl.load(DELTA + query, mask=query < queries, other=0.0)
         alive = lse_log2 < INFINITY
-    else:
-        lse_log2 = tl.load(LSE_LOG2 + query)
-        delta = tl.load(DELTA + query)
     q = load_rows(Q + first_query.to(tl.int64) * stride_q, stride_q, alive, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, MASKED)
     scores = inner_products(k, q, PRECISION, ACCUMULATOR)
     weights = recomputed_weights(scores, lse_log2[None, :], scale_log2)
@@ -269,8 +274,8 @@ def _key_value_head(
     head64 = head.to(tl.int64)
     Q += batch64 * q_batch + head64 * q_head
     GRAD_OUT += batch64 * grad_batch + head64 * grad_head
-    LSE_LOG2 += (batch64 * heads + head) * queries
-    DELTA += (batch64 * heads + head) * queries
+    LSE_LOG2 += (batch64 * heads + head) * padded_length(queries)
+    DELTA += (batch64 * heads + head) * padded_length(queries)
     row, visible, words_per_query = mask_row(
         VISIBLE, batch, head, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks,
         SCHEDULE_M, SCHEDULE_N, MASK,
@@ -600,9 +605,9 @@ def backward_q_kernel(
     grad = load_rows(GRAD_OUT, grad_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
     if NEGATIVE_SCALE:
         q = negate(q)
-    at = (batch.to(tl.int64) * heads + head) * queries + query
-    lse_log2 = tl.load(LSE_LOG2 + at, mask=exists, other=INFINITY)
-    delta = tl.load(DELTA + at, mask=exists, other=0.0)
+    at = (batch.to(tl.int64) * heads + head) * padded_length(queries) + query
+    lse_log2 = tl.load(LSE_LOG2 + at)
+    delta = tl.load(DELTA + at)
     signed_scale = tl.full([], scale, tl.float64).to(ACCUMULATOR)
     scale_log2 = to_log2_scale(scale, ACCUMULATOR)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR)
@@ -674,9 +679,7 @@ def attention_backward(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
 
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
+    delta, lse_log2 = prepare_rows(grad_out, grad_lse, out, lse, spec, tiles)
 
     grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
     inputs = q, k, v, grad_out
@@ -692,6 +695,17 @@ def attention_backward(
     return grad_q, grad_k, grad_v
 
 
+def prepare_rows(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, spec: AttentionSpec, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """What every backward kernel reads of each query: delta and the LSE in base 2, `(b, h, i)` with i padded."""
+    length = triton.cdiv(spec.queries, LONGEST_TILE.value) * LONGEST_TILE.value
+    delta, lse_log2 = (lse.new_empty(spec.batch, spec.heads, length) for _ in range(2))
+    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
+    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
+    return delta, lse_log2
+
+
 # The launches for tensors with these strides.
 
 
@@ -703,7 +717,7 @@ def _prepare_delta(spec: AttentionSpec, tiles: Tiles, out: Strides, grad_out: St
     choices = call_choices(spec, tiles.backward_q, tiles)
     return Prepared(
         delta_kernel,
-        spec.batch * spec.heads * triton.cdiv(spec.queries, DELTA_ROWS),
+        spec.batch * spec.heads * triton.cdiv(spec.queries, LONGEST_TILE.value) * (LONGEST_TILE.value // DELTA_ROWS),
         (spec.queries, spec.heads, *strides),
         dict(
             ALIGN=align,

@@ -31,22 +31,23 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels that serve one call."""
+    """The tiles of the kernels that serve one call: the backward is two kernels, or one that does the work of both."""
 
     forward: Tile
     backward_kv: Tile
     backward_q: Tile
+    backward_fused: Tile | None = None  # in place of the two before it
 
     @property
     def schedule_block(self) -> tuple[int, int]:
-        """Queries and keys of a block of the mask's schedule: whole tiles of all three kernels, at least one word of
-        bits."""
+        """Queries and keys of a block of the mask's schedule: whole tiles of all kernels, at least one word of bits."""
         return _schedule_block(self)
 
 
 @cache
 def _schedule_block(tiles: Tiles) -> tuple[int, int]:
-    return max(tile.block_m for tile in tiles), max(32, *(tile.block_n for tile in tiles))
+    used = list(filter(None, tiles))
+    return max(tile.block_m for tile in used), max(32, *(tile.block_n for tile in used))
 
 
 SMALLEST_PART = 16  # the smallest dimension of a tensor-core product
@@ -167,4 +168,6 @@ def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str) -> T
         return INTERPRETED
     row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
     tiles = VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
-    return tiles._replace(forward=HOPPER_FORWARD[spec.head_dim]) if backend == "hopper" else tiles
+    if backend.startswith("hopper"):
+        tiles = tiles._replace(forward=HOPPER_FORWARD[spec.head_dim])
+    return tiles if backend.endswith("_fused") else tiles._replace(backward_fused=None)
