@@ -32,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import HOPPER_FORWARD, ROWS, Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward
-from flash_attend.kernels.hopper.forward import CONSUMERS
 from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward
+from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
 from flash_attend.spec import AttentionSpec, MaskKind

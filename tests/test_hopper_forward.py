@@ -18,7 +18,7 @@ from calls import Call, Case, bits_equal, check, make_call
 from calls import run as run_publicly
 from flash_attend import BackendUnavailable, operators
 from flash_attend.kernels.configs import Tile, override, select_tiles
-from flash_attend.kernels.hopper import forward
+from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
 from flash_attend.kernels.hopper.ring import SLOTS
 from flash_attend.kernels.hopper.versions import load_tile
@@ -148,7 +148,7 @@ def test_any_number_of_programs_and_sections_covers_every_tile(
 
 
 def test_the_longest_tiles_of_a_section_come_first_and_heads_are_neighbours() -> None:
-    tile_at, queries, heads, total = bound(forward._tile_at), *map(torch.tensor, (300, 2, 5))
+    tile_at, queries, heads, total = bound(walk.tile_at), *map(torch.tensor, (300, 2, 5))
     tiles = [
         tuple(map(int, tile_at(torch.tensor(index), queries, heads, total, section=3, BLOCK_M=128)))
         for index in range(15)
@@ -242,7 +242,7 @@ def release_twice(barriers, ring, slot):
     mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=2)
 
 
-def clear_nothing(buffer, visible, first_key, barriers, cleared, CONSUMER):
+def clear_nothing(buffer, visible, first_key, barriers, CLEARED, cleared, CONSUMER):
     pass
 
 
@@ -258,7 +258,7 @@ MISTAKES = {
     "a slot is released before it is read": dict(await_full=await_and_release, release=release_nothing),
     "no slot is released": dict(release=release_nothing),
     "a slot is released twice": dict(release=release_twice),
-    "hidden rows of v are left": dict(_clear_hidden=clear_nothing),
+    "hidden rows of v are left": dict(clear_hidden=clear_nothing),
     "stores are not fenced": dict(fence_async_shared=fence_nothing),
     "out is stored before its copy is through": dict(tma=SimpleNamespace(store_wait=lambda pending: None)),
 }

@@ -26,19 +26,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.forward import empty_outputs
 from flash_attend.kernels.hopper.descriptors import bulk_readable, described
+from flash_attend.kernels.hopper.partitions import (
+    CONSUMER_ROWS,
+    CONSUMERS,
+    REGISTERS,
+    clear_hidden,
+    product_layout,
+)
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, release
 from flash_attend.kernels.hopper.versions import store_tile
+from flash_attend.kernels.hopper.walk import first_block_of, full_count, tile_at, turn_count, walk_at
 from flash_attend.kernels.key_schedule import (
-    HEADER,
     Schedule,
     build_schedule,
-    key_line,
-    mask_row,
     masked_block,
     masked_count,
     run_bounds,
     run_count,
-    walk_over_keys,
 )
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
@@ -49,78 +53,12 @@ from flash_attend.target import DeviceTarget
 
 __all__ = ["attention_forward"]
 
-CONSUMERS = gl.constexpr(2)
-CONSUMER_ROWS = gl.constexpr(64)  # queries of a consumer: what one asynchronous product takes
-
 # Where each ring's barriers begin. All barriers are one array: a partition pays registers for all that it is handed.
 Q_RING = gl.constexpr(0)  # a slot is a consumer's
 K_RING = gl.constexpr(4)
 V_RING = gl.constexpr(8)
 CLEARED = gl.constexpr(12)  # both consumers have cleared their halves of a block of v
 N_BARRIERS = gl.constexpr(13)
-
-
-@gluon.constexpr_function
-def product_layout(columns):
-    """Where the registers of four warps hold a product [CONSUMER_ROWS, columns]."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
-
-
-@gluon.jit
-def _turns(queries, heads_total, BLOCK_M: gl.constexpr):
-    """How many tiles this program takes: every n-th, of n programs."""
-    return gl.cdiv(heads_total * gl.cdiv(queries, BLOCK_M) - gl.program_id(0), gl.num_programs(0))
-
-
-@gluon.jit
-def _tile_at(index, queries, heads, heads_total, section, BLOCK_M: gl.constexpr):
-    """First query, batch and head of the `index`-th tile.
-
-    Sections of so many heads follow each other, whose k and v stay in the L2 cache together; in a section the last
-    queries come first, whose tiles are the longest under causality.
-    """
-    n_tiles = gl.cdiv(queries, BLOCK_M)
-    first = index // (section * n_tiles) * section
-    in_section = index % (section * n_tiles)
-    heads_here = gl.minimum(section, heads_total - first)
-    batch_head = first + in_section % heads_here
-    return (n_tiles - 1 - in_section // heads_here) * BLOCK_M, batch_head // heads, batch_head % heads
-
-
-@gluon.jit
-def _walk_at(
-    mask, first_query, batch, head, queries, keys,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
-    """The key blocks that a tile visits, and where the visibility of its keys begins. No dense mask comes here, so that
-    blocks of queries do not matter."""
-    VISIBLE, LISTS, stride_batch, stride_head = mask
-    n_blocks = gl.cdiv(keys, SCHEDULE_N)
-    RATIO: gl.constexpr = SCHEDULE_N // BLOCK_N
-    row, visible, _ = mask_row(VISIBLE, batch, head, stride_batch, stride_head, 0, n_blocks, BLOCK_M, SCHEDULE_N, MASK)
-    line = key_line(LISTS, row, first_query, 0, n_blocks, BLOCK_M, MASK)
-    return walk_over_keys(line, n_blocks, first_query, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL), visible
-
-
-@gluon.jit
-def _first_block(walk, RATIO: gl.constexpr, LISTED: gl.constexpr):
-    """The first block that needs masking, else the first full one, else block 0, all of which is hidden then."""
-    first = 0
-    if LISTED:
-        first = gl.load(walk[0] + HEADER, mask=run_count(walk) > 0, other=0) * RATIO
-    if masked_count(walk) > 0:
-        first = masked_block(walk, 0, RATIO, LISTED)
-    return first
-
-
-@gluon.jit
-def _full_count(walk, RATIO: gl.constexpr, LISTED: gl.constexpr):
-    """How many full blocks there are."""
-    count = 0
-    for run in range(0, run_count(walk)):
-        start, end = run_bounds(walk, run, RATIO, LISTED)
-        count += gl.maximum(end - start, 0)
-    return count
 
 
 @gluon.jit
@@ -145,15 +83,15 @@ def _produce(
     LISTED: gl.constexpr = MASK != NONE
     RATIO: gl.constexpr = SCHEDULE_N // BLOCK_N
     step = 0
-    for turn in range(_turns(queries, heads_total, BLOCK_M)):
+    for turn in range(turn_count(queries, heads_total, BLOCK_M)):
         index = gl.program_id(0) + turn * gl.num_programs(0)
-        first_query, batch, head = _tile_at(index, queries, heads, heads_total, section, BLOCK_M)
-        walk, _ = _walk_at(mask, first_query, batch, head, queries, keys, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL)
+        first_query, batch, head = tile_at(index, queries, heads, heads_total, section, BLOCK_M)
+        walk, _ = walk_at(mask, first_query, batch, head, queries, keys, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL)
         for consumer in gl.static_range(CONSUMERS):
             row = first_query + consumer * CONSUMER_ROWS
             fill(q_descriptor, [batch, head, row, 0], q_buffers.index(consumer), barriers, Q_RING, consumer, turn)
         kv_head = head // group
-        block = _first_block(walk, RATIO, LISTED)
+        block = first_block_of(walk, RATIO, LISTED)
         _fill_block(k_descriptor, v_descriptor, k_buffers, v_buffers, barriers, batch, kv_head, block, step)
         step += 1
         for masked in range(1, masked_count(walk)):
@@ -167,26 +105,6 @@ def _produce(
             for block in range(start, end):
                 _fill_block(k_descriptor, v_descriptor, k_buffers, v_buffers, barriers, batch, kv_head, block, step)
                 step += 1
-
-
-@gluon.jit
-def _clear_hidden(buffer, visible, first_key, barriers, cleared, CONSUMER: gl.constexpr):
-    """Zeroes this consumer's half of those rows of a block of v that are hidden, and waits for the other half.
-
-    A hidden key's weight is 0, but its v may be NaN, and 0 * NaN is no 0.
-    """
-    WIDTH: gl.constexpr = buffer.shape[1]
-    PART: gl.constexpr = 2048 // WIDTH  # rows at a time: two vectors of 16 bytes for each thread
-    PARTS: gl.constexpr = buffer.shape[0] // PART // CONSUMERS
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    for part in gl.static_range(PARTS):
-        rows = buffer.slice((CONSUMER * PARTS + part) * PART, PART)
-        key = first_key + (CONSUMER * PARTS + part) * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
-        v = rows.load(layout)
-        rows.store(gl.where((gl.load(visible + key) != 0)[:, None], v, gl.full_like(v, 0.0)))
-    fence_async_shared()
-    mbarrier.arrive(barriers.index(CLEARED), count=1)
-    mbarrier.wait(barriers.index(CLEARED), cleared & 1)
 
 
 @gluon.jit
@@ -251,7 +169,7 @@ def _step(
     weights = gl.convert_layout(exponentials.to(weights.dtype), gl.DotOperandLayout(0, product_layout(WIDTH), 2))
     release(barriers, V_RING, before)
     if MASKED and MASK == KEY:
-        _clear_hidden(v_buffers.index(slot), visible, block * BLOCK_N, barriers, cleared, CONSUMER)
+        clear_hidden(v_buffers.index(slot), visible, block * BLOCK_N, barriers, CLEARED, cleared, CONSUMER)
         cleared += 1
     total = total * gl.convert_layout(correction, gl.SliceLayout(1, product_layout(WIDTH)))[:, None]
     return total, row_max, row_sum, weights, step, cleared
@@ -276,15 +194,15 @@ def _consume(
     q = q_buffers.index(CONSUMER)
     step = 0
     cleared = 0
-    for turn in range(_turns(queries, heads_total, BLOCK_M)):
+    for turn in range(turn_count(queries, heads_total, BLOCK_M)):
         index = gl.program_id(0) + turn * gl.num_programs(0)
-        first_query, batch, head = _tile_at(index, queries, heads, heads_total, section, BLOCK_M)
-        walk, visible = _walk_at(
+        first_query, batch, head = tile_at(index, queries, heads, heads_total, section, BLOCK_M)
+        walk, visible = walk_at(
             mask, first_query, batch, head, queries, keys, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL
         )
         n_masked = masked_count(walk)
-        n_full = _full_count(walk, RATIO, LISTED)
-        block = _first_block(walk, RATIO, LISTED)
+        n_full = full_count(walk, RATIO, LISTED)
+        block = first_block_of(walk, RATIO, LISTED)
         if n_masked == 0:
             n_full -= 1  # the first block is one of them
         first_row = first_query + CONSUMER * CONSUMER_ROWS
@@ -303,7 +221,7 @@ def _consume(
         weights = gl.convert_layout(exponentials.to(q.dtype), weights_layout)
         await_full(barriers, V_RING, slot, step // SLOTS)
         if MASK == KEY:
-            _clear_hidden(v_buffers.index(slot), visible, block * BLOCK_N, barriers, cleared, CONSUMER)
+            clear_hidden(v_buffers.index(slot), visible, block * BLOCK_N, barriers, CLEARED, cleared, CONSUMER)
             cleared += 1
         total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, total_layout)
         for masked in range(1, n_masked):
@@ -412,7 +330,6 @@ def hopper_forward_kernel(
     )
 
 
-REGISTERS = 168  # of a thread, of twelve warps: all there are, before the consumers take 240 and leave the producer 24
 CACHED_BYTES = 32 * 2**20  # of k and v that are in use at once: what the L2 cache, 50 MB, holds beside everything else
 
 

@@ -1,0 +1,36 @@
+"""What the partitions of every kernel for Hopper have in common: consumers of 64 rows, and what they do together."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+CONSUMERS = gl.constexpr(2)
+CONSUMER_ROWS = gl.constexpr(64)  # of a tile: what one asynchronous product of four warps takes
+
+REGISTERS = 168  # of a thread, of twelve warps: all there are, before the consumers take 240 and leave the producer 24
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """Where the registers of four warps hold a product [CONSUMER_ROWS, columns]."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.jit
+def clear_hidden(buffer, visible, first_key, barriers, CLEARED: gl.constexpr, cleared, CONSUMER: gl.constexpr):
+    """Zeroes this consumer's half of those rows of a block of v that are hidden, and waits for the other half.
+
+    A hidden key's weight is 0, but its v may be NaN, and 0 * NaN is no 0.
+    """
+    WIDTH: gl.constexpr = buffer.shape[1]
+    PART: gl.constexpr = 2048 // WIDTH  # rows at a time: two vectors of 16 bytes for each thread
+    PARTS: gl.constexpr = buffer.shape[0] // PART // CONSUMERS
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    for part in gl.static_range(PARTS):
+        rows = buffer.slice((CONSUMER * PARTS + part) * PART, PART)
+        key = first_key + (CONSUMER * PARTS + part) * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
+        v = rows.load(layout)
+        rows.store(gl.where((gl.load(visible + key) != 0)[:, None], v, gl.full_like(v, 0.0)))
+    fence_async_shared()
+    mbarrier.arrive(barriers.index(CLEARED), count=1)
+    mbarrier.wait(barriers.index(CLEARED), cleared & 1)
