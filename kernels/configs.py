@@ -28,6 +28,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
 
 
 class Tiles(NamedTuple):

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from calls import Call, Case, bits_equal, check, make_call
 from calls import run as run_publicly
 from flash_attend import BackendUnavailable, operators
-from flash_attend.kernels.configs import Tile, override, select_tiles
+from flash_attend.kernels.configs import Tile, Tiles, override, select_tiles
 from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
 from flash_attend.kernels.hopper.ring import SLOTS
@@ -88,6 +88,7 @@ CASES = (
     Case("broadcast_heads", 2, 2, queries=140, keys=300, d=64, layout="broadcast_heads"),
     Case("strided_last_dimension", 1, 2, queries=140, keys=300, d=64, layout="interleaved"),
 )
+IN_TURNS = ("plain", "one_block", "causal", "holes_causal", "wide")
 
 
 @pytest.mark.parametrize("late", (False, True), ids=("eager", "late"))
@@ -121,6 +122,57 @@ def test_blocks_smaller_than_the_schedules() -> None:
     with override(select_tiles(spec, H100, "hopper")._replace(forward=Tile(128, 32, 4, 2))):
         answer = run(call)
     check(answer, call)
+
+
+def in_turns(case: Case) -> tuple[Call, Tiles]:
+    """A call, and its usual tiles but for the consumers' turns."""
+    call = make_call(case, torch.bfloat16)
+    *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    usual = select_tiles(spec, H100, "hopper")
+    return call, usual._replace(forward=usual.forward._replace(ping_pong=True))
+
+
+@pytest.mark.parametrize("late", (False, True), ids=("eager", "late"))
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in IN_TURNS], ids=str)
+def test_turns_change_no_bit(case: Case, late: bool) -> None:
+    call, tiles = in_turns(case)
+    with override(tiles):
+        answer = run(call, late=late)
+    check(answer, call)
+    usual = run(call, late=late)
+    assert bits_equal(answer.out, usual.out)
+    assert bits_equal(answer.lse, usual.lse)
+
+
+turns: list[int] = []  # the consumers that have passed theirs on: the emulator binds functions to globals alone
+
+
+def pass_and_tell(barriers, TURNS, CONSUMER):
+    turns.append(CONSUMER)
+    mbarrier.arrive(barriers.index(TURNS + 1 - CONSUMER), count=1)
+
+
+def test_consumers_issue_their_products_in_turns() -> None:
+    call, tiles = in_turns(Case("turns", 1, 2, queries=300, keys=300, d=64, causal=True))
+
+    def issued(seed: int, **instead) -> list[int]:
+        turns.clear()
+        with override(tiles):
+            *_, launch = recorded(call, replace(H100, multiprocessors=1))
+        emulate(launch, seed=seed, instead=dict(pass_turn=pass_and_tell, **instead))
+        return turns.copy()
+
+    for seed in range(3):
+        order = issued(seed)
+        assert order == [0, 1] * (len(order) // 2)
+    without = [issued(seed, take_turn=lambda barriers, TURNS, step, CONSUMER: None) for seed in range(3)]
+    assert all(len(other) == len(order) and other != order for other in without), "nothing else keeps them in order"
+
+
+def test_a_turn_that_is_not_passed_on_is_found() -> None:
+    call, tiles = in_turns(Case("turns", 1, 2, queries=300, keys=300, d=64, causal=True))
+    with override(tiles), pytest.raises(EmulationError, match="deadlock"):
+        run(call, instead=dict(pass_turn=lambda barriers, TURNS, CONSUMER: None))
 
 
 def test_every_schedule_gives_the_same_bits() -> None:

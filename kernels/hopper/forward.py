@@ -31,7 +31,10 @@ from flash_attend.kernels.hopper.partitions import (
     CONSUMERS,
     REGISTERS,
     clear_hidden,
+    init_turns,
+    pass_turn,
     product_layout,
+    take_turn,
 )
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, release
 from flash_attend.kernels.hopper.versions import store_tile
@@ -58,7 +61,8 @@ Q_RING = gl.constexpr(0)  # a slot is a consumer's
 K_RING = gl.constexpr(4)
 V_RING = gl.constexpr(8)
 CLEARED = gl.constexpr(12)  # both consumers have cleared their halves of a block of v
-N_BARRIERS = gl.constexpr(13)
+TURNS = gl.constexpr(13)  # with PING_PONG
+N_BARRIERS = gl.constexpr(15)
 
 
 @gluon.jit
@@ -147,7 +151,7 @@ def _step(
     total, row_max, row_sum, weights, step, cleared, q, k_buffers, v_buffers, barriers,
     block, row, visible, queries, keys, scale_log2,
     CONSUMER: gl.constexpr, MASKED: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr,
+    NEGATIVE_SCALE: gl.constexpr, PING_PONG: gl.constexpr,
 ):  # fmt: skip
     """The scores and weights of one block, and the weighted sum of the block before."""
     before = step % SLOTS
@@ -155,8 +159,12 @@ def _step(
     slot = step % SLOTS
     BLOCK_N: gl.constexpr = k_buffers.shape[1]
     WIDTH: gl.constexpr = v_buffers.shape[2]
+    if PING_PONG:
+        take_turn(barriers, TURNS, step, CONSUMER)
     scores_token = _issue_scores(q, k_buffers, barriers, step)
     total_token = warpgroup_mma(weights, v_buffers.index(before), total, is_async=True)
+    if PING_PONG:
+        pass_turn(barriers, TURNS, CONSUMER)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores_token,))
     release(barriers, K_RING, slot)
     exponentials, correction, row_max, row_sum = _take_in(
@@ -179,7 +187,7 @@ def _step(
 def _consume(
     outputs, shared, mask, sizes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr, OUT_IN_Q: gl.constexpr, CONSUMER: gl.constexpr,
+    NEGATIVE_SCALE: gl.constexpr, OUT_IN_Q: gl.constexpr, PING_PONG: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
     """A consumer: its rows of each tile."""
     out_descriptor, LSE, out_buffers, scale_log2 = outputs
@@ -212,7 +220,11 @@ def _consume(
 
         slot = step % SLOTS
         await_full(barriers, Q_RING, CONSUMER, turn)
+        if PING_PONG:
+            take_turn(barriers, TURNS, step, CONSUMER)
         token = _issue_scores(q, k_buffers, barriers, step)
+        if PING_PONG:
+            pass_turn(barriers, TURNS, CONSUMER)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
         release(barriers, K_RING, slot)
         exponentials, _, row_max, row_sum = _take_in(
@@ -229,11 +241,13 @@ def _consume(
             total, row_max, row_sum, weights, step, cleared = _step(
                 total, row_max, row_sum, weights, step, cleared, q, k_buffers, v_buffers, barriers,
                 block, row, visible, queries, keys, scale_log2, CONSUMER, True, MASK, CAUSAL, NEGATIVE_SCALE,
+                PING_PONG,
             )  # fmt: skip
         for _ in range(n_full):
             total, row_max, row_sum, weights, step, cleared = _step(
                 total, row_max, row_sum, weights, step, cleared, q, k_buffers, v_buffers, barriers,
                 0, row, visible, queries, keys, scale_log2, CONSUMER, False, MASK, CAUSAL, NEGATIVE_SCALE,
+                PING_PONG,
             )  # fmt: skip
         if not OUT_IN_Q:
             release(barriers, Q_RING, CONSUMER)
@@ -288,6 +302,7 @@ def hopper_forward_kernel(
     CAUSAL: gl.constexpr,
     NEGATIVE_SCALE: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
+    PING_PONG: gl.constexpr,
 ):
     """Every n-th tile of BLOCK_M queries: OUT (b, h, i, d), and LSE (b, h, i), contiguous."""
     dtype: gl.constexpr = q_descriptor.dtype
@@ -305,6 +320,8 @@ def hopper_forward_kernel(
     init_ring(barriers, K_RING, CONSUMERS)
     init_ring(barriers, V_RING, CONSUMERS)
     mbarrier.init(barriers.index(CLEARED), count=CONSUMERS)
+    if PING_PONG:
+        init_turns(barriers, TURNS)
     fence_async_shared()
     outputs = (out_descriptor, LSE, out_buffers, scale_log2)
     inputs = (q_descriptor, k_descriptor, v_descriptor, group)
@@ -315,19 +332,15 @@ def hopper_forward_kernel(
     # Compile-time values stay so only outside a tuple with a name.
     gl.warp_specialize(
         [
-            (
-                _consume,
-                (outputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL, NEGATIVE_SCALE, OUT_IN_Q, 0),
-            ),
-            (
-                _consume,
-                (outputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL, NEGATIVE_SCALE, OUT_IN_Q, 1),
-            ),
+            (_consume, (outputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL, NEGATIVE_SCALE,
+                        OUT_IN_Q, PING_PONG, 0)),
+            (_consume, (outputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL, NEGATIVE_SCALE,
+                        OUT_IN_Q, PING_PONG, 1)),
             (_produce, (inputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL)),
         ],
         [4, 1],
         [240, 24],
-    )
+    )  # fmt: skip
 
 
 CACHED_BYTES = 32 * 2**20  # of k and v that are in use at once: what the L2 cache, 50 MB, holds beside everything else
@@ -352,7 +365,7 @@ def attention_forward(
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(spec: AttentionSpec, tiles: Tiles, mask_rows: int, multiprocessors: int) -> Prepared:
     """The launch for all tensors of these sizes."""
-    block_m, block_n, num_warps, _ = tiles.forward
+    block_m, block_n, num_warps, _, ping_pong = tiles.forward
     dim = spec.head_dim
     heads_total = spec.batch * spec.heads
     n_tiles = heads_total * triton.cdiv(spec.queries, block_m)
@@ -380,6 +393,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, mask_rows: int, multiprocessors:
             MASK=int(spec.mask),
             CAUSAL=spec.causal,
             NEGATIVE_SCALE=spec.scale < 0,
+            PING_PONG=ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v
         ),
         num_warps,

@@ -34,3 +34,28 @@ def clear_hidden(buffer, visible, first_key, barriers, CLEARED: gl.constexpr, cl
     fence_async_shared()
     mbarrier.arrive(barriers.index(CLEARED), count=1)
     mbarrier.wait(barriers.index(CLEARED), cleared & 1)
+
+
+# Two barriers: a consumer's says that the other one has issued the products of its own step.
+
+
+@gluon.jit
+def init_turns(barriers, TURNS: gl.constexpr):
+    for consumer in gl.static_range(CONSUMERS):
+        mbarrier.init(barriers.index(TURNS + consumer), count=1)
+
+
+@gluon.jit
+def take_turn(barriers, TURNS: gl.constexpr, step, CONSUMER: gl.constexpr):
+    """Waits until this consumer may issue the products of its `step`: after the other one's, the first one first.
+
+    While one waits for its products the other takes exponentials, and neither's products wait behind the other's
+    ("ping-pong" in FlashAttention-3).
+    """
+    mbarrier.wait(barriers.index(TURNS + CONSUMER), (step & 1) ^ (1 - CONSUMER))
+
+
+@gluon.jit
+def pass_turn(barriers, TURNS: gl.constexpr, CONSUMER: gl.constexpr):
+    """This consumer has issued its products: it is the other's turn."""
+    mbarrier.arrive(barriers.index(TURNS + 1 - CONSUMER), count=1)
