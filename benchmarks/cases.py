@@ -210,6 +210,8 @@ def _masks() -> Iterator[Case]:
                     preset = "quick" if side == "right" and valid == 0.5 and dim == 64 else "standard"
                     case = _case(4096, dim, mask=side, valid=valid, causal=causal, group="key padding", preset=preset)
                     yield replace(case, core=valid == 0.5) if usual else replace(case, preset="full")
+    for causal in (False, True):
+        yield _case(4096, 256, mask="right", valid=0.5, causal=causal, group="key padding")
     for length in (2048, 4096):
         for dim in (64, 128):
             preset = "standard" if length == 4096 else "full"

@@ -1,11 +1,13 @@
 """What `validate.py` proves beside the test suite: random calls, the same bits under load, and calls for a sanitizer.
 
     python benchmarks/gpu_checks.py environment
-    python benchmarks/gpu_checks.py random --first 0 --count 100 --out FILE.json
-    python benchmarks/gpu_checks.py repeats
-    compute-sanitizer python benchmarks/gpu_checks.py sanitized        (or: overrun, which must be found)
+    python benchmarks/gpu_checks.py random --backend triton --first 0 --count 100 --out FILE.json
+    python benchmarks/gpu_checks.py repeats --backend triton
+    python benchmarks/gpu_checks.py twins --backend hopper
+    compute-sanitizer python benchmarks/gpu_checks.py sanitized --backend triton      (or: overrun, which must be found)
 
-Every check prints `FAILED: ...` for what is wrong, and a summary in its last line; the exit code is 1 if anything is.
+Each check is about one backend, and makes those of its calls that the dispatcher lets this backend serve. It prints
+`FAILED: ...` for what is wrong, and a summary in its last line; the exit code is 1 if anything is.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +33,25 @@ import triton.language as tl
 
 from cases import DTYPES
 from flash_attend.__main__ import REPRESENTATIVE, report
-from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM, choose
+from flash_attend.dispatch import (
+    BACKENDS,
+    LARGEST_ACCURATE_HEAD_DIM,
+    LARGEST_HEAD_DIM,
+    BackendUnavailable,
+    choose,
+)
 from flash_attend.kernels.launch import recorded_launches
+from flash_attend.spec import AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
 from measure import device_name, first_line, numerics
 from results import write_results
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the oracle lives beside the tests
 
-from calls import LAYOUTS, MASKS, Case, assert_same_bits, check, make_call, run
+from calls import LAYOUTS, MASKS, Call, Case, assert_same_bits, budget_of, check, make_call, run
+from oracle import Answer
 
-__all__ = ["PACKAGES", "SANITIZED", "draw_call", "judge_seed", "reproduce", "run_shares"]
+__all__ = ["PACKAGES", "SANITIZED", "draw_call", "judge_seed", "reproduce", "run_shares", "serves", "spec_of"]
 
 FAILED = "FAILED: "
 
@@ -77,6 +89,40 @@ def report_environment() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Which calls are for which backend
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A part on which every backend serves something: what is drawn for a backend must not depend on where it is drawn.
+EVERYTHING = DeviceTarget("cuda", capability=(9, 0), triton=triton.__version__)
+
+
+def spec_of(case: Case, dtype: str, deterministic: bool = False) -> AttentionSpec:
+    """A call as the dispatcher knows it. `dtype` is a key of `cases.DTYPES`."""
+    with numerics(dtype, deterministic), torch.device("meta"):
+        call = make_call(case, DTYPES[dtype][0], "meta")
+        return normalise_inputs(call.q, call.k, call.v, **call.options)[-1]
+
+
+def serves(backend: str, case: Case, dtype: str, deterministic: bool = False) -> bool:
+    """Whether a backend serves a call, on a part that it is for."""
+    try:
+        choose(spec_of(case, dtype, deterministic), EVERYTHING, backend)
+    except BackendUnavailable:
+        return False
+    return True
+
+
+@cache
+def _repertoire(backend: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+    """The dtypes, the masks and the head dims that a backend serves, each for itself."""
+    usual = Case("usual", batch=1, heads=1, queries=2, keys=3, d=64)
+    dtypes = tuple(dtype for dtype in DTYPES if serves(backend, usual, dtype))
+    masks = tuple(mask for mask in sorted(MASKS) if serves(backend, replace(usual, mask=mask), "float16"))
+    dims = range(1, LARGEST_HEAD_DIM + 1)
+    return dtypes, masks, tuple(dim for dim in dims if serves(backend, replace(usual, d=dim), "float16"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Random calls
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -84,14 +130,22 @@ def report_environment() -> int:
 LAYOUT_NAMES = sorted(set(LAYOUTS) - {"broadcast_length"})
 
 
-def draw_call(seed: int) -> tuple[Case, str]:
-    """A call and how `cases.DTYPES` names its dtype: a pure function of the seed.
+def draw_call(seed: int, backend: str) -> tuple[Case, str]:
+    """A call that a backend serves, and how `cases.DTYPES` names its dtype: a pure function of seed and backend.
 
     Dtypes take turns, and so do the masks of each dtype, so that few seeds already meet all of them.
     """
     chance = random.Random(seed)
-    dtype = tuple(DTYPES)[seed % len(DTYPES)]
-    mask = sorted(MASKS)[seed // len(DTYPES) % len(MASKS)]
+    dtypes, masks, dims = _repertoire(backend)
+    dtype = dtypes[seed % len(dtypes)]
+    mask = masks[seed // len(dtypes) % len(masks)]
+    while True:
+        case = _draw_case(chance, f"seed {seed}", dtype, mask, dims)
+        if serves(backend, case, dtype):
+            return case, dtype
+
+
+def _draw_case(chance: random.Random, name: str, dtype: str, mask: str, dims: Sequence[int]) -> Case:
     accurate = dtype in ("float32", "float64")
     # The budget is what PyTorch's own products err by, and of small or odd ones TF32 computes none.
     shortest, step = (64, 8) if dtype == "tf32" else (1, 1)
@@ -103,12 +157,12 @@ def draw_call(seed: int) -> tuple[Case, str]:
         largest = LARGEST_ACCURATE_HEAD_DIM if accurate else LARGEST_HEAD_DIM
         usual = (16, 32, 40, 64, 64, 80, 96, 128, 128, 160, 192, 256)
         drawn = chance.choice((chance.choice(usual), chance.randint(1, largest)))
-        return min(largest, -(-drawn // step) * step)
+        return min(each for each in dims if each >= min(largest, -(-drawn // step) * step))
 
     kv_heads, group = chance.randint(1, 3), chance.choice((1, 1, 2, 4))
     d = dim()
-    case = Case(
-        f"seed {seed}",
+    return Case(
+        name,
         batch=chance.randint(1, 3),
         heads=kv_heads * group,
         kv_heads=0 if kv_heads == 1 and chance.random() < 0.5 else kv_heads,
@@ -124,7 +178,6 @@ def draw_call(seed: int) -> tuple[Case, str]:
         grad_layout=chance.choice(LAYOUT_NAMES),
         grads=chance.choice(("both", "both", "out", "lse")),
     )
-    return case, dtype
 
 
 def _in_words(case: Case, dtype: str) -> str:
@@ -143,7 +196,7 @@ def judge_seed(seed: int, backend: str, device: str) -> dict[str, Any]:
     `used` is the share of the error budget that each result took, `error` what is wrong, empty where nothing is.
     Whatever but a wrong result is raised by the call goes through.
     """
-    case, dtype = draw_call(seed)
+    case, dtype = draw_call(seed, backend)
     row: dict[str, Any] = dict(seed=seed, call=_in_words(case, dtype), used={}, error="")
     with numerics(dtype):
         call = make_call(case, DTYPES[dtype][0], device, seed)
@@ -154,7 +207,7 @@ def judge_seed(seed: int, backend: str, device: str) -> dict[str, Any]:
     return row
 
 
-def reproduce(seed: int, backend: str = "triton", device: str = "cuda") -> int:
+def reproduce(seed: int, backend: str, device: str = "cuda") -> int:
     """Makes the call of one seed and prints what was found; 1 if it is wrong. Errors go through, with their trace."""
     row = judge_seed(seed, backend, device)
     print(row["call"])
@@ -164,29 +217,31 @@ def reproduce(seed: int, backend: str = "triton", device: str = "cuda") -> int:
     return int(bool(row["error"]))
 
 
-def judge_seeds(seeds: Sequence[int]) -> int:
+def judge_seeds(seeds: Sequence[int], backend: str) -> int:
     """Prints a line of JSON for each seed. Ends at the first error that is raised: a fault on the device spoils what
     comes after it."""
     for seed in seeds:
         try:
-            row = judge_seed(seed, "triton", "cuda")
+            row = judge_seed(seed, backend, "cuda")
         except Exception as error:
-            row = dict(seed=seed, call=_in_words(*draw_call(seed)), used={}, error=first_line(error))
+            row = dict(seed=seed, call=_in_words(*draw_call(seed, backend)), used={}, error=first_line(error))
             print(json.dumps(row), flush=True)
             return 1
         print(json.dumps(row), flush=True)
     return 0
 
 
-def _share_command(seeds: Sequence[int]) -> list[str]:
-    return [sys.executable, __file__, "seeds", *map(str, seeds)]
+def _share_command(seeds: Sequence[int], backend: str) -> list[str]:
+    return [sys.executable, __file__, "seeds", "--backend", backend, *map(str, seeds)]
 
 
-def _run_share(seeds: Sequence[int], command: Callable[[Sequence[int]], list[str]]) -> Iterator[dict[str, Any]]:
+def _run_share(
+    seeds: Sequence[int], backend: str, command: Callable[[Sequence[int], str], list[str]]
+) -> Iterator[dict[str, Any]]:
     """The rows of some seeds, from as many processes in a row as it takes: one that ends early has a successor."""
     waiting = list(seeds)
     while waiting:
-        process = subprocess.Popen(command(waiting), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command(waiting, backend), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         out, complaint = process.communicate()
         rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
         yield from rows
@@ -194,18 +249,18 @@ def _run_share(seeds: Sequence[int], command: Callable[[Sequence[int]], list[str
         if waiting and (process.returncode == 0 or not (rows and rows[-1]["error"])):
             said = next(reversed(complaint.strip().splitlines()), "")
             error = f"the process ended with {process.returncode}: {said}"
-            yield dict(seed=waiting[0], call=_in_words(*draw_call(waiting[0])), used={}, error=error)
+            yield dict(seed=waiting[0], call=_in_words(*draw_call(waiting[0], backend)), used={}, error=error)
             waiting = waiting[1:]
 
 
 def run_shares(
-    seeds: Sequence[int], jobs: int, command: Callable[[Sequence[int]], list[str]] = _share_command
+    seeds: Sequence[int], jobs: int, backend: str, command: Callable[[Sequence[int], str], list[str]] = _share_command
 ) -> list[dict[str, Any]]:
     """The rows of all seeds, in order, computed by so many processes at a time: most of the time is compilation."""
 
     def share(first: int) -> list[dict[str, Any]]:
         rows = []
-        for row in _run_share(seeds[first::jobs], command):
+        for row in _run_share(seeds[first::jobs], backend, command):
             print(f"seed {row['seed']}: {row['error'] or 'right'}", flush=True)
             rows.append(row)
         return rows
@@ -215,11 +270,12 @@ def run_shares(
     return sorted(found, key=lambda row: row["seed"])
 
 
-def summarise_random(rows: Sequence[dict[str, Any]]) -> int:
+def summarise_random(rows: Sequence[dict[str, Any]], backend: str) -> int:
     """Prints the largest share of the budget of each result, and every failure with how to see it again."""
     wrong = [row for row in rows if row["error"]]
     for row in wrong:
-        print(f"{FAILED}python benchmarks/validate.py --reproduce {row['seed']}: {row['error']} ({row['call']})")
+        again = f"python benchmarks/validate.py --reproduce {row['seed']} --backend {backend}"
+        print(f"{FAILED}{again}: {row['error']} ({row['call']})")
     names = dict.fromkeys(name for row in rows for name in row["used"])
     shares = {name: max(row["used"].get(name, 0.0) for row in rows) for name in names}
     told = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
@@ -238,6 +294,7 @@ REPEATED = (
     Case("grouped and padded", heads=8, kv_heads=2, queries=300, keys=700, d=64, mask="holes", causal=True),
     Case("dense", queries=500, keys=500, d=80, mask="bhij"),
     Case("dropout", queries=500, keys=500, d=64, dropout_p=0.3, causal=True),
+    Case("wide", heads=4, queries=500, keys=600, d=256, causal=True),
 )
 
 
@@ -258,36 +315,107 @@ class Load:
             return self.stream.record_event()
 
 
-def repeat_calls() -> int:
-    """Prints what is not the same every time: the forward as it is, the whole call when it is to be deterministic."""
+def repeat_calls(backend: str) -> int:
+    """Prints what is not the same every time: the forward as it is, the whole call when it is to be deterministic.
+
+    Where it cannot be, its gradients have to be within the error budget every time.
+    """
     # cuBLAS is deterministic only with a workspace of its own, which it must know when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     load = Load()
     failures = overlapping = total = 0
     for case in REPEATED:
         for dtype in ("float16", "bfloat16", "float32"):
-            for deterministic in (False, True):
+            if not serves(backend, case, dtype):
+                continue
+            repeatable = serves(backend, case, dtype, deterministic=True)
+            for deterministic in (False, True) if repeatable else (False,):
                 with numerics(dtype, deterministic):
                     call = make_call(case, DTYPES[dtype][0], "cuda")
-                    needs = "qkv" if deterministic else ""
-                    first = run(call, "triton", needs)
+                    budget = None if repeatable else budget_of(call)
+                    needs = "qkv" if deterministic or budget else ""
+                    first = _forward_alone(run(call, backend, needs)) if budget else run(call, backend, needs)
                     try:
                         for _ in range(REPEATS):
                             loaded = load.add()
-                            again = run(call, "triton", needs)
+                            again = run(call, backend, needs)
                             torch.cuda.current_stream().synchronize()
                             overlapping += not loaded.query()
                             total += 1
+                            if budget:
+                                budget.check(again)
+                                again = _forward_alone(again)
                             assert_same_bits(again, first)
                     except AssertionError as wrong:
                         failures += 1
-                        what = "forward and backward" if deterministic else "forward"
+                        what = "forward and backward" if needs else "forward"
                         print(f"{FAILED}{case}, {dtype}, {what}: {first_line(wrong)}")
                     torch.cuda.synchronize()
-    if overlapping < total / 2:
+    if overlapping < total / 2 or not total:
         failures += 1
         print(f"{FAILED}only {overlapping} of {total} calls ran beside other work, so little was shown")
     print(f"{failures} failures; {overlapping} of {total} calls ran while another stream was busy")
+    return int(bool(failures))
+
+
+def _forward_alone(answer: Answer) -> Answer:
+    return replace(answer, dq=None, dk=None, dv=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A kernel for one part beside the one for all of them
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Long enough that every program has many blocks and, where programs are persistent, several tiles.
+TWINS = (
+    Case("plain", batch=2, heads=4, queries=2048, keys=2048),
+    Case("causal", batch=2, heads=4, queries=2048, keys=2048, causal=True),
+    Case("ragged", batch=1, heads=4, queries=1999, keys=2111, causal=True),
+    Case("dead rows", batch=1, heads=4, queries=1500, keys=700, causal=True),
+    Case("grouped", batch=1, heads=8, kv_heads=2, queries=1024, keys=2048, causal=True),
+    Case("padded", batch=3, heads=2, queries=2048, keys=2048, mask="pad_right", causal=True),
+    Case("padded left", batch=3, heads=2, queries=1024, keys=2048, mask="pad_left"),
+    Case("holes", batch=2, heads=4, kv_heads=2, queries=1500, keys=1500, mask="holes", causal=True),
+)
+
+
+def _kernels_of(call: Call, backend: str) -> set[str]:
+    """The names of the kernels that a call would launch."""
+    with recorded_launches() as launches:
+        run(call, backend)
+    return {launch.prepared.kernel.__name__ for launch in launches}
+
+
+def compare_twins(backend: str) -> int:
+    """Makes the same calls by Gluon kernels and by the plain ones, and prints how much of the error budget each of them
+    used: 1 where one is wrong, or where no kernel was another."""
+    twin = backend.replace("hopper", "triton")
+    failures, own, most = 0, set(), 0.0
+    for case in TWINS:
+        for dim in (64, 128, 256):
+            for dtype in ("float16", "bfloat16"):
+                wide = replace(case, d=dim)
+                if not serves(backend, wide, dtype):
+                    continue
+                call = make_call(wide, DTYPES[dtype][0], "cuda")
+                budget, told = budget_of(call), {}
+                for name in (backend, twin):
+                    try:
+                        used = budget.check(run(call, name))
+                        told[name] = " ".join(f"{result} {share:.2f}" for result, share in used.items())
+                        most = max(most, *used.values())
+                    except AssertionError as wrong:
+                        failures += 1
+                        told[name] = "WRONG"
+                        print(f"{FAILED}{case}, d {dim}, {dtype}, {name}: {first_line(wrong)}")
+                print(f"{case}, d {dim}, {dtype}: " + "; ".join(f"{name} {text}" for name, text in told.items()))
+                own |= _kernels_of(call, backend) - _kernels_of(call, twin)
+    if not own:
+        failures += 1
+        print(f"{FAILED}{backend} launched the kernels of {twin} and no others")
+    print(
+        f"{failures} failures; at most {most:.2f} of the budget; kernels of {backend} alone: {', '.join(sorted(own))}"
+    )
     return int(bool(failures))
 
 
@@ -306,7 +434,9 @@ SANITIZED = (
     (Case("padded dropout", heads=1, queries=70, keys=150, d=128, mask="pad_left", dropout_p=0.2), "bfloat16"),
     (Case("two parts", batch=1, heads=1, queries=70, keys=90, d=80, dv=40, causal=True), "float16"),
     (Case("d128", batch=1, heads=1, queries=140, keys=140, d=128, causal=True), "bfloat16"),
+    (Case("d128 padded", heads=2, kv_heads=1, queries=140, keys=300, d=128, mask="holes"), "float16"),
     (Case("d256", batch=1, heads=1, queries=70, keys=70, d=256, causal=True), "float16"),
+    (Case("d256 padded", heads=1, queries=140, keys=150, d=256, mask="pad_left", causal=True), "bfloat16"),
     (Case("strided", batch=1, heads=2, queries=70, keys=90, d=33, layout="interleaved", mask="strided"), "float16"),
     (Case("tf32", heads=1, queries=70, keys=90, d=64, mask="pad_right", causal=True), "tf32"),
     (Case("accurate", heads=1, queries=70, keys=90, d=128, mask="pad_right", causal=True), "float32"),
@@ -314,20 +444,24 @@ SANITIZED = (
 )
 
 
-def run_sanitized() -> int:
+def sanitized_calls(backend: str) -> list[tuple[Case, str]]:
+    """Those of `SANITIZED` that a backend serves."""
+    return [(case, dtype) for case, dtype in SANITIZED if serves(backend, case, dtype)]
+
+
+def run_sanitized(backend: str) -> int:
     """Makes the small calls. Their results are judged elsewhere: here a sanitizer watches."""
     kernels: set[str] = set()
-    for case, dtype in SANITIZED:
+    chosen = sanitized_calls(backend)
+    for case, dtype in chosen:
         with numerics(dtype):
             call = make_call(case, DTYPES[dtype][0], "cuda")
-            with recorded_launches() as launches:
-                run(call, "triton")
-            names = sorted({launch.prepared.kernel.__name__ for launch in launches})
-            print(f"{case} {dtype}: {', '.join(names)}", flush=True)
-            run(call, "triton")
+            names = _kernels_of(call, backend)
+            print(f"{case} {dtype}: {', '.join(sorted(names))}", flush=True)
+            run(call, backend)
             torch.cuda.synchronize()
-            kernels.update(names)
-    print(f"{len(SANITIZED)} calls ran: {', '.join(sorted(kernels))}")
+            kernels |= names
+    print(f"{len(chosen)} calls ran: {', '.join(sorted(kernels))}")
     return 0
 
 
@@ -355,13 +489,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     checks = parser.add_subparsers(dest="check", required=True)
-    plain = {
-        "environment": report_environment,
-        "repeats": repeat_calls,
-        "sanitized": run_sanitized,
-        "overrun": overrun,
-    }
-    for name, function in plain.items():
+    plain = {"environment": report_environment, "overrun": overrun}
+    about = {"repeats": repeat_calls, "twins": compare_twins, "sanitized": run_sanitized}
+    for name, function in (plain | about).items():
         checks.add_parser(name, help=next(iter((function.__doc__ or "").splitlines())))
     seeds = checks.add_parser("seeds", help="random calls by seed, one after the other, a line of JSON each")
     seeds.add_argument("seeds", nargs="+", type=int)
@@ -370,17 +500,22 @@ def main(arguments: list[str] | None = None) -> int:
     calls.add_argument("--count", type=int, required=True)
     calls.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     calls.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    for name in (*about, "seeds", "random"):
+        backends = [backend for backend in BACKENDS if backend.startswith("hopper") or name != "twins"]
+        checks.choices[name].add_argument("--backend", required=True, choices=backends)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("torch sees no GPU, and these checks need one", file=sys.stderr)
         return 2
+    if options.check in plain:
+        return plain[options.check]()
     if options.check == "seeds":
-        return judge_seeds(options.seeds)
+        return judge_seeds(options.seeds, options.backend)
     if options.check == "random":
-        rows = run_shares(range(options.first, options.first + options.count), options.jobs)
+        rows = run_shares(range(options.first, options.first + options.count), options.jobs, options.backend)
         write_results(options.out, {"device": device_name(torch.device("cuda"))}, "rows", rows)
-        return summarise_random(rows)
-    return plain[options.check]()
+        return summarise_random(rows, options.backend)
+    return about[options.check](options.backend)
 
 
 if __name__ == "__main__":

@@ -423,14 +423,26 @@ EVERYWHERE = ("cuda", "cpu")
 PEERS = (
     Peer(
         "flash_attend",
-        "our Triton kernels",
+        "our Triton kernels; the backward repeats bit by bit",
         partial(_prepare_ours, "triton"),
         judged_whole=True,
     ),
     Peer(
+        "flash_attend fused",
+        "our Triton kernels, with the backward in one pass",
+        partial(_prepare_ours, "triton_fused"),
+        judged_whole=True,
+    ),
+    Peer(
         "flash_attend hopper",
-        "our Gluon forward for Hopper, with the backward of the Triton kernels",
+        "our Gluon kernels for Hopper; the backward repeats bit by bit",
         partial(_prepare_ours, "hopper"),
+        judged_whole=True,
+    ),
+    Peer(
+        "flash_attend hopper fused",
+        "our Gluon kernels for Hopper, with the backward in one pass",
+        partial(_prepare_ours, "hopper_fused"),
         judged_whole=True,
     ),
     Peer(

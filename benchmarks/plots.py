@@ -49,6 +49,7 @@ CEILING = dict(color="0.3", linestyle=":", linewidth=1, label="matrix product")
 OTHERS = "other peers"
 CLOSE_TICKS = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 1.8, 2)  # of ratios; beyond these the powers of two
 FAR_TICKS = tuple(2.0**exponent for exponent in range(-10, 11))
+OUR_LINES = (("-", 3.0), ("-.", 2.0), ("--", 2.0), ((0, (6, 1, 1, 1, 1, 1)), 2.0), (":", 1.5))  # one for each of `OURS`
 # What people with any kind of colour vision tell apart (Okabe and Ito), each with a marker of its own.
 COLOURS = (("#E69F00", "s"), ("#009E73", "^"), ("#D55E00", "D"), ("#CC79A7", "v"), ("#56B4E9", "P"), ("#000000", "X"))
 
@@ -74,7 +75,7 @@ def _line_styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     ranked = sorted((peer for peer in scores if peer not in OURS), key=lambda peer: (-scores[peer], peer))
     held = [name for name in OURS if name in scores]
     styles: dict[str, dict[str, Any]] = {}
-    for name, line, width in zip(held, ("-", "--", ":"), (3.0, 2.0, 1.5), strict=False):
+    for name, (line, width) in zip(held, OUR_LINES, strict=False):
         styles[name] = dict(color=BLUE, linestyle=line, linewidth=width, marker="o", markersize=5, zorder=4, label=name)
     for peer, (colour, marker) in zip(ranked, COLOURS, strict=False):
         styles[peer] = dict(color=colour, linewidth=1.3, marker=marker, markersize=4, zorder=3, label=_plain(peer))

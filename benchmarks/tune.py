@@ -2,14 +2,15 @@
 
     python benchmarks/tune.py --kernel forward --dim 128 --mode causal               for the GPU at hand, and on it
     python benchmarks/tune.py --kernel forward --dim 128 --mode causal --arch sm_90  compiles only, measures nothing
+    python benchmarks/tune.py --backend hopper_fused --kernel backward_fused --dim 128
 
-Every tile of `SPACE` goes as far as it can: arithmetic throws out what can fit neither in registers nor in shared
+Every tile of `SPACES` goes as far as it can: arithmetic throws out what can fit neither in registers nor in shared
 memory; ahead-of-time compilation what spills, takes too much shared memory, misses the tensor cores or serializes its
 products; the gate, on the GPU, what computes a wrong output or gradient; the clock decides among the rest.
 
 What is timed is the one kernel: its launch is recorded within a whole call and repeated on the tensors of that call,
 because a gain of 5% in one of four kernels drowns in the spread of all of them. A tile can cost elsewhere, though: the
-blocks of a mask's schedule are as large as the largest tile of the three. So the winner must also not slow the whole
+blocks of a mask's schedule are as large as the largest tile of them all. So the winner must also not slow the whole
 call, all kernels of forward and backward, beyond the spread. And it must compile in every case that its row serves.
 Its speed there is not measured: tune a row for the case that matters most.
 """
@@ -33,21 +34,22 @@ from tqdm import tqdm
 
 from cases import DTYPES, TOKENS, WIDTH, Case, Inputs, make_inputs
 from flash_attend import flash_attention
-from flash_attend.dispatch import choose
+from flash_attend.dispatch import BACKENDS, choose
 from flash_attend.kernels import aot
 from flash_attend.kernels.configs import (
     ARCHS,
+    ROWS,
+    VARIANTS,
     Tile,
     Tiles,
     head_parts,
-    kind_of,
     mode_of,
     override,
     row_of,
     select_tiles,
 )
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget, interpreting
 from gate import Check, Gate
 from measure import (
@@ -64,12 +66,23 @@ from measure import (
     summarise,
     synchronize,
 )
+from results import ROOT as RESULTS
 from results import results_folder, write_results
 
 __all__ = ["Candidate", "Question", "Tuning", "main"]
 
+ROOT = RESULTS.parent.parent
+
 # The tiles that are looked at. Sides up to 128: positions have 32 bits, with room for one schedule block past the end.
+# What is not named here is as in the current tile.
 SPACE = dict(block_m=(16, 32, 64, 128), block_n=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
+# Gluon kernels fix the side that their consumers share, their warps and their buffers.
+SPACES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+    ("hopper", "forward"): dict(block_n=(32, 64, 128)),
+    ("hopper", "backward_kv"): dict(block_m=(32, 64, 128)),
+    ("hopper", "backward_q"): dict(block_n=(32, 64, 128)),
+    ("hopper", "backward_fused"): dict(block_m=(32, 64, 128)),
+}
 
 # How float32 products are computed where a case's dtype is one of these; the others have one way.
 PRECISIONS = {"tf32": "tf32", "float32": "tf32x3"}
@@ -81,7 +94,17 @@ MODES = {
     "dropout": dict(dropout_p=0.1),
     "grouped": {},  # four query heads to a key head
 }
-KERNELS = ("forward", "backward_kv", "backward_q")
+# The fields of `Tiles` that count for a backend, by whether its backward is fused; the kernels that each may
+# be the tile of.
+KERNELS = {False: ("forward", "backward_kv", "backward_q"), True: ("forward", "backward_fused")}
+LAUNCHED = {
+    "forward": ("hopper_forward", "forward"),
+    "backward_kv": ("hopper_backward", "backward_kv"),
+    "backward_q": ("hopper_backward_q", "backward_q"),
+    "backward_fused": ("hopper_backward", "backward_fused", "backward_kv"),
+}
+CONSUMERS = 2  # warpgroups that share the tile of a Gluon kernel
+GLUON_WARPS = 12  # of a program, producers counted
 
 ROUNDS, MILLISECONDS = 5, 50.0  # of every tile in turn, and about how long in a round
 TURN = 4  # tiles that are timed in turn with the current one: each holds outputs and gradients of its own
@@ -99,6 +122,7 @@ class Question:
     arch: str  # of `aot.PARTS`
     kernel: str  # of `KERNELS`
     case: Case  # the call that is measured
+    backend: str = "triton"
 
     @cached_property
     def spec(self) -> AttentionSpec:
@@ -125,14 +149,26 @@ class Question:
     def target(self) -> DeviceTarget:
         return aot.PARTS[self.arch]
 
+    @property
+    def gluon(self) -> bool:
+        """Whether the kernel is one for Hopper alone: the backends for Hopper launch others too."""
+        return self.launched.startswith("hopper")
+
     @cached_property
     def tiles(self) -> Tiles:
         """What the table holds today: the row to beat."""
-        return select_tiles(self.spec, self.target)
+        return select_tiles(self.spec, self.target, self.backend)
 
     @property
     def current(self) -> Tile:
         return getattr(self.tiles, self.kernel)
+
+    @cached_property
+    def launched(self) -> str:
+        """The name of the kernel that has the tile in question, among those that the call launches."""
+        launches = aot.record_call(self.spec, self.tiles, self.backend)
+        names = {one.prepared.kernel.__name__.removesuffix("_kernel") for one in launches}
+        return next(name for name in LAUNCHED[self.kernel] if name in names)
 
     def tiles_with(self, tile: Tile, tiles: Tiles | None = None) -> Tiles:
         """The row (default: the current one) with another tile for the kernel in question."""
@@ -140,39 +176,62 @@ class Question:
 
     @property
     def mode(self) -> str:
-        return aot.Case(self.arch, self.spec, self.tiles).mode
+        return aot.Case(self.arch, self.spec, self.tiles, self.backend).mode
 
     @property
     def name(self) -> str:
-        """For a file: `sm_90-forward-bfloat16-d128-key+causal-s4096`."""
+        """For a file: `sm_90-triton-forward-bfloat16-d128-key+causal-s4096`."""
         case = self.case
         dims = f"d{case.head_dim}" if case.head_dim == case.value_dim else f"d{case.head_dim}-dv{case.value_dim}"
-        return f"{self.arch}-{self.kernel}-{case.dtype}-{dims}-{self.mode}-s{case.queries}"
+        return f"{self.arch}-{self.backend}-{self.kernel}-{case.dtype}-{dims}-{self.mode}-s{case.queries}"
 
     @property
     def row(self) -> tuple:
-        """The key of the proposed row: of `ROWS`, or with a fourth part of `VARIANTS`."""
-        mode = mode_of(self.spec)
-        return (self.arch, *row_of(self.spec), *([mode] if mode else []))
+        """The key of the proposed row: of `ROWS`, with a fourth part of `VARIANTS`, or ("sm_90", "hopper", d)."""
+        return self._row_of(self.spec)
+
+    def _row_of(self, spec: AttentionSpec) -> tuple:
+        if self.gluon:  # a row for each head dim, which names the tiles of Gluon kernels alone
+            return self.arch, "hopper", spec.head_dim
+        mode = mode_of(spec)
+        return (self.arch, *row_of(spec), *([mode] if mode else []))
+
+    @property
+    def whole_row(self) -> Tiles:
+        """What the table holds today of all kernels, whether this backend launches them or not."""
+        if self.arch not in ARCHS:
+            return self.tiles
+        return VARIANTS.get(self.row) or ROWS[self.row[:3]]
 
     def served(self) -> list[aot.Case]:
-        """The calls of the ahead-of-time table that the proposed row would serve."""
-        mode = mode_of(self.spec)
-        return [
-            case
-            for case in aot.cases([self.arch])
-            if case.tiles is self.tiles and (not mode or mode_of(case.spec) == mode)
-        ]
+        """The calls of the ahead-of-time table that the proposed row would serve, as this backend makes them.
+
+        Of a row that is there today, all that have it; of a new variant, those in its mode.
+        """
+        hopper = self.backend.startswith("hopper")
+        specs = dict.fromkeys(
+            case.spec for case in aot.cases([self.arch]) if case.backend.startswith("hopper") == hopper
+        )
+        found = []
+        for spec in specs:
+            key = self._row_of(spec)
+            if key not in VARIANTS and len(self.row) == 3:
+                key = key[:3]
+            if key == self.row:
+                tiles = select_tiles(spec, self.target, self.backend)
+                found.append(aot.Case(self.arch, spec, tiles, self.backend))
+        return found
 
     def as_json(self) -> dict[str, Any]:
         return {
             "arch": self.arch,
+            "backend": self.backend,
             "kernel": self.kernel,
             "dtype": self.case.dtype,
             "mode": self.mode,
             "call": self.case.name,
             "row": list(self.row),
-            "tiles": {name: list(getattr(self.tiles, name)) for name in KERNELS},
+            "tiles": {name: list(tile) for name, tile in self.tiles._asdict().items() if tile is not None},
         }
 
 
@@ -226,8 +285,9 @@ class Candidate:
 
 
 def label(tile: Tile) -> str:
-    """`128x64 w8 s3`: queries, keys, warps, stages."""
-    return f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}"
+    """`128x64 w8 s3`: queries, keys, warps, stages, and the names of what else is on."""
+    options = [name for name in Tile._field_defaults if getattr(tile, name)]
+    return " ".join([f"{tile.block_m}x{tile.block_n} w{tile.num_warps} s{tile.num_stages}", *options])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,6 +311,7 @@ def tile_sizes(question: Question, tile: Tile) -> tuple[int, int, int]:
         "forward": (queries * d, keys * (d + dv), queries * dv + pairs),
         "backward_kv": (keys * (d + dv), queries * (d + dv), keys * (d + dv) + 2 * pairs),
         "backward_q": (queries * (d + dv), keys * (d + dv), queries * d + 2 * pairs),
+        "backward_fused": (keys * (d + dv), queries * (d + dv), keys * (d + dv) + 2 * pairs),
     }[question.kernel]
 
 
@@ -269,7 +330,7 @@ def least_registers(question: Question, tile: Tile) -> int:
     """What each thread holds of the sums and the scores."""
     *_, summed = tile_sizes(question, tile)
     words = question.spec.accumulator_dtype.itemsize // 4
-    return words * summed // (32 * tile.num_warps)
+    return words * summed // (32 * tile.num_warps * (CONSUMERS if question.gluon else 1))
 
 
 def why_pruned(question: Question, tile: Tile) -> str:
@@ -295,18 +356,21 @@ def resident_warps(question: Question, candidate: Candidate) -> int:
     It has 65536 registers, given out to a thread by eights, and 1 KB more shared memory than one block may use; every
     block takes 1 KB for the system (CUDA programming guide, compute capabilities 8.0 to 12.0).
     """
-    warps = candidate.tile.num_warps
+    warps = GLUON_WARPS if question.gluon else candidate.tile.num_warps
     by_registers = 65536 // (32 * warps * 8 * math.ceil(candidate.registers / 8))
     by_shared = (question.target.shared_memory + 1024) // (candidate.shared_bytes + 1024)
     return warps * min(by_registers, by_shared)
 
 
 def enumerate_tiles(question: Question) -> list[Candidate]:
-    """The current tile, then all of `SPACE`: those that load least for a pair first, and there the larger ones."""
-    space = [Tile(*sizes) for sizes in itertools.product(*(SPACE[name] for name in Tile._fields))]
+    """The current tile, then all of its space: those that load least for a pair first, and there the larger ones."""
+    current = question.current
+    named = SPACES["hopper", question.kernel] if question.gluon else SPACE
+    choices = (named.get(name, (getattr(current, name),)) for name in Tile._fields)
+    space = [Tile(*sizes) for sizes in itertools.product(*choices)]
     space.sort(key=lambda tile: (loaded_per_pair(question, tile), -tile.block_m * tile.block_n))
-    rest = [Candidate(tile, why_pruned(question, tile)) for tile in space if tile != question.current]
-    return [Candidate(question.current), *rest]
+    rest = [Candidate(tile, why_pruned(question, tile)) for tile in space if tile != current]
+    return [Candidate(current), *rest]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,7 +439,10 @@ def compile_candidates(tuning: Tuning, limit: int | None, jobs: int | None) -> N
     if not waiting:
         return
     tasks = [
-        (aot.Case(question.arch, question.spec, question.tiles_with(candidate.tile)), (question.kernel,))
+        (
+            aot.Case(question.arch, question.spec, question.tiles_with(candidate.tile), question.backend),
+            (question.launched,),
+        )
         for candidate in waiting
     ]
     for index, (report,) in aot.compile_tasks(tasks, jobs):
@@ -393,8 +460,7 @@ def compile_candidates(tuning: Tuning, limit: int | None, jobs: int | None) -> N
 def problems_elsewhere(question: Question, tile: Tile, jobs: int | None) -> list[str]:
     """What is wrong with a tile in the other calls that its row serves."""
     tasks = [
-        (aot.Case(case.arch, case.spec, question.tiles_with(tile, case.tiles)), (question.kernel,))
-        for case in question.served()
+        (replace(case, tiles=question.tiles_with(tile, case.tiles)), (question.launched,)) for case in question.served()
     ]
     found = sorted(aot.compile_tasks(tasks, jobs))
     return [f"{report.config}: {problem}" for _, (report,) in found for problem in report.problems()]
@@ -427,7 +493,7 @@ def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with override(tiles):
             return flash_attention(
-                q, k, v, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend="triton"
+                q, k, v, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=question.backend
             )
 
     check = gate.judge(attend, whole=True)
@@ -435,7 +501,7 @@ def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial
     with recorded_launches() as launches:
         torch.autograd.grad(attend(*leaves), leaves, inputs.grad_out)
     repeat(launches)  # in order, once: the kernel's inputs are what the kernels before it wrote
-    own = [one for one in launches if one.prepared.kernel.__name__ == f"{question.kernel}_kernel"]
+    own = [one for one in launches if one.prepared.kernel.__name__ == f"{question.launched}_kernel"]
     return Trial(check, partial(repeat, own), partial(repeat, launches))
 
 
@@ -514,12 +580,30 @@ def spread(*statistics: Statistics) -> float:
     return max(max(one.iqr, max(one.rounds) - min(one.rounds)) for one in statistics)
 
 
+def _tile_source(tile: Tile) -> str:
+    """`Tile(128, 64, 8, 2)`, without what is as by default."""
+    values = list(tile)
+    while len(values) > len(Tile._fields) - len(Tile._field_defaults) and not values[-1]:
+        values.pop()
+    return f"Tile({', '.join(map(str, values))})"
+
+
 def row_source(question: Question, tile: Tile) -> str:
-    """The line of `ROWS` or `VARIANTS`, as configs.py has them."""
-    tiles = question.tiles_with(tile)
-    listed = ", ".join(f"Tile{tuple(getattr(tiles, name))}" for name in KERNELS)
-    key = ", ".join(json.dumps(part) for part in question.row)
-    return f"    ({key}): Tiles({listed}),"
+    """The row with a tile, as configs.py has it; of a row for Hopper the one entry."""
+    if question.gluon:
+        return f"    {question.spec.head_dim}: dict({question.kernel}={_tile_source(tile)}),"
+    tiles = question.tiles_with(tile, question.whole_row)
+    listed = ", ".join(_tile_source(each) for each in tiles if each is not None)
+    key = f"({', '.join(json.dumps(part) for part in question.row)})"
+    source = f"    {key}: Tiles({listed}),"
+    return source if len(source) <= 120 else f"    {key}: Tiles(\n        {listed}\n    ),"
+
+
+def measured_source(question: Question, path: Path) -> str:
+    """The line of `MEASURED` for the row."""
+    where = path.resolve()
+    shown = where.relative_to(ROOT).as_posix() if where.is_relative_to(ROOT) else str(path)
+    return f"    ({', '.join(json.dumps(part) for part in question.row)}): {json.dumps(shown)},"
 
 
 def proposal_source(tuning: Tuning, candidate: Candidate, call: tuple[Statistics, Statistics]) -> str:
@@ -606,6 +690,9 @@ def make_question(options: argparse.Namespace, arch: str) -> Question:
     unknown = [word for word in words if word not in MODES]
     if unknown:
         raise ValueError(f"--mode is plain or words of {', '.join(MODES)} joined by +, got {options.mode!r}")
+    backend = options.backend or ("triton_fused" if options.kernel == "backward_fused" else "triton")
+    if options.kernel not in KERNELS[backend.endswith("_fused")]:
+        raise ValueError(f"{backend} launches no {options.kernel}")
     if {"key", "dense"} <= set(words):
         raise ValueError("--mode: a mask is key or dense, not both")
     value_dim = options.dim if options.value_dim is None else options.value_dim
@@ -626,8 +713,10 @@ def make_question(options: argparse.Namespace, arch: str) -> Question:
         dtype=options.dtype,
         **rest,
     )
-    question = Question(arch, options.kernel, case)
-    choose(question.spec, question.target, "triton")  # raises where the kernels do not serve the call
+    question = Question(arch, options.kernel, case, backend)
+    choose(question.spec, question.target, backend)  # raises where the kernels do not serve the call
+    if question.current is None:
+        raise ValueError(f"the row of such calls has no tile for {options.kernel}")
     return question
 
 
@@ -635,7 +724,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--kernel", required=True, choices=KERNELS)
+    parser.add_argument("--kernel", required=True, choices=LAUNCHED)
+    parser.add_argument(
+        "--backend",
+        choices=[backend for backend in BACKENDS if backend != "math"],
+        help="whose kernel; default triton, or triton_fused for backward_fused",
+    )
     parser.add_argument("--dim", required=True, type=int, metavar="D", help="head dimension of q and k")
     parser.add_argument("--value-dim", type=int, metavar="DV", help="head dimension of v, default that of q and k")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="float32 is the accurate mode (3xTF32)")
@@ -702,7 +796,9 @@ def main(arguments: list[str] | None = None, stopwatch: Stopwatch | None = None)
             "that a multiprocessor holds. That foretells no speed."
         )
     elif proposal:
-        print(f"For {'VARIANTS' if mode_of(question.spec) else 'ROWS'} in kernels/configs.py:\n{proposal}")
+        table_ = "the rows of Hopper" if question.gluon else "VARIANTS" if len(question.row) > 3 else "ROWS"
+        print(f"For {table_} in kernels/configs.py:\n{proposal}")
+        print(f"And, once {options.path.name} is committed, for MEASURED:\n{measured_source(question, options.path)}")
         if question.arch not in ARCHS:
             print(f"{question.arch} takes the rows of sm_80 until the table has all of its own.")
     else:

@@ -1,16 +1,20 @@
-"""Proves the kernels right on the GPU at hand, then measures them, in stages, and says what that validates.
+"""Proves our backends right on the GPU at hand, then measures them, in stages, and says what that validates.
 
-    python benchmarks/validate.py                   goes on where the last call stopped
-    python benchmarks/validate.py --list            the stages, and what each of them proves
-    python benchmarks/validate.py --reproduce 17    one random call again, by its seed
-    python benchmarks/validate.py --verdict         what the results say of the commit that is checked out
+    python benchmarks/validate.py                                   goes on where the last call stopped
+    python benchmarks/validate.py --list                            the stages, and what each of them proves
+    python benchmarks/validate.py --backend triton                  only what proves one backend
+    python benchmarks/validate.py --reproduce 17 --backend hopper   one random call again, by its seed
+    python benchmarks/validate.py --verdict                         what the results say of the commit checked out
+
+Each backend that can serve on the part has a verdict of its own: a stage is a proof for one of them, or for all, and
+what fails for one says nothing of the others. Which is faster where, the standard grid tells.
 
 A call begins no stage that it may not finish in `--minutes`, and the next call goes on: what passed with these sources
 in this environment is not run again, and what failed is run again after everything else. Results and logs are in
 `benchmarks/results/<gpu>/validation/`; that folder is all that a call needs to know of earlier ones.
 
 The exit code is 0 where every stage passed, 1 where one failed or could not run, 2 where nothing can be validated here,
-and 3 where nothing failed and time ran out.
+and 3 where nothing failed and time ran out. What a reader has to judge does not count: it is printed every time.
 """
 
 from __future__ import annotations
@@ -44,6 +48,9 @@ if any(importlib.util.find_spec(name) is None for name in ("flash_attend", "flas
     print(f"flash_attend is not installed with its kernels; in the repository's root: {INSTALL}", file=sys.stderr)
     sys.exit(REFUSED)
 
+from advantages import advantages, row_source  # noqa: E402
+from flash_attend.__main__ import REPRESENTATIVE  # noqa: E402
+from flash_attend.dispatch import BACKENDS, UNMEASURED, judge  # noqa: E402
 from flash_attend.target import DeviceTarget  # noqa: E402
 from measure import environment  # noqa: E402
 from results import ROOT as ALL_RESULTS  # noqa: E402
@@ -53,8 +60,8 @@ __all__ = ["Ledger", "Outcome", "Record", "Stage", "Validator", "main", "stages"
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = Path(__file__).resolve().parent
-BACKEND = "triton"
 PASSED, FAILED, TIMED_OUT, UNFINISHED, NOT_RUN = "passed", "FAILED", "TIMED OUT", "unfinished", "NOT RUN"
+TO_JUDGE = "TO JUDGE"  # what was found may be a fault or not: only a reader can tell
 
 # What the proofs are made with and about. The table of validated parts is what comes of them.
 SOURCES = (
@@ -153,8 +160,11 @@ SUMMARIES = {
 FINDING = re.compile(r"^=+ (?! )(?!COMPUTE-SANITIZER|.*SUMMARY)(.+)\n(?:=+ +(at .+)\n)?", re.MULTILINE)
 
 
-def read_sanitizer(ended: Ended, *, tool: str, finds: bool = False) -> Outcome:
-    """By the tool's summary, which must be there. `finds`: a planted fault must be found, or the tool sees nothing."""
+def read_sanitizer(ended: Ended, *, tool: str, finds: bool = False, certain: bool = True) -> Outcome:
+    """By the tool's summary, which must be there. `finds`: a planted fault must be found, or the tool sees nothing.
+
+    Not `certain`: what the tool finds need not be a fault.
+    """
     summary = SUMMARIES[tool].search(ended.log)
     findings = dict.fromkeys(" ".join(filter(None, found)) for found in FINDING.findall(f"{ended.log}\n"))
     if summary is None:
@@ -165,9 +175,11 @@ def read_sanitizer(ended: Ended, *, tool: str, finds: bool = False) -> Outcome:
         return Outcome(PASSED, f"found as planted: {detail}")
     if finds:
         return Outcome(FAILED, detail, ("the planted fault was not found",))
+    calls = re.search(r"^\d+ calls ran: .+", ended.log, re.MULTILINE)
+    if found and calls is not None and not certain:
+        return Outcome(TO_JUDGE, f"{detail}; {calls[0]}", tuple(findings))
     if found or ended.code != 0:
         return Outcome(FAILED, detail, tuple(findings) or (f"exit code {ended.code}",))
-    calls = re.search(r"^\d+ calls ran: .+", ended.log, re.MULTILINE)
     if calls is None:
         return Outcome(FAILED, detail, ("the calls did not all run",))
     return Outcome(PASSED, f"{detail}; {calls[0]}")
@@ -203,9 +215,10 @@ class Stage:
     minutes: float  # about as long as it takes: an estimate
     command: Callable[[Path, float], list[str]]  # of the folder for its files, and of the minutes that are left
     read: Reader
+    backends: tuple[str, ...] = ()  # whom it is about; empty: all of them
+    proof: bool = True  # False for a measurement, and for what a reader has to judge: no verdict rests on it
     needs: tuple[str, ...] = ()  # packages, and programs on the PATH
     variables: tuple[tuple[str, str], ...] = ()  # of the process's environment
-    measures: bool = False  # a measurement: no proof rests on it
     goes_on: bool = False  # a call that is stopped keeps what it finished, and the next one goes on from there
 
     @property
@@ -218,20 +231,37 @@ class Stage:
         """The minutes without which it does not begin."""
         return min(self.minutes, 3.0) if self.goes_on else self.minutes
 
+    def about(self, backend: str) -> bool:
+        """Whether it says something of a backend."""
+        return not self.backends or backend in self.backends
+
     def missing(self) -> list[str]:
         """What it needs and is not here."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None and shutil.which(name) is None]
 
 
+# Whom a test is about: pytest's expression for it. Tests of every backend are called after the one that they run
+# (tests/calls.py); what nobody else claims is about the plain kernels.
+CLAIMS = {
+    "triton_fused": "triton_fused-cuda",
+    "hopper": "hopper-cuda",
+    "hopper_fused": "hopper_fused-cuda",
+    "Gluon": "test_hopper",
+}
+CLAIMS = {"triton": f"not ({' or '.join(CLAIMS.values())})"} | CLAIMS
+PROVEN_BY = {name: (name,) for name in CLAIMS} | {"Gluon": ("hopper", "hopper_fused")}
+
+
 @dataclass(frozen=True)
 class Tests:
-    """Tests for a GPU that are a stage: those of a file that an expression of pytest's selects."""
+    """Tests for a GPU that are a stage: of those about somebody, the ones of a file that an expression selects."""
 
     name: str
     proves: str
     minutes: float
     file: str = ""  # "": every file that no other part names, so that no test is left out
     expression: str = ""  # "": what no other part of the file selects
+    claim: str = "triton"  # of `CLAIMS`
     parallel: bool = True  # most of a test is compilation, which processes share out
     may_skip: bool = True
 
@@ -262,16 +292,32 @@ TESTS = (
     ),
     Tests("device", "long calls, streams, repeats, memory", 4, "tests/test_gpu.py", parallel=False),
     Tests("the others", "garbage, dropout, masks, tiles, launches, and whatever is newer", 6),
+    Tests(
+        "triton_fused, semantics",
+        "every kind of call, with the backward in one pass",
+        4,
+        "tests/test_semantics.py",
+        claim="triton_fused",
+    ),
+    Tests("triton_fused, the others", "all other tests of every backend", 6, claim="triton_fused"),
+    Tests("hopper", "those calls of the tests of every backend that it serves", 5, claim="hopper"),
+    Tests("hopper_fused", "the same with the backward in one pass", 5, claim="hopper_fused"),
+    Tests("Gluon", "the calls that run in the emulator, without it", 5, claim="Gluon"),
 )
 
 
 def _selection(part: Tests, parts: Sequence[Tests]) -> list[str]:
     """What pytest is told to select, so that no test is left out of all parts."""
-    if not part.file:
-        return ["tests", *(f"--ignore={file}" for file in dict.fromkeys(other.file for other in parts if other.file))]
-    others = [other.expression for other in parts if other.file == part.file and other.expression]
-    expression = part.expression or " and ".join(f"not ({other})" for other in others)
-    return [part.file, *(["-k", expression] if expression else [])]
+    parts = [other for other in parts if other.claim == part.claim]
+    others = [other for other in parts if other.file == part.file and other.expression]
+    expression = part.expression or " and ".join(f"not ({other.expression})" for other in others)
+    where = [part.file] if part.file else ["tests", *(f"--ignore={file}" for file in _files(parts))]
+    return [*where, "-k", " and ".join(f"({each})" for each in (CLAIMS[part.claim], expression) if each)]
+
+
+def _files(parts: Iterable[Tests]) -> list[str]:
+    """The files that parts name, each once."""
+    return list(dict.fromkeys(part.file for part in parts if part.file))
 
 
 def _pytest_command(folder: Path, minutes: float, *, part: Tests, junit: str) -> list[str]:
@@ -290,6 +336,7 @@ def _test_stage(part: Tests) -> Stage:
         part.minutes,
         partial(_pytest_command, part=part, junit=junit),
         partial(read_pytest, junit=junit, may_skip=part.may_skip),
+        PROVEN_BY[part.claim],
         needs=("pytest", "hypothesis"),  # hypothesis for all of them: tests/conftest.py sets it up
     )
 
@@ -298,22 +345,24 @@ def _check_command(folder: Path, minutes: float, *, check: Sequence[str]) -> lis
     return [sys.executable, str(BENCHMARKS / "gpu_checks.py"), *check]
 
 
-RANDOM_CALLS, RANDOM_SHARE = 200, 100  # in all, and in one stage
+RANDOM_CALLS, RANDOM_SHARE = 200, 100  # of a backend, and of them in one stage
 
 
-def _random_command(folder: Path, minutes: float, *, first: int, count: int, file: str) -> list[str]:
-    check = ["random", "--first", str(first), "--count", str(count), "--out", str(folder / file)]
-    return _check_command(folder, minutes, check=check)
+def _random_command(folder: Path, minutes: float, *, backend: str, first: int, count: int, file: str) -> list[str]:
+    drawn = ["--first", str(first), "--count", str(count)]
+    return _check_command(folder, minutes, check=["random", "--backend", backend, *drawn, "--out", str(folder / file)])
 
 
-def _random_stage(first: int, count: int) -> Stage:
-    name = f"random calls {first}-{first + count - 1}"
+def _random_stage(backend: str, first: int) -> Stage:
+    name = f"random {first}-{first + RANDOM_SHARE - 1}: {backend}"
+    file = f"{_file_stem(name)}.json"
     return Stage(
         name,
         "output, LSE and gradients of drawn calls against float64",
         4,
-        partial(_random_command, first=first, count=count, file=f"{_file_stem(name)}.json"),
+        partial(_random_command, backend=backend, first=first, count=RANDOM_SHARE, file=file),
         read_log,
+        (backend,),
         needs=("pytest",),  # the calls are made as the tests make them
     )
 
@@ -321,23 +370,41 @@ def _random_stage(first: int, count: int) -> Stage:
 SANITIZER = "compute-sanitizer"
 
 
-def _sanitizer_command(folder: Path, minutes: float, *, tool: str, check: str) -> list[str]:
+def _sanitizer_command(folder: Path, minutes: float, *, tool: str, check: Sequence[str]) -> list[str]:
     # What the compiler's own processes and torch's probing of the driver do is none of this project's business.
     options = ["--tool", tool, "--target-processes", "application-only", "--error-exitcode", "99"]
     options += ["--report-api-errors", "no"] if tool == "memcheck" else []
-    return [SANITIZER, *options, *_check_command(folder, minutes, check=[check])]
+    return [SANITIZER, *options, *_check_command(folder, minutes, check=check)]
 
 
-def _sanitizer_stage(name: str, proves: str, minutes: float, tool: str, check: str, finds: bool = False) -> Stage:
+def _sanitizer_stage(
+    tool: str, proves: str, minutes: float, backend: str = "", finds: bool = False, certain: bool = True
+) -> Stage:
+    """A backend's small calls under a tool; without a backend, a planted fault."""
+    check = ["sanitized", "--backend", backend] if backend else ["overrun"]
     return Stage(
-        f"sanitizer: {name}",
+        f"{tool}: {backend or 'control'}",
         proves,
         minutes,
         partial(_sanitizer_command, tool=tool, check=check),
-        partial(read_sanitizer, tool=tool, finds=finds),
+        partial(read_sanitizer, tool=tool, finds=finds, certain=certain),
+        (backend,) if backend else (),
+        proof=certain,
         needs=(SANITIZER, "pytest"),
         # In a pool of memory an access past the end of one tensor is an access to another.
         variables=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+    )
+
+
+def _check_stage(check: str, backend: str, proves: str, minutes: float) -> Stage:
+    return Stage(
+        f"{check}: {backend}",
+        proves,
+        minutes,
+        partial(_check_command, check=[check, "--backend", backend]),
+        read_log,
+        (backend,),
+        needs=("pytest",),
     )
 
 
@@ -362,8 +429,8 @@ def _grid_stage(preset: str, proves: str, minutes: float) -> Stage:
         minutes,
         partial(_grid_command, preset=preset),
         partial(read_grid, file=f"{preset}.json"),
+        proof=False,
         needs=("matplotlib",),
-        measures=True,
         goes_on=True,
     )
 
@@ -373,9 +440,32 @@ def _train_command(folder: Path, minutes: float) -> list[str]:
     return [sys.executable, str(BENCHMARKS / "train_step.py"), "--quick", "--out", str(file)]
 
 
-def stages() -> list[Stage]:
-    """All of them, in their order: right first, then fast."""
-    return [
+KERNELS = tuple(backend for backend in reversed(BACKENDS) if backend != "math")  # the plain ones first
+
+
+def _proofs_of(backend: str) -> list[Stage]:
+    """The stages about one backend, and about others that come after it."""
+    gluon, fused = backend.startswith("hopper"), backend.endswith("_fused")
+    race = "no race for shared memory"
+    if gluon:
+        race = "what racecheck, which follows neither barriers in memory nor bulk copies, finds; for a reader to judge"
+    bits = "forward bitwise, gradients within the budget" if fused else "forward, and deterministic backward, bitwise"
+    found = [
+        *(stage for stage in map(_test_stage, TESTS) if stage.backends[0] == backend),
+        *(_random_stage(backend, first) for first in range(0, RANDOM_CALLS, RANDOM_SHARE)),
+        _sanitizer_stage("memcheck", "no kernel reads or writes outside its tensors", 4, backend),
+        _sanitizer_stage("racecheck", race, 4, backend, certain=not gluon),
+        _check_stage("repeats", backend, f"fifty times the same while another stream is busy: {bits}", 3),
+    ]
+    if gluon:
+        beside = "the error of the Gluon kernels beside that of the plain ones, on the same long inputs"
+        found.append(_check_stage("twins", backend, beside, 4))
+    return found
+
+
+def stages(backends: Sequence[str] = KERNELS) -> list[Stage]:
+    """All that are about these backends, in their order: right first, one backend after the other, then fast."""
+    everything = [
         Stage(
             "environment",
             "the package is installed, and its kernels serve on this GPU",
@@ -383,31 +473,30 @@ def stages() -> list[Stage]:
             partial(_check_command, check=["environment"]),
             read_log,
         ),
-        *map(_test_stage, TESTS),
-        *(_random_stage(first, RANDOM_SHARE) for first in range(0, RANDOM_CALLS, RANDOM_SHARE)),
-        _sanitizer_stage("control", "memcheck sees a fault that is planted", 1, "memcheck", "overrun", finds=True),
-        _sanitizer_stage("memcheck", "no kernel reads or writes outside its tensors", 4, "memcheck", "sanitized"),
-        _sanitizer_stage("racecheck", "no race for shared memory", 4, "racecheck", "sanitized"),
-        Stage(
-            "repeats under load",
-            "fifty times the same bits while another stream is busy: forward, and deterministic backward",
-            3,
-            partial(_check_command, check=["repeats"]),
-            read_log,
-            needs=("pytest",),
-        ),
-        _grid_stage("quick", "a few cases beside our peers", 4),
+        _sanitizer_stage("memcheck", "memcheck sees a fault that is planted", 1, finds=True),
+        *(stage for backend in KERNELS for stage in _proofs_of(backend)),
+        _grid_stage("quick", "a few cases beside our peers", 5),
         Stage(
             "training steps",
             "whole steps of models, with their own Attend and with ours",
             3,
             _train_command,
             read_log,
+            proof=False,
             needs=("complex_valued_transformer", "matplotlib"),
-            measures=True,
         ),
-        _grid_stage("standard", "the standard grid, with host overhead and first calls", 60),
+        _grid_stage("standard", "the standard grid, with host overhead and first calls: which backend is faster", 75),
     ]
+    return [stage for stage in everything if any(map(stage.about, backends))]
+
+
+def backends_on(environment: dict[str, Any]) -> tuple[str, ...]:
+    """The backends that can serve in an environment, as the dispatcher says: those that have a verdict there."""
+    arch = environment["arch"]
+    capability = None if arch is None else (int(arch[3:-1]), int(arch[-1]))
+    target = DeviceTarget("cuda", capability=capability, triton=environment["triton"])
+    serving = {verdict.backend for verdict in judge(REPRESENTATIVE, target) if verdict.serves}
+    return tuple(backend for backend in KERNELS if backend in serving)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,30 +558,45 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The row for the table of validated parts, or what it lacks."""
+    """A backend's row for the table of validated parts, or what it lacks; and what a reader has yet to judge."""
 
+    backend: str
     row: str
     lacking: tuple[str, ...]
+    to_judge: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.lacking:
-            return "\n".join(["nothing is validated by these results:", *(f"  {reason}" for reason in self.lacking)])
-        return f"validated; the row for VALIDATED in {NO_SOURCE}:\n{self.row}"
+            lines = [f"{self.backend}: not validated by these results:", *(f"  {reason}" for reason in self.lacking)]
+        else:
+            lines = [f"{self.backend}: validated; the row for VALIDATED in {NO_SOURCE}:", self.row]
+        if self.to_judge:
+            lines += ["but first judge for yourself:", *(f"  {finding}" for finding in self.to_judge)]
+        return "\n".join(lines)
 
 
 def verdict(
-    chosen: Iterable[Stage], ledger: Ledger, environment: dict[str, Any], commit: str, unclear: str = ""
+    backend: str,
+    chosen: Iterable[Stage],
+    ledger: Ledger,
+    environment: dict[str, Any],
+    commit: str,
+    unclear: str = "",
 ) -> Verdict:
-    """What the records say of this environment: a row only where every proof passed, on a commit without changes.
+    """What the records say of a backend in this environment: a row only where every proof passed, on a commit without
+    changes.
 
     `unclear` says why the sources are not known to be those of `commit`; empty where they are.
     """
-    lacking, ended = [], []
+    lacking, to_judge, ended = [], [], []
     for stage in chosen:
-        if stage.measures:
+        if not stage.about(backend):
             continue
         record, found = ledger.records.get(stage.name), ledger.current(stage, environment)
-        if found is not None and found.status == PASSED:
+        if not stage.proof:
+            if found is not None and found.status == TO_JUDGE:
+                to_judge.append(f"{stage.name}: {found.detail}")
+        elif found is not None and found.status == PASSED:
             ended.append(found.ended)
         elif found is not None:
             lacking.append(f"{stage.name}: {found.status}: {found.detail}")
@@ -503,18 +607,44 @@ def verdict(
     if unclear:
         lacking.append(unclear)
     if lacking or not ended:
-        return Verdict("", tuple(lacking or ["no proof was asked for"]))
-    path = ledger.path
-    facts = {
+        return Verdict(backend, "", tuple(lacking or ["no proof was asked for"]), tuple(to_judge))
+    facts = _facts(environment, max(ended), commit, ledger.path)
+    lines = [f'        {name}="{value}",' for name, value in facts.items()]
+    row = "\n".join([f'    ("{backend}", "{environment["arch"]}"): Validation(', *lines, "    ),"])
+    return Verdict(backend, row, (), tuple(to_judge))
+
+
+def _facts(environment: dict[str, Any], when: str, commit: str, path: Path) -> dict[str, Any]:
+    """What every row of evidence says of its run."""
+    return {
         "gpu": environment["device"],
         "torch": environment["torch"],
         "triton": environment["triton"],
-        "date": max(ended)[:10],
+        "date": when[:10],
         "commit": commit,
         "results": path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path),
     }
-    lines = [f'        {name}="{value}",' for name, value in facts.items()]
-    return Verdict("\n".join([f'    ("{BACKEND}", "{environment["arch"]}"): Validation(', *lines, "    ),"]), ())
+
+
+def who_is_faster(path: Path, arch: str, backends: Iterable[str]) -> list[str]:
+    """What the standard grid says of each backend beside those after it, and the rows for the table, in lines."""
+    if not path.exists():
+        return ["which backend is faster where: the standard grid has not run"]
+    results = Results.load(path)
+    header = results.header
+    if not header["complete"]:
+        return [f"which backend is faster where: {path} is not complete"]
+    if header["dirty"] or header["commit"] == "unknown":
+        return [f"which backend is faster where: {path} was not measured on a commit without changes"]
+    facts = _facts(header, header["started"], header["commit"], path)
+    lines = []
+    for backend in backends:
+        found = advantages(results, backend)
+        row = row_source(backend, arch, facts, found)
+        lines += [f"{backend}, beside the backends after it:" if found else f"{backend}: measured beside nobody"]
+        lines += [f"  {'faster' if advantage.found else '      '}  {advantage}" for advantage in found]
+        lines += [f"the row for FASTER in {NO_SOURCE}:", row] if row else []
+    return lines
 
 
 def _git(*arguments: str, root: Path) -> str | None:
@@ -610,11 +740,11 @@ class Validator:
         self.deadline = clock() + 60 * minutes
 
     def pending(self, chosen: Sequence[Stage]) -> list[Stage]:
-        """Those that have not passed: first those that never ended, then those that did not pass."""
+        """Those that are not done: first those that never ended, then those that did not pass."""
         current = {stage.name: self.ledger.current(stage, self.environment) for stage in chosen}
         status = {name: UNFINISHED if record is None else record.status for name, record in current.items()}
         fresh = [stage for stage in chosen if status[stage.name] == UNFINISHED]
-        again = [stage for stage in chosen if status[stage.name] not in (UNFINISHED, PASSED)]
+        again = [stage for stage in chosen if status[stage.name] not in (UNFINISHED, PASSED, TO_JUDGE)]
         return fresh + again
 
     def go(self, queue: Sequence[Stage]) -> bool:
@@ -674,6 +804,7 @@ class Validator:
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 
+WIDTH = 32  # of the names of stages
 SHOWN = 3  # problems of a stage; its log has them all
 
 
@@ -697,15 +828,15 @@ def table(chosen: Iterable[Stage], ledger: Ledger, environment: dict[str, Any]) 
         status, time_, detail = (
             ("not yet", "", "") if record is None else (record.status, f"{record.seconds:.0f} s", record.detail)
         )
-        lines.append(f"{stage.name:<24}{status:<12}{time_:>7}  {detail[:90]}".rstrip())
+        lines.append(f"{stage.name:<{WIDTH}}{status:<12}{time_:>7}  {detail[:90]}".rstrip())
     return lines
 
 
 def list_stages(chosen: Iterable[Stage]) -> None:
     """Prints what would run."""
     for stage in chosen:
-        kind = "measures" if stage.measures else "proves"
-        print(f"{stage.name:<24}{stage.minutes:>4g} min  {kind}: {stage.proves}")
+        kind = "proves" if stage.proof else "says"
+        print(f"{stage.name:<{WIDTH}}{stage.minutes:>4g} min  {kind}: {stage.proves}")
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -714,6 +845,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=8.5, metavar="N", help="of this call, default 8.5")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="only these, whether they passed or not")
+    parser.add_argument(
+        "--backend", choices=KERNELS, help="only what proves this one; with --reproduce: the one to ask"
+    )
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="go on with what earlier calls left; so it does anyway")
     begin.add_argument(
@@ -729,6 +863,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if not options.minutes > 0:
         parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     options.stages = stages()
+    if options.backend:
+        options.stages = [stage for stage in options.stages if stage.proof and stage.about(options.backend)]
     if options.only:
         known = {stage.name: stage for stage in options.stages}
         if unknown := [name for name in options.only if name not in known]:
@@ -740,18 +876,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 LEDGER = Path("validation") / "stages.json"  # in the folder of a GPU's results
 
 
+def _print_findings(ledger: Ledger, environment: dict[str, Any]) -> bool:
+    """Prints what the results prove of each backend, and which is faster. Returns whether every one is proven right."""
+    backends = backends_on(environment)
+    found = [verdict(each, stages(backends), ledger, environment, *commit_of_sources()) for each in backends]
+    for each in found:
+        print("", each, sep="\n")
+    measured = [backend for backend in backends if backend not in UNMEASURED]
+    print("", *who_is_faster(ledger.path.parent.parent / "standard.json", environment["arch"], measured), sep="\n")
+    return not any(each.lacking for each in found)
+
+
 def _print_verdicts(folders: Iterable[Path]) -> int:
     """For results that were brought here: judged by the sources that are here now."""
     ledgers = [ledger for ledger in map(Ledger.load, (folder / LEDGER for folder in folders)) if ledger.records]
     if not ledgers:
         print("there are no results of a validation", file=sys.stderr)
         return REFUSED
-    found = []
+    proven = []
     for ledger in ledgers:
-        here = ledger.newest().environment | {"sources": sources_digest()}
-        found.append(verdict(stages(), ledger, here, *commit_of_sources()))
-        print(f"{ledger.path}: {found[-1]}")
-    return int(any(each.lacking for each in found))
+        print(ledger.path)
+        proven.append(_print_findings(ledger, ledger.newest().environment | {"sources": sources_digest()}))
+    return int(not all(proven))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -773,20 +919,26 @@ def main(arguments: list[str] | None = None) -> int:
     if options.reproduce is not None:
         from gpu_checks import reproduce  # imports Triton
 
-        return reproduce(options.reproduce)
+        return reproduce(options.reproduce, options.backend or "triton")
 
     os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where CUDA's tools are, if no shell said so
     device = torch.device("cuda")
     here = environment(device) | {"arch": DeviceTarget.of(device).arch, "sources": sources_digest()}
+    serving = backends_on(here)
+    chosen = [stage for stage in options.stages if any(map(stage.about, serving))]
+    if not chosen:
+        able = f"what can serve there is {', '.join(serving)}" if serving else "no kernel can serve there"
+        print(f"nothing to do on {here['device']}, {here['arch']}: {able}", file=sys.stderr)
+        return REFUSED
     path = (options.out or results_folder(here["device"])).resolve() / LEDGER
     ledger = Ledger(path) if options.restart else Ledger.load(path)
     validator = Validator(ledger, here, options.minutes)
-    complete = validator.go(options.stages if options.only else validator.pending(options.stages))
+    complete = validator.go(chosen if options.only else validator.pending(chosen))
 
-    print("", *problem_lines(options.stages, ledger, here), sep="\n")
-    print("", verdict(stages(), ledger, here, *commit_of_sources()), sep="\n")
-    print("", *table(options.stages, ledger, here), sep="\n")
-    found = [ledger.current(stage, here) for stage in options.stages]
+    print("", *problem_lines(chosen, ledger, here), sep="\n")
+    _print_findings(ledger, here)
+    print("", *table(chosen, ledger, here), sep="\n")
+    found = [ledger.current(stage, here) for stage in chosen]
     if any(record is not None and record.status in (FAILED, TIMED_OUT, NOT_RUN) for record in found):
         return 1
     if not complete:

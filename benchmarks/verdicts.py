@@ -36,7 +36,14 @@ __all__ = [
     "time_of",
 ]
 
-OURS = ("flash_attend", "flash_attend hopper", "flash_attend math")  # the first that a run holds stands for us
+# Peers of ours -> the backend that each asks for by name. The first that a run holds stands for us.
+OURS = {
+    "flash_attend": "triton",
+    "flash_attend fused": "triton_fused",
+    "flash_attend hopper": "hopper",
+    "flash_attend hopper fused": "hopper_fused",
+    "flash_attend math": "math",
+}
 WIN, EVEN, LOSS, ALONE = VERDICTS = ("win", "even", "loss", "alone")
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""`python -m flash_attend`: what a bug report needs to say about the machine."""
+"""`python -m flash_attend`: what a bug report needs to say about the machine, and what backends are chosen by."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from flash_attend import __version__
 from flash_attend.dispatch import choose, judge
 from flash_attend.functional import Explanation
+from flash_attend.kernels.configs import MEASURED, rows_of
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import VALIDATED, Validation
+from flash_attend.validation import FASTER, VALIDATED, Measurement, Run, Validation
 
 __all__ = ["main", "report"]
 
@@ -36,7 +37,11 @@ REPRESENTATIVE = AttentionSpec(
 REPRESENTATIVE_IN_WORDS = "float16, b 2, h 8, i = j = 1024, d = dv = 64, causal with key padding"
 
 
-def report(validated: Mapping[tuple[str, str], Validation] = VALIDATED) -> str:
+def report(
+    validated: Mapping[tuple[str, str], Validation] = VALIDATED,
+    faster: Mapping[tuple[str, str], Measurement] = FASTER,
+    measured: Mapping[tuple[str | int, ...], str] = MEASURED,
+) -> str:
     """The whole report, one fact a line."""
     lines = [f"{name:<13} {value}" for name, value in _versions().items()]
     devices = [torch.device("cpu")]
@@ -50,13 +55,14 @@ def report(validated: Mapping[tuple[str, str], Validation] = VALIDATED) -> str:
     lines += ["", f"backends for {REPRESENTATIVE_IN_WORDS}"]
     for device in devices:
         target = DeviceTarget.of(device)
-        plan, verdicts = choose(REPRESENTATIVE, target, validated=validated), judge(REPRESENTATIVE, target, validated)
+        plan = choose(REPRESENTATIVE, target, validated=validated, faster=faster)
+        verdicts = judge(REPRESENTATIVE, target, validated, faster)
         lines.append(f"{device}: {Explanation(plan, '', verdicts, target)}")
 
-    lines += ["", "validated on a GPU"]
-    lines += [f"  {line}" for line in _describe_validation(validated)]
-    archs = {arch for device in devices if (arch := DeviceTarget.of(device).arch) is not None}
-    lines += [f"  nothing on {arch}, which is here" for arch in sorted(archs - {arch for _, arch in validated})]
+    archs = sorted({arch for device in devices if (arch := DeviceTarget.of(device).arch) is not None})
+    lines += ["", "shown right on a GPU", *_describe_runs(validated, archs)]
+    lines += ["", "shown faster on a GPU than the backends after it", *_describe_runs(faster, archs)]
+    lines += ["", "tiles", *(_describe_tiles(arch, measured) for arch in archs or ("sm_80", "sm_90"))]
     return "\n".join(lines)
 
 
@@ -104,14 +110,31 @@ def _describe_gpu(device: torch.device) -> str:
     return ", ".join(facts)
 
 
-def _describe_validation(validated: Mapping[tuple[str, str], Validation]) -> list[str]:
-    if not validated:
-        return ["nothing yet, on any part"]
-    return [
-        f"{backend} on {arch}: {run.gpu}, torch {run.torch}, Triton {run.triton}, {run.date}, commit {run.commit}, "
-        f"{run.results}"
-        for (backend, arch), run in sorted(validated.items())
-    ]
+def _describe_runs(runs: Mapping[tuple[str, str], Run], here: list[str]) -> list[str]:
+    """A line for each run, and for each kind of calls that it was about."""
+    if not runs:
+        return ["  nothing yet, on any part"]
+    lines = []
+    for (backend, arch), run in sorted(runs.items()):
+        facts = [run.gpu, f"torch {run.torch}", f"Triton {run.triton}", run.date, f"commit {run.commit}", run.results]
+        lines.append(f"  {backend} on {arch}: {', '.join(facts)}")
+        if isinstance(run, Measurement):
+            lines += [f"    {calls}" for calls in run.calls]
+    lines += [f"  nothing on {arch}, which is here" for arch in here if arch not in {arch for _, arch in runs}]
+    return lines
+
+
+def _describe_tiles(arch: str, measured: Mapping[tuple[str | int, ...], str]) -> str:
+    rows = rows_of(arch)
+    if not rows:
+        return f"  {arch}: has no rows of its own, takes those of sm_80"
+    found = {key: measured[key] for key in rows if key in measured}
+    return "\n".join(
+        [
+            f"  {arch}: {len(found)} of {len(rows)} rows measured there, the others chosen by what compiles well",
+            *(f"    {', '.join(map(str, key[1:]))}: {results}" for key, results in found.items()),
+        ]
+    )
 
 
 def main() -> None:

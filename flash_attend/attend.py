@@ -26,7 +26,7 @@ class Attend(nn.Module):
         flash: None or True for the fastest backend that can serve a call, False for the einsum path ("math").
         heads: accepted because callers pass it, and unused: q says how many heads there are.
         scale: factor on the scores, a finite number; default `d ** -0.5`.
-        backend: "auto", "hopper", "triton" or "math", as in `flash_attention`; one asked for by name never falls back.
+        backend: "auto" or a backend by name, as in `flash_attention`; one asked for by name never falls back.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
 
     `dropout`, `causal`, `scale`, `flash`, `backend` and `deterministic` may be assigned later and hold from the next

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import VALIDATED, Validation
+from flash_attend.validation import FASTER, VALIDATED, Measurement, Validation
 
 __all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "check_backend", "choose", "judge"]
 
@@ -45,88 +44,79 @@ class Plan:
     reason: str
 
 
-def _judge_triton(
-    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
-) -> tuple[bool, bool, str]:
+Validations = Mapping[tuple[str, str], Validation]
+Measurements = Mapping[tuple[str, str], Measurement]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a backend can serve
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
+    """Why the kernels cannot serve a call; empty where they can."""
     if target.triton is None:
-        return False, False, "Triton is not installed"
+        return "Triton is not installed"
     oldest = TRITON_VERSIONS[0]
     version = _release(target.triton)
     if version is not None and version < oldest:
-        return False, False, f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
+        return f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
     for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
         if size > LARGEST_HEAD_DIM:
-            return False, False, f"{letter} = {size} is beyond the kernels' {LARGEST_HEAD_DIM}"
+            return f"{letter} = {size} is beyond the kernels' {LARGEST_HEAD_DIM}"
     if target.interpreted:
         if target.device_type not in ("cpu", "cuda"):
-            return False, False, f"the interpreter serves CPU and CUDA tensors, not {target.device_type}"
-        return True, False, "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
+            return f"the interpreter serves CPU and CUDA tensors, not {target.device_type}"
+        return ""
     if target.device_type != "cuda":
-        return False, False, f"{target.device_type} tensors; the kernels need a CUDA device"
-    arch, capability = target.arch, target.capability
-    if arch is None or capability is None:
-        return False, False, "the device has no CUDA compute capability (ROCm is not supported)"
-    if capability < OLDEST_CAPABILITY:
-        have, need = (".".join(map(str, pair)) for pair in (capability, OLDEST_CAPABILITY))
-        return False, False, f"compute capability {have} is below {need}"
+        return f"{target.device_type} tensors; the kernels need a CUDA device"
+    if target.capability is None:
+        return "the device has no CUDA compute capability (ROCm is not supported)"
+    if target.capability < OLDEST_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
+        return f"compute capability {have} is below {need}"
     accurate = {torch.float64: "float64", torch.float32: "float32-accurate"}.get(spec.dtype)
     if accurate and spec.precision != "tf32":
         for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
             if size > LARGEST_ACCURATE_HEAD_DIM:
-                limit = f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
-                return False, False, limit
-    return _default_where_validated("triton", arch, target.triton, validated)
+                return f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
+    return ""
 
 
-def _judge_hopper(
-    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
-) -> tuple[bool, bool, str]:
-    serves, _, reason = _judge_triton(spec, target, validated)  # whose kernels are the backward
-    if not serves:
-        return False, False, reason
+def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if reason := _refuse_triton(spec, target):  # whose kernels do what Gluon's do not
+        return reason
     if target.interpreted:
-        return False, False, "Triton's interpreter runs no Gluon"
+        return "Triton's interpreter runs no Gluon"
     if target.arch != HOPPER_ARCH:
-        return False, False, f"the kernels are for {HOPPER_ARCH}, the part is {target.arch}"
+        return f"the kernels are for {HOPPER_ARCH}, the part is {target.arch}"
     if spec.dtype not in HOPPER_DTYPES:
-        return False, False, f"{spec.dtype} is not float16 or bfloat16".replace("torch.", "")
+        return f"{spec.dtype} is not float16 or bfloat16".replace("torch.", "")
     if spec.head_dim != spec.value_dim or spec.head_dim not in HOPPER_HEAD_DIMS:
         dims = ", ".join(map(str, HOPPER_HEAD_DIMS))
-        return False, False, f"d = {spec.head_dim} and dv = {spec.value_dim} are not the same one of {dims}"
+        return f"d = {spec.head_dim} and dv = {spec.value_dim} are not the same one of {dims}"
     if spec.mask == MaskKind.DENSE:
-        return False, False, "the mask varies over queries"
+        return "the mask varies over queries"
     if spec.dropout_p > 0:
-        return False, False, "dropout is on"
+        return "dropout is on"
     if spec.keys == 0:
-        return False, False, "there are no keys"
-    return _default_where_validated("hopper", HOPPER_ARCH, target.triton, validated)
+        return "there are no keys"
+    return ""
 
 
-def _judge_fused(
-    family: str, spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
-) -> tuple[bool, bool, str]:
-    """The same kernels, but for the backward: one pass, which sums the gradient of q up in no fixed order."""
-    serves, by_default, reason = _JUDGES[family](spec, target, validated)
-    if not serves:
-        return False, False, reason
-    if spec.deterministic:
-        return False, False, "deterministic gradients are asked for, and it sums those of q up in no fixed order"
-    if target.interpreted or target.arch is None:
-        return serves, by_default, reason
-    return _default_where_validated(f"{family}_fused", target.arch, target.triton, validated)
+def _refuse_fused(spec: AttentionSpec) -> str:
+    return "deterministic gradients are asked for, and it adds up those of q in any order" if spec.deterministic else ""
 
 
-def _default_where_validated(
-    backend: str, arch: str, triton: str | None, validated: Mapping[tuple[str, str], Validation]
-) -> tuple[bool, bool, str]:
-    """The verdict on a call that a backend serves."""
-    evidence = validated.get((backend, arch))
-    if evidence is None:
-        return True, False, f'not validated on {arch} yet; ask for it with backend="{backend}"'
-    version, newest = _release(triton or ""), TRITON_VERSIONS[1]
-    if version is not None and version > newest:
-        return True, False, f"Triton {triton} is newer than the tested {newest[0]}.{newest[1]}; ask by name"
-    return True, True, f"validated on {arch} ({evidence.gpu}, Triton {evidence.triton}, {evidence.date})"
+def _refuse_triton_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return _refuse_triton(spec, target) or _refuse_fused(spec)
+
+
+def _refuse_hopper_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return _refuse_hopper(spec, target) or _refuse_fused(spec)
+
+
+def _refuse_math(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return ""
 
 
 def _release(version: str) -> tuple[int, int] | None:
@@ -137,20 +127,45 @@ def _release(version: str) -> tuple[int, int] | None:
         return None
 
 
-def _judge_math(
-    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation]
-) -> tuple[bool, bool, str]:
-    return True, True, "the einsum path serves every call"
-
-
-_JUDGES = {
-    "hopper_fused": partial(_judge_fused, "hopper"),
-    "hopper": _judge_hopper,
-    "triton_fused": partial(_judge_fused, "triton"),
-    "triton": _judge_triton,
-    "math": _judge_math,
+# A fused backend has the forward of its family, and a backward in one pass in place of a kernel for the gradients of
+# k and v and another for that of q.
+_REFUSALS: dict[str, Callable[[AttentionSpec, DeviceTarget], str]] = {
+    "hopper_fused": _refuse_hopper_fused,
+    "hopper": _refuse_hopper,
+    "triton_fused": _refuse_triton_fused,
+    "triton": _refuse_triton,
+    "math": _refuse_math,
 }
-BACKENDS = tuple(_JUDGES)  # fastest first
+BACKENDS = tuple(_REFUSALS)  # from what should be fastest to what serves everything
+UNMEASURED = ("triton", "math")  # need not be shown faster than what comes after them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What "auto" may choose
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _stand(
+    backend: str, spec: AttentionSpec, target: DeviceTarget, validated: Validations, faster: Measurements
+) -> tuple[bool, str]:
+    """Whether "auto" may choose a backend for a call that it serves, and why."""
+    if backend == "math":
+        return True, "the einsum path serves every call"
+    if target.interpreted:
+        return False, "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
+    arch, by_name = str(target.arch), "ask for it by name"
+    proof, measurement = validated.get((backend, arch)), faster.get((backend, arch))
+    if proof is None:
+        return False, f"not validated on {arch} yet; {by_name}"
+    version, newest = _release(target.triton or ""), TRITON_VERSIONS[1]
+    if version is not None and version > newest:
+        return False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; {by_name}"
+    where = f"on {arch} ({proof.gpu}, Triton {proof.triton}, {proof.date})"
+    if backend in UNMEASURED:
+        return True, f"validated {where}"
+    if measurement is None or not any(calls.hold(spec) for calls in measurement.calls):
+        return False, f"validated on {arch}, but not shown to be faster there in such calls; {by_name}"
+    return True, f"validated {where}, and faster there ({measurement.date})"
 
 
 def check_backend(backend: str) -> None:
@@ -160,33 +175,46 @@ def check_backend(backend: str) -> None:
 
 
 def judge(
-    spec: AttentionSpec, target: DeviceTarget, validated: Mapping[tuple[str, str], Validation] = VALIDATED
+    spec: AttentionSpec,
+    target: DeviceTarget,
+    validated: Validations = VALIDATED,
+    faster: Measurements = FASTER,
 ) -> tuple[Verdict, ...]:
-    """Every backend's verdict, fastest first."""
-    return tuple(Verdict(backend, *judge_one(spec, target, validated)) for backend, judge_one in _JUDGES.items())
+    """Every backend's verdict, in the order in which "auto" asks them."""
+    return tuple(_judge_one(backend, spec, target, validated, faster) for backend in BACKENDS)
+
+
+def _judge_one(
+    backend: str, spec: AttentionSpec, target: DeviceTarget, validated: Validations, faster: Measurements
+) -> Verdict:
+    if reason := _REFUSALS[backend](spec, target):
+        return Verdict(backend, False, False, reason)
+    return Verdict(backend, True, *_stand(backend, spec, target, validated, faster))
 
 
 def choose(
     spec: AttentionSpec,
     target: DeviceTarget,
     backend: str = "auto",
-    validated: Mapping[tuple[str, str], Validation] = VALIDATED,
+    validated: Validations = VALIDATED,
+    faster: Measurements = FASTER,
 ) -> Plan:
     """The plan for a call.
 
-    `backend="auto"` takes the fastest backend that serves the call and has been validated on the part. A backend asked
-    for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
+    `backend="auto"` takes the first of `BACKENDS` that serves the call and was shown right on the part, and faster
+    there than those after it. A backend asked for by name serves or raises `BackendUnavailable` with the reason: it is
+    never replaced by another.
     """
     check_backend(backend)
     if backend != "auto":
-        serves, _, reason = _JUDGES[backend](spec, target, validated)
-        if not serves:
+        if reason := _REFUSALS[backend](spec, target):
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
         return Plan(backend, "asked for by name")
-    passed_over: list[str] = []
-    for name, judge_one in _JUDGES.items():
-        serves, by_default, reason = judge_one(spec, target, validated)
-        if serves and by_default:
-            return Plan(name, "; ".join([*passed_over, reason]))
-        passed_over.append(f"{name}: {reason}")
+    passed_over: dict[str, list[str]] = {}  # by reason, which backends often share
+    for name in BACKENDS:
+        verdict = _judge_one(name, spec, target, validated, faster)
+        if verdict.by_default:
+            others = [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
+            return Plan(name, "; ".join([*others, verdict.reason]))
+        passed_over.setdefault(verdict.reason, []).append(name)
     raise AssertionError("the math backend serves every call")

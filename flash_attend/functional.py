@@ -79,7 +79,9 @@ def flash_attention(
             drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
-        backend: "auto", "hopper", "triton" or "math". A backend asked for by name never falls back.
+        backend: "auto", or by name "hopper_fused", "hopper", "triton_fused", "triton" or "math": then it serves the
+            call or raises, and never falls back. A fused one computes all gradients in one pass, which adds those of q
+            up in no fixed order: they are not bitwise repeatable, and it refuses where they have to be.
 
     Returns:
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
@@ -196,7 +198,8 @@ def explain(
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend would serve `flash_attention` with these arguments, and what each one says of the call.
+    """Which backend would serve `flash_attention` with these arguments, and what each one says of the call: "yes" where
+    "auto" may choose it, "by name" where it can serve but was not shown right and faster on this part, or "no".
 
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """

@@ -749,7 +749,7 @@ def patch(
 
     Args:
         model: any module that holds the Attends; its state dict stays as it is.
-        backend: "auto", "hopper", "triton" or "math", for all replacements.
+        backend: "auto" or a backend by name, as in `flash_attention`, for all replacements.
         keep_flash: keep each one's flash flag, so that flash=False stays on the einsum path. By default the fastest
             backend serves whatever the flag was.
         deterministic: as in `Attend`.

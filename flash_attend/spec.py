@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flash_attend.tracing import constant_when_compiled, traced
 
-__all__ = ["CALLS_KEPT", "AttentionSpec", "MaskKind", "describe", "normalise_inputs"]
+__all__ = ["CALLS_KEPT", "AttentionSpec", "MaskKind", "describe", "kind_of", "normalise_inputs"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
@@ -83,6 +83,11 @@ class AttentionSpec:
     def accumulator_dtype(self) -> torch.dtype:
         """The dtype of the softmax statistics, of the LSE and of every sum."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def kind_of(spec: AttentionSpec) -> str:
+    """How a call's products are computed: "half", "tf32", "tf32x3" or "double"."""
+    return {torch.float32: spec.precision, torch.float64: "double"}.get(spec.dtype, "half")
 
 
 class _Facts(NamedTuple):

@@ -1,2 +1,2 @@
-"""The Triton kernels: forward and backward launchers, tile choices, and the schedule of masks. Importing this needs
-Triton."""
+"""The Triton kernels: forward and backward launchers, tile choices, and the schedule of masks. All but `configs` need
+Triton to be imported."""

@@ -1,4 +1,4 @@
-"""Tile choices as data; none is measured yet.
+"""Tile choices as data; `MEASURED` says which of them were measured.
 
 Every row of `ROWS` and `VARIANTS` compiles without spills for its part in the modes of aot.py. Those of
 `HOPPER_FORWARD` do in their main loops; with a key mask they spill up to 132 bytes outside of them.
@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-import torch
-
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Tile", "Tiles", "head_parts", "override", "select_tiles"]
@@ -52,11 +50,6 @@ def _schedule_block(tiles: Tiles) -> tuple[int, int]:
 
 
 SMALLEST_PART = 16  # the smallest dimension of a tensor-core product
-
-
-def kind_of(spec: AttentionSpec) -> str:
-    """Which kind of rows serves a call: "half", "tf32", "tf32x3" or "double"."""
-    return {torch.float32: spec.precision, torch.float64: "double"}.get(spec.dtype, "half")
 
 
 def head_parts(dim: int, kind: str) -> tuple[int, int]:
@@ -128,6 +121,9 @@ HOPPER_FORWARD: dict[int, Tile] = {
     256: Tile(128, 64, 4, 2),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
+# Rows that were measured on their part: the key of a row -> the results in the repository that show its tiles the
+# fastest. One of `HOPPER_FORWARD` goes by ("sm_90", "hopper", d).
+MEASURED: dict[tuple[str | int, ...], str] = {}
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
 INTERPRETED = Tiles(forward=Tile(32, 32, 4, 2), backward_kv=Tile(16, 32, 4, 2), backward_q=Tile(32, 16, 4, 2))
@@ -151,6 +147,12 @@ def row_of(spec: AttentionSpec) -> tuple[str, int]:
     kind = kind_of(spec)
     widest = max(sum(head_parts(spec.head_dim, kind)), sum(head_parts(spec.value_dim, kind)))
     return kind, min(width for _, of, width in ROWS if of == kind and width >= widest)
+
+
+def rows_of(arch: str) -> list[tuple[str | int, ...]]:
+    """The keys of all rows of a part, as `MEASURED` has them; none for a part that takes those of another."""
+    hopper = [("sm_90", "hopper", dim) for dim in HOPPER_FORWARD]
+    return [key for key in (*ROWS, *VARIANTS, *hopper) if key[0] == arch]
 
 
 def mode_of(spec: AttentionSpec) -> str:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from budget import assert_within_budget
-from flash_attend import flash_attention
+from budget import Budget
+from flash_attend import explain, flash_attention
 from flash_attend.dropout import draw_seed, keep_mask
 from flash_attend.spec import normalise_inputs
 from flash_attend.target import interpreting
@@ -23,12 +23,15 @@ if interpreting():
 
 __all__ = [
     "BACKENDS",
+    "CHOOSY",
     "LAYOUTS",
     "MASKS",
     "Backend",
     "Call",
     "Case",
     "bits_equal",
+    "budget_of",
+    "call_for",
     "check",
     "make_call",
     "run",
@@ -46,6 +49,11 @@ class Backend:
 
     def __str__(self) -> str:
         return f"{self.name}-interpreter" if self.interpreted else f"{self.name}-{self.device}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of calls which could have any."""
+        return torch.float16 if self.name.startswith("hopper") else torch.float32
 
 
 MATH_CPU = Backend("math", "cpu")
@@ -66,6 +74,15 @@ def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
     """Triton's interpreter computes bfloat16 on its bit patterns: it is silently wrong there, so nothing is learnt."""
     if backend.interpreted and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+
+
+HOPPER_CUDA = Backend("hopper", "cuda")
+HOPPER_FUSED_CUDA = Backend("hopper_fused", "cuda")
+# Backends that serve few calls, for tests that make theirs by `call_for`.
+CHOOSY = (
+    pytest.param(HOPPER_CUDA, id=str(HOPPER_CUDA), marks=pytest.mark.gpu),
+    pytest.param(HOPPER_FUSED_CUDA, id=str(HOPPER_FUSED_CUDA), marks=pytest.mark.gpu),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,6 +289,20 @@ def make_call(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0
     )
 
 
+def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
+    """A case's call on the device of a backend, or a skip where a choosy one does not serve it, with the dispatcher's
+    reason. Those take a head dim of 64 for the usual one, which they do not serve."""
+    choosy = backend.name.startswith("hopper")
+    if choosy and case.d == Case.d:
+        case = replace(case, d=64)
+    call = make_call(case, dtype, backend.device)
+    if choosy:
+        refusal = explain(call.q, call.k, call.v, **call.options, backend=backend.name).refusal
+        if refusal:
+            pytest.skip(f"reason: {refusal}")
+    return call
+
+
 def _to(mask: Tensor, device: str) -> Tensor:
     """Moves a mask and keeps its strides (`Tensor.to` makes an expanded one dense)."""
     if mask.device.type == device:
@@ -317,11 +348,16 @@ def truth_of(call: Call) -> Answer:
     )
 
 
+def budget_of(call: Call, truth: Answer | None = None) -> Budget:
+    """How far from the oracle's answer to a call any other answer may be."""
+    truth = truth_of(call) if truth is None else truth
+    more = dict(keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse)
+    return Budget(truth, call.q, call.k, call.v, **call.options, **more)
+
+
 def check(answer: Answer, call: Call, truth: Answer | None = None, *, strict: bool = False) -> dict[str, float]:
     """Fails unless the answer is right, dead rows and hidden keys exactly so, the rest within the error budget."""
-    truth = truth_of(call) if truth is None else truth
-    more = dict(keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, strict=strict)
-    return assert_within_budget(answer, truth, call.q, call.k, call.v, **call.options, **more)
+    return budget_of(call, truth).check(answer, strict=strict)
 
 
 def bits_equal(a: Tensor, b: Tensor) -> bool:

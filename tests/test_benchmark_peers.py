@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, flex_attention
 import peers
 from budget import assert_within_budget
 from cases import Case, Inputs, make_inputs
-from flash_attend.dispatch import BackendUnavailable
+from flash_attend.dispatch import BACKENDS, BackendUnavailable
 from measure import numerics
 from oracle import Answer, attention_oracle, visible_pairs
 from peers import PEERS, Attention, Packing, Peer, Unserved, explicit_mask, peers_for
@@ -132,10 +132,11 @@ def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: py
     check(peer.prepare(inputs), inputs, whole=peer.judged_whole)
 
 
-def test_the_kernels_are_asked_for_by_name():
+@pytest.mark.parametrize("name", [name for name in OURS if name != "flash_attend math"])
+def test_the_kernels_are_asked_for_by_name(name: str):
     inputs = make_inputs(SQUARE, CPU)
-    attention = named("flash_attend").prepare(inputs)
-    with pytest.raises(BackendUnavailable):  # there is no GPU, and nothing else serves in their place
+    attention = named(name).prepare(inputs)
+    with pytest.raises(BackendUnavailable, match=f"backend '{OURS[name]}' cannot serve"):  # and nothing else does
         attention(inputs.q, inputs.k, inputs.v)
 
 
@@ -474,6 +475,7 @@ def test_every_peer_has_a_name_of_its_own_and_a_line_about_it():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     assert all(peer.about and "\n" not in peer.about for peer in PEERS)
     assert [peer.name for peer in PEERS if peer.judged_whole] == list(OURS)
+    assert sorted(OURS.values()) == sorted(BACKENDS)
 
 
 def test_a_gpu_measures_all_of_them():

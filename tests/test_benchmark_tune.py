@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -14,8 +15,9 @@ pytest.importorskip("triton", reason="tuning needs Triton")
 
 import tune
 from cases import DTYPES, Case, make_inputs
+from flash_attend.dispatch import HOPPER_HEAD_DIMS
 from flash_attend.kernels import aot
-from flash_attend.kernels.configs import ROWS, VARIANTS, Tile, Tiles, mode_of, row_of
+from flash_attend.kernels.configs import ROWS, VARIANTS, Tile, Tiles, mode_of, override, row_of
 from flash_attend.spec import normalise_inputs
 from gate import Check, Gate
 from measure import numerics, stopwatch_for, summarise
@@ -75,6 +77,11 @@ def test_a_question_describes_the_call_that_is_measured(dtype: str, mode: str) -
         (["--limit=0"], "--limit must be at least 1, got 0"),
         (["--jobs=0"], "--jobs must be at least 1, got 0"),
         (["--resume"], "is not there to resume"),
+        (["--backend=hopper_fused", "--kernel=backward_kv"], "hopper_fused launches no backward_kv"),
+        (["--backend=triton", "--kernel=backward_fused"], "triton launches no backward_fused"),
+        (["--backend=hopper", "--dim=80"], "d = 80 and dv = 80 are not the same one of 64, 128, 256"),
+        (["--backend=hopper", "--arch=sm_80"], "the kernels are for sm_90, the part is sm_80"),
+        (["--backend=math"], "invalid choice: 'math'"),
     ],
 )
 def test_bad_options(arguments: list[str], message: str, tmp_path, capsys) -> None:
@@ -101,7 +108,7 @@ def test_without_a_gpu_a_part_must_be_named(capsys) -> None:
 def test_every_tile_of_the_space_is_looked_at_once_and_the_current_one_first() -> None:
     tiles = [candidate.tile for candidate in tune.enumerate_tiles(QUESTION)]
     assert tiles[0] == QUESTION.current
-    assert len(tiles) == len(set(tiles)) == 4 * 4 * 2 * 4  # the current one is of the space
+    assert len(tiles) == len(set(tiles)) == math.prod(map(len, tune.SPACE.values()))  # the current one is of the space
     loaded = [tune.loaded_per_pair(QUESTION, tile) for tile in tiles[1:]]
     assert loaded == sorted(loaded)
 
@@ -118,9 +125,49 @@ def test_another_tile_changes_one_kernel_and_the_schedule_with_it() -> None:
 def test_arithmetic_leaves_every_tile_of_the_table(row) -> None:
     """They are known to compile well, so a bound that throws one out is wrong."""
     (arch, kind, width, *_), tiles = row
-    for kernel in tune.KERNELS:
+    for kernel in filter(tiles._asdict().get, tune.LAUNCHED):
         about = question(kernel, KINDS[kind], arch, head_dim=width, value_dim=width)
         assert tune.why_pruned(about, getattr(tiles, kernel)) == ""
+
+
+@pytest.mark.parametrize("backend", ["hopper", "hopper_fused"])
+@pytest.mark.parametrize("dim", HOPPER_HEAD_DIMS)
+def test_arithmetic_leaves_every_tile_for_hopper(dim: int, backend: str) -> None:
+    for kernel in tune.KERNELS[backend == "hopper_fused"]:
+        about = replace(question(kernel, head_dim=dim, value_dim=dim), backend=backend)
+        if about.current is not None and about.launched.startswith("hopper"):
+            candidates = tune.enumerate_tiles(about)
+            assert tune.why_pruned(about, about.current) == ""
+            assert candidates[0].tile == about.current
+            fixed = set(Tile._fields) - set(tune.SPACES["hopper", kernel])
+            assert all(
+                getattr(each.tile, name) == getattr(about.current, name) for each in candidates for name in fixed
+            )
+            assert len(candidates) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend", "launched"),
+    [
+        (["--kernel=forward"], "triton", "forward"),
+        (["--kernel=backward_q"], "triton", "backward_q"),
+        (["--kernel=forward", "--backend=triton_fused"], "triton_fused", "forward"),
+        (["--kernel=forward", "--backend=hopper"], "hopper", "hopper_forward"),
+    ],
+)
+def test_a_question_is_about_the_kernel_that_the_backend_launches(arguments, backend, launched) -> None:
+    about = asked("--dim=128", *arguments)
+    assert (about.backend, about.launched) == (backend, launched)
+    assert f"-{backend}-{about.kernel}-" in about.name
+    assert about.as_json()["backend"] == backend
+
+
+def test_the_kernel_of_a_fused_backward_is_asked_of_a_fused_backend() -> None:
+    tiles = QUESTION.tiles._replace(backward_fused=Tile(64, 64, 8, 2))
+    with override(tiles):
+        about = asked("--kernel=backward_fused", "--dim=64")
+        assert about.backend == "triton_fused"
+        assert about.current == tiles.backward_fused
 
 
 def test_what_cannot_fit_is_thrown_out() -> None:
@@ -262,6 +309,27 @@ def test_a_variant_is_proposed_where_the_mode_may_have_one() -> None:
     assert len(row) <= 120
 
 
+def test_a_row_for_hopper_is_that_of_its_head_dim() -> None:
+    about = asked("--kernel=forward", "--backend=hopper", "--dim=128", "--mode=key+causal")
+    assert about.row == ("sm_90", "hopper", 128)
+    row = tune.row_source(about, Tile(128, 64, 4, 2))
+    assert eval(f"{{{row}}}", dict(Tile=Tile)) == {128: dict(forward=Tile(128, 64, 4, 2))}
+    assert {case.backend for case in about.served()} == {"hopper"}
+    assert {case.spec.head_dim for case in about.served()} == {128}
+
+
+def test_a_row_keeps_the_tiles_of_kernels_that_the_backend_does_not_launch(monkeypatch) -> None:
+    whole = ROWS["sm_90", "half", 64]._replace(backward_fused=Tile(32, 64, 8, 2))
+    monkeypatch.setitem(ROWS, ("sm_90", "half", 64), whole)
+    source = tune.row_source(QUESTION, FAST)
+    assert eval(f"{{{source}}}", dict(Tile=Tile, Tiles=Tiles)) == {("sm_90", "half", 64): whole._replace(forward=FAST)}
+
+
+def test_a_measured_row_names_its_file() -> None:
+    line = tune.measured_source(QUESTION, tune.RESULTS / "some-gpu" / "tune-x.json")
+    assert eval(f"{{{line}}}") == {("sm_90", "half", 64): "benchmarks/results/some-gpu/tune-x.json"}
+
+
 def test_a_gain_within_the_spread_is_no_gain(measured) -> None:
     tuning, bench = measured(Device({CURRENT: 10.0, CLOSE: 9.9, SLOW: 12.0}))
     assert tuning.candidates[CLOSE].ratio() == pytest.approx(0.99)
@@ -389,6 +457,7 @@ def test_measuring_from_end_to_end(milliseconds, proposed, tmp_path, monkeypatch
     assert ordered[:2] == [tune.label(FAST), tune.label(SLOW)], "those that were timed, the fastest first"
     saved = json.loads(options.path.read_text())
     assert ("For ROWS in kernels/configs.py:" in printed) == proposed
+    assert ("And, once tune.json is committed, for MEASURED:" in printed) == proposed
     assert ("No row is proposed" in printed) == (not proposed)
     assert bool(saved["header"]["proposal"]) == proposed
     assert saved["header"]["proposal"] in printed
@@ -442,7 +511,7 @@ def test_compiling_only(tmp_path, monkeypatch, capsys) -> None:
     assert [line.split("  ")[0] for line in printed.splitlines()[2:4]] == ["128x64 w8 s2", "128x32 w4 s1"]
 
     (path,) = tmp_path.glob("*.json")
-    assert path.name == "tune-sm_90-backward_q-bfloat16-d64-plain-s4096.json"
+    assert path.name == "tune-sm_90-triton-backward_q-bfloat16-d64-plain-s4096.json"
     current, *others = map(Candidate.from_json, json.loads(path.read_text())["candidates"])
     assert current.tile == Tile(128, 64, 8, 2)
     pruned, compiled = sorted(others, key=lambda candidate: candidate.survives)
@@ -459,7 +528,7 @@ def test_compiling_only(tmp_path, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("kernel", tune.KERNELS)
+@pytest.mark.parametrize("kernel", tune.KERNELS[False])
 def test_a_trial_repeats_the_one_kernel_of_a_right_call(kernel: str) -> None:
     """On the tensors of the call: what the kernel wrote is written again, the same, and nothing else is."""
     about = question(kernel, "float16", mask="right", valid=0.5, batch=1, heads=1, kv_heads=1, queries=40, keys=40)

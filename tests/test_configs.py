@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
 from flash_attend.kernels.configs import (
+    HOPPER_FORWARD,
     INTERPRETED,
+    MEASURED,
     ROWS,
     VARIANTS,
     Tile,
@@ -17,12 +20,14 @@ from flash_attend.kernels.configs import (
     mode_of,
     override,
     row_of,
+    rows_of,
     select_tiles,
 )
 from flash_attend.kernels.key_schedule import BLOCKS_PER_STEP
 from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 
+ROOT = Path(__file__).resolve().parent.parent
 SPEC = AttentionSpec(
     batch=1, heads=1, kv_heads=1, queries=8, keys=8, head_dim=64, value_dim=64, dtype=torch.float16, scale=0.1
 )
@@ -65,7 +70,8 @@ def test_every_call_has_its_tiles_on_every_part(kind: str, capability: tuple[int
         assert select_tiles(replace(spec, mask=MaskKind.KEY), target) == ROWS[row]._replace(backward_fused=None)
         dense = replace(spec, mask=MaskKind.DENSE)
         for special in (dense, replace(spec, dropout_p=0.1), replace(dense, dropout_p=0.1)):
-            assert select_tiles(special, target) is VARIANTS.get((*row, mode_of(special)), ROWS[row])
+            expected = VARIANTS.get((*row, mode_of(special)), ROWS[row])
+            assert select_tiles(special, target) == expected._replace(backward_fused=None)
 
 
 def test_modes() -> None:
@@ -80,6 +86,15 @@ def test_a_part_has_all_of_its_rows_and_no_other() -> None:
     assert {arch for arch, *_ in ROWS} == {"sm_80", "sm_90"}
     for arch in ("sm_80", "sm_90"):
         assert {(kind, width) for own, kind, width in ROWS if own == arch} == taken
+
+
+def test_every_row_has_a_key_of_its_own_and_a_measured_one_its_evidence() -> None:
+    keys = [key for arch in ("sm_80", "sm_90") for key in rows_of(arch)]
+    assert len(set(keys)) == len(keys) == len(ROWS) + len(VARIANTS) + len(HOPPER_FORWARD)
+    assert rows_of("sm_86") == []
+    for key, results in MEASURED.items():
+        assert key in keys
+        assert (ROOT / results).is_file()
 
 
 def test_a_variant_stands_beside_a_row_and_differs_from_it() -> None:

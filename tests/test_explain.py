@@ -10,8 +10,9 @@ import torch
 
 from flash_attend import BackendUnavailable, explain, flash_attention, functional
 from flash_attend.dispatch import BACKENDS, Plan
+from flash_attend.spec import MaskKind
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import VALIDATED, Validation
+from flash_attend.validation import FASTER, VALIDATED, Calls, Measurement, Validation
 
 H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=132, triton="3.7.1")
 T4 = DeviceTarget("cuda", "Tesla T4", (7, 5), shared_memory=65536, multiprocessors=40, triton="3.7.1")
@@ -35,38 +36,61 @@ def test_one_line_for_every_backend(on) -> None:
     on(DeviceTarget("cpu", triton="3.7.1"))
     assert str(explain(*_tensors())).splitlines() == [
         "on cpu: math serves",
-        "  hopper  no       cpu tensors; the kernels need a CUDA device",
-        "  triton  no       cpu tensors; the kernels need a CUDA device",
-        "  math    yes      the einsum path serves every call",
+        "  hopper_fused  no       cpu tensors; the kernels need a CUDA device",
+        "  hopper        no       cpu tensors; the kernels need a CUDA device",
+        "  triton_fused  no       cpu tensors; the kernels need a CUDA device",
+        "  triton        no       cpu tensors; the kernels need a CUDA device",
+        "  math          yes      the einsum path serves every call",
     ]
 
 
-def test_a_part_without_evidence(on) -> None:
+RUN = dict(gpu="NVIDIA H100", torch="2.13.0", triton="3.7.1", date="2026-01-31", commit="abc", results="results.json")
+
+
+@pytest.fixture
+def no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for table in (VALIDATED, FASTER):
+        for key in list(table):
+            monkeypatch.delitem(table, key)
+
+
+def test_a_part_without_evidence(on, no_evidence: None) -> None:
     on(H100)
-    found = explain(*_tensors())
-    if ("triton", "sm_90") in VALIDATED:
-        assert found.plan.backend == "triton"
-    else:
-        assert str(found).splitlines() == [
-            "on NVIDIA H100: math serves",
-            "  hopper  no       float32 is not float16 or bfloat16",
-            '  triton  by name  not validated on sm_90 yet; ask for it with backend="triton"',
-            "  math    yes      the einsum path serves every call",
-        ]
+    assert str(explain(*_tensors())).splitlines() == [
+        "on NVIDIA H100: math serves",
+        "  hopper_fused  no       float32 is not float16 or bfloat16",
+        "  hopper        no       float32 is not float16 or bfloat16",
+        "  triton_fused  by name  not validated on sm_90 yet; ask for it by name",
+        "  triton        by name  not validated on sm_90 yet; ask for it by name",
+        "  math          yes      the einsum path serves every call",
+    ]
     assert str(explain(*_tensors(), backend="triton")).startswith("on NVIDIA H100: triton serves\n")
 
 
-def test_a_part_with_evidence(on, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_with_evidence(on, no_evidence: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right is enough for the plain kernels; all others were faster too where "auto" takes them."""
     on(H100)
-    row = Validation(
-        "NVIDIA H100", torch="2.13.0", triton="3.7.1", date="2026-01-31", commit="abc", results="results.json"
-    )
-    monkeypatch.setitem(VALIDATED, ("triton", "sm_90"), row)
-    assert str(explain(*_tensors())).splitlines()[:3] == [
+    for backend in ("triton", "triton_fused"):
+        monkeypatch.setitem(VALIDATED, (backend, "sm_90"), Validation(**RUN))
+    right = "validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)"
+    assert str(explain(*_tensors())).splitlines() == [
         "on NVIDIA H100: triton serves",
-        "  hopper  no       float32 is not float16 or bfloat16",
-        "  triton  yes      validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)",
+        "  hopper_fused  no       float32 is not float16 or bfloat16",
+        "  hopper        no       float32 is not float16 or bfloat16",
+        "  triton_fused  by name  validated on sm_90, but not shown to be faster there in such calls; "
+        "ask for it by name",
+        f"  triton        yes      {right}",
+        "  math          yes      the einsum path serves every call",
     ]
+    measured = Measurement(**RUN | {"date": "2026-02-01"}, calls=(Calls("tf32x3", 8, 8, MaskKind.NONE),))
+    monkeypatch.setitem(FASTER, ("triton_fused", "sm_90"), measured)
+    found = explain(*_tensors())
+    assert found.plan == Plan(
+        "triton_fused",
+        f"hopper_fused, hopper: float32 is not float16 or bfloat16; {right}, and faster there (2026-02-01)",
+    )
+    assert f"  triton_fused  yes      {right}, and faster there (2026-02-01)" in str(found).splitlines()
+    assert explain(*_tensors(), deterministic=True).plan.backend == "triton"
 
 
 def test_a_backend_by_name_that_cannot_serve_is_told_not_raised(on) -> None:
@@ -128,7 +152,7 @@ def test_a_cuda_fallback_warns_once_for_every_reason(on, fresh_warnings: None) -
     caught = _collect([{}, {}, {"causal": True}])
     assert [str(warning.message) for warning in caught] == [
         "flash_attend serves a CUDA call by its einsum path: "
-        "hopper: compute capability 7.5 is below 8.0; triton: compute capability 7.5 is below 8.0; "
+        "hopper_fused, hopper, triton_fused, triton: compute capability 7.5 is below 8.0; "
         "the einsum path serves every call"
     ]
     assert caught[0].filename == __file__  # it points at the caller

@@ -1,7 +1,7 @@
 """The contract, on every backend: out, LSE and every gradient against the float64 oracle, within the error budget.
 
-The same calls run on the einsum path, on the kernels in Triton's interpreter (`-m interpreter`), and on both on a GPU
-(`-m gpu`).
+The same calls run on the einsum path, on the kernels in Triton's interpreter (`-m interpreter`), and on a GPU on every
+backend (`-m gpu`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import torch
 
 from calls import (
     BACKENDS,
+    CHOOSY,
     TRITON_CUDA,
     Backend,
     Case,
     assert_same_bits,
+    call_for,
     check,
     make_call,
     run,
@@ -207,18 +209,18 @@ def _calls() -> list:
     return float32 + others
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 @pytest.mark.parametrize(("case", "dtype"), _calls())
 def test_every_result_is_within_the_error_budget(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     skip_unless_interpretable(backend, dtype)
     accurate = dtype in (torch.float32, torch.float64)
     if backend == TRITON_CUDA and accurate and max(case.d, case.dv or 0) > LARGEST_ACCURATE_HEAD_DIM:
         pytest.skip("refused on a GPU, see REFUSALS in test_dispatch.py")
-    call = make_call(case, dtype, backend.device)
+    call = call_for(backend, case, dtype)
     check(run(call, backend.name), call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 @pytest.mark.parametrize("case", (*MASKED, *EMPTY, *PARTIAL_LOSS), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 def test_masks_in_half_precision(backend: Backend, case: Case, dtype: torch.dtype) -> None:
@@ -226,7 +228,7 @@ def test_masks_in_half_precision(backend: Backend, case: Case, dtype: torch.dtyp
         pytest.skip(
             "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
         )
-    call = make_call(case, dtype, backend.device)
+    call = call_for(backend, case, dtype)
     check(run(call, backend.name), call)
 
 
@@ -239,13 +241,13 @@ ORDINARY = (
 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_ordinary_calls_need_no_floor(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Twice the eager path's root-mean-square error and nothing on top, where the tensors are large enough for one."""
     skip_unless_interpretable(backend, dtype)
-    call = make_call(case, dtype, backend.device)
+    call = call_for(backend, case, dtype)
     check(run(call, backend.name), call, strict=True)
 
 
@@ -264,13 +266,13 @@ def test_float32_with_high_matmul_precision(backend: Backend, case: Case, tf32: 
     check(run(call, backend.name), call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, CHOOSY[0]))
 @pytest.mark.parametrize("needs", ("q", "k", "v", "qk", "qv", "kv"))
 @pytest.mark.parametrize(
     "case", (Case("gqa", heads=4, kv_heads=2, mask="pad_left", causal=True), Case("lse", grads="lse")), ids=str
 )
 def test_only_the_needed_gradients(backend: Backend, needs: str, case: Case) -> None:
-    call = make_call(case, torch.float32, backend.device)
+    call = call_for(backend, case, backend.dtype)
     everything, some = run(call, backend.name), run(call, backend.name, needs=needs)
     for name in "qkv":
         gradient = getattr(some, f"d{name}")
@@ -316,13 +318,11 @@ def test_a_loss_through_the_sum_and_backward(backend: Backend) -> None:
         torch.testing.assert_close(leaf.grad, gradient + 1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", (*BACKENDS, CHOOSY[0]))
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 def test_repeats_bit_for_bit(backend: Backend, dropout_p: float) -> None:
-    call = make_call(
-        Case("repeat", heads=4, kv_heads=2, mask="holes", causal=True, dropout_p=dropout_p),
-        torch.float32,
-        backend.device,
+    call = call_for(
+        backend, Case("repeat", heads=4, kv_heads=2, mask="holes", causal=True, dropout_p=dropout_p), backend.dtype
     )
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)

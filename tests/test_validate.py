@@ -17,17 +17,18 @@ import torch
 
 import gpu_checks
 import validate
-from calls import LAYOUTS, MASKS, make_call
+from calls import LAYOUTS, MASKS, Case, make_call
 from calls import run as run_call
 from cases import DTYPES
 from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM
 from flash_attend.kernels import aot
 from flash_attend.kernels.configs import select_tiles
-from flash_attend.spec import normalise_inputs
-from flash_attend.validation import Validation
+from flash_attend.spec import MaskKind, normalise_inputs
+from flash_attend.target import DeviceTarget
+from flash_attend.validation import Calls, Measurement, Validation
 from measure import numerics
 from results import Results, Row
-from validate import FAILED, NOT_RUN, PASSED, TIMED_OUT, UNFINISHED, Ended, Ledger, Outcome, Stage, Validator
+from validate import FAILED, NOT_RUN, PASSED, TIMED_OUT, TO_JUDGE, UNFINISHED, Ended, Ledger, Outcome, Stage, Validator
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = dict(
@@ -191,52 +192,137 @@ def test_a_process_gets_its_variables_and_no_interpreter(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def keyword(name: str) -> str:
+    """What pytest calls a keyword of an expression, as a name of Python."""
+    return name.replace("-", "_")
+
+
 def test_every_gpu_test_is_in_a_stage():
-    """Whatever the words of the expressions say of a test, a part of its file selects it."""
-    files = {part.file for part in validate.TESTS}
-    *_, rest = validate._selection(next(part for part in validate.TESTS if not part.file), validate.TESTS)
-    assert rest.removeprefix("--ignore=") in files
-    for file in files - {""}:
-        selections = [validate._selection(part, validate.TESTS) for part in validate.TESTS if part.file == file]
-        assert all(selection[0] == file for selection in selections)
-        expressions = [selection[2] if len(selection) > 1 else "True" for selection in selections]
-        words = sorted(set(re.findall(r"\b[a-z]\w+", " ".join(expressions))) - {"and", "or", "not"})
-        source = (ROOT / file).read_text(encoding="utf-8")
-        assert all(word in source for word in words)
-        for truths in product((False, True), repeat=len(words)):
-            assert any(eval(each, dict(zip(words, truths, strict=True))) for each in expressions)
+    """Whatever the words of the expressions say of a test, a part of its file selects it, of somebody's tests."""
+    claims = {keyword(word) for claim in validate.CLAIMS.values() for word in re.findall(r"[a-z][\w-]+", claim)}
+    claims -= {"not", "or"}
+    for truths in product((False, True), repeat=len(claims)):
+        words = dict(zip(sorted(claims), truths, strict=True))
+        assert any(eval(keyword(claim), words) for claim in validate.CLAIMS.values())
+    for claim, expression in validate.CLAIMS.items():
+        parts = [part for part in validate.TESTS if part.claim == claim]
+        files = {part.file for part in parts}
+        (rest,) = (part for part in parts if not part.file)
+        where, *ignored = validate._selection(rest, validate.TESTS)
+        assert where == "tests"
+        assert {f"--ignore={file}" for file in files - {""}} == {each for each in ignored if "--ignore" in each}
+        for file in files - {""}:
+            selections = [validate._selection(part, validate.TESTS) for part in parts if part.file == file]
+            assert all(selection[0] == file for selection in selections)
+            expressions = [selection[-1] for selection in selections]
+            assert all(f"({expression})" in each for each in expressions)
+            words = set(re.findall(r"\b[a-z][\w-]+", " ".join(expressions))) - {"and", "or", "not"}
+            mine = sorted(words - set(re.findall(r"[a-z][\w-]+", " ".join(validate.CLAIMS.values()))))
+            source = (ROOT / file).read_text(encoding="utf-8")
+            assert all(word in source for word in mine)
+            claimed = {keyword(word): expression.startswith("not") == 0 for word in words - set(mine)}
+            for truths in product((False, True), repeat=len(mine)):
+                known = claimed | dict(zip(mine, truths, strict=True))
+                assert any(eval(keyword(each), known) for each in expressions)
+
+
+def test_tests_are_claimed_by_the_names_that_they_have():
+    from calls import Backend
+
+    for name in ("triton_fused", "hopper", "hopper_fused"):
+        assert validate.CLAIMS[name] == str(Backend(name, "cuda"))
+    assert list(ROOT.glob(f"tests/{validate.CLAIMS['Gluon']}*.py"))
+    assert set(validate.PROVEN_BY) == set(validate.CLAIMS)
+    assert {backend for proven in validate.PROVEN_BY.values() for backend in proven} == set(validate.KERNELS)
+
+
+def test_pytest_understands_the_expressions(tmp_path):
+    """Each test is somebody's, by its file or by the backend in its name, and no other's."""
+    tests = {
+        "test_hopper_forward.py": "@pytest.mark.parametrize('x', ['a'])\ndef test_a(x): ...\n",
+        "test_x.py": "@pytest.mark.parametrize('x', ['math-cuda', 'triton-cuda', 'triton_fused-cuda', 'hopper-cuda', "
+        "'hopper_fused-cuda'])\ndef test_b(x): ...\ndef test_c(): ...\n",
+    }
+    for name, source in tests.items():
+        (tmp_path / name).write_text(f"import pytest\n{source}", encoding="utf-8")
+    code = (
+        "import pytest, sys\n"
+        "for expression in sys.argv[1:]:\n"
+        "    print('by', expression)\n"
+        "    pytest.main(['-q', '-p', 'no:cacheprovider', '--collect-only', '-k', expression])\n"
+    )
+    command = [sys.executable, "-c", code, *validate.CLAIMS.values()]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    found = {}
+    for line in ended.stdout.splitlines():
+        if line.startswith("by "):
+            claim = next(claim for claim, expression in validate.CLAIMS.items() if line == f"by {expression}")
+        elif "::" in line:
+            found.setdefault(claim, []).append(line.split("::")[1])
+    assert found == {
+        "triton": ["test_b[math-cuda]", "test_b[triton-cuda]", "test_c"],
+        "triton_fused": ["test_b[triton_fused-cuda]"],
+        "hopper": ["test_b[hopper-cuda]"],
+        "hopper_fused": ["test_b[hopper_fused-cuda]"],
+        "Gluon": ["test_a[a]"],
+    }
 
 
 def test_stages_have_names_of_their_own_and_fit_in_a_call():
     stages = validate.stages()
     assert len({each.stem for each in stages}) == len(stages)
     assert all(each.least <= 8 for each in stages)
-    assert [each.name for each in stages if each.measures] == [
+    assert [each.name for each in stages if not each.proof] == [
+        "racecheck: hopper",
+        "racecheck: hopper_fused",
         "benchmarks: quick",
         "training steps",
         "benchmarks: standard",
     ]
 
 
-def test_every_kernel_is_shown_to_the_sanitizer():
-    """Of every kernel that the ahead-of-time check compiles."""
+def test_every_backend_has_every_kind_of_proof():
+    kinds = {"random 0-99", "random 100-199", "memcheck", "racecheck", "repeats"}
+    for backend in validate.KERNELS:
+        own = [each for each in validate.stages() if each.backends and each.about(backend)]
+        wanted = kinds | ({"twins"} if backend.startswith("hopper") else set())
+        assert {each.name.partition(":")[0] for each in own} == wanted | {"tests"}
+        for each in own:
+            command = each.command(Path("folder"), 5.0)
+            assert "--backend" not in command or command[command.index("--backend") + 1] == backend
 
-    def kernels(specs):
-        target = aot.PARTS["sm_90"]
+
+def test_a_part_has_the_stages_of_those_that_can_serve_there():
+    assert validate.KERNELS == ("triton", "triton_fused", "hopper", "hopper_fused")
+    assert validate.backends_on(HERE) == validate.KERNELS
+    for arch in ("sm_80", "sm_89", "sm_100", "sm_120"):
+        assert validate.backends_on(HERE | {"arch": arch}) == ("triton", "triton_fused")
+    for change in (dict(triton="3.5.0"), dict(triton=None), dict(arch="sm_75"), dict(arch=None)):
+        assert validate.backends_on(HERE | change) == ()
+    everywhere = validate.stages(("triton", "triton_fused"))
+    assert not any("hopper" in each.name or "Gluon" in each.name for each in everywhere)
+    assert len(everywhere) < len(validate.stages())
+
+
+def test_every_kernel_is_shown_to_the_sanitizer():
+    """Of every kernel that the ahead-of-time check compiles for a backend."""
+    target = aot.PARTS["sm_90"]
+
+    def kernels(specs, backend):
         return {
             launch.prepared.kernel.__name__
             for spec in specs
-            for launch in aot.record_call(spec, select_tiles(spec, target))
+            for launch in aot.record_call(spec, select_tiles(spec, target, backend), backend)
         }
 
-    def sanitized():
-        for case, dtype in gpu_checks.SANITIZED:
-            with numerics(dtype):
-                call = make_call(case, DTYPES[dtype][0])
-                yield normalise_inputs(call.q, call.k, call.v, **call.options)[-1]
-
-    assert kernels(sanitized()) >= kernels(case.spec for case in aot.cases(["sm_90"]))
-    assert {dtype for _, dtype in gpu_checks.SANITIZED} == set(DTYPES)
+    compiled = {}
+    for case in aot.cases(["sm_90"]):
+        compiled.setdefault(case.backend, []).append(case.spec)
+    assert {"triton", "hopper"} <= set(compiled)
+    for backend, specs in compiled.items():
+        sanitized = [gpu_checks.spec_of(case, dtype) for case, dtype in gpu_checks.sanitized_calls(backend)]
+        assert kernels(sanitized, backend) >= kernels(specs, backend)
+    assert {dtype for _, dtype in gpu_checks.sanitized_calls("triton")} == set(DTYPES)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +461,20 @@ def test_a_planted_fault_must_be_found(tmp_path):
     assert validate.read_sanitizer(Ended(1, REFUSED, tmp_path), tool="memcheck", finds=True).status == FAILED
 
 
+@pytest.mark.parametrize(
+    ("log", "code", "status", "problems"),
+    (
+        (RACE_FREE, 0, PASSED, 0),
+        (RACE, 99, TO_JUDGE, 1),
+        (RACE.replace("13 calls ran", "ended"), 99, FAILED, 1),  # the calls did not all run
+        (REFUSED, 1, FAILED, 1),
+    ),
+)
+def test_what_a_tool_finds_that_does_not_know_better_is_for_a_reader(tmp_path, log, code, status, problems):
+    outcome = validate.read_sanitizer(Ended(code, log, tmp_path), tool="racecheck", certain=False)
+    assert (outcome.status, len(outcome.problems)) == (status, problems)
+
+
 def test_a_log_is_read_by_its_exit_code_and_last_line(tmp_path):
     assert validate.read_log(Ended(0, "a\nall is well\n\n", tmp_path)) == Outcome(PASSED, "all is well")
     failed = validate.read_log(Ended(1, "FAILED: this\nFAILED: that\n2 failures\n", tmp_path))
@@ -400,12 +500,12 @@ def test_a_grid_is_read_by_its_results(tmp_path, complete, status):
 # The verdict
 # ---------------------------------------------------------------------------------------------------------------------
 
-PROOFS = [stage("a"), stage("b")]
-STAGES = [*PROOFS, stage("fast", measures=True)]
+PROOFS = [stage("a"), stage("b", backends=("triton",)), stage("g", backends=("hopper", "hopper_fused"))]
+STAGES = [*PROOFS, stage("race", backends=("hopper",), proof=False), stage("fast", proof=False)]
 
 
 def ledger_with(tmp_path, **changed: dict) -> Ledger:
-    """Both proofs passed here, but for what is changed."""
+    """All proofs passed here, but for what is changed."""
     ledger = Ledger(tmp_path / "stages.json")
     for index, each in enumerate(PROOFS):
         record = validate.Record(each.name, PASSED, "fine", (), 1.0, f"2026-01-0{index + 1}T10:00:00+00:00", HERE)
@@ -414,13 +514,15 @@ def ledger_with(tmp_path, **changed: dict) -> Ledger:
     return ledger
 
 
-def test_a_row_where_every_proof_passed(tmp_path):
-    found = validate.verdict(STAGES, ledger_with(tmp_path), HERE, "c0ffee")
+@pytest.mark.parametrize(("backend", "date"), (("triton", "2026-01-02"), ("hopper_fused", "2026-01-03")))
+def test_a_row_where_every_proof_passed(tmp_path, backend, date):
+    found = validate.verdict(backend, STAGES, ledger_with(tmp_path), HERE, "c0ffee")
     assert not found.lacking
-    (((backend, arch), row),) = eval(f"{{{found.row}}}", {"Validation": Validation}).items()
-    assert (backend, arch) == ("triton", "sm_90")
+    assert str(found).startswith(f"{backend}: validated; the row for VALIDATED in flash_attend/validation.py:\n")
+    ((key, row),) = eval(f"{{{found.row}}}", {"Validation": Validation}).items()
+    assert key == (backend, "sm_90")
     results = str(tmp_path / "stages.json")
-    assert row == Validation("Some GPU", "2.11.0", "3.6.0", "2026-01-02", "c0ffee", results)
+    assert row == Validation("Some GPU", "2.11.0", "3.6.0", date, "c0ffee", results)
 
 
 @pytest.mark.parametrize(
@@ -436,20 +538,99 @@ def test_a_row_where_every_proof_passed(tmp_path):
     ),
 )
 def test_no_row_where_anything_is_lacking(tmp_path, changed, says):
-    found = validate.verdict(STAGES, ledger_with(tmp_path, **changed), HERE, "c0ffee")
+    found = validate.verdict("triton", STAGES, ledger_with(tmp_path, **changed), HERE, "c0ffee")
     assert found.row == ""
     assert len(found.lacking) == 1
     assert found.lacking[0].startswith(says)
     assert says in str(found)
 
 
+@pytest.mark.parametrize(
+    ("name", "proven"),
+    (("a", set()), ("b", {"triton_fused", "hopper", "hopper_fused"}), ("g", {"triton", "triton_fused"})),
+)
+def test_what_fails_for_one_backend_says_nothing_of_the_others(tmp_path, name, proven):
+    ledger = ledger_with(tmp_path, **{name: dict(status=FAILED)})
+    found = {each for each in validate.KERNELS if validate.verdict(each, STAGES, ledger, HERE, "c0ffee").row}
+    assert found == proven
+
+
+def test_what_a_reader_has_to_judge_is_told_and_takes_no_row_away(tmp_path):
+    ledger = ledger_with(tmp_path)
+    record = ledger.records["a"]
+    ledger.add(replace(record, stage="race", status=TO_JUDGE, detail="3 hazards"))
+    found = validate.verdict("hopper", STAGES, ledger, HERE, "c0ffee")
+    assert found.row
+    assert str(found).endswith("\nbut first judge for yourself:\n  race: 3 hazards")
+    assert validate.verdict("triton", STAGES, ledger, HERE, "c0ffee").to_judge == ()
+    ledger.add(replace(record, stage="race", status=FAILED))
+    assert validate.verdict("hopper", STAGES, ledger, HERE, "c0ffee").row
+
+
 def test_no_row_for_sources_that_are_not_a_commits(tmp_path):
-    found = validate.verdict(STAGES, ledger_with(tmp_path), HERE, "c0ffee", "not as committed: kernels/forward.py")
-    assert (found.row, found.lacking) == ("", ("not as committed: kernels/forward.py",))
+    unclear = "not as committed: kernels/forward.py"
+    found = validate.verdict("triton", STAGES, ledger_with(tmp_path), HERE, "c0ffee", unclear)
+    assert (found.row, found.lacking) == ("", (unclear,))
 
 
 def test_measurements_alone_prove_nothing(tmp_path):
-    assert validate.verdict(STAGES[2:], ledger_with(tmp_path), HERE, "c0ffee").lacking
+    assert validate.verdict("triton", STAGES[-2:], ledger_with(tmp_path), HERE, "c0ffee").lacking
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which backend is faster
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """Results of the standard grid in which "hopper" takes four fifths of the time of "triton"."""
+
+    def grid(**header) -> Path:
+        measured = HERE | dict(complete=True, dirty=False, commit="c0ffee", started="2026-02-03T04:05:06+00:00")
+        results = Results(tmp_path / "standard.json", measured | header)
+        shape = (4, 16, 16, 4096, 4096, 128, 128)
+        for peer, ms in (("flash_attend", 1.0), ("flash_attend hopper", 0.8)):
+            results.add(Row("c", "g", "forward+backward", "bfloat16", "causal", shape, peer, ms_median=ms))
+        results.save()
+        return results.path
+
+    return grid
+
+
+def test_the_grid_tells_who_is_faster_with_the_row_for_the_table(grid):
+    path = grid()
+    lines = validate.who_is_faster(path, "sm_90", ("triton_fused", "hopper"))
+    assert lines[:3] == [
+        "triton_fused: measured beside nobody",
+        "hopper, beside the backends after it:",
+        "  faster  half, d 128, dv 128, mask none: 1 win, 0 even, 0 loss; at worst 1.25x of flash_attend, c, "
+        "forward+backward",
+    ]
+    assert lines[3] == "the row for FASTER in flash_attend/validation.py:"
+    names = dict(Measurement=Measurement, Calls=Calls, MaskKind=MaskKind)
+    ((key, row),) = eval(f"{{{lines[4]}}}", names).items()
+    assert key == ("hopper", "sm_90")
+    calls = (Calls("half", 128, 128, MaskKind.NONE),)
+    assert row == Measurement("Some GPU", "2.11.0", "3.6.0", "2026-02-03", "c0ffee", str(path), calls)
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    (
+        (dict(complete=False), "is not complete"),
+        (dict(dirty=True), "was not measured on a commit without changes"),
+        (dict(commit="unknown", dirty=None), "was not measured on a commit without changes"),
+    ),
+)
+def test_a_grid_that_cannot_be_evidence_says_why(grid, header, says):
+    (line,) = validate.who_is_faster(grid(**header), "sm_90", ("hopper",))
+    assert line.endswith(says)
+
+
+def test_without_a_grid_nobody_is_faster(tmp_path):
+    lines = validate.who_is_faster(tmp_path / "standard.json", "sm_90", ("hopper",))
+    assert lines == ["which backend is faster where: the standard grid has not run"]
 
 
 @pytest.fixture
@@ -504,8 +685,9 @@ def test_without_git_no_commit_is_known(tmp_path):
 
 
 def test_the_random_calls_reach_what_they_are_for():
-    drawn = [gpu_checks.draw_call(seed) for seed in range(validate.RANDOM_CALLS)]
-    assert drawn == [gpu_checks.draw_call(seed) for seed in range(validate.RANDOM_CALLS)]
+    drawn = [gpu_checks.draw_call(seed, "triton") for seed in range(validate.RANDOM_CALLS)]
+    for backend in ("triton", "triton_fused"):
+        assert drawn[:10] == [gpu_checks.draw_call(seed, backend) for seed in range(10)]
     cases = [case for case, _ in drawn]
     assert {dtype for _, dtype in drawn} == set(DTYPES)
     assert {case.mask for case in cases} == set(MASKS)
@@ -529,6 +711,45 @@ def test_the_random_calls_reach_what_they_are_for():
     assert any(case.causal and case.queries > case.keys for case in cases)
 
 
+def test_the_random_calls_for_hopper_are_those_that_it_serves():
+    drawn = [gpu_checks.draw_call(seed, "hopper") for seed in range(validate.RANDOM_CALLS)]
+    assert all(gpu_checks.serves("hopper", *each) for each in drawn[::10])
+    assert [gpu_checks.draw_call(seed, "hopper_fused") for seed in range(10)] == drawn[:10]
+    cases = [case for case, _ in drawn]
+    assert {dtype for _, dtype in drawn} == {"float16", "bfloat16"}
+    assert {case.d for case in cases} == {case.dv for case in cases} == {64, 128, 256}
+    assert {"none", "pad_left", "pad_right", "holes", "dead_batch", "all_hidden", "bh1j"} <= {c.mask for c in cases}
+    assert {case.layout for case in cases} == set(LAYOUTS) - {"broadcast_length"}
+    assert {case.causal for case in cases} == {False, True}
+    assert {case.scale for case in cases} == {None, -0.3, 1 / 8, 0.0}
+    assert any(case.heads > max(case.kv_heads, 1) for case in cases)
+    assert any(case.causal and case.queries > case.keys for case in cases)
+    assert max(case.keys for case in cases) > 700
+
+
+def test_a_call_is_described_as_the_dispatcher_knows_it():
+    """Without its tensors, which are only as large as numbers on no device."""
+    for seed in (3, 12, 57):
+        case, dtype = gpu_checks.draw_call(seed, "triton")
+        with numerics(dtype):
+            call = make_call(case, DTYPES[dtype][0])
+            *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+        assert gpu_checks.spec_of(case, dtype) == spec
+    assert gpu_checks.spec_of(case, dtype, deterministic=True).deterministic
+
+
+@pytest.mark.parametrize("backend", validate.KERNELS)
+def test_every_backend_has_calls_to_repeat_and_to_compare(backend):
+    def chosen(cases):
+        return [case for case in cases if gpu_checks.serves(backend, case, "float16")]
+
+    assert {case.d for case in chosen(gpu_checks.REPEATED)} >= {64, 128, 256}
+    assert any(case.mask != "none" and case.causal for case in chosen(gpu_checks.REPEATED))
+    assert len(chosen(replace(case, d=128) for case in gpu_checks.TWINS)) == len(gpu_checks.TWINS)
+    repeatable = gpu_checks.serves(backend, gpu_checks.REPEATED[0], "float16", deterministic=True)
+    assert repeatable == (not backend.endswith("_fused"))
+
+
 @pytest.mark.parametrize("seed", (7, 26, 36, 40, 68))
 def test_a_random_call_is_judged(seed):
     row = gpu_checks.judge_seed(seed, "math", "cpu")
@@ -547,9 +768,10 @@ def test_a_wrong_answer_is_reported_with_its_seed(monkeypatch, capsys):
     assert row["error"].startswith("AssertionError: dk: largest error")
     assert gpu_checks.reproduce(7, "math", "cpu") == 1
     assert "FAILED: seed 7: AssertionError: dk" in capsys.readouterr().out
-    assert gpu_checks.summarise_random([row]) == 1
+    assert gpu_checks.summarise_random([row], "hopper") == 1
     *_, failure, summary = capsys.readouterr().out.splitlines()
-    assert failure.startswith("FAILED: python benchmarks/validate.py --reproduce 7: AssertionError: dk: largest error")
+    again = "FAILED: python benchmarks/validate.py --reproduce 7 --backend hopper: "
+    assert failure.startswith(f"{again}AssertionError: dk: largest error")
     assert summary.startswith("0 of 1 right")
 
 
@@ -565,12 +787,107 @@ for seed in map(int, sys.argv[1:]):
     if error:
         sys.exit(1)
 """
-    rows = gpu_checks.run_shares(range(7), 2, lambda seeds: [sys.executable, "-c", code, *map(str, seeds)])
+    rows = gpu_checks.run_shares(
+        range(7), 2, "triton", lambda seeds, backend: [sys.executable, "-c", code, *map(str, seeds)]
+    )
     assert [row["seed"] for row in rows] == list(range(7))
     assert {row["seed"]: row["error"] for row in rows if row["error"]} == {
         3: "the process ended with 1: Segmentation fault",
         4: "AcceleratorError",
     }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Repeats and twins, by the einsum path in the place of kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Makes the checks run small calls on a CPU, and gives each answer to a function of (answer, backend, number)."""
+
+    def pretend(change=lambda answer, backend, number: answer, kernels=lambda backend: {f"{backend}_kernel"}):
+        small = Case("small", batch=1, heads=1, queries=6, keys=9, d=64, mask="pad_left", causal=True)
+        made = []
+
+        def run(call, backend, needs="qkv"):
+            made.append(backend)
+            return change(run_call(call, "math", needs), backend, len(made))
+
+        monkeypatch.setattr(gpu_checks, "TWINS", (small,))
+        monkeypatch.setattr(gpu_checks, "REPEATED", (small,))
+        monkeypatch.setattr(gpu_checks, "REPEATS", 3)
+        places = {"cuda": "cpu", "meta": "meta"}
+        monkeypatch.setattr(gpu_checks, "make_call", lambda case, dtype, device: make_call(case, dtype, places[device]))
+        monkeypatch.setattr(gpu_checks, "run", run)
+        monkeypatch.setattr(gpu_checks, "_kernels_of", lambda call, backend: kernels(backend))
+        busy = SimpleNamespace(query=lambda: False)
+        monkeypatch.setattr(gpu_checks, "Load", lambda: SimpleNamespace(add=lambda: busy))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        return made
+
+    return pretend
+
+
+def scaled(name, factor, backends=validate.KERNELS, since=0):
+    """Changes a result of some backends from a call on."""
+
+    def change(answer, backend, number):
+        if backend not in backends or number < since or getattr(answer, name) is None:
+            return answer
+        return replace(answer, **{name: getattr(answer, name) * factor})
+
+    return change
+
+
+def test_twins_that_are_both_right(pretend, capsys):
+    made = pretend()
+    assert gpu_checks.compare_twins("hopper_fused") == 0
+    assert set(made) == {"hopper_fused", "triton_fused"}
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 3 * 2 + 1  # three head dims in two dtypes, and the summary
+    assert re.match(r"small, d 64, float16: hopper_fused out 0\.\d\d lse .*; triton_fused out 0\.\d\d lse", printed[0])
+    assert printed[-1].endswith("kernels of hopper_fused alone: hopper_fused_kernel")
+
+
+@pytest.mark.parametrize("wrong", ("hopper", "triton"))
+def test_a_twin_that_is_wrong(pretend, capsys, wrong):
+    pretend(scaled("dk", 1.1, (wrong,)))
+    assert gpu_checks.compare_twins("hopper") == 1
+    failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED: ")]
+    assert len(failures) == 6
+    assert all(f", {wrong}: AssertionError: dk: largest error" in line for line in failures)
+
+
+def test_twins_that_are_the_same_kernels_show_nothing(pretend, capsys):
+    pretend(kernels=lambda backend: {"forward_kernel"})
+    assert gpu_checks.compare_twins("hopper") == 1
+    assert "FAILED: hopper launched the kernels of triton and no others" in capsys.readouterr().out
+
+
+CLOSE, FAR = 1 + 2**-10, 1.1  # another rounding in half precision, and another result
+
+
+@pytest.mark.parametrize(
+    ("backend", "change", "wrong"),
+    (
+        ("hopper", None, ""),
+        ("triton_fused", None, ""),
+        ("hopper_fused", scaled("dq", CLOSE, since=3), ""),
+        ("hopper_fused", scaled("dq", FAR, since=3), "dq: largest error"),
+        ("triton_fused", scaled("out", CLOSE, since=3), "out: "),
+        ("hopper", scaled("dq", CLOSE, since=7), "dq: "),
+        ("triton", scaled("lse", CLOSE, since=3), "lse: "),
+    ),
+)
+def test_repeats_are_the_same_as_far_as_is_promised(pretend, capsys, backend, change, wrong):
+    pretend(*filter(None, [change]))
+    assert gpu_checks.repeat_calls(backend) == bool(wrong)
+    *failures, summary = capsys.readouterr().out.splitlines()
+    assert bool(failures) == bool(wrong)
+    assert all(line.startswith("FAILED: small, ") and wrong in line for line in failures)
+    assert re.match(r"\d+ failures; \d+ of \d+ calls ran while another stream was busy", summary)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -581,8 +898,12 @@ for seed in map(int, sys.argv[1:]):
 def test_the_command_lists_and_tells_without_a_gpu(capsys):
     assert validate.main(["--list"]) == 0
     assert capsys.readouterr().out.count("\n") == len(validate.stages())
-    assert validate.main(["--dry-run", "--only", "sanitizer: racecheck"]) == 0
+    assert validate.main(["--dry-run", "--only", "racecheck: hopper"]) == 0
     assert "compute-sanitizer --tool racecheck" in capsys.readouterr().out
+    assert validate.main(["--list", "--backend", "hopper"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert all(" proves: " in line for line in listed)
+    assert not any(": triton" in line for line in listed)
     with pytest.raises(SystemExit):
         validate.main(["--only", "nothing of the kind"])
     assert "no stage is called 'nothing of the kind'" in capsys.readouterr().err
@@ -593,7 +914,7 @@ def test_the_command_refuses_without_a_gpu(monkeypatch, tmp_path, capsys):
     assert validate.main(["--out", str(tmp_path)]) == validate.REFUSED
     assert validate.main(["--reproduce", "3"]) == validate.REFUSED
     assert capsys.readouterr().err.count("torch sees no GPU") == 2
-    assert gpu_checks.main(["sanitized"]) == validate.REFUSED
+    assert gpu_checks.main(["sanitized", "--backend", "triton"]) == validate.REFUSED
     assert validate.main(["--verdict", "--out", str(tmp_path)]) == validate.REFUSED
     assert list(tmp_path.iterdir()) == []
 
@@ -605,15 +926,17 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", os.environ["PATH"])  # which the command adds to
     here = {name: value for name, value in HERE.items() if name not in ("arch", "sources")}
     monkeypatch.setattr(validate, "environment", lambda device: here)
-    monkeypatch.setattr(validate, "DeviceTarget", SimpleNamespace(of=lambda device: SimpleNamespace(arch="sm_90")))
+    monkeypatch.setattr(DeviceTarget, "of", staticmethod(lambda device: SimpleNamespace(arch="sm_90")))
     monkeypatch.setattr(validate, "commit_of_sources", lambda: ("c0ffee", ""))
 
-    def command(codes: dict[str, str], *options: str) -> int:
+    def command(codes: dict[str, str], *options: str, backends: tuple[str, ...] = ()) -> int:
         stages = [
-            replace(stage(name), command=lambda folder, left, code=code: [sys.executable, "-c", code])
+            replace(
+                stage(name), command=lambda folder, left, code=code: [sys.executable, "-c", code], backends=backends
+            )
             for name, code in codes.items()
         ]
-        monkeypatch.setattr(validate, "stages", lambda: stages)
+        monkeypatch.setattr(validate, "stages", lambda backends=(): stages)
         return validate.main(["--out", str(tmp_path), *options])
 
     return command
@@ -647,3 +970,14 @@ def test_the_command_says_when_time_ran_out(command, capfd):
     assert command(codes, "--minutes", "0.5") == 0
     assert command(codes, "--restart") == 0
     assert "[1/2] a" in capfd.readouterr().out
+
+
+def test_the_command_refuses_what_cannot_serve_here(command, monkeypatch, tmp_path, capfd):
+    for arch, says in (
+        ("sm_80", "what can serve there is triton, triton_fused"),
+        ("sm_75", "no kernel can serve there"),
+    ):
+        monkeypatch.setattr(DeviceTarget, "of", staticmethod(lambda device, arch=arch: SimpleNamespace(arch=arch)))
+        assert command({"a": "print(1)"}, backends=("hopper",)) == validate.REFUSED
+        assert capfd.readouterr().err == f"nothing to do on Some GPU, {arch}: {says}\n"
+    assert list(tmp_path.iterdir()) == []
