@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.descriptors import aligned, reading
 from flash_attend.kernels.dropout import kept_by_dropout
 from flash_attend.kernels.key_schedule import (
     Schedule,
@@ -37,7 +38,7 @@ from flash_attend.kernels.masking import (
     hide,
     key_visibility,
     pair_visibility,
-    query_tile,
+    tile_of_program,
     tile_visibility,
 )
 from flash_attend.kernels.operands import (
@@ -47,6 +48,7 @@ from flash_attend.kernels.operands import (
     call_choices,
     empty_like_heads,
     key_sizes,
+    query_section,
     query_sizes,
     readable,
 )
@@ -55,6 +57,7 @@ from flash_attend.kernels.tiles import (
     accumulate,
     clear_rows,
     inner_products,
+    load_block,
     load_rows,
     negate,
     row_products,
@@ -105,7 +108,7 @@ def delta_kernel(
 ):
     """DELTA and LSE_LOG2, in padded rows, for the kernels below. Dead rows and those past the last get delta 0 and LSE
     +inf: their weights are 0."""
-    first_query, batch, head = query_tile(padded_length(queries), heads, BLOCK_M, False)
+    first_query, batch, head = tile_of_program(padded_length(queries), heads, 1, BLOCK_M)
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
     batch64 = batch.to(tl.int64) * ALIGN
@@ -453,6 +456,7 @@ def _query_gradient_tile(
     delta,
     K,
     V,
+    kv_head,
     stride_k,
     stride_v,
     block,
@@ -481,6 +485,7 @@ def _query_gradient_tile(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One key block for one query tile."""
     first_key = block * BLOCK_N
@@ -491,24 +496,16 @@ def _query_gradient_tile(
         shown, readable = tile_visibility(
             visible, first_query, first_key, keys, words_per_query, BLOCK_M, BLOCK_N, MASK
         )
-    # Here it is k that enters the last product: where v holds NaN, it stays in its own column and is hidden there.
-    k = load_rows(K + first_key.to(tl.int64) * stride_k, stride_k, readable, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, MASKED)
+    # Neither in k nor in v: both enter a product whose zeros would not hide a NaN.
+    k = load_block(
+        K, batch, kv_head, first_key, stride_k, readable, BLOCK_N, HEAD_DIM, HEAD0, HEAD1,
+        DESCRIPTORS, MASKED, WITHIN=MASK != NONE,
+    )  # fmt: skip
     scores = inner_products(q, k, PRECISION, ACCUMULATOR)  # [BLOCK_M, BLOCK_N]
-    weights = recomputed_weights(scores, lse_log2[:, None], scale_log2)
-    v = load_rows(
-        V + first_key.to(tl.int64) * stride_v, stride_v, key < keys, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, MASKED
-    )
-    grad_weights = inner_products(grad, v, PRECISION, ACCUMULATOR)
-    if DROPOUT:
-        kept = kept_by_dropout(
-            first_query, first_key, batch, head, seed, keep_threshold, BLOCK_M, BLOCK_N, TRANSPOSED=False
-        )
-        grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
-    grad_scores = weights * (grad_weights - delta[:, None])
     if MASKED:
-        grad_scores = hide(
-            grad_scores,
-            0.0,
+        scores = hide(
+            scores,
+            NEGATIVE_INFINITY,
             query[:, None],
             key[None, :],
             shown,
@@ -517,13 +514,25 @@ def _query_gradient_tile(
             CAUSAL,
             HIDE_KEYS=MASK == KEY or not CAUSAL,
         )
+    weights = recomputed_weights(scores, lse_log2[:, None], scale_log2)
+    v = load_block(
+        V, batch, kv_head, first_key, stride_v, readable, BLOCK_N, VALUE_DIM, VALUE0, VALUE1,
+        DESCRIPTORS, MASKED, WITHIN=MASK != NONE,
+    )  # fmt: skip
+    grad_weights = inner_products(grad, v, PRECISION, ACCUMULATOR)
+    if DROPOUT:
+        kept = kept_by_dropout(
+            first_query, first_key, batch, head, seed, keep_threshold, BLOCK_M, BLOCK_N, TRANSPOSED=False
+        )
+        grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
+    grad_scores = weights * (grad_weights - delta[:, None])
     return accumulate(grad_q, grad_scores.to(k[0].dtype), k, PRECISION, ACCUMULATOR)
 
 
 @triton.jit(
     do_not_specialize=[
         "scale", "keep_scale", "keep_threshold", "queries", "keys", "heads", "group",
-        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks",
+        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks", "section",
         "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row",
         "v_batch", "v_head", "v_row", "grad_batch", "grad_head", "grad_row",
         "grad_q_batch", "grad_q_head", "grad_q_row",
@@ -551,6 +560,7 @@ def backward_q_kernel(
     mask_stride_head: tl.int32,
     n_query_blocks: tl.int32,
     n_key_blocks: tl.int32,
+    section: tl.int32,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int64,
@@ -584,30 +594,36 @@ def backward_q_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """One query tile of one head: GRAD_Q (b, h, i, d)."""
+    """One query tile of one head: GRAD_Q (b, h, i, d).
+
+    K and V are descriptors, if DESCRIPTORS, of blocks of BLOCK_N keys.
+    """
     LISTED: tl.constexpr = MASK != NONE
     RATIO: tl.constexpr = SCHEDULE_N // BLOCK_N
-    first_query, batch, head = query_tile(queries, heads, BLOCK_M, CAUSAL)
+    first_query, batch, head = tile_of_program(queries, heads, section, BLOCK_M)
     batch64 = batch.to(tl.int64) * ALIGN
     head64 = head.to(tl.int64) * ALIGN
-    kv_head64 = (head // group).to(tl.int64) * ALIGN
+    kv_head = head // group
     first64 = first_query.to(tl.int64) * ALIGN
     Q += batch64 * q_batch + head64 * q_head + first64 * q_row
     GRAD_OUT += batch64 * grad_batch + head64 * grad_head + first64 * grad_row
     GRAD_Q += batch64 * grad_q_batch + head64 * grad_q_head + first64 * grad_q_row
-    K += batch64 * k_batch + kv_head64 * k_head
-    V += batch64 * v_batch + kv_head64 * v_head
+    if not DESCRIPTORS:
+        K += batch64 * k_batch + kv_head.to(tl.int64) * ALIGN * k_head
+        V += batch64 * v_batch + kv_head.to(tl.int64) * ALIGN * v_head
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
 
-    q = load_rows(Q, q_row * ALIGN, exists, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, True)
-    grad = load_rows(GRAD_OUT, grad_row * ALIGN, exists, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
-    if NEGATIVE_SCALE:
-        q = negate(q)
     at = (batch.to(tl.int64) * heads + head) * padded_length(queries) + query
     lse_log2 = tl.load(LSE_LOG2 + at)
     delta = tl.load(DELTA + at)
+    # NaN in a dead row's q stays in its scores, all of which are hidden; in the gradient it must not be read.
+    q = load_rows(Q, q_row * ALIGN, exists, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, True)
+    grad = load_rows(GRAD_OUT, grad_row * ALIGN, lse_log2 < INFINITY, BLOCK_M, VALUE_DIM, VALUE0, VALUE1, True)
+    if NEGATIVE_SCALE:
+        q = negate(q)
     signed_scale = tl.full([], scale, tl.float64).to(ACCUMULATOR)
     scale_log2 = to_log2_scale(scale, ACCUMULATOR)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR)
@@ -624,18 +640,18 @@ def backward_q_kernel(
         start, end = run_bounds(walk, run, RATIO, LISTED)
         for block in tl.range(start, end, num_stages=STAGES):
             grad_q = _query_gradient_tile(
-                grad_q, q, grad, lse_log2, delta, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
-                visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_factor,
+                grad_q, q, grad, lse_log2, delta, K, V, kv_head, k_row * ALIGN, v_row * ALIGN, block, first_query,
+                queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_factor,
                 HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
-                False, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+                False, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR, DESCRIPTORS,
             )  # fmt: skip
     for index in tl.range(0, masked_count(walk), num_stages=1):
         block = masked_block(walk, index, RATIO, LISTED)
         grad_q = _query_gradient_tile(
-            grad_q, q, grad, lse_log2, delta, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
-            visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_factor,
+            grad_q, q, grad, lse_log2, delta, K, V, kv_head, k_row * ALIGN, v_row * ALIGN, block, first_query,
+            queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_factor,
             HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
-            True, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+            True, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR, DESCRIPTORS,
         )  # fmt: skip
     grad_q = scale_rows(grad_q, tl.zeros([BLOCK_M], ACCUMULATOR) + signed_scale)
     store_rows(GRAD_Q, grad_q_row * ALIGN, grad_q, exists, BLOCK_M, HEAD_DIM, HEAD0, HEAD1)
@@ -690,7 +706,7 @@ def attention_backward(
         prepared = _prepare_kv(spec, tiles, schedule.rows, *strides, *of_outputs)
         launch(prepared, *inputs, grad_k, grad_v, lse_log2, delta, schedule.visible, lists, seed)
     if grad_q is not None:
-        prepared = _prepare_q(spec, tiles, schedule.rows, *strides, grad_q.stride())
+        prepared = _prepare_q(spec, tiles, schedule.rows, aligned(k, v), *strides, grad_q.stride())
         launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
     return grad_q, grad_k, grad_v
 
@@ -706,7 +722,7 @@ def prepare_rows(
     return delta, lse_log2
 
 
-# The launches for tensors with these strides.
+# The launches for tensors with these strides; `at_hand` if k and v begin where bulk copies can read.
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -773,6 +789,7 @@ def _prepare_q(
     spec: AttentionSpec,
     tiles: Tiles,
     mask_rows: int,
+    at_hand: bool,
     q: Strides,
     k: Strides,
     v: Strides,
@@ -783,12 +800,14 @@ def _prepare_q(
     align, strides = aligned_strides(
         spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, grad_out), (of_queries, grad_q)
     )
-    tile = tiles.backward_q
+    sources = {1: (of_keys, k, spec.head_dim), 2: (of_keys, v, spec.value_dim)}
+    tile, hand_over = reading(spec, tiles.backward_q, "block_n", at_hand, sources)
     return Prepared(
         backward_q_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
-        (*call_arguments(spec, mask_rows, tiles), *strides),
-        dict(ALIGN=align, **call_choices(spec, tile, tiles)),
+        (*call_arguments(spec, mask_rows, tiles), query_section(spec), *strides),
+        dict(ALIGN=align, DESCRIPTORS=tile.descriptors, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         tile.num_stages,
+        hand_over=hand_over,
     )

@@ -3,7 +3,8 @@
 Every row of `ROWS` and `VARIANTS` compiles without spills for its part in the modes of aot.py. Those of
 `HOPPER_FORWARD` do in their main loops; with a key mask they spill up to 132 bytes outside of them.
 
-A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages)`: queries and keys of a tile, warps, and buffers of the main loop.
+A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages, descriptors, ping_pong)`: queries and keys of a tile, warps, buffers
+of the main loop, whether bulk copies fill them, and what `Tile` says of the last.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Tile(NamedTuple):
     block_n: int  # keys
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # the main loop reads through them where the layouts allow it: for parts with bulk copies
     ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
 
 
@@ -75,21 +77,21 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_80", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
     ("sm_80", "half", 192): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_80", "half", 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
-    ("sm_90", "half", 64): Tiles(Tile(128, 128, 8, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 64): Tiles(Tile(128, 128, 8, 3, True), Tile(64, 128, 8, 2), Tile(128, 128, 8, 2, True)),
     ("sm_90", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 128): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 128, 8, 2), Tile(128, 128, 8, 2, True)),
     ("sm_90", "half", 192): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_90", "half", 256): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
+    ("sm_90", "half", 256): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1, True)),
     ("sm_80", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
     ("sm_80", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     ("sm_90", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
     ("sm_90", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     ("sm_80", "tf32", 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_80", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_90", "tf32", 64): Tiles(Tile(128, 64, 8, 2), Tile(32, 32, 8, 2), Tile(64, 64, 8, 2)),
-    ("sm_90", "tf32", 128): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("sm_90", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "tf32", 64): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "tf32", 128): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2, True)),
+    ("sm_90", "tf32", 256): Tiles(Tile(32, 32, 8, 1, True), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1, True)),
     ("sm_80", "tf32x3", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("sm_80", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
@@ -99,19 +101,19 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
 VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_80", "half", 64, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
     ("sm_80", "half", 96, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_90", "half", 64, "dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128, "dropout"): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 64, "dropout"): Tiles(Tile(128, 128, 8, 3, True), Tile(32, 64, 8, 2), Tile(128, 128, 8, 2, True)),
+    ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3, True), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "half", 128, "dense"): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2, True)),
+    ("sm_90", "half", 128, "dropout"): Tiles(Tile(128, 64, 8, 3, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)),
+    ("sm_90", "half", 128, "dense+dropout"): Tiles(
+        Tile(128, 64, 8, 3, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)
+    ),
     ("sm_90", "half", 192, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", "half", 192, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_90", "half", 256, "dense"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
-    ("sm_90", "half", 256, "dense+dropout"): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
-    ("sm_90", "tf32", 128, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
-    ("sm_90", "tf32", 128, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(16, 32, 8, 1)),
-    ("sm_90", "tf32x3", 128, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
-    ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
-    ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(32, 16, 8, 1)),
+    ("sm_90", "half", 256, "dropout"): Tiles(Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1, True)),
+    ("sm_90", "tf32x3", 128, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+    ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
 # The forward of the backend "hopper", by head dimension (d = dv). With twice the queries or the keys registers are
 # spilled and products serialized, and there is no power of two in between. Two buffers each of k and of v.
@@ -126,7 +128,9 @@ ARCHS = frozenset(arch for arch, _, _ in ROWS)
 MEASURED: dict[tuple[str | int, ...], str] = {}
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
-INTERPRETED = Tiles(forward=Tile(32, 32, 4, 2), backward_kv=Tile(16, 32, 4, 2), backward_q=Tile(32, 16, 4, 2))
+INTERPRETED = Tiles(
+    forward=Tile(32, 32, 4, 2, True), backward_kv=Tile(16, 32, 4, 2, True), backward_q=Tile(32, 16, 4, 2, True)
+)
 
 _override: Tiles | None = None
 

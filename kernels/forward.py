@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.descriptors import aligned, reading
 from flash_attend.kernels.dropout import kept_by_dropout
 from flash_attend.kernels.key_schedule import (
     Schedule,
@@ -23,22 +24,36 @@ from flash_attend.kernels.key_schedule import (
     walk_over_keys,
 )
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.masking import KEY, NONE, hide, query_tile, tile_visibility
+from flash_attend.kernels.masking import KEY, NONE, hide, tile_of_program, tile_visibility
 from flash_attend.kernels.operands import (
     Strides,
     aligned_strides,
+    as_queries,
     call_arguments,
     call_choices,
     empty_like_heads,
     key_sizes,
+    packed_group,
+    query_section,
     query_sizes,
     readable,
 )
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, finish, online_step, to_log2_scale
-from flash_attend.kernels.tiles import accumulate, inner_products, load_rows, negate, scale_rows, store_rows, zeros
+from flash_attend.kernels.tiles import (
+    accumulate,
+    inner_products,
+    load_block,
+    load_rows,
+    negate,
+    scale_rows,
+    store_rows,
+    zeros,
+)
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["attention_forward", "empty_outputs"]
+
+WIDEST_PART = tl.constexpr(256)  # of a head dimension
 
 
 @triton.jit
@@ -49,6 +64,7 @@ def _forward_tile(
     q,
     K,
     V,
+    kv_head,
     stride_k,
     stride_v,
     block,
@@ -76,6 +92,7 @@ def _forward_tile(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
     """One key block for one query tile."""
     first_key = block * BLOCK_N
@@ -86,8 +103,18 @@ def _forward_tile(
         shown, readable = tile_visibility(
             visible, first_query, first_key, keys, words_per_query, BLOCK_M, BLOCK_N, MASK
         )
+    # A wide v is cleared where it must be while there are no scores in registers yet, beside which it finds no room.
+    EARLY: tl.constexpr = VALUE0 == WIDEST_PART
+    if EARLY:
+        v = load_block(
+            V, batch, kv_head, first_key, stride_v, readable, BLOCK_N, VALUE_DIM, VALUE0, VALUE1,
+            DESCRIPTORS, MASKED, WITHIN=MASK != NONE,
+        )  # fmt: skip
     # NaN in a hidden key's k stays in its own column of the scores and is hidden there; in v it must not be read.
-    k = load_rows(K + first_key.to(tl.int64) * stride_k, stride_k, key < keys, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, MASKED)
+    k = load_block(
+        K, batch, kv_head, first_key, stride_k, key < keys, BLOCK_N, HEAD_DIM, HEAD0, HEAD1,
+        DESCRIPTORS, MASKED, WITHIN=False,
+    )  # fmt: skip
     scores = inner_products(q, k, PRECISION, ACCUMULATOR)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         scores = hide(
@@ -107,7 +134,11 @@ def _forward_tile(
             first_query, first_key, batch, head, seed, keep_threshold, BLOCK_M, BLOCK_N, TRANSPOSED=False
         )
         weights = tl.where(kept, weights, 0.0)
-    v = load_rows(V + first_key.to(tl.int64) * stride_v, stride_v, readable, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, MASKED)
+    if not EARLY:
+        v = load_block(
+            V, batch, kv_head, first_key, stride_v, readable, BLOCK_N, VALUE_DIM, VALUE0, VALUE1,
+            DESCRIPTORS, MASKED, WITHIN=MASK != NONE,
+        )  # fmt: skip
     total = accumulate(scale_rows(total, correction), weights.to(v[0].dtype), v, PRECISION, ACCUMULATOR)
     return total, row_max, row_sum
 
@@ -115,7 +146,7 @@ def _forward_tile(
 @triton.jit(
     do_not_specialize=[
         "scale", "keep_scale", "keep_threshold", "queries", "keys", "heads", "group",
-        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks",
+        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks", "section",
         "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row",
         "v_batch", "v_head", "v_row", "out_batch", "out_head", "out_row",
     ]
@@ -140,6 +171,7 @@ def forward_kernel(
     mask_stride_head: tl.int32,
     n_query_blocks: tl.int32,
     n_key_blocks: tl.int32,
+    section: tl.int32,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int64,
@@ -170,19 +202,24 @@ def forward_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):
-    """One query tile of one head: OUT (b, h, i, dv) and LSE (b, h, i), contiguous."""
+    """One query tile of one head: OUT (b, h, i, dv) and LSE (b, h, i), contiguous.
+
+    K and V are descriptors, if DESCRIPTORS, of blocks of BLOCK_N keys.
+    """
     LISTED: tl.constexpr = MASK != NONE
     RATIO: tl.constexpr = SCHEDULE_N // BLOCK_N
-    first_query, batch, head = query_tile(queries, heads, BLOCK_M, CAUSAL)
+    first_query, batch, head = tile_of_program(queries, heads, section, BLOCK_M)
     batch64 = batch.to(tl.int64) * ALIGN
     head64 = head.to(tl.int64) * ALIGN
-    kv_head64 = (head // group).to(tl.int64) * ALIGN
+    kv_head = head // group
     first64 = first_query.to(tl.int64) * ALIGN
     Q += batch64 * q_batch + head64 * q_head + first64 * q_row
     OUT += batch64 * out_batch + head64 * out_head + first64 * out_row
-    K += batch64 * k_batch + kv_head64 * k_head
-    V += batch64 * v_batch + kv_head64 * v_head
+    if not DESCRIPTORS:
+        K += batch64 * k_batch + kv_head.to(tl.int64) * ALIGN * k_head
+        V += batch64 * v_batch + kv_head.to(tl.int64) * ALIGN * v_head
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
 
@@ -206,18 +243,18 @@ def forward_kernel(
         start, end = run_bounds(walk, run, RATIO, LISTED)
         for block in tl.range(start, end, num_stages=STAGES):
             total, row_max, row_sum = _forward_tile(
-                total, row_max, row_sum, q, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
-                visible, words_per_query, scale_log2, batch, head, seed, keep_threshold,
+                total, row_max, row_sum, q, K, V, kv_head, k_row * ALIGN, v_row * ALIGN, block, first_query,
+                queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold,
                 HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
-                False, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+                False, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR, DESCRIPTORS,
             )  # fmt: skip
     for index in tl.range(0, masked_count(walk), num_stages=1):
         block = masked_block(walk, index, RATIO, LISTED)
         total, row_max, row_sum = _forward_tile(
-            total, row_max, row_sum, q, K, V, k_row * ALIGN, v_row * ALIGN, block, first_query, queries, keys,
-            visible, words_per_query, scale_log2, batch, head, seed, keep_threshold,
+            total, row_max, row_sum, q, K, V, kv_head, k_row * ALIGN, v_row * ALIGN, block, first_query,
+            queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold,
             HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
-            True, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR,
+            True, MASK, CAUSAL, DROPOUT, PRECISION, ACCUMULATOR, DESCRIPTORS,
         )  # fmt: skip
 
     normaliser, lse_natural = finish(row_max, row_sum)
@@ -244,8 +281,12 @@ def attention_forward(
     q, k, v = readable(q), readable(k), readable(v)
     out, lse = empty_outputs(q, spec)
     schedule = build_schedule(mask, spec, tiles)
-    prepared = _prepare(spec, tiles, schedule.rows, q.stride(), k.stride(), v.stride(), out.stride())
-    launch(prepared, q, k, v, out, lse, schedule.visible, schedule.lists, seed)
+    q_rows, out_rows = q, out
+    if packed := packed_group(spec):
+        spec, q_rows, out_rows = packed, *(as_queries(tensor, spec.kv_heads) for tensor in (q, out))
+    strides = q_rows.stride(), k.stride(), v.stride(), out_rows.stride()
+    prepared = _prepare(spec, tiles, schedule.rows, aligned(k, v), *strides)
+    launch(prepared, q_rows, k, v, out_rows, lse, schedule.visible, schedule.lists, seed)
     return out, lse, schedule
 
 
@@ -254,20 +295,23 @@ def _prepare(
     spec: AttentionSpec,
     tiles: Tiles,
     mask_rows: int,
+    at_hand: bool,
     q: Strides,
     k: Strides,
     v: Strides,
     out: Strides,
 ) -> Prepared:
-    """The launch for tensors with these strides."""
+    """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
     align, strides = aligned_strides(spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, out))
-    tile = tiles.forward
+    sources = {1: (of_keys, k, spec.head_dim), 2: (of_keys, v, spec.value_dim)}
+    tile, hand_over = reading(spec, tiles.forward, "block_n", at_hand, sources)
     return Prepared(
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
-        (*call_arguments(spec, mask_rows, tiles), *strides),
-        dict(ALIGN=align, **call_choices(spec, tile, tiles)),
+        (*call_arguments(spec, mask_rows, tiles), query_section(spec), *strides),
+        dict(ALIGN=align, DESCRIPTORS=tile.descriptors, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         tile.num_stages,
+        hand_over=hand_over,
     )

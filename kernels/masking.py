@@ -126,12 +126,26 @@ def tile_visibility(
 
 
 @triton.jit
-def query_tile(queries, heads, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    """First query, batch and head of this program. Programs of one head are neighbours, so that its k and v stay in the
-    cache; under causality the longest come first, so that none is left running at the end."""
-    tiles = tl.cdiv(queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    batch_head = tl.program_id(0) // tiles
-    if CAUSAL:
+def tile_at(index, length, heads, heads_total, section, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr = True):
+    """First position, batch and head of the `index`-th tile of `SIZE` positions of a sequence.
+
+    Sections of so many heads follow each other, whose other side stays in the cache together. In a section, tiles of
+    the same positions of all heads are neighbours, the last first, or the first: so the longest come first, and none of
+    them is left running at the end.
+    """
+    tiles = tl.cdiv(length, SIZE)
+    first_head = index // (section * tiles) * section
+    in_section = index % (section * tiles)
+    heads_here = tl.minimum(section, heads_total - first_head)
+    batch_head = first_head + in_section % heads_here
+    tile = in_section // heads_here
+    if LAST_FIRST:
         tile = tiles - 1 - tile
-    return tile * BLOCK_M, batch_head // heads, batch_head % heads
+    return tile * SIZE, batch_head // heads, batch_head % heads
+
+
+@triton.jit
+def tile_of_program(length, heads, section, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr = True):
+    """`tile_at` for this program, of as many as there are tiles."""
+    heads_total = tl.num_programs(0) // tl.cdiv(length, SIZE)
+    return tile_at(tl.program_id(0), length, heads, heads_total, section, SIZE, LAST_FIRST)

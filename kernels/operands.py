@@ -4,6 +4,8 @@ inputs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton.language as tl
@@ -11,16 +13,20 @@ from torch import Tensor
 
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = [
     "Strides",
     "aligned_strides",
+    "as_queries",
     "call_arguments",
     "call_choices",
     "empty_like_heads",
+    "key_section",
     "key_sizes",
     "mask_strides",
+    "packed_group",
+    "query_section",
     "query_sizes",
     "readable",
 ]
@@ -28,6 +34,7 @@ __all__ = [
 Strides = tuple[int, ...]
 
 VECTOR_BYTES = 16  # the widest load
+CACHED_BYTES = 32 * 2**20  # in use at once: what an L2 cache of 40 or 50 MB holds beside everything else
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -84,6 +91,42 @@ def mask_strides(spec: AttentionSpec, mask_rows: int) -> tuple[int, int]:
     """How many rows of the mask's schedule, which has `mask_rows`, lie between two batch entries and two heads."""
     mask_heads = spec.heads if spec.mask_per_head else 1
     return mask_heads if mask_rows > mask_heads else 0, 1 if spec.mask_per_head else 0
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def packed_group(spec: AttentionSpec) -> AttentionSpec | None:
+    """A call of one query for each head as a call of a group's heads as queries of one head, which read k and v once.
+
+    None where it is no such call: dropout depends on the head, and so may the mask. Causality falls away, because a
+    single query sees every key.
+    """
+    if spec.group == 1 or spec.queries != 1 or spec.mask_per_head or spec.dropout_p > 0:
+        return None
+    return replace(spec, heads=spec.kv_heads, queries=spec.group, causal=False)
+
+
+def as_queries(tensor: Tensor, kv_heads: int) -> Tensor:
+    """A view `(b, hk, group, ...)` of a tensor `(b, h, 1, ...)`."""
+    return tensor.squeeze(2).unflatten(1, (kv_heads, -1))
+
+
+def query_section(spec: AttentionSpec) -> int:
+    """How many query heads take turns at tiles of queries (see `tile_at`): those whose k and v fit into the cache.
+
+    Without causality a head's tiles are all as long, and the order serves the cache alone.
+    """
+    return spec.group * (_heads_cached(spec, spec.batch * spec.kv_heads, spec.keys) if spec.causal else 1)
+
+
+def key_section(spec: AttentionSpec) -> int:
+    """How many key/value heads take turns at tiles of keys: those whose queries and output gradients fit."""
+    return _heads_cached(spec, spec.batch * spec.kv_heads, spec.group * spec.queries) if spec.causal else 1
+
+
+def _heads_cached(spec: AttentionSpec, heads: int, rows: int) -> int:
+    """How many of `heads` fit into the cache, at least 1, with so many rows of two tensors each."""
+    bytes_of_head = rows * (spec.head_dim + spec.value_dim) * spec.dtype.itemsize
+    return max(1, min(heads, CACHED_BYTES // max(bytes_of_head, 1)))
 
 
 def call_arguments(spec: AttentionSpec, mask_rows: int, tiles: Tiles) -> tuple:

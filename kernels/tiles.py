@@ -65,6 +65,36 @@ def load_rows(
 
 
 @triton.jit
+def load_block(
+    SOURCE,
+    batch,
+    head,
+    first,
+    stride,
+    valid,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PART0: tl.constexpr,
+    PART1: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    """The `SIZE` rows of a head from `first` on. Where MASKED, rows that are not `valid` [SIZE] come as 0.
+
+    SOURCE points to the head's first row; if DESCRIPTORS, it is a descriptor of blocks of all heads, which knows the
+    end of the rows, and `valid` counts only if some row WITHIN them may be hidden. Then all rows are read, and cleared.
+    """
+    if DESCRIPTORS:
+        block = (SOURCE.load([batch, head, first, 0]).reshape([SIZE, PART0]),)
+        if MASKED and WITHIN:
+            block = clear_rows(block, valid)
+        return block
+    else:
+        return load_rows(SOURCE + first.to(tl.int64) * stride, stride, valid, SIZE, DIM, PART0, PART1, MASKED)
+
+
+@triton.jit
 def _store_part(
     pointer, stride, tile, valid, SIZE: tl.constexpr, DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr
 ):

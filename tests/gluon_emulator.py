@@ -327,7 +327,9 @@ class _Machine:
         def rebind(function: FunctionType) -> Callable:
             if id(function) not in bound:
                 namespace = {"__builtins__": __builtins__}
-                bound[id(function)] = FunctionType(function.__code__, namespace, function.__name__)
+                bound[id(function)] = FunctionType(
+                    function.__code__, namespace, function.__name__, function.__defaults__
+                )
                 for name in function.__code__.co_names:
                     if name in function.__globals__:
                         namespace[name] = translate(name, function.__globals__[name])

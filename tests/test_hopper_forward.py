@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from calls import Call, Case, bits_equal, check, make_call
 from calls import run as run_publicly
 from flash_attend import BackendUnavailable, operators
+from flash_attend.kernels import operands
 from flash_attend.kernels.configs import Tile, Tiles, override, select_tiles
 from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
@@ -190,7 +191,7 @@ def test_any_number_of_programs_and_sections_covers_every_tile(
     heads_in_cache: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = make_call(Case("tiles", 2, 4, 2, queries=300, keys=140, d=64, causal=True), torch.bfloat16)
-    monkeypatch.setattr(forward, "CACHED_BYTES", heads_in_cache * 2 * 140 * 64 * 2)
+    monkeypatch.setattr(operands, "CACHED_BYTES", heads_in_cache * 2 * 140 * 64 * 2)
     forward._prepare.cache_clear()
     out, lse, launch = recorded(call, replace(H100, multiprocessors=programs))
     forward._prepare.cache_clear()
@@ -202,8 +203,7 @@ def test_any_number_of_programs_and_sections_covers_every_tile(
 def test_the_longest_tiles_of_a_section_come_first_and_heads_are_neighbours() -> None:
     tile_at, queries, heads, total = bound(walk.tile_at), *map(torch.tensor, (300, 2, 5))
     tiles = [
-        tuple(map(int, tile_at(torch.tensor(index), queries, heads, total, section=3, BLOCK_M=128)))
-        for index in range(15)
+        tuple(map(int, tile_at(torch.tensor(index), queries, heads, total, section=3, SIZE=128))) for index in range(15)
     ]
     first_section, second_section = tiles[:9], tiles[9:]
     assert first_section == [(row, head // 2, head % 2) for row in (256, 128, 0) for head in (0, 1, 2)]

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calls import Case, check, make_call, run, truth_of
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
@@ -17,6 +18,7 @@ from flash_attend.kernels.tiles import (
     accumulate,
     clear_rows,
     inner_products,
+    load_block,
     load_rows,
     negate,
     row_products,
@@ -39,6 +41,7 @@ TILINGS = {
     "all_different": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
     "tall_and_wide": Tiles(Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 128, 4, 1)),
     "blocks_far_larger_than_tiles": Tiles(Tile(64, 64, 4, 2), SMALLEST, SMALLEST),
+    "by_descriptors": Tiles(*[Tile(32, 64, 4, 2, descriptors=True)] * 3),
 }
 CASES = (
     Case("plain", batch=1, heads=2, queries=37, keys=75, d=24, dv=40),
@@ -139,6 +142,63 @@ def test_rows_of_every_head_dimension(device: str, masked: bool) -> None:
         wanted = torch.zeros_like(squares)
         wanted[read] = x[read, 2 : dim + 2].square().sum(dim=1)
         torch.testing.assert_close(squares, wanted, rtol=1e-13, atol=0, msg=f"d = {dim}")
+
+
+@triton.jit
+def block_kernel(
+    OUT,
+    SOURCE,
+    stride,
+    head,
+    first,
+    rows,
+    hidden,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    """OUT (SIZE, WIDTH) = a block of the head, of whose rows one is hidden, if any is WITHIN."""
+    row = first + tl.arange(0, SIZE)
+    valid = row < rows
+    if WITHIN:
+        valid = valid & (row != hidden)
+    block = load_block(SOURCE, 1, head, first, stride, valid, SIZE, DIM, WIDTH, 0, DESCRIPTORS, MASKED, WITHIN)
+    store_rows(OUT, WIDTH, block, row >= first, SIZE, WIDTH, WIDTH, 0)
+
+
+@on_every_device
+@pytest.mark.parametrize("by_descriptors", (False, True), ids=("pointers", "descriptors"))
+@pytest.mark.parametrize("mode", ("full", "past_the_end", "hidden_within"))
+@pytest.mark.parametrize("dim", (16, 40, 64))
+def test_blocks_are_the_same_by_pointers_and_by_descriptors(
+    device: str, by_descriptors: bool, mode: str, dim: int
+) -> None:
+    """What is next to the head, past its end, and in the hidden row is NaN; the columns past the last are zeros."""
+    size, rows, head, hidden, width = 16, 37, 1, 35, 1 << (dim - 1).bit_length()
+    first = 16 if mode == "full" else 32
+    torch.manual_seed(0)
+    memory = torch.full((2, 3, rows, dim), torch.nan, dtype=torch.float64)
+    memory[1, head] = torch.randn(rows, dim, dtype=torch.float64)
+    expected = torch.zeros(size, width, dtype=torch.float64)
+    seen = memory[1, head, first : first + size].clone()
+    if mode == "hidden_within":
+        memory[1, head, hidden] = torch.nan
+        seen[hidden - first] = 0
+    expected[: len(seen), :dim] = seen
+    source = memory.to(device)
+    out = torch.empty(size, width, dtype=torch.float64, device=device)
+    if by_descriptors:
+        given = TensorDescriptor(source, [*source.shape], [*source.stride()], [1, 1, size, width])
+    else:
+        given = source[1, head]
+    block_kernel[(1,)](
+        out, given, dim, head, first, rows, hidden, size, dim, width,
+        DESCRIPTORS=by_descriptors, MASKED=mode != "full", WITHIN=mode == "hidden_within",
+    )  # fmt: skip
+    assert torch.equal(out.cpu(), expected)
 
 
 @triton.jit

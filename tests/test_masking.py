@@ -28,7 +28,7 @@ from flash_attend.kernels.key_schedule import (
     walk_over_keys,
     walk_over_queries,
 )
-from flash_attend.kernels.masking import hide, pair_visibility, query_tile, tile_visibility
+from flash_attend.kernels.masking import hide, pair_visibility, tile_of_program, tile_visibility
 from flash_attend.spec import MaskKind
 from plain_schedule import EMPTY, FULL, PARTIAL, block_counts, block_states, lines_of
 
@@ -534,19 +534,22 @@ def test_hide(
 
 
 @triton.jit
-def order_kernel(OUT, queries, heads, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr):
-    first_query, batch, head = query_tile(queries, heads, BLOCK_M, CAUSAL)
-    tl.store(OUT + tl.program_id(0) * 3, first_query)
+def order_kernel(OUT, length, heads, section, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr):
+    first, batch, head = tile_of_program(length, heads, section, SIZE, LAST_FIRST)
+    tl.store(OUT + tl.program_id(0) * 3, first)
     tl.store(OUT + tl.program_id(0) * 3 + 1, batch)
     tl.store(OUT + tl.program_id(0) * 3 + 2, head)
 
 
 @on_every_device
-@with_causality
-def test_every_query_tile_has_one_program(device: str, causal: bool) -> None:
-    batch, heads, queries = 2, 3, 37
-    tiles = [32, 16, 0] if causal else [0, 16, 32]  # the longest first
+@pytest.mark.parametrize("last_first", (False, True), ids=("first_first", "last_first"))
+@pytest.mark.parametrize("section", (1, 2, 4, 6))
+def test_every_tile_has_one_program(device: str, section: int, last_first: bool) -> None:
+    """Section by section; in a section position by position; at one position every head, one after another."""
+    batch, heads, length = 2, 3, 37
+    tiles = [32, 16, 0] if last_first else [0, 16, 32]
     out = torch.empty(batch * heads * len(tiles), 3, dtype=torch.int32, device=device)
-    order_kernel[(len(out),)](out, queries, heads, BLOCK_M=16, CAUSAL=causal)
-    expected = [[tile, b, head] for b in range(batch) for head in range(heads) for tile in tiles]
-    assert out.tolist() == expected
+    order_kernel[(len(out),)](out, length, heads, section, SIZE=16, LAST_FIRST=last_first)
+    pairs = [[b, head] for b in range(batch) for head in range(heads)]
+    sections = [pairs[begin : begin + section] for begin in range(0, len(pairs), section)]
+    assert out.tolist() == [[tile, *pair] for some in sections for tile in tiles for pair in some]

@@ -49,7 +49,7 @@ from flash_attend.kernels.key_schedule import (
 )
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
-from flash_attend.kernels.operands import mask_strides, readable
+from flash_attend.kernels.operands import mask_strides, query_section, readable
 from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, SMALLEST_SCALE, finish, online_step
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
@@ -343,9 +343,6 @@ def hopper_forward_kernel(
     )  # fmt: skip
 
 
-CACHED_BYTES = 32 * 2**20  # of k and v that are in use at once: what the L2 cache, 50 MB, holds beside everything else
-
-
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: None, spec: AttentionSpec, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Schedule]:
@@ -365,13 +362,11 @@ def attention_forward(
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(spec: AttentionSpec, tiles: Tiles, mask_rows: int, multiprocessors: int) -> Prepared:
     """The launch for all tensors of these sizes."""
-    block_m, block_n, num_warps, _, ping_pong = tiles.forward
+    tile = tiles.forward
     dim = spec.head_dim
     heads_total = spec.batch * spec.heads
-    n_tiles = heads_total * triton.cdiv(spec.queries, block_m)
-    bytes_of_kv_head = 2 * spec.keys * dim * spec.dtype.itemsize
-    section = spec.group * max(1, CACHED_BYTES // max(bytes_of_kv_head, 1))
-    rows, keys = (CONSUMER_ROWS.value, dim), (block_n, dim)
+    n_tiles = heads_total * triton.cdiv(spec.queries, tile.block_m)
+    rows, keys = (CONSUMER_ROWS.value, dim), (tile.block_n, dim)
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
@@ -383,20 +378,20 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, mask_rows: int, multiprocessors:
             spec.group,
             *mask_strides(spec, mask_rows),
             heads_total,
-            min(section, max(heads_total, 1)),
+            query_section(spec),
         ),
         dict(
             WIDTH=dim,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
             SCHEDULE_N=tiles.schedule_block[1],
             MASK=int(spec.mask),
             CAUSAL=spec.causal,
             NEGATIVE_SCALE=spec.scale < 0,
-            PING_PONG=ping_pong,
+            PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v
         ),
-        num_warps,
+        tile.num_warps,
         registers=REGISTERS,
         hand_over=partial(described, (rows, keys, keys, rows)),
     )

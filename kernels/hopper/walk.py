@@ -13,27 +13,15 @@ from flash_attend.kernels.key_schedule import (
     run_count,
     walk_over_keys,
 )
+from flash_attend.kernels.masking import tile_at
+
+__all__ = ["first_block_of", "full_count", "tile_at", "turn_count", "walk_at"]
 
 
 @gluon.jit
 def turn_count(queries, heads_total, BLOCK_M: gl.constexpr):
     """How many tiles this program takes: every n-th, of n programs."""
     return gl.cdiv(heads_total * gl.cdiv(queries, BLOCK_M) - gl.program_id(0), gl.num_programs(0))
-
-
-@gluon.jit
-def tile_at(index, queries, heads, heads_total, section, BLOCK_M: gl.constexpr):
-    """First query, batch and head of the `index`-th tile.
-
-    Sections of so many heads follow each other, whose k and v stay in the L2 cache together; in a section the last
-    queries come first, whose tiles are the longest under causality.
-    """
-    n_tiles = gl.cdiv(queries, BLOCK_M)
-    first = index // (section * n_tiles) * section
-    in_section = index % (section * n_tiles)
-    heads_here = gl.minimum(section, heads_total - first)
-    batch_head = first + in_section % heads_here
-    return (n_tiles - 1 - in_section // heads_here) * BLOCK_M, batch_head // heads, batch_head % heads
 
 
 @gluon.jit
