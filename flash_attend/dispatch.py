@@ -96,6 +96,8 @@ def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
         return f"d = {spec.head_dim} and dv = {spec.value_dim} are not the same one of {dims}"
     if spec.mask == MaskKind.DENSE:
         return "the mask varies over queries"
+    if spec.mask_per_head and spec.group > 1:
+        return "query heads that share a kv head have key masks of their own"
     if spec.dropout_p > 0:
         return "dropout is on"
     if spec.keys == 0:

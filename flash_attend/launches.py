@@ -44,12 +44,19 @@ def attend(
 
 
 def _forward_of(backend: str) -> Callable[..., tuple[Tensor, Tensor, Schedule]]:
-    """The backend's forward. The backward is the same for all: it needs no more than out, lse and the schedule."""
     if backend.startswith("triton"):
         return attention_forward
     from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward  # imports Gluon
 
     return hopper_forward
+
+
+def _backward_of(backend: str) -> Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    if backend.startswith("triton"):
+        return attention_backward
+    from flash_attend.kernels.hopper.backward import attention_backward as hopper_backward  # imports Gluon
+
+    return hopper_backward
 
 
 def forward(
@@ -73,6 +80,7 @@ def like_forward(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 
 def backward(
+    backend: str,
     tiles: Tiles,
     needed: Sequence[bool],
     grad_out: Tensor | None,
@@ -89,7 +97,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of those of q, k and v that are needed; `mask` is read through the schedule."""
     whole = Schedule(*schedule, *[None] * (3 - len(schedule)))
-    return _present(attention_backward(grad_out, grad_lse, q, k, v, out, lse, seed, whole, spec, tiles, needed))
+    run = _backward_of(backend)
+    return _present(run(grad_out, grad_lse, q, k, v, out, lse, seed, whole, spec, tiles, needed))
 
 
 def like_backward(needed: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
@@ -146,8 +155,8 @@ def _differentiate(
     if traced(grad_out, grad_lse) or intercepted():  # a backward may be transformed where its forward was not
         return operators.differentiate(backend, *inputs, *pack(schedule))
     if torch.is_grad_enabled():
-        return Gradients.apply(partial(backward, tiles), *inputs, *schedule)
-    return backward(tiles, *inputs, *schedule)
+        return Gradients.apply(partial(backward, backend, tiles), *inputs, *schedule)
+    return backward(backend, tiles, *inputs, *schedule)
 
 
 def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -135,7 +135,8 @@ def _backward(
     # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
     tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse.contiguous()
     with torch.no_grad():
-        return list(launches.backward(tiles, needed, *tensors, *launches.unpack(tiles, schedule, mask, spec)))
+        schedule = launches.unpack(tiles, schedule, mask, spec)
+        return list(launches.backward(backend, tiles, needed, *tensors, *schedule))
 
 
 @torch.library.register_fake(BACKWARD, lib=_library)

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -30,8 +31,9 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.kernels.backward import attention_backward
-from flash_attend.kernels.configs import HOPPER_FORWARD, ROWS, Tiles, select_tiles
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward
+from flash_attend.kernels.hopper.backward import attention_backward as hopper_backward
 from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
@@ -65,9 +67,16 @@ CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
 TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")  # in PTX
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
-MULTIPLYING = ("forward", "hopper_forward", "backward_kv", "backward_q")
-LOOPS = 4  # of the forward for Hopper: each consumer's over full blocks, which is its main loop, and over masked ones
-EDGE_SPILLS = 256  # bytes that the forward for Hopper may spill outside of its main loops: with a key mask it does
+MULTIPLYING = ("forward", "backward_kv", "backward_q", "hopper_forward", "hopper_backward", "hopper_backward_fused")
+# The loops with products of the kernels for Hopper. The two shortest are the main ones, one for each consumer; the
+# forward's others are over masked blocks.
+LOOPS = {"hopper_forward": 4, "hopper_backward": 2, "hopper_backward_fused": 2}
+# Bytes that they may spill outside of their main loops: with a mask they do, where a tile begins and ends.
+EDGE_SPILLS = {"hopper_forward": 256, "hopper_backward": 16, "hopper_backward_fused": 384}
+# Accesses to spilled registers in a main loop, by the kernel and the head dimension. At 64 a block of scores has 128
+# queries, and all 240 registers are full: one round has up to 11 of them, of some 800 instructions. 64 queries would
+# need none, but twice the barriers and waits for the same work.
+MAIN_LOOP_SPILLS = {("hopper_backward_fused", 64): 12}
 SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
 
 
@@ -103,6 +112,7 @@ class Report:
     serialized: bool = False
     error: str = ""
     loops: tuple[ProductLoop, ...] = ()  # of the kernels for Hopper, the shortest first
+    head_dim: int = 0
 
     def problems(self) -> list[str]:
         """Why this kernel must not be chosen, if it must not."""
@@ -110,7 +120,7 @@ class Report:
             return [self.error]
         limit = PARTS[self.arch].shared_memory
         found = []
-        if self.spill_bytes > (EDGE_SPILLS if self.kernel == "hopper_forward" else 0):
+        if self.spill_bytes > EDGE_SPILLS.get(self.kernel, 0):
             found.append(f"spills {self.spill_bytes} bytes")
         if self.shared_bytes > limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, the part has {limit}")
@@ -118,20 +128,21 @@ class Report:
             found.append("has no tensor-core instructions")
         if self.serialized:
             found.append("has its asynchronous products serialized")
-        if self.kernel == "hopper_forward":
+        if self.kernel in LOOPS:
             found += self._loop_problems()
         return found
 
     def _loop_problems(self) -> list[str]:
-        """What is wrong with the main loops of the forward for Hopper, the two shortest: one for each consumer."""
+        """What is wrong with the main loops of a kernel for Hopper, the two shortest: one for each consumer."""
         found = []
-        if len(self.loops) != LOOPS:
-            found.append(f"has {len(self.loops)} loops with products, not {LOOPS}")
+        if len(self.loops) != LOOPS[self.kernel]:
+            found.append(f"has {len(self.loops)} loops with products, not {LOOPS[self.kernel]}")
         main = self.loops[: CONSUMERS.value]
         bare = sum(loop.exponentials - loop.covered for loop in main)
         if bare or not all(loop.exponentials for loop in main):
             found.append(f"takes {bare} exponentials of its main loops while no product runs")
-        if any(loop.spills for loop in main):
+        allowed = MAIN_LOOP_SPILLS.get((self.kernel, self.head_dim), 0)
+        if any(loop.spills > allowed for loop in main):
             found.append("spills in a main loop")
         return found
 
@@ -178,11 +189,11 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
         with recorded_launches() as launches:
-            forward = hopper_forward if backend == "hopper" else attention_forward
+            on_hopper = backend.startswith("hopper")
+            forward = hopper_forward if on_hopper else attention_forward
+            backward = hopper_backward if on_hopper else attention_backward
             out, lse, schedule = forward(q, k, v, mask, seed, spec, tiles)
-            attention_backward(
-                torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, tiles, (True, True, True)
-            )
+            backward(torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, tiles, (True, True, True))
     return launches
 
 
@@ -199,7 +210,8 @@ def compile_launch(launch: Launch):
 
 
 def _name_of(launch: Launch) -> str:
-    return launch.prepared.kernel.__name__.removesuffix("_kernel")
+    name = launch.prepared.kernel.__name__.removesuffix("_kernel")
+    return f"{name}_fused" if launch.prepared.choices.get("FUSED") else name
 
 
 def _config_of(launch: Launch, case: Case) -> str:
@@ -218,7 +230,8 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         name = _name_of(launch)
         if kernels is not None and name not in kernels:
             continue
-        report = Report(name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__)
+        config, head_dim = _config_of(launch, case), case.spec.head_dim
+        report = Report(name, case.arch, config, 0, 0, 0, 0, triton.__version__, head_dim=head_dim)
         log = io.StringIO()
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
@@ -237,7 +250,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
                 serialized=bool(SERIALIZED.search(text)),
-                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if name == "hopper_forward" else (),
+                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if name in LOOPS else (),
             )
         )
     return reports
@@ -285,15 +298,17 @@ def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
 
 
 def _hopper_cases(subset: bool) -> Iterator[Case]:
-    for dim in HOPPER_FORWARD:
+    for (dim, tiles), backend in product(HOPPER_ROWS.items(), ("hopper", "hopper_fused")):
         if subset and dim not in SUBSET_WIDTHS:
+            continue
+        if backend == "hopper_fused" and "backward_fused" not in tiles:
             continue
         for mode in HOPPER_MODES[: 1 if subset else None]:
             spec = AttentionSpec(
                 batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, head_dim=dim, value_dim=dim, scale=0.1,
                 dtype=torch.bfloat16, **mode,
             )  # fmt: skip
-            yield Case("sm_90", spec, select_tiles(spec, PARTS["sm_90"], "hopper"), "hopper")
+            yield Case("sm_90", spec, select_tiles(spec, PARTS["sm_90"], backend), backend)
 
 
 def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tuple[str, ...]]]:
@@ -350,7 +365,7 @@ def _prepare_worker(cache: str) -> None:
 
 def as_json(reports: Iterable[Report]) -> str:
     """The table as a list of objects."""
-    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error", "loops")]
+    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error", "loops", "head_dim")]
     return json.dumps(
         [{**{key: getattr(report, key) for key in keys}, "problems": report.problems()} for report in reports], indent=1
     )
@@ -358,12 +373,12 @@ def as_json(reports: Iterable[Report]) -> str:
 
 def as_table(reports: Iterable[Report]) -> str:
     """The table for people, one line a kernel."""
-    lines = [f"{'kernel':<15}{'arch':<8}{'config':<62}{'regs':>5}{'spilled':>9}{'shared':>8}{'tensor':>8}"]
+    lines = [f"{'kernel':<23}{'arch':<8}{'config':<62}{'regs':>5}{'spilled':>9}{'shared':>8}{'tensor':>8}"]
     for report in reports:
         numbers = f"{report.registers:>5}{report.spill_bytes:>9}{report.shared_bytes:>8}"
         problems = "; ".join(report.problems())
         lines.append(
-            f"{report.kernel:<15}{report.arch:<8}{report.config:<62}{numbers}{report.tensor_core_instructions:>8}"
+            f"{report.kernel:<23}{report.arch:<8}{report.config:<62}{numbers}{report.tensor_core_instructions:>8}"
             + (f"  {problems}" if problems else "")
         )
     return "\n".join(lines)

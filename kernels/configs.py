@@ -1,7 +1,7 @@
 """Tile choices as data; `MEASURED` says which of them were measured.
 
-Every row of `ROWS` and `VARIANTS` compiles without spills for its part in the modes of aot.py. Those of
-`HOPPER_FORWARD` do in their main loops; with a key mask they spill up to 132 bytes outside of them.
+Every row of `ROWS` and `VARIANTS` compiles without spills for its part in the modes of aot.py. Those of `HOPPER_ROWS`
+may spill outside of their main loops, and one of them does a little inside; aot.py says how much.
 
 A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages, descriptors, ping_pong)`: queries and keys of a tile, warps, buffers
 of the main loop, whether bulk copies fill them, and what `Tile` says of the last.
@@ -115,16 +115,17 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
-# The forward of the backend "hopper", by head dimension (d = dv). With twice the queries or the keys registers are
-# spilled and products serialized, and there is no power of two in between. Two buffers each of k and of v.
-HOPPER_FORWARD: dict[int, Tile] = {
-    64: Tile(128, 128, 4, 2),
-    128: Tile(128, 128, 4, 2),
-    256: Tile(128, 64, 4, 2),
+# The kernels that the backends "hopper" and "hopper_fused" have of their own, by head dimension (d = dv); the others
+# are those of the call's row. With twice the queries or the keys registers are spilled and products serialized, and
+# there is no power of two in between. Two buffers each of what a kernel walks over.
+HOPPER_ROWS: dict[int, dict[str, Tile]] = {
+    64: dict(forward=Tile(128, 128, 4, 2), backward_kv=Tile(128, 128, 4, 2), backward_fused=Tile(128, 128, 4, 2)),
+    128: dict(forward=Tile(128, 128, 4, 2), backward_kv=Tile(64, 128, 4, 2), backward_fused=Tile(64, 128, 4, 2)),
+    256: dict(forward=Tile(128, 64, 4, 2)),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
 # Rows that were measured on their part: the key of a row -> the results in the repository that show its tiles the
-# fastest. One of `HOPPER_FORWARD` goes by ("sm_90", "hopper", d).
+# fastest. One of `HOPPER_ROWS` goes by ("sm_90", "hopper", d).
 MEASURED: dict[tuple[str | int, ...], str] = {}
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
@@ -155,7 +156,7 @@ def row_of(spec: AttentionSpec) -> tuple[str, int]:
 
 def rows_of(arch: str) -> list[tuple[str | int, ...]]:
     """The keys of all rows of a part, as `MEASURED` has them; none for a part that takes those of another."""
-    hopper = [("sm_90", "hopper", dim) for dim in HOPPER_FORWARD]
+    hopper = [("sm_90", "hopper", dim) for dim in HOPPER_ROWS]
     return [key for key in (*ROWS, *VARIANTS, *hopper) if key[0] == arch]
 
 
@@ -176,5 +177,5 @@ def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str) -> T
     row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
     tiles = VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
     if backend.startswith("hopper"):
-        tiles = tiles._replace(forward=HOPPER_FORWARD[spec.head_dim])
+        tiles = tiles._replace(**HOPPER_ROWS[spec.head_dim])
     return tiles if backend.endswith("_fused") else tiles._replace(backward_fused=None)

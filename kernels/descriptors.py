@@ -43,8 +43,9 @@ def readable_in_bulk(sizes: Sequence[int], strides: Sequence[int], itemsize: int
 
 
 def block_strides(sizes: Sequence[int], strides: Sequence[int], columns: int) -> list[int]:
-    """The strides of a `(b, h, n, d)` tensor as a descriptor takes them, which checks those that are never used too."""
-    in_front = zip(sizes[:3], strides[:3], strict=True)
+    """The strides of a tensor as a descriptor takes them, which checks those that are never used too: of its dimensions
+    in front of the last, whose `sizes` these are, and of the last, which is contiguous."""
+    in_front = zip(sizes, strides, strict=False)
     return [*(stride if size > 1 else columns for size, stride in in_front), 1]
 
 

@@ -6,8 +6,11 @@ part happens at some later turn:
 
 - A bulk copy to shared memory fills its buffer with NaN when it is issued, and its block arrives when its turn comes.
   Beyond the ends of a tensor it reads zeros and writes nothing.
-- A bulk copy from shared memory reads its buffer when its turn comes, at the latest where it is waited for.
+- A bulk copy from shared memory, or a reduction from there, reads its buffer when its turn comes, at the latest where
+  it is waited for.
 - A product reads its operands as soon as it is issued, or where it is waited for (`late`): both are legal.
+- Until they are waited for, what they read must not be written, nor given back: a barrier that a partition waits for
+  before it fills a buffer stands for that buffer, and who arrives there does not read it until it is full again.
 - A barrier has a phase, arrivals and bytes that it waits for; too many of either are an error, and so is a deadlock.
 - What ordinary stores wrote to shared memory must be fenced before a copy or a product reads it.
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import FunctionType, SimpleNamespace
@@ -32,12 +35,16 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flash_attend.kernels.hopper import versions
+from flash_attend.kernels.hopper.descriptors import ALIGNMENT
 from flash_attend.kernels.launch import Launch
 
 __all__ = ["EmulationError", "bound", "emulate"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64")}
 TAKE_ANOTHER = 0.3  # how often the turn passes to another, though the last one could go on: some run far ahead
+
+
+Extent = tuple[int, int]  # bytes, from the first to one past the last
 
 
 class EmulationError(Exception):
@@ -64,6 +71,9 @@ class _Partition:
     error: BaseException | None = None
     products: list[_Product] = field(default_factory=list)
     stores: list[Callable[[], None]] = field(default_factory=list)  # bulk copies out of shared memory, not yet made
+    sources: list[Extent] = field(default_factory=list)  # of bulk copies that have not been waited for
+    awaited: _Barrier | None = None  # the last one
+    given_back: set[Extent] = field(default_factory=set)
     unfenced: list[Tensor] = field(default_factory=list)  # what ordinary stores have written since the last fence
 
 
@@ -149,10 +159,10 @@ class _Schedule:
 
 
 class _Product:
-    """An asynchronous product: what it will be, once it has been made."""
+    """An asynchronous product: what it will be, once it has been made, and what it reads until then."""
 
-    def __init__(self, make: Callable[[], Tensor]) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[], Tensor], sources: list[Extent]) -> None:
+        self.make, self.sources = make, sources
         self.value: Tensor | None = None
 
     def finish(self) -> None:
@@ -165,6 +175,8 @@ class _Barrier:
 
     def __init__(self) -> None:
         self.count = self.pending = self.bytes = self.phase = 0
+        self.guarded: set[Extent] = set()  # what is filled when it has been waited for
+        self.brought: set[Extent] = set()  # what is full when it has been waited for
 
     def arrive(self, arrivals: int = 0, expected: int = 0, arrived: int = 0) -> None:
         self.bytes += expected - arrived
@@ -201,8 +213,8 @@ class _Shared:
     def index(self, index: int | Tensor) -> _Shared:
         return self._view(self.data[int(index)])
 
-    def slice(self, start: int, length: int) -> _Shared:
-        return self._view(self.data[start : start + length])
+    def slice(self, start: int | Tensor, length: int, dim: int = 0) -> _Shared:
+        return self._view(self.data.narrow(dim, int(start), length))
 
     def permute(self, order: Sequence[int]) -> _Shared:
         return self._view(self.data.permute(*order))
@@ -211,11 +223,13 @@ class _Shared:
         return self._view(self.data.view(*shape))
 
     def load(self, layout: None) -> Tensor:
+        self.machine.check_held([_extent(self.data)])
         self.machine.schedule.pause()
         return self.data.clone()
 
     def store(self, value: Tensor) -> None:
         assert value.dtype == self.dtype, f"{value.dtype} is stored as {self.dtype}"
+        self.machine.check_unread(self)
         self.data.copy_(value)
         self.machine.schedule.own.unfenced.append(self.data)
         self.machine.schedule.pause()
@@ -234,6 +248,8 @@ class _Descriptor:
         """That part of a block which is inside the tensor, and where in the block that is."""
         starts = [int(start) for start in coordinates]
         assert min(starts) >= 0
+        if starts[-1] * self.dtype.itemsize % ALIGNMENT:
+            raise EmulationError(f"a copy begins at {starts[-1]} of {self.dtype}, which is no multiple of 16 bytes")
         sizes = [
             min(max(size - start, 0), length)
             for size, start, length in zip(self.data.shape, starts, self.block_type.shape, strict=True)
@@ -276,6 +292,7 @@ class _Machine:
             where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
             arange=lambda start, end, layout=None: torch.arange(start, end),
             max=lambda x, axis: x.amax(axis),
+            min=lambda x, axis: x.amin(axis),
             sum=lambda x, axis: x.sum(axis),
             program_id=lambda axis: torch.tensor(program),
             num_programs=lambda axis: programs,
@@ -308,6 +325,7 @@ class _Machine:
             (hopper.warpgroup_mma_wait, self._product_wait),
             (versions.load_tile, self._copy_in),
             (versions.store_tile, self._copy_out),
+            (versions.reduce_tile, self._reduce_out),
         ]
 
     def bind(self, kernel: Any, instead: dict[str, Any]) -> Callable[..., None]:
@@ -356,17 +374,30 @@ class _Machine:
         self.schedule.own.unfenced.clear()
 
     def _read_by_copies_and_products(self, shared: _Shared) -> Tensor:
-        own = _extent(shared.data)
-        for partition in self.schedule.partitions:
-            for written in partition.unfenced:
-                start, end = _extent(written)
-                if start < own[1] and own[0] < end:
-                    raise EmulationError("a copy or a product reads what was stored and not fenced")
+        unfenced = [_extent(written) for partition in self.schedule.partitions for written in partition.unfenced]
+        if _overlap([_extent(shared.data)], unfenced):
+            raise EmulationError("a copy or a product reads what was stored and not fenced")
         return shared.data
+
+    def check_unread(self, shared: _Shared) -> None:
+        """Nothing that is under way reads what is about to be written."""
+        for partition in self.schedule.partitions:
+            products = [source for product in partition.products for source in product.sources]
+            if _overlap([_extent(shared.data)], [*products, *partition.sources]):
+                raise EmulationError("what a copy or a product reads is overwritten")
+
+    def check_held(self, sources: Collection[Extent]) -> None:
+        """The partition that runs has not given back what it is about to read."""
+        if _overlap(self.schedule.own.given_back, sources):
+            raise EmulationError("what has been given back is read")
 
     def _copy_in(self, descriptor: _Descriptor, coordinates: Sequence[int], barrier: _Barrier, shared: _Shared) -> None:
         assert shared.shape == tuple(descriptor.block_type.shape)
         block, where = descriptor.block(coordinates)
+        self.check_unread(shared)
+        if self.schedule.own.awaited is not None:
+            self.schedule.own.awaited.guarded.add(_extent(shared.data))
+        barrier.brought.add(_extent(shared.data))
         shared.data.fill_(torch.nan)
 
         def arrive() -> None:
@@ -378,15 +409,26 @@ class _Machine:
         self.schedule.pause()
 
     def _copy_out(self, descriptor: _Descriptor, coordinates: Sequence[int], shared: _Shared) -> None:
+        self._out(descriptor, coordinates, shared, Tensor.copy_)
+
+    def _reduce_out(self, descriptor: _Descriptor, coordinates: Sequence[int], shared: _Shared) -> None:
+        self._out(descriptor, coordinates, shared, Tensor.add_)
+
+    def _out(
+        self, descriptor: _Descriptor, coordinates: Sequence[int], shared: _Shared, into: Callable[..., Tensor]
+    ) -> None:
         assert shared.shape == tuple(descriptor.block_type.shape)
         block, where = descriptor.block(coordinates)
         data = self._read_by_copies_and_products(shared)
-        self.schedule.own.stores.append(lambda: block.copy_(data[where]))
+        own = self.schedule.own
+        own.stores.append(lambda: into(block, data[where]))
+        own.sources.append(_extent(shared.data))
         self.schedule.pause()
 
     def _store_wait(self, pending: int) -> None:
         own = self.schedule.own
         self.schedule.pause(lambda: len(own.stores) <= pending)
+        del own.sources[: max(len(own.sources) - pending, 0)]
 
     # Barriers.
 
@@ -397,38 +439,49 @@ class _Machine:
         barrier.arrive(arrivals=1, expected=expected)
 
     def _arrive(self, barrier: _Barrier, count: int) -> None:
+        if any(_overlap(barrier.guarded, product.sources) for product in self.schedule.own.products):
+            raise EmulationError("what a product reads is given back")
+        self.schedule.own.given_back |= barrier.guarded
         barrier.arrive(arrivals=count)
         self.schedule.pause()
 
     def _wait(self, barrier: _Barrier, phase: int | Tensor) -> None:
         phase = int(phase)
+        self.schedule.own.awaited = barrier
         self.schedule.pause(lambda: barrier.phase != phase)
+        self.schedule.own.given_back -= barrier.brought
 
     # Products.
 
     def _product(
-        self, a: _Shared | Tensor, b: _Shared, total: Tensor, use_acc: bool = True, is_async: bool = False
+        self, a: _Shared | Tensor, b: _Shared, total: Tensor | _Product, use_acc: bool = True, is_async: bool = False
     ) -> _Product:
         def operand(x: _Shared | Tensor) -> Tensor:
             return (self._read_by_copies_and_products(x) if isinstance(x, _Shared) else x).float()
 
+        def make() -> Tensor:
+            # Products are made in order: one that this one adds to is there already.
+            before = total.value if isinstance(total, _Product) else total
+            return operand(a) @ operand(b) + (before if use_acc else 0)
+
         assert is_async
-        product = _Product(lambda: operand(a) @ operand(b) + (total if use_acc else 0))
+        product = _Product(make, [_extent(x.data) for x in (a, b) if isinstance(x, _Shared)])
+        self.check_held(product.sources)
         self.schedule.own.products.append(product)
         self.schedule.pause()
         if not self.late:
             product.finish()
         return product
 
-    def _product_wait(self, num_outstanding: int, deps: tuple[_Product]) -> Tensor:
+    def _product_wait(self, num_outstanding: int, deps: tuple[_Product, ...]) -> Tensor | tuple[Tensor, ...]:
         under_way = self.schedule.own.products
         self.schedule.pause()
         while len(under_way) > num_outstanding:
             under_way.pop(0).finish()
-        (product,) = deps
-        if product in under_way:
+        if any(product in under_way for product in deps):
             raise EmulationError("a product is used before it has been waited for")
-        return product.value
+        values = tuple(product.value for product in deps)
+        return values[0] if len(values) == 1 else values
 
     def _warp_specialize(self, partitions: Sequence[tuple], warps: Sequence[int], registers: Sequence[int]) -> None:
         assert len(partitions) == len(warps) + 1 == len(registers) + 1
@@ -447,10 +500,14 @@ class _NoLayout:
     get_default_for = __call__
 
 
-def _extent(view: Tensor) -> tuple[int, int]:
-    """The bytes that a dense view covers."""
-    start = view.data_ptr()
-    return start, start + view.numel() * view.itemsize
+def _extent(view: Tensor) -> Extent:
+    """The bytes from the first that a view covers to the last."""
+    steps = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    return view.data_ptr(), view.data_ptr() + (steps + 1) * view.itemsize
+
+
+def _overlap(some: Iterable[Extent], others: Collection[Extent]) -> bool:
+    return any(start < other_end and other < end for start, end in some for other, other_end in others)
 
 
 def bound(function: Any) -> Callable:

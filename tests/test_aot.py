@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="compiling needs Triton")
 
 from flash_attend.dispatch import judge
 from flash_attend.kernels import aot
-from flash_attend.kernels.configs import HOPPER_FORWARD, ROWS, VARIANTS, Tile, Tiles, row_of, select_tiles
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, VARIANTS, Tile, Tiles, row_of, select_tiles
 from flash_attend.kernels.sass import ProductLoop
 from flash_attend.spec import AttentionSpec, MaskKind
 
@@ -64,12 +64,16 @@ def test_every_row_is_compiled():
         assert compiled == rows | variants
 
 
-def test_every_forward_for_hopper_is_compiled_in_every_mode():
-    cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == "hopper"]
+@pytest.mark.parametrize("backend", ["hopper", "hopper_fused"])
+def test_every_kernel_for_hopper_is_compiled_in_every_mode(backend):
+    cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == backend]
     compiled = {(case.arch, case.spec.head_dim, case.spec.mask, case.spec.causal) for case in cases}
-    modes = product(HOPPER_FORWARD, (MaskKind.NONE, MaskKind.KEY), (False, True))
+    dims = [dim for dim, tiles in HOPPER_ROWS.items() if backend == "hopper" or "backward_fused" in tiles]
+    modes = product(dims, (MaskKind.NONE, MaskKind.KEY), (False, True))
     assert compiled == {("sm_90", *mode) for mode in modes}
-    assert all(judge(case.spec, aot.PARTS["sm_90"])[0].serves for case in cases)
+    for case in cases:
+        (verdict,) = (verdict for verdict in judge(case.spec, aot.PARTS["sm_90"]) if verdict.backend == backend)
+        assert verdict.serves
 
 
 def test_cases_take_the_tiles_that_a_call_would_take():
@@ -113,6 +117,35 @@ HOPPER = replace(GOOD, kernel="hopper_forward", arch="sm_90", loops=(LOOP, LOOP,
 )
 def test_problems_of_the_forward_for_hopper(change, problem):
     assert replace(HOPPER, **change).problems() == ([] if problem is None else [problem])
+
+
+BACKWARD = replace(HOPPER, kernel="hopper_backward_fused", head_dim=64, loops=(LOOP, LOOP))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (dict(), None),
+        (dict(spill_bytes=384), None),
+        (dict(spill_bytes=385), "spills 385 bytes"),
+        (dict(kernel="hopper_backward", spill_bytes=17), "spills 17 bytes"),
+        (dict(loops=(LOOP, LOOP, LOOP)), "has 3 loops with products, not 2"),
+        (dict(loops=(LOOP, LOOP._replace(spills=12))), None),
+        (dict(loops=(LOOP, LOOP._replace(spills=13))), "spills in a main loop"),
+        (dict(head_dim=128, loops=(LOOP, LOOP._replace(spills=1))), "spills in a main loop"),
+        (dict(kernel="hopper_backward", loops=(LOOP, LOOP._replace(spills=1))), "spills in a main loop"),
+    ],
+)
+def test_problems_of_the_backward_for_hopper(change, problem):
+    assert replace(BACKWARD, **change).problems() == ([] if problem is None else [problem])
+
+
+def test_the_backward_for_hopper_compiles_well(ready_to_compile):
+    """With dQ in the same pass, and a key mask under causality: where it has fewest registers to spare."""
+    (case,) = (case for case in aot.cases(["sm_90"], subset=True) if case.backend == "hopper_fused")
+    (report,) = aot.compile_case(case, ["hopper_backward_fused"])
+    assert not report.problems()
+    assert [loop.exponentials for loop in report.loops] == [64, 64]
 
 
 def test_the_forward_for_hopper_compiles_well(ready_to_compile):

@@ -10,7 +10,7 @@ import torch
 
 from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
 from flash_attend.kernels.configs import (
-    HOPPER_FORWARD,
+    HOPPER_ROWS,
     INTERPRETED,
     MEASURED,
     ROWS,
@@ -90,7 +90,7 @@ def test_a_part_has_all_of_its_rows_and_no_other() -> None:
 
 def test_every_row_has_a_key_of_its_own_and_a_measured_one_its_evidence() -> None:
     keys = [key for arch in ("sm_80", "sm_90") for key in rows_of(arch)]
-    assert len(set(keys)) == len(keys) == len(ROWS) + len(VARIANTS) + len(HOPPER_FORWARD)
+    assert len(set(keys)) == len(keys) == len(ROWS) + len(VARIANTS) + len(HOPPER_ROWS)
     assert rows_of("sm_86") == []
     for key, results in MEASURED.items():
         assert key in keys

@@ -44,7 +44,7 @@ def test_alignment_counts_for_all() -> None:
 
 
 def test_strides_that_are_never_used_are_replaced() -> None:
-    assert block_strides((1, 3, 1, 64), (7, 128, 13, 1), 64) == [64, 128, 64, 1]
+    assert block_strides((1, 3, 1), (7, 128, 13, 1), 64) == [64, 128, 64, 1]
 
 
 def launched(

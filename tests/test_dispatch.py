@@ -102,6 +102,11 @@ HOPPER_REFUSALS = {
     "d": (replace(SPEC, head_dim=96, value_dim=96), H100, "d = 96 and dv = 96 are not the same one of 64, 128, 256"),
     "dv": (replace(SPEC, value_dim=128), H100, "d = 64 and dv = 128 are not the same one of 64, 128, 256"),
     "dense": (replace(SPEC, mask=MaskKind.DENSE), H100, "the mask varies over queries"),
+    "masks_in_a_group": (
+        replace(SPEC, heads=4, kv_heads=2, mask=MaskKind.KEY, mask_per_head=True),
+        H100,
+        "query heads that share a kv head have key masks of their own",
+    ),
     "dropout": (replace(SPEC, dropout_p=0.1), H100, "dropout is on"),
     "no_keys": (replace(SPEC, keys=0), H100, "there are no keys"),
     "interpreter": (SPEC, INTERPRETER, "Triton's interpreter runs no Gluon"),

@@ -13,7 +13,7 @@ from flash_attend.kernels.descriptors import aligned, block_strides, readable_in
 
 __all__ = ["bulk_readable", "described"]
 
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
 
 def bulk_readable(tensor: Tensor) -> Tensor:
@@ -28,17 +28,18 @@ def bulk_readable(tensor: Tensor) -> Tensor:
 
 
 def described(blocks: tuple[tuple[int, int], ...], tensors: tuple[Tensor | None, ...]) -> tuple:
-    """The tensors, the first of them as descriptors of blocks `[1, 1, rows, columns]` of `(b, h, n, d)`."""
-    first = (_describe(tensor, *block) for tensor, block in zip(tensors, blocks, strict=False))
+    """The tensors, the first of them as descriptors of blocks `[1, 1, rows, columns]` of `(b, h, n, d)`; None stays."""
+    first = (
+        None if tensor is None else _describe(tensor, *block) for tensor, block in zip(tensors, blocks, strict=False)
+    )
     return *first, *tensors[len(blocks) :]
 
 
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     block = [1, 1, rows, columns]
     layout = _layout(rows, columns, tensor.dtype)
-    return TensorDescriptor(
-        tensor, list(tensor.shape), block_strides(tensor.shape, tensor.stride(), columns), block, layout
-    )
+    strides = block_strides(tensor.shape[:3], tensor.stride(), columns)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
 
 
 @cache

@@ -16,24 +16,52 @@ def product_layout(columns):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
+@gluon.constexpr_function
+def rows_at_a_time(columns):
+    """How many rows of a block four warps clear in one go: two vectors of 16 bytes for each thread."""
+    return 2048 // columns
+
+
+@gluon.constexpr_function
+def clearing_layout(columns):
+    """Where the registers of four warps hold as many rows."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def meet(barriers, BARRIER: gl.constexpr, turn):
+    """Waits until both consumers are here: what each of them has stored is there for the products of both."""
+    fence_async_shared()
+    mbarrier.arrive(barriers.index(BARRIER), count=1)
+    mbarrier.wait(barriers.index(BARRIER), turn & 1)
+
+
+@gluon.jit
+def _keep_rows(rows, kept):
+    """Zeroes those of some rows of a block that are not `kept`."""
+    values = rows.load(clearing_layout(rows.shape[1]))
+    rows.store(gl.where(kept[:, None], values, gl.full_like(values, 0.0)))
+
+
+@gluon.jit
+def clear_hidden_rows(rows, visible):
+    """Zeroes those rows of k or v that are hidden, by the visibility that begins at `visible`."""
+    PART: gl.constexpr = rows_at_a_time(rows.shape[1])
+    layout: gl.constexpr = gl.SliceLayout(1, clearing_layout(rows.shape[1]))
+    for part in gl.static_range(rows.shape[0] // PART):
+        shown = gl.load(visible + part * PART + gl.arange(0, PART, layout=layout)) != 0
+        _keep_rows(rows.slice(part * PART, PART), shown)
+
+
 @gluon.jit
 def clear_hidden(buffer, visible, first_key, barriers, CLEARED: gl.constexpr, cleared, CONSUMER: gl.constexpr):
     """Zeroes this consumer's half of those rows of a block of v that are hidden, and waits for the other half.
 
     A hidden key's weight is 0, but its v may be NaN, and 0 * NaN is no 0.
     """
-    WIDTH: gl.constexpr = buffer.shape[1]
-    PART: gl.constexpr = 2048 // WIDTH  # rows at a time: two vectors of 16 bytes for each thread
-    PARTS: gl.constexpr = buffer.shape[0] // PART // CONSUMERS
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    for part in gl.static_range(PARTS):
-        rows = buffer.slice((CONSUMER * PARTS + part) * PART, PART)
-        key = first_key + (CONSUMER * PARTS + part) * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, layout))
-        v = rows.load(layout)
-        rows.store(gl.where((gl.load(visible + key) != 0)[:, None], v, gl.full_like(v, 0.0)))
-    fence_async_shared()
-    mbarrier.arrive(barriers.index(CLEARED), count=1)
-    mbarrier.wait(barriers.index(CLEARED), cleared & 1)
+    HALF: gl.constexpr = buffer.shape[0] // CONSUMERS
+    clear_hidden_rows(buffer.slice(CONSUMER * HALF, HALF), visible + first_key + CONSUMER * HALF)
+    meet(barriers, CLEARED, cleared)
 
 
 # Two barriers: a consumer's says that the other one has issued the products of its own step.

@@ -1,12 +1,13 @@
-"""Rings of buffers in shared memory: one partition fills them by bulk copies, others read them and give them back.
+"""Rings of buffers in shared memory: one partition fills them, others read them and give them back.
 
 A ring has SLOTS buffers, and 2 * SLOTS barriers in the kernel's array of barriers, from index `ring` on: which slots
 are full, then which are empty. `turn` counts how often a slot has been used before; a barrier's phase is its last bit.
+Most rings are filled by bulk copies; what a consumer stores in one itself, it publishes.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flash_attend.kernels.hopper.versions import load_tile
 
@@ -22,12 +23,38 @@ def init_ring(barriers, ring: gl.constexpr, READERS: gl.constexpr):
 
 
 @gluon.jit
+def await_empty(barriers, ring: gl.constexpr, slot, turn):
+    """Waits until all have given the slot back."""
+    mbarrier.wait(barriers.index(ring + SLOTS + slot), (turn & 1) ^ 1)
+
+
+@gluon.jit
 def fill(descriptor, coordinates, buffer, barriers, ring: gl.constexpr, slot, turn):
     """Waits until the slot is empty and starts to copy a block into its buffer [rows, columns]."""
     full = barriers.index(ring + slot)
-    mbarrier.wait(barriers.index(ring + SLOTS + slot), (turn & 1) ^ 1)
+    await_empty(barriers, ring, slot, turn)
     mbarrier.expect(full, descriptor.block_type.nbytes)
     load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
+
+
+@gluon.jit
+def fill_both(
+    descriptor, coordinates, buffer, row_descriptor, row_coordinates, row_buffer,
+    barriers, ring: gl.constexpr, slot, turn,
+):  # fmt: skip
+    """The same for a slot that is a block and a number for each of its rows: `row_buffer` [rows]."""
+    full = barriers.index(ring + slot)
+    await_empty(barriers, ring, slot, turn)
+    mbarrier.expect(full, descriptor.block_type.nbytes + row_descriptor.block_type.nbytes)
+    load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
+    load_tile(row_descriptor, row_coordinates, full, row_buffer.reshape(row_descriptor.block_type.shape))
+
+
+@gluon.jit
+def publish(barriers, ring: gl.constexpr, slot):
+    """The slot is full of what this partition has stored there."""
+    fence_async_shared()
+    mbarrier.arrive(barriers.index(ring + slot), count=1)
 
 
 @gluon.jit
