@@ -94,14 +94,14 @@ MODES = {
     "dropout": dict(dropout_p=0.1),
     "grouped": {},  # four query heads to a key head
 }
-# The fields of `Tiles` that count for a backend, by whether its backward is fused; the kernels that each may
-# be the tile of.
+# The fields of `Tiles` that count for a backend, by whether its backward is fused; and the kernels that each may be the
+# tile of, as aot.py names them: of those that a call launches, the first.
 KERNELS = {False: ("forward", "backward_kv", "backward_q"), True: ("forward", "backward_fused")}
 LAUNCHED = {
     "forward": ("hopper_forward", "forward"),
-    "backward_kv": ("hopper_backward", "backward_kv"),
+    "backward_kv": ("hopper_backward", "hopper_backward_kv", "backward_kv"),
     "backward_q": ("hopper_backward_q", "backward_q"),
-    "backward_fused": ("hopper_backward", "backward_fused", "backward_kv"),
+    "backward_fused": ("hopper_backward_fused", "hopper_backward_kv_fused", "backward_kv_fused", "backward_kv"),
 }
 CONSUMERS = 2  # warpgroups that share the tile of a Gluon kernel
 GLUON_WARPS = 12  # of a program, producers counted
@@ -166,8 +166,7 @@ class Question:
     @cached_property
     def launched(self) -> str:
         """The name of the kernel that has the tile in question, among those that the call launches."""
-        launches = aot.record_call(self.spec, self.tiles, self.backend)
-        names = {one.prepared.kernel.__name__.removesuffix("_kernel") for one in launches}
+        names = {aot._name_of(one) for one in aot.record_call(self.spec, self.tiles, self.backend)}
         return next(name for name in LAUNCHED[self.kernel] if name in names)
 
     def tiles_with(self, tile: Tile, tiles: Tiles | None = None) -> Tiles:
@@ -501,7 +500,7 @@ def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial
     with recorded_launches() as launches:
         torch.autograd.grad(attend(*leaves), leaves, inputs.grad_out)
     repeat(launches)  # in order, once: the kernel's inputs are what the kernels before it wrote
-    own = [one for one in launches if one.prepared.kernel.__name__ == f"{question.launched}_kernel"]
+    own = [one for one in launches if aot._name_of(one) == question.launched]
     return Trial(check, partial(repeat, own), partial(repeat, launches))
 
 

@@ -47,6 +47,7 @@ from flash_attend.kernels.operands import (
     call_arguments,
     call_choices,
     empty_like_heads,
+    key_section,
     key_sizes,
     query_section,
     query_sizes,
@@ -313,7 +314,7 @@ def _key_value_head(
 @triton.jit(
     do_not_specialize=[
         "scale", "keep_scale", "keep_threshold", "queries", "keys", "heads", "group",
-        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks",
+        "mask_stride_batch", "mask_stride_head", "n_query_blocks", "n_key_blocks", "section",
         "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row",
         "v_batch", "v_head", "v_row", "grad_batch", "grad_head", "grad_row",
         "grad_k_batch", "grad_k_head", "grad_k_row", "grad_v_batch", "grad_v_head", "grad_v_row",
@@ -342,6 +343,7 @@ def backward_kv_kernel(
     mask_stride_head: tl.int32,
     n_query_blocks: tl.int32,
     n_key_blocks: tl.int32,
+    section: tl.int32,
     q_batch: tl.int64,
     q_head: tl.int64,
     q_row: tl.int64,
@@ -387,11 +389,7 @@ def backward_kv_kernel(
 
     HIDE_KEYS: the heads of a group have key masks of their own, so that a key is hidden from some and read by others.
     """
-    tiles = tl.cdiv(keys, BLOCK_N)
-    first_key = tl.program_id(0) % tiles * BLOCK_N  # under causality the longest come first as they are
-    kv_heads = heads // group
-    batch = tl.program_id(0) // tiles // kv_heads
-    kv_head = tl.program_id(0) // tiles % kv_heads
+    first_key, batch, kv_head = tile_of_program(keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
     batch64 = batch.to(tl.int64) * ALIGN
     kv_head64 = kv_head.to(tl.int64) * ALIGN
     first64 = first_key.to(tl.int64) * ALIGN
@@ -786,7 +784,7 @@ def _prepare_kv(
     return Prepared(
         backward_kv_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
-        (*call_arguments(spec, mask_rows, tiles), *strides),
+        (*call_arguments(spec, mask_rows, tiles), key_section(spec), *strides),
         dict(
             ALIGN=align,
             GROUPED=spec.group > 1,

@@ -308,6 +308,7 @@ class _Machine:
             full_like=torch.full_like,
             convert_layout=lambda x, layout: x,
             static_range=range,
+            static_assert=self._static_assert,
             allocate_shared_memory=self._allocate,
             warp_specialize=self._warp_specialize,
             **{name: no_layout for name in LAYOUTS},
@@ -482,6 +483,9 @@ class _Machine:
             raise EmulationError("a product is used before it has been waited for")
         values = tuple(product.value for product in deps)
         return values[0] if len(values) == 1 else values
+
+    def _static_assert(self, holds: bool) -> None:
+        assert holds
 
     def _warp_specialize(self, partitions: Sequence[tuple], warps: Sequence[int], registers: Sequence[int]) -> None:
         assert len(partitions) == len(warps) + 1 == len(registers) + 1

@@ -133,7 +133,7 @@ def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str, backe
         dict(dtype=torch.bfloat16),
         dict(head_dim=128, value_dim=128),
         dict(head_dim=256, value_dim=256),
-        dict(mask=MaskKind.KEY, mask_per_head=True, causal=True),
+        dict(mask=MaskKind.KEY, mask_per_head=True, kv_heads=8, causal=True),
         dict(scale=-1.0),
         dict(batch=0),
         dict(queries=0),

@@ -223,6 +223,11 @@ def test_which_kernels_a_public_call_runs() -> None:
         assert launched(call, backend, "kv") == ["hopper_backward"]
 
 
+def test_what_it_has_no_kernels_for_the_others_do() -> None:
+    call = make_call(Case("wide", 1, 2, queries=140, keys=300, d=256), torch.float16)
+    assert launched(call, "hopper") == ["backward_kv", "backward_q"]
+
+
 def test_nothing_is_launched_for_nothing() -> None:
     for batch, heads, queries in ((0, 2, 5), (2, 0, 5), (2, 2, 0)):
         call = make_call(Case("empty", batch, heads, queries=queries, keys=7, d=64), torch.bfloat16)

@@ -112,13 +112,16 @@ def _produce(inputs, shared, work):
 def _reduce(sum_descriptor, grad_q_buffers, barriers, work, BLOCK_M: gl.constexpr):
     """The reducer: adds each consumer's part of a block's gradient of q to the sum."""
     batch, kv_head, group, _, first_query, begin, end = work
-    ROWS: gl.constexpr = BLOCK_M // CONSUMER_ROWS - 1  # whether the consumers share the rows, else the columns
     step = 0
     for head in range(kv_head * group, (kv_head + 1) * group):
         for block in range(begin, end):
             for consumer in gl.static_range(CONSUMERS):
-                row = first_query + block * BLOCK_M + consumer * ROWS * CONSUMER_ROWS
-                column = consumer * (1 - ROWS) * CONSUMER_ROWS
+                row = first_query + block * BLOCK_M
+                column = 0
+                if BLOCK_M == CONSUMER_ROWS:
+                    column = consumer * CONSUMER_ROWS
+                else:
+                    row += consumer * CONSUMER_ROWS
                 buffer = grad_q_buffers.index(consumer)
                 await_full(barriers, GRAD_Q_RING, consumer, step)
                 reduce_tile(sum_descriptor, [batch, head, row, column], buffer.reshape(sum_descriptor.block_type.shape))
@@ -131,7 +134,7 @@ def _reduce(sum_descriptor, grad_q_buffers, barriers, work, BLOCK_M: gl.constexp
 @gluon.jit
 def _issue_query_gradient(grad_scores, k_buffers, slot, CONSUMER: gl.constexpr):
     """Starts the products of this consumer's part of a block's gradient of q [CONSUMER_ROWS, CONSUMER_ROWS], over the
-    keys of one consumer and then of the other."""
+    keys of one consumer and then of the other: half of its columns, or of its rows where it has twice as many."""
     BLOCK_M: gl.constexpr = grad_scores.shape[2]
     PART: gl.constexpr = CONSUMER * CONSUMER_ROWS
     total = gl.zeros([CONSUMER_ROWS, CONSUMER_ROWS], gl.float32, product_layout(CONSUMER_ROWS))
@@ -312,6 +315,7 @@ def hopper_backward_kernel(
 ):
     """One tile of BLOCK_N keys of one key/value head: GRAD_K and GRAD_V (b, hk, j, d). FUSED: its share of the sum that
     is the gradient of q (b, h, i, d) but for the scale, float32."""
+    gl.static_assert(BLOCK_N == CONSUMERS * CONSUMER_ROWS)
     tiles = gl.cdiv(keys, BLOCK_N)
     first_key = gl.program_id(0) % tiles * BLOCK_N  # under causality the longest come first as they are
     kv_heads = heads // group
@@ -366,6 +370,7 @@ def hopper_backward_kernel(
     edges = (masked_end, offset, keys - first_key, hides)
     # Compile-time values stay so only outside a tuple with a name.
     if FUSED:
+        gl.static_assert(BLOCK_M * WIDTH == CONSUMERS * CONSUMER_ROWS * CONSUMER_ROWS)
         scores_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMER_ROWS, BLOCK_M], dtype)
         sum_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMER_ROWS, CONSUMER_ROWS], gl.float32)
         grad_scores_buffers = gl.allocate_shared_memory(
