@@ -2,8 +2,8 @@
 
 A run's cases are told apart as `flash_attend.validation.Calls` does. In each kind of calls every case counts, forward
 and forward with backward, that the backend served and one that comes after it in `dispatch.BACKENDS` served too. It was
-faster there if it won more of them than it lost, beyond the spread, and if nothing took it more than 5% longer. A wrong
-result, or an error other than a refusal, spoils the whole kind.
+faster there if it won more of them than it lost, and lost none by more than 5%; what is within the spread is neither. A
+wrong result, or an error other than a refusal, spoils the whole kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from verdicts import EVEN, LOSS, OURS, WIN, Comparison, grouped, time_of
 
 __all__ = ["Advantage", "advantages", "calls_of", "row_source"]
 
-WORST = 0.95  # the least ratio of times, in any case, of a backend that is faster on the whole
+WORST = 0.95  # the least ratio of times in a case that is lost by a backend which is faster on the whole
 PASSES = (FORWARD, BOTH)
 KINDS = dict.fromkeys(DTYPES, "half") | {"tf32": "tf32", "float32": "tf32x3", "float64": "double"}
 REFUSAL = "BackendUnavailable"  # how the error of a row begins where the backend does not serve the case
@@ -44,8 +44,8 @@ class Advantage:
     @property
     def found(self) -> bool:
         """Whether it was faster."""
-        counts = Counter(each.verdict for each in self.comparisons)
-        return not self.spoiled and counts[WIN] > counts[LOSS] and self.worst.ratio >= WORST
+        wins, losses = ([each.ratio for each in self.comparisons if each.verdict == verdict] for verdict in (WIN, LOSS))
+        return not self.spoiled and len(wins) > len(losses) and all(ratio >= WORST for ratio in losses)
 
     def __str__(self) -> str:
         if self.spoiled:

@@ -37,7 +37,7 @@ from verdicts import (
     header_entry,
     is_wrong,
     one_line,
-    our_name,
+    our_names,
     time_of,
 )
 
@@ -372,8 +372,6 @@ def _first_call_lines(results: Results) -> list[str]:
 def markdown_report(results: Results, plots: Sequence[Path]) -> str:
     """The whole run in markdown, with links to its plots. It belongs beside the results file."""
     header = results.header
-    name = our_name(results)
-    comparisons = compare(results)
     lines = [
         f"# {_escape(header_entry(header, 'device'))}, {_date(header)}",
         "",
@@ -384,8 +382,9 @@ def markdown_report(results: Results, plots: Sequence[Path]) -> str:
         *_method_lines(results),
         "",
     ]
-    if comparisons:
-        summary = [row | {"group": _escape(row["group"])} for row in _summary_cells(comparisons)]
+    names = our_names(results)
+    for name in names:
+        summary = [row | {"group": _escape(row["group"])} for row in _summary_cells(compare(results, name))]
         lines += [f"## Summary of {name}", "", *_markdown_table(summary), ""]
     lines += ["## Peers", "", *_markdown_table([row | {"peer": _escape(row["peer"])} for row in _peer_cells(results)])]
     if plots:
@@ -393,11 +392,11 @@ def markdown_report(results: Results, plots: Sequence[Path]) -> str:
         for path in plots:
             link = quote(Path(os.path.relpath(path, results.path.parent)).as_posix())
             lines += [f"![{_escape(path.stem.replace('-', ' '))}]({link})", ""]
-    lines += ["", *_loss_lines(comparisons), *_first_call_lines(results)]
+    lines += ["", *_loss_lines(compare(results)), *_first_call_lines(results)]
     for group, members in grouped(results, lambda row: row.group).items():
         lines += [f"## {_escape(group).capitalize()}", ""]
         for case, rows in grouped(members, lambda row: row.case).items():
-            lines += _case_lines(case, rows, name)
+            lines += _case_lines(case, rows, next(iter(names), None))
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 

@@ -161,7 +161,7 @@ class Question:
 
     @property
     def current(self) -> Tile:
-        return getattr(self.tiles, self.kernel)
+        return self._tile_of(self.tiles)
 
     @cached_property
     def launched(self) -> str:
@@ -205,7 +205,7 @@ class Question:
     def served(self) -> list[aot.Case]:
         """The calls of the ahead-of-time table that the proposed row would serve, as this backend makes them.
 
-        Of a row that is there today, all that have it; of a new variant, those in its mode.
+        Of a row that is there today, those that have its tile; of a new variant, those in its mode.
         """
         hopper = self.backend.startswith("hopper")
         specs = dict.fromkeys(
@@ -213,13 +213,14 @@ class Question:
         )
         found = []
         for spec in specs:
-            key = self._row_of(spec)
-            if key not in VARIANTS and len(self.row) == 3:
-                key = key[:3]
-            if key == self.row:
-                tiles = select_tiles(spec, self.target, self.backend)
+            tiles = select_tiles(spec, self.target, self.backend)
+            row, variant = self._row_of(spec), len(self.row) > 3
+            if row[: len(self.row)] == self.row and (variant or self._tile_of(tiles) == self.current):
                 found.append(aot.Case(self.arch, spec, tiles, self.backend))
         return found
+
+    def _tile_of(self, tiles: Tiles) -> Tile:
+        return getattr(tiles, self.kernel)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -591,11 +592,23 @@ def row_source(question: Question, tile: Tile) -> str:
     """The row with a tile, as configs.py has it; of a row for Hopper the one entry."""
     if question.gluon:
         return f"    {question.spec.head_dim}: dict({question.kernel}={_tile_source(tile)}),"
+    key = f"({', '.join(json.dumps(part) for part in question.row)})"
+    if question.kernel == "backward_fused":  # stands in a table of its own
+        return f"    {key}: {_tile_source(tile)},"
     tiles = question.tiles_with(tile, question.whole_row)
     listed = ", ".join(_tile_source(each) for each in tiles if each is not None)
-    key = f"({', '.join(json.dumps(part) for part in question.row)})"
     source = f"    {key}: Tiles({listed}),"
     return source if len(source) <= 120 else f"    {key}: Tiles(\n        {listed}\n    ),"
+
+
+def table_of(question: Question) -> str:
+    """The name of the table that the row is for."""
+    if question.gluon:
+        return "HOPPER_ROWS"
+    variant = len(question.row) > 3
+    if question.kernel == "backward_fused":
+        return "FUSED_VARIANTS" if variant else "FUSED"
+    return "VARIANTS" if variant else "ROWS"
 
 
 def measured_source(question: Question, path: Path) -> str:
@@ -795,8 +808,7 @@ def main(arguments: list[str] | None = None, stopwatch: Stopwatch | None = None)
             "that a multiprocessor holds. That foretells no speed."
         )
     elif proposal:
-        table_ = "the rows of Hopper" if question.gluon else "VARIANTS" if len(question.row) > 3 else "ROWS"
-        print(f"For {table_} in kernels/configs.py:\n{proposal}")
+        print(f"For {table_of(question)} in kernels/configs.py:\n{proposal}")
         print(f"And, once {options.path.name} is committed, for MEASURED:\n{measured_source(question, options.path)}")
         if question.arch not in ARCHS:
             print(f"{question.arch} takes the rows of sm_80 until the table has all of its own.")

@@ -32,7 +32,7 @@ __all__ = [
     "header_entry",
     "is_wrong",
     "one_line",
-    "our_name",
+    "our_names",
     "time_of",
 ]
 
@@ -93,20 +93,24 @@ class Comparison:
         return self.verdict if self.ratio is None else f"{self.ratio:.2f}x {self.verdict}"
 
 
-def our_name(results: Results) -> str | None:
-    """Which of ours stands for us in a run; None where it holds none."""
-    held = {row.peer for row in results}
-    return next((name for name in OURS if name in held), None)
+def our_names(results: Results) -> list[str]:
+    """Those of ours that a run holds: first the one that stands for us, then what has a time.
+
+    The einsum path is only told of where it is alone.
+    """
+    held, timed = {row.peer for row in results}, {row.peer for row in results if time_of(row) is not None}
+    names = [name for name in OURS if name in held]
+    return names[:1] + [name for name in names[1:] if name in timed and OURS[name] != "math"]
 
 
-def compare(results: Results) -> list[Comparison]:
-    """The comparisons of a run, in the order of its rows."""
+def compare(results: Results, name: str = "") -> list[Comparison]:
+    """The comparisons of a run, in the order of its rows: of the one of ours that is named, or that stands for us."""
     best: dict[tuple[str, str], Row] = {}
     for row in results:
         place = row.case, row.pass_
         if row.peer not in OURS and time_of(row) is not None:
             best[place] = min(best.get(place, row), row, key=time_of)
-    name = our_name(results)
+    name = name or next(iter(our_names(results)), "")
     return [Comparison(row, best.get((row.case, row.pass_))) for row in results if row.peer == name]
 
 

@@ -130,7 +130,7 @@ MEASURED: dict[tuple[str | int, ...], str] = {}
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
 INTERPRETED = Tiles(
-    forward=Tile(32, 32, 4, 2, True), backward_kv=Tile(16, 32, 4, 2, True), backward_q=Tile(32, 16, 4, 2, True)
+    forward=Tile(32, 32, 4, 2, True), backward_kv=Tile(16, 32, 4, 2), backward_q=Tile(32, 16, 4, 2, True)
 )
 
 _override: Tiles | None = None

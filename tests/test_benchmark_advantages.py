@@ -78,6 +78,14 @@ def test_every_case_of_the_kind_counts(times: tuple[float, ...], faster: bool) -
     assert f"at worst {1 / max(times):.2f}x of flash_attend, " in str(advantage)
 
 
+def test_what_spreads_far_is_no_loss() -> None:
+    """As short calls do, where the host decides: the medians of the rounds overlap."""
+    slow = replace(row("hopper", 1.2, case=SHORT), ms_rounds=(0.9, 1.2, 1.4))
+    advantage = only("hopper", row("hopper", 0.8), slow, row("triton"), row("triton", case=SHORT))
+    assert advantage.worst.ratio < advantages.WORST
+    assert advantage.found
+
+
 def test_the_rival_is_the_fastest_of_those_after_it() -> None:
     rows = [row("hopper_fused", 0.5), row("hopper", 0.7), row("triton_fused", 0.6), row("triton"), row("math", 9.0)]
     rows += [row("sdpa", 0.1)]  # no backend of ours

@@ -166,6 +166,16 @@ def test_where_the_kernels_fail_everywhere_the_einsum_path_does_not_stand_in():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_each_of_our_backends_is_summarised_beside_the_others():
+    """But for the einsum path, which stands for us only where no kernel ran, and for what served nothing."""
+    times = {"flash_attend": 2.0, "flash_attend hopper": 1.0, "flash_attend fused": None, "flash_attend math": 9.0}
+    text = markdown_report(results_of(*(row(peer, ms) for peer, ms in times.items()), row("flex", 1.5)), [])
+    summaries = dict(part.split("\n", 1) for part in text.split("## Summary of ")[1:])
+    assert list(summaries) == ["flash_attend", "flash_attend hopper"]
+    for cells, ratio in zip(summaries.values(), ("0.75x", "1.50x"), strict=True):
+        assert cells.split("| all ")[1].split("##")[0].count(ratio) == 3  # the median, the worst and the best
+
+
 def test_the_terminal_table_says_it_all_on_one_line_that_fits():
     ours = row("flash_attend", 1.2345, ms_iqr=0.0123, ceiling_share=0.6249, peak_bytes=67_108_864)
     theirs = row("complex-valued-transformer", 2.4690, peak_bytes=134_217_728)

@@ -260,7 +260,9 @@ def use(device: Device, monkeypatch) -> None:
 
 
 CURRENT = QUESTION.current
-FAST, SLOW, CLOSE, BAD, BROKEN = (Tile(64, 64, 4, stages) for stages in (1, 2, 3, 4, 5))
+FAST, SLOW, CLOSE, BAD, BROKEN = (
+    CURRENT._replace(block_m=64, block_n=64, num_warps=4, num_stages=stages) for stages in (1, 2, 3, 4, 5)
+)
 BEHAVIOUR = {CURRENT: 10.0, FAST: 8.0, SLOW: 12.0, CLOSE: 9.9, BAD: WRONG, BROKEN: RuntimeError("out of resources")}
 
 
@@ -293,7 +295,7 @@ def test_the_fastest_right_tile_is_proposed_with_its_evidence(measured) -> None:
     source = tune.propose(tuning, bench.compare_calls, nothing_elsewhere)
     *evidence, row = source.splitlines()
     assert [line.strip() for line in evidence] == [
-        "# forward 64x64 w4 s1: 8 ms, before (128x128 w8 s3) 10 ms, spread 0.2 ms.",
+        f"# forward {tune.label(FAST)}: 8 ms, before ({tune.label(CURRENT)}) 10 ms, spread 0.2 ms.",
         "# Whole call: 98 ms, before 100 ms, spread 2 ms.",
         "# bfloat16 b2 h2 s96 d32 causal on Some GPU, Triton 3.7.1, torch 2.13.0,",
         "# 2026-01-02, commit 0123456789.",
@@ -312,17 +314,19 @@ def test_a_variant_is_proposed_where_the_mode_may_have_one() -> None:
 def test_a_row_for_hopper_is_that_of_its_head_dim() -> None:
     about = asked("--kernel=forward", "--backend=hopper", "--dim=128", "--mode=key+causal")
     assert about.row == ("sm_90", "hopper", 128)
+    assert tune.table_of(about) == "HOPPER_ROWS"
     row = tune.row_source(about, Tile(128, 64, 4, 2))
     assert eval(f"{{{row}}}", dict(Tile=Tile)) == {128: dict(forward=Tile(128, 64, 4, 2))}
     assert {case.backend for case in about.served()} == {"hopper"}
     assert {case.spec.head_dim for case in about.served()} == {128}
 
 
-def test_a_row_keeps_the_tiles_of_kernels_that_the_backend_does_not_launch(monkeypatch) -> None:
-    whole = ROWS["sm_90", "half", 64]._replace(backward_fused=Tile(32, 64, 8, 2))
-    monkeypatch.setitem(ROWS, ("sm_90", "half", 64), whole)
-    source = tune.row_source(QUESTION, FAST)
-    assert eval(f"{{{source}}}", dict(Tile=Tile, Tiles=Tiles)) == {("sm_90", "half", 64): whole._replace(forward=FAST)}
+def test_a_tile_of_the_fused_backward_is_a_row_of_its_own() -> None:
+    with override(QUESTION.tiles._replace(backward_fused=Tile(64, 64, 8, 2))):
+        about = asked("--kernel=backward_fused", "--dim=64", "--mode=dropout")
+        assert tune.table_of(about) == "FUSED_VARIANTS"
+        source = tune.row_source(about, FAST)
+    assert eval(f"{{{source}}}", dict(Tile=Tile)) == {("sm_90", "half", 64, "dropout"): FAST}
 
 
 def test_a_measured_row_names_its_file() -> None:
@@ -357,7 +361,7 @@ def test_a_wrong_or_failing_tile_is_not_timed(measured) -> None:
 
 
 def test_nothing_is_measured_beside_a_current_tile_that_is_wrong(measured) -> None:
-    with pytest.raises(RuntimeError, match=r"the current tile 128x128 w8 s3 is wrong: out has NaN"):
+    with pytest.raises(RuntimeError, match=f"the current tile {tune.label(CURRENT)} is wrong: out has NaN"):
         measured(Device({**BEHAVIOUR, CURRENT: WRONG}))
 
 
@@ -484,7 +488,9 @@ def test_a_row_is_compiled_in_every_call_that_it_serves() -> None:
     """That of the plain mode serves each mode without a variant of its own; a new variant one mode alone."""
     plain = question(head_dim=256, value_dim=256)
     modes = {mode_of(case.spec) for case in plain.served()}
-    assert modes == {"", "dropout"}  # dense and dense+dropout have variants
+    own = {mode for mode in ("", "dense", "dropout", "dense+dropout") if (*plain.row, mode) not in VARIANTS}
+    assert modes >= own != {""}
+    assert {case.tiles.forward for case in plain.served()} == {plain.current}
     assert {row_of(case.spec) for case in plain.served()} == {("half", 256)}
     widths = {(case.spec.head_dim, case.spec.value_dim) for case in question(head_dim=64, value_dim=64).served()}
     assert widths == {(64, 64), (40, 40), (32, 64)}
@@ -508,16 +514,21 @@ def test_compiling_only(tmp_path, monkeypatch, capsys) -> None:
     printed = capsys.readouterr().out
     assert "3 tiles; thrown out by arithmetic: 1 by registers; compiled: 2, of which 2 without a problem" in printed
     assert "Nothing was measured" in printed
-    assert [line.split("  ")[0] for line in printed.splitlines()[2:4]] == ["128x64 w8 s2", "128x32 w4 s1"]
+    about = asked("--kernel=backward_q", "--dim=64")
+    small, large = (about.current._replace(block_m=128, block_n=keys, num_warps=4, num_stages=1) for keys in (32, 128))
+    assert [line.split("  ")[0] for line in printed.splitlines()[2:4]] == [
+        tune.label(about.current),
+        tune.label(small),
+    ]
 
     (path,) = tmp_path.glob("*.json")
     assert path.name == "tune-sm_90-triton-backward_q-bfloat16-d64-plain-s4096.json"
     current, *others = map(Candidate.from_json, json.loads(path.read_text())["candidates"])
-    assert current.tile == Tile(128, 64, 8, 2)
+    assert current.tile == about.current
     pruned, compiled = sorted(others, key=lambda candidate: candidate.survives)
-    assert (pruned.tile, pruned.registers) == (Tile(128, 128, 4, 1), None)
+    assert (pruned.tile, pruned.registers) == (large, None)
     assert pruned.pruned.startswith("registers: ")
-    assert (compiled.tile, compiled.spill_bytes, compiled.samples) == (Tile(128, 32, 4, 1), 0, None)
+    assert (compiled.tile, compiled.spill_bytes, compiled.samples) == (small, 0, None)
 
     with pytest.raises(SystemExit):
         tune.main(command)

@@ -13,7 +13,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from calls import Case, check, make_call, run, truth_of
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
-from flash_attend.kernels.operands import aligned_strides, empty_like_heads, readable
+from flash_attend.kernels.operands import (
+    CACHED_BYTES,
+    aligned_strides,
+    empty_like_heads,
+    key_section,
+    query_section,
+    readable,
+)
 from flash_attend.kernels.tiles import (
     accumulate,
     clear_rows,
@@ -26,6 +33,7 @@ from flash_attend.kernels.tiles import (
     store_rows,
     zeros,
 )
+from flash_attend.spec import AttentionSpec
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
 on_every_device = pytest.mark.parametrize("device", DEVICES)
@@ -333,3 +341,32 @@ def test_results_lie_in_memory_as_the_inputs(device: str) -> None:
     answer = run(make_call(replace(case, layout="contiguous"), torch.float32, device), "triton")
     for name in ("out", "dq", "dk", "dv"):
         assert getattr(answer, name).is_contiguous(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEGABYTE_A_HEAD = AttentionSpec(
+    batch=2, heads=48, kv_heads=48, queries=4096, keys=4096, head_dim=64, value_dim=64, dtype=torch.float16, causal=True
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "for_queries", "for_keys"),
+    (
+        (dict(), 32, 32),
+        (dict(causal=False), 1, 1),
+        (dict(kv_heads=12), 4 * 24, 8),  # k and v of 24 heads, read by four each; q and its like of 32 heads
+        (dict(kv_heads=12, causal=False), 4, 1),
+        (dict(heads=4, kv_heads=4), 8, 8),
+        (dict(keys=8192), 16, 32),
+        (dict(keys=2**20, queries=2**20), 1, 1),
+        (dict(batch=0), 1, 1),
+        (dict(queries=0, keys=0), 96, 96),
+    ),
+)
+def test_as_many_heads_take_turns_as_fit_into_the_cache(change: dict, for_queries: int, for_keys: int) -> None:
+    assert CACHED_BYTES == 32 * 2**20
+    spec = replace(MEGABYTE_A_HEAD, **change)
+    assert (query_section(spec), key_section(spec)) == (for_queries, for_keys)

@@ -686,8 +686,10 @@ def test_without_git_no_commit_is_known(tmp_path):
 
 def test_the_random_calls_reach_what_they_are_for():
     drawn = [gpu_checks.draw_call(seed, "triton") for seed in range(validate.RANDOM_CALLS)]
-    for backend in ("triton", "triton_fused"):
-        assert drawn[:10] == [gpu_checks.draw_call(seed, backend) for seed in range(10)]
+    for seed, (case, dtype) in enumerate(drawn[:10]):  # the same every time, and for all that serve everything
+        for backend in ("triton", "triton_fused"):
+            if gpu_checks.serves(backend, case, dtype):
+                assert gpu_checks.draw_call(seed, backend) == (case, dtype)
     cases = [case for case, _ in drawn]
     assert {dtype for _, dtype in drawn} == set(DTYPES)
     assert {case.mask for case in cases} == set(MASKS)
