@@ -67,16 +67,32 @@ CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
 TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")  # in PTX
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
-MULTIPLYING = ("forward", "backward_kv", "backward_q", "hopper_forward", "hopper_backward", "hopper_backward_fused")
-# The loops with products of the kernels for Hopper. The two shortest are the main ones, one for each consumer; the
-# forward's others are over masked blocks.
-LOOPS = {"hopper_forward": 4, "hopper_backward": 2, "hopper_backward_fused": 2}
+# The loops with products of the kernels for Hopper. The two shortest are the main ones, one for each consumer; others
+# are over masked blocks.
+LOOPS = {
+    "hopper_forward": 4,
+    "hopper_backward": 2,
+    "hopper_backward_fused": 2,
+    "hopper_backward_q": 4,
+    "hopper_backward_wide": 2,
+    "hopper_backward_wide_fused": 2,
+}
+MULTIPLYING = ("forward", "backward_kv", "backward_q", *LOOPS)
 # Bytes that they may spill outside of their main loops: with a mask they do, where a tile begins and ends.
-EDGE_SPILLS = {"hopper_forward": 256, "hopper_backward": 16, "hopper_backward_fused": 384}
+EDGE_SPILLS = {
+    "hopper_forward": 256,
+    "hopper_backward": 16,
+    "hopper_backward_fused": 384,
+    "hopper_backward_q": 128,
+    "hopper_backward_wide_fused": 32,
+}
 # Accesses to spilled registers in a main loop, by the kernel and the head dimension. At 64 a block of scores has 128
 # queries, and all 240 registers are full: one round has up to 11 of them, of some 800 instructions. 64 queries would
-# need none, but twice the barriers and waits for the same work.
-MAIN_LOOP_SPILLS = {("hopper_backward_fused", 64): 12}
+# need none, but twice the barriers and waits for the same work. At 256 it is one, of some 400, on Triton 3.6 alone.
+MAIN_LOOP_SPILLS = {("hopper_backward_fused", 64): 12, ("hopper_backward_wide_fused", 256): 1}
+# Exponentials of the main loops that no product of the same consumer runs beside. At head dimension 256 one of the two
+# consumers has a product less than the other, and time to spare.
+BARE_EXPONENTIALS = {"hopper_backward_wide": 32, "hopper_backward_wide_fused": 32}
 SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
 
 
@@ -139,7 +155,7 @@ class Report:
             found.append(f"has {len(self.loops)} loops with products, not {LOOPS[self.kernel]}")
         main = self.loops[: CONSUMERS.value]
         bare = sum(loop.exponentials - loop.covered for loop in main)
-        if bare or not all(loop.exponentials for loop in main):
+        if bare > BARE_EXPONENTIALS.get(self.kernel, 0) or not all(loop.exponentials for loop in main):
             found.append(f"takes {bare} exponentials of its main loops while no product runs")
         allowed = MAIN_LOOP_SPILLS.get((self.kernel, self.head_dim), 0)
         if any(loop.spills > allowed for loop in main):
@@ -298,10 +314,8 @@ def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
 
 
 def _hopper_cases(subset: bool) -> Iterator[Case]:
-    for (dim, tiles), backend in product(HOPPER_ROWS.items(), ("hopper", "hopper_fused")):
+    for dim, backend in product(HOPPER_ROWS, ("hopper", "hopper_fused")):
         if subset and dim not in SUBSET_WIDTHS:
-            continue
-        if backend == "hopper_fused" and "backward_fused" not in tiles:
             continue
         for mode in HOPPER_MODES[: 1 if subset else None]:
             spec = AttentionSpec(

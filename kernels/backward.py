@@ -68,7 +68,7 @@ from flash_attend.kernels.tiles import (
 )
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["attention_backward", "empty_gradients", "prepare_rows", "query_gradient"]
+__all__ = ["attention_backward", "empty_gradients", "prepare_rows"]
 
 INFINITY = tl.constexpr(float("inf"))
 LONGEST_TILE = tl.constexpr(128)  # queries: rows of DELTA and LSE_LOG2 are whole tiles, so that no load needs a mask
@@ -704,25 +704,9 @@ def attention_backward(
         prepared = _prepare_kv(spec, tiles, schedule.rows, *strides, *of_outputs)
         launch(prepared, *inputs, grad_k, grad_v, lse_log2, delta, schedule.visible, lists, seed)
     if grad_q is not None:
-        query_gradient(grad_q, inputs, lse_log2, delta, seed, schedule, spec, tiles)
+        prepared = _prepare_q(spec, tiles, schedule.rows, aligned(k, v), *strides, grad_q.stride())
+        launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
     return grad_q, grad_k, grad_v
-
-
-def query_gradient(
-    grad_q: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    lse_log2: Tensor,
-    delta: Tensor,
-    seed: Tensor | None,
-    schedule: Schedule,
-    spec: AttentionSpec,
-    tiles: Tiles,
-) -> None:
-    """Writes the gradient of q from q, k, v and the gradient of out, and from what `prepare_rows` gives."""
-    _, k, v, _ = inputs
-    strides = (tensor.stride() for tensor in (*inputs, grad_q))
-    prepared = _prepare_q(spec, tiles, schedule.rows, aligned(k, v), *strides)
-    launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
 
 
 def prepare_rows(

@@ -115,13 +115,13 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
-# The kernels that the backends "hopper" and "hopper_fused" have of their own, by head dimension (d = dv); the others
-# are those of the call's row. With twice the queries or the keys registers are spilled and products serialized, and
-# there is no power of two in between. Two buffers each of what a kernel walks over.
-HOPPER_ROWS: dict[int, dict[str, Tile]] = {
-    64: dict(forward=Tile(128, 128, 4, 2), backward_kv=Tile(128, 128, 4, 2), backward_fused=Tile(128, 128, 4, 2)),
-    128: dict(forward=Tile(128, 128, 4, 2), backward_kv=Tile(64, 128, 4, 2), backward_fused=Tile(64, 128, 4, 2)),
-    256: dict(forward=Tile(128, 64, 4, 2)),
+# Those of the backends "hopper" and "hopper_fused", by head dimension (d = dv). With twice the queries or the keys
+# registers are spilled and products serialized, and there is no power of two in between. What a kernel walks over has
+# two buffers each, but v, for the gradient of q, as many as stages: at 256 there is room for one.
+HOPPER_ROWS: dict[int, Tiles] = {
+    64: Tiles(Tile(128, 128, 4, 2), Tile(128, 128, 4, 2), Tile(128, 128, 4, 2), Tile(128, 128, 4, 2)),
+    128: Tiles(Tile(128, 128, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 4, 2), Tile(64, 128, 4, 2)),
+    256: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 2)),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
 # Rows that were measured on their part: the key of a row -> the results in the repository that show its tiles the
@@ -174,8 +174,9 @@ def select_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str = "trit
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Tiles:
     if target.interpreted:
         return INTERPRETED
-    row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
-    tiles = VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
     if backend.startswith("hopper"):
-        tiles = tiles._replace(**HOPPER_ROWS[spec.head_dim])
+        tiles = HOPPER_ROWS[spec.head_dim]
+    else:
+        row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
+        tiles = VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
     return tiles if backend.endswith("_fused") else tiles._replace(backward_fused=None)

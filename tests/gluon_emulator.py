@@ -34,8 +34,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flash_attend.kernels.descriptors import ALIGNMENT
 from flash_attend.kernels.hopper import versions
-from flash_attend.kernels.hopper.descriptors import ALIGNMENT
 from flash_attend.kernels.launch import Launch
 
 __all__ = ["EmulationError", "bound", "emulate"]
@@ -303,6 +303,7 @@ class _Machine:
         self.gl = SimpleNamespace(
             **shared,
             store=self._store,
+            atomic_add=self._atomic_add,
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             full_like=torch.full_like,
@@ -347,7 +348,7 @@ class _Machine:
             if id(function) not in bound:
                 namespace = {"__builtins__": __builtins__}
                 bound[id(function)] = FunctionType(
-                    function.__code__, namespace, function.__name__, function.__defaults__
+                    function.__code__, namespace, function.__name__, function.__defaults__, function.__closure__
                 )
                 for name in function.__code__.co_names:
                     if name in function.__globals__:
@@ -370,6 +371,10 @@ class _Machine:
     def _store(self, pointer: _Pointer, value: Tensor, mask: Tensor | None = None) -> None:
         index, counts = pointer.at(mask)
         pointer.data[index[counts]] = value[counts]
+
+    def _atomic_add(self, pointer: _Pointer, value: Tensor, mask: Tensor, sem: str) -> None:
+        index, counts = pointer.at(mask)
+        pointer.data.index_add_(0, index[counts], value[counts])
 
     def _fence(self) -> None:
         self.schedule.own.unfenced.clear()

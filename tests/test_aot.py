@@ -68,8 +68,7 @@ def test_every_row_is_compiled():
 def test_every_kernel_for_hopper_is_compiled_in_every_mode(backend):
     cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == backend]
     compiled = {(case.arch, case.spec.head_dim, case.spec.mask, case.spec.causal) for case in cases}
-    dims = [dim for dim, tiles in HOPPER_ROWS.items() if backend == "hopper" or "backward_fused" in tiles]
-    modes = product(dims, (MaskKind.NONE, MaskKind.KEY), (False, True))
+    modes = product(HOPPER_ROWS, (MaskKind.NONE, MaskKind.KEY), (False, True))
     assert compiled == {("sm_90", *mode) for mode in modes}
     for case in cases:
         (verdict,) = (verdict for verdict in judge(case.spec, aot.PARTS["sm_90"]) if verdict.backend == backend)
@@ -134,6 +133,12 @@ BACKWARD = replace(HOPPER, kernel="hopper_backward_fused", head_dim=64, loops=(L
         (dict(loops=(LOOP, LOOP._replace(spills=13))), "spills in a main loop"),
         (dict(head_dim=128, loops=(LOOP, LOOP._replace(spills=1))), "spills in a main loop"),
         (dict(kernel="hopper_backward", loops=(LOOP, LOOP._replace(spills=1))), "spills in a main loop"),
+        (dict(kernel="hopper_backward_wide", spill_bytes=0, loops=(LOOP._replace(covered=34), LOOP)), None),
+        (
+            dict(kernel="hopper_backward_wide", spill_bytes=0, loops=(LOOP._replace(covered=33), LOOP)),
+            "takes 33 exponentials of its main loops while no product runs",
+        ),
+        (dict(kernel="hopper_backward_q", spill_bytes=128, loops=(LOOP, LOOP, EDGE, EDGE)), None),
     ],
 )
 def test_problems_of_the_backward_for_hopper(change, problem):

@@ -117,13 +117,18 @@ def is_power_of_two(number: int) -> bool:
 
 @pytest.mark.parametrize(
     "row",
-    [*ROWS.items(), *VARIANTS.items(), (("interpreted",), INTERPRETED)],
+    [
+        *ROWS.items(),
+        *VARIANTS.items(),
+        *((("hopper", dim), tiles) for dim, tiles in HOPPER_ROWS.items()),
+        (("interpreted",), INTERPRETED),
+    ],
     ids=lambda row: "-".join(map(str, row[0])),
 )
 def test_a_row_is_one_that_the_kernels_can_take(row: tuple[object, Tiles]) -> None:
     _, tiles = row
     block_queries, block_keys = tiles.schedule_block
-    for tile in (tiles.forward, tiles.backward_kv, tiles.backward_q):
+    for tile in filter(None, tiles):
         assert is_power_of_two(tile.block_m)
         assert is_power_of_two(tile.block_n)
         assert min(tile.block_m, tile.block_n) >= 16, "the smallest side of a tensor-core product, and of dropout's"

@@ -17,7 +17,7 @@ from calls import Call, Case, bits_equal, check, make_call, truth_of
 from calls import run as run_publicly
 from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import select_tiles
-from flash_attend.kernels.hopper import backward, ring
+from flash_attend.kernels.hopper import backward, backward_wide, producer, ring
 from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
@@ -121,6 +121,15 @@ CASES = (
     Case("heads_inside", 2, 2, queries=140, keys=140, d=64, layout="heads_inside"),
     Case("odd_strides", 1, 2, queries=140, keys=140, d=64, layout="sliced", grad_layout="interleaved"),
     Case("broadcast_heads", 1, 2, queries=140, keys=140, d=64, layout="broadcast_heads", grad_layout="broadcast_last"),
+    Case("wide", 1, 1, queries=100, keys=70, d=256),
+    Case("wide_causal_grouped", 1, 4, 2, queries=140, keys=150, d=256, causal=True),
+    Case("wide_more_queries", 1, 1, queries=200, keys=70, d=256, causal=True),
+    Case("wide_pad_left_causal", 2, 1, queries=100, keys=200, d=256, mask="pad_left", causal=True),
+    Case("wide_holes_grouped", 2, 2, 1, queries=100, keys=150, d=256, mask="holes"),
+    Case("wide_dead_batch", 2, 1, queries=70, keys=100, d=256, mask="dead_batch"),
+    Case("wide_mask_per_head", 2, 2, queries=70, keys=100, d=256, mask="bh1j"),
+    Case("wide_negative_scale", 1, 1, queries=140, keys=100, d=256, scale=-0.2, causal=True),
+    Case("wide_scale_0", 1, 1, queries=100, keys=70, d=256, scale=0.0, causal=True),
 )
 
 
@@ -173,6 +182,8 @@ def poisoned(call: Call) -> Call:
         Case("holes", 2, 1, queries=200, keys=200, d=64, mask="holes"),
         Case("holes_more_queries", 2, 1, queries=300, keys=200, d=128, mask="holes", causal=True),
         Case("more_queries", 1, 2, queries=300, keys=170, d=64, causal=True),
+        Case("wide_padded", 2, 2, 1, queries=70, keys=150, d=256, mask="pad_right"),
+        Case("wide_holes_more_queries", 2, 1, queries=200, keys=100, d=256, mask="holes", causal=True),
     ),
     ids=str,
 )
@@ -216,16 +227,14 @@ def launched(call: Call, backend: str, needs: str = "qkv") -> list[str]:
 def test_which_kernels_a_public_call_runs() -> None:
     call = make_call(Case("public", 1, 2, queries=140, keys=300, d=64, mask="pad_right", causal=True), torch.float16)
     assert launched(call, "hopper_fused") == ["hopper_backward"]
-    assert launched(call, "hopper") == ["hopper_backward", "backward_q"]
+    assert launched(call, "hopper") == ["hopper_backward", "hopper_backward_q"]
     for backend in BACKENDS:
-        assert launched(call, backend, "q") == ["backward_q"]
+        assert launched(call, backend, "q") == ["hopper_backward_q"]
         assert launched(call, backend, "k") == ["hopper_backward"]
         assert launched(call, backend, "kv") == ["hopper_backward"]
-
-
-def test_what_it_has_no_kernels_for_the_others_do() -> None:
-    call = make_call(Case("wide", 1, 2, queries=140, keys=300, d=256), torch.float16)
-    assert launched(call, "hopper") == ["backward_kv", "backward_q"]
+    wide = make_call(Case("public", 1, 2, queries=140, keys=300, d=256), torch.float16)
+    assert launched(wide, "hopper_fused") == ["hopper_backward_wide"]
+    assert launched(wide, "hopper") == ["hopper_backward_wide", "hopper_backward_q"]
 
 
 def test_nothing_is_launched_for_nothing() -> None:
@@ -306,12 +315,79 @@ MISTAKES = {
         _reduce=changed(backward._reduce, ("tma.store_wait(CONSUMERS - 1 - consumer)", "pass"))
     ),
     "a gradient is stored over one that is still copied": dict(
-        _store_gradient=changed(backward._store_gradient, ("    tma.store_wait(0)", "    pass"))
+        store_gradient=changed(backward.store_gradient, ("    tma.store_wait(0)", "    pass"))
     ),
     "hidden rows of k and v are left": dict(clear_hidden_rows=lambda rows, visible: None),
-    "numbers are copied from where no copy may begin": dict(_produce=changed(backward._produce, ("row % SHIFTS", "0"))),
-    "dead rows are read": dict(_first_live_query=lambda *_: 0),
+    "numbers are copied from where no copy may begin": dict(
+        fill_queries=changed(producer.fill_queries, ("row % SHIFTS", "0"))
+    ),
+    "dead rows are read": dict(first_live_query=lambda *_: 0),
 }
+
+
+def for_v(*changes: tuple[str, str]) -> dict[str, object]:
+    return dict(_consume_for_v=changed(backward_wide._consume_for_v, *changes))
+
+
+def for_k(*changes: tuple[str, str]) -> dict[str, object]:
+    return dict(_consume_for_k=changed(backward_wide._consume_for_k, *changes))
+
+
+WIDE_MISTAKES = {
+    "the wrong phase is awaited": dict(await_full=changed(ring.await_full, ("turn & 1", "turn & 1 ^ 1"))),
+    "q is given back early": for_v(
+        ("        release(barriers, Q_RING, slot)\n", ""),
+        ("        scores = warp", "        release(barriers, Q_RING, slot)\n        scores = warp"),
+    ),
+    "the gradient of out is given back early": for_k(
+        ("        release(barriers, GRAD_RING, slot)\n", ""),
+        ("        scores = warp", "        release(barriers, GRAD_RING, slot)\n        scores = warp"),
+    ),
+    "blocks are not given back": dict(_add=changed(backward_wide._add, ("    release(barriers, ring, slot)\n", ""))),
+    "the gradient of out is not awaited": for_v(("        await_full(barriers, GRAD_RING, slot, turn)\n", "")),
+    "the gradients of the scores are not awaited": dict(
+        _add_to_query_gradient=changed(
+            backward_wide._add_to_query_gradient, ("    await_full(barriers, SCORES_RING, slot, turn)\n", "")
+        )
+    ),
+    "the gradients of the scores are overwritten": for_k(
+        ("            await_empty(barriers, SCORES_RING, slot, turn)\n", "")
+    ),
+    "consumers do not meet": dict(meet=lambda barriers, barrier, turn: None),
+    "stores are not fenced": dict(fence_async_shared=lambda: None),
+    "hidden rows of k and v are left": dict(clear_hidden_rows=lambda rows, visible: None),
+    "dead rows are read": dict(first_live_query=lambda *_: 0),
+}
+
+
+@pytest.fixture(scope="module")
+def wide_call_with_garbage() -> Call:
+    case = Case("mistakes", 1, 4, 2, queries=250, keys=150, d=256, mask="holes", causal=True)
+    return poisoned(make_call(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("late", (False, True), ids=("eager", "late"))
+@pytest.mark.parametrize("name", WIDE_MISTAKES)
+def test_mistakes_at_256_are_found(name: str, late: bool, wide_call_with_garbage: Call) -> None:
+    right = run(wide_call_with_garbage, late=late)
+    for seed in range(3):
+        try:
+            wrong = run(wide_call_with_garbage, seed=seed, late=late, instead=WIDE_MISTAKES[name])
+        except EmulationError:
+            continue
+        assert not same_bits(wrong, right), f"not found with seed {seed}"
+
+
+def test_a_gradient_at_256_that_is_staged_where_q_is_still_read_is_found(wide_call_with_garbage: Call) -> None:
+    """With the gradient of q in the same pass, the consumers keep step, and nothing would come of it."""
+    mistake = for_v(("    await_empty(barriers, Q_RING, slot, turn)\n", ""))
+    right = run(wide_call_with_garbage, "hopper")
+    for seed in range(3):
+        try:
+            wrong = run(wide_call_with_garbage, "hopper", seed=seed, instead=mistake)
+        except EmulationError:
+            continue
+        assert not same_bits(wrong, right, ("dk", "dv")), f"not found with seed {seed}"
 
 
 @pytest.fixture(scope="module")
@@ -334,17 +410,19 @@ def test_mistakes_are_found(name: str, late: bool, call_with_garbage: Call) -> N
 
 def test_gradients_of_hidden_keys_that_are_not_cleared_are_found(call_with_garbage: Call) -> None:
     """Without the gradient of q, what hidden keys hold goes as far as their own gradients."""
-    mistake = changed(backward._store_gradient, ("if MASK == KEY:", "if False:"))
+    mistake = changed(backward.store_gradient, ("if MASK == KEY:", "if False:"))
     assert not run(call_with_garbage, "hopper").dk.isnan().any()
-    assert run(call_with_garbage, "hopper", instead=dict(_store_gradient=mistake)).dk.isnan().any()
+    assert run(call_with_garbage, "hopper", instead=dict(store_gradient=mistake)).dk.isnan().any()
 
 
+@pytest.mark.parametrize("d", (64, 256))
 @pytest.mark.parametrize("mask", ("none", "pad_left"))
-def test_hidden_keys_have_no_weight_however_small_the_lse_is(mask: str) -> None:
+def test_hidden_keys_have_no_weight_however_small_the_lse_is(mask: str, d: int) -> None:
     """Where all scores are far below 0, the weight of a key that is all zeros would be infinite."""
-    case = Case("low", 2, 1, queries=70, keys=70, d=64, scale=8.0, mask=mask)
+    case = Case("low", 2, 1, queries=70, keys=70, d=d, scale=8.0, mask=mask)
     call = make_call(case, torch.bfloat16)
     call = call.with_(q=call.q.abs(), k=-call.k.abs())
     check(run(call), call)
-    mistake = step(("HIDE_KEYS: gl.constexpr = FUSED and", "HIDE_KEYS: gl.constexpr = False and"))
-    assert run(call, instead=mistake).dq.isnan().any()
+    show = "HIDE_KEYS: gl.constexpr = FUSED and", "HIDE_KEYS: gl.constexpr = False and"
+    mistakes = step(show) | dict(_weights=changed(backward_wide._weights, show))
+    assert run(call, instead=mistakes).dq.isnan().any()

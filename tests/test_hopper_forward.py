@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -21,22 +20,12 @@ from flash_attend.kernels import operands
 from flash_attend.kernels.configs import Tile, Tiles, override, select_tiles
 from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
-from flash_attend.kernels.hopper.ring import SLOTS
-from flash_attend.kernels.hopper.versions import load_tile
 from flash_attend.kernels.launch import Launch, recorded_launches
-from flash_attend.spec import MaskKind, normalise_inputs
+from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
 from gluon_emulator import EmulationError, bound, emulate
+from hopper_calls import CASES, H100, RING_MISTAKES, await_all_but, clear_nothing, fill_schedule, on
 from oracle import Answer
-from plain_schedule import block_states, lines_of
-
-# With few multiprocessors a program has several tiles.
-H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=3, triton="3.7.1")
-
-
-def on(part: DeviceTarget):
-    """Within this context every tensor is on that part, as far as the package asks."""
-    return mock.patch.object(DeviceTarget, "of", staticmethod(lambda device: part))
 
 
 def recorded(call: Call, part: DeviceTarget = H100) -> tuple[Tensor, Tensor, Launch]:
@@ -47,10 +36,7 @@ def recorded(call: Call, part: DeviceTarget = H100) -> tuple[Tensor, Tensor, Lau
         out, lse, schedule = attention_forward(q, k, v, mask, None, spec, tiles)
     out.fill_(torch.nan)
     lse.fill_(torch.nan)
-    if spec.mask == MaskKind.KEY:
-        rows = mask.reshape(-1, spec.keys)
-        schedule.visible.zero_()[:, : spec.keys] = rows
-        schedule.lists.copy_(lines_of(block_states(rows[:, None], 1, tiles.schedule_block[1])[:, 0]))
+    fill_schedule(schedule, mask, spec, tiles)
     return out, lse, launches[-1]
 
 
@@ -60,35 +46,6 @@ def run(call: Call, **options) -> Answer:
     return Answer(out, lse, None, None, None)
 
 
-CASES = (
-    Case("plain", 1, 2, queries=256, keys=384, d=128),
-    Case("ragged", 2, 2, queries=130, keys=200, d=128),
-    Case("one_block", 1, 2, queries=5, keys=7, d=64),
-    Case("one_query", 1, 2, queries=1, keys=300, d=128, causal=True),
-    Case("causal", 2, 2, queries=300, keys=300, d=64, causal=True),
-    Case("causal_more_keys", 1, 3, queries=200, keys=450, d=128, causal=True),
-    Case("causal_dead_rows", 1, 2, queries=450, keys=200, d=64, causal=True),
-    Case("grouped", 2, 6, 2, queries=140, keys=260, d=64),
-    Case("one_kv_head", 2, 3, 0, queries=140, keys=260, d=128, causal=True),
-    Case("pad_right", 3, 2, queries=200, keys=700, d=64, mask="pad_right"),
-    Case("pad_left", 3, 2, 1, queries=300, keys=500, d=128, mask="pad_left", causal=True),
-    Case("pad_right_causal", 2, 2, queries=420, keys=420, d=64, mask="pad_right", causal=True),
-    Case("holes", 2, 2, queries=140, keys=500, d=128, mask="holes"),
-    Case("holes_causal", 2, 2, queries=300, keys=200, d=64, mask="holes", causal=True),
-    Case("dead_batch", 2, 2, queries=140, keys=300, d=64, mask="dead_batch"),
-    Case("all_hidden", 1, 2, queries=40, keys=300, d=64, mask="all_hidden", causal=True),
-    Case("all_visible", 1, 2, queries=140, keys=300, d=64, mask="all_visible"),
-    Case("mask_per_head", 2, 2, queries=140, keys=300, d=64, mask="bh1j"),
-    Case("mask_of_heads", 2, 2, queries=140, keys=300, d=64, mask="1h1j", causal=True),
-    Case("wide", 1, 2, queries=200, keys=200, d=256),
-    Case("wide_causal_holes", 2, 2, queries=200, keys=300, d=256, mask="holes", causal=True),
-    Case("negative_scale", 1, 2, queries=140, keys=300, d=64, scale=-0.2, causal=True),
-    Case("scale_0", 1, 2, queries=140, keys=300, d=64, scale=0.0, causal=True),
-    Case("heads_inside", 2, 2, queries=140, keys=300, d=64, layout="heads_inside"),
-    Case("odd_strides", 2, 2, queries=140, keys=300, d=64, layout="sliced"),
-    Case("broadcast_heads", 2, 2, queries=140, keys=300, d=64, layout="broadcast_heads"),
-    Case("strided_last_dimension", 1, 2, queries=140, keys=300, d=64, layout="interleaved"),
-)
 IN_TURNS = ("plain", "one_block", "causal", "holes_causal", "wide")
 
 
@@ -256,62 +213,9 @@ def test_right_on_a_gpu(case: Case, dtype: torch.dtype) -> None:
     check(run_publicly(call, "hopper"), call)
 
 
-# Mistakes. Each takes the place of a function of the kernel, and must be found under every schedule that is tried.
-
-
-def fill_without_waiting(descriptor, coordinates, buffer, barriers, ring, slot, turn):
-    full = barriers.index(ring + slot)
-    mbarrier.expect(full, descriptor.block_type.nbytes)
-    load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
-
-
-def fill_expecting_too_little(descriptor, coordinates, buffer, barriers, ring, slot, turn):
-    full = barriers.index(ring + slot)
-    mbarrier.wait(barriers.index(ring + SLOTS + slot), (turn & 1) ^ 1)
-    mbarrier.expect(full, descriptor.block_type.nbytes // 2)
-    load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
-
-
-def await_with_the_wrong_phase(barriers, ring, slot, turn):
-    mbarrier.wait(barriers.index(ring + slot), (turn & 1) ^ 1)
-
-
-def await_all_but_v(barriers, ring, slot, turn):
-    if ring != V_RING:
-        mbarrier.wait(barriers.index(ring + slot), turn & 1)
-
-
-def await_and_release(barriers, ring, slot, turn):
-    mbarrier.wait(barriers.index(ring + slot), turn & 1)
-    mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=1)
-
-
-def release_nothing(barriers, ring, slot):
-    pass
-
-
-def release_twice(barriers, ring, slot):
-    mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=2)
-
-
-def clear_nothing(buffer, visible, first_key, barriers, CLEARED, cleared, CONSUMER):
-    pass
-
-
-def fence_nothing():
-    pass
-
-
-MISTAKES = {
-    "a slot is filled before it is empty": dict(fill=fill_without_waiting),
-    "a copy brings more bytes than expected": dict(fill=fill_expecting_too_little),
-    "the wrong phase is awaited": dict(await_full=await_with_the_wrong_phase),
-    "v is not awaited": dict(await_full=await_all_but_v),
-    "a slot is released before it is read": dict(await_full=await_and_release, release=release_nothing),
-    "no slot is released": dict(release=release_nothing),
-    "a slot is released twice": dict(release=release_twice),
+MISTAKES = RING_MISTAKES | {
+    "v is not awaited": dict(await_full=await_all_but(V_RING.value)),
     "hidden rows of v are left": dict(clear_hidden=clear_nothing),
-    "stores are not fenced": dict(fence_async_shared=fence_nothing),
     "out is stored before its copy is through": dict(tma=SimpleNamespace(store_wait=lambda pending: None)),
 }
 

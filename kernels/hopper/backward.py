@@ -31,9 +31,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels import backward as generic
-from flash_attend.kernels.backward import empty_gradients, prepare_rows, query_gradient
-from flash_attend.kernels.configs import HOPPER_ROWS, Tile, Tiles
+from flash_attend.kernels.backward import empty_gradients, prepare_rows
+from flash_attend.kernels.configs import Tile, Tiles
+from flash_attend.kernels.hopper.backward_q import query_gradient
+from flash_attend.kernels.hopper.backward_wide import WIDE, prepare_wide
 from flash_attend.kernels.hopper.descriptors import bulk_readable, described
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
@@ -42,19 +43,21 @@ from flash_attend.kernels.hopper.partitions import (
     clear_hidden_rows,
     meet,
     product_layout,
+    store_gradient,
 )
+from flash_attend.kernels.hopper.producer import SHIFTS, fill_queries
 from flash_attend.kernels.hopper.ring import (
     SLOTS,
     await_empty,
     await_full,
     fill,
-    fill_both,
     init_ring,
     publish,
     release,
 )
-from flash_attend.kernels.hopper.versions import reduce_tile, store_tile
-from flash_attend.kernels.key_schedule import Schedule, line_of, mask_row
+from flash_attend.kernels.hopper.versions import reduce_tile
+from flash_attend.kernels.hopper.walk import first_live_query
+from flash_attend.kernels.key_schedule import Schedule, mask_row
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, hide, key_visibility, query_blocks
 from flash_attend.kernels.operands import mask_strides, readable
@@ -73,8 +76,6 @@ EXCHANGED = gl.constexpr(20)  # both consumers have stored their gradients of a 
 CLEARED = gl.constexpr(21)  # both consumers have cleared their rows of k and v
 N_BARRIERS = gl.constexpr(22)
 
-SHIFTS = gl.constexpr(4)  # float32 in 16 bytes: along the last dimension a bulk copy begins at a multiple of those
-
 
 @gluon.jit
 def _produce(inputs, shared, work):
@@ -82,30 +83,17 @@ def _produce(inputs, shared, work):
     q_descriptor, k_descriptor, v_descriptor, grad_descriptor, lse_descriptor, delta_descriptor = inputs
     q_buffers, k_buffers, v_buffers, grad_buffers, lse_buffers, delta_buffers, barriers = shared
     batch, kv_head, group, first_key, first_query, begin, end = work
-    BLOCK_M: gl.constexpr = q_buffers.shape[1]
     if begin < end:
         for consumer in gl.static_range(CONSUMERS):
             row = first_key + consumer * CONSUMER_ROWS
             fill(k_descriptor, [batch, kv_head, row, 0], k_buffers.index(consumer), barriers, K_RING, consumer, 0)
             fill(v_descriptor, [batch, kv_head, row, 0], v_buffers.index(consumer), barriers, V_RING, consumer, 0)
-    step = 0
-    for head in range(kv_head * group, (kv_head + 1) * group):
-        for block in range(begin, end):
-            slot = step % SLOTS
-            turn = step // SLOTS
-            row = first_query + block * BLOCK_M
-            shift = row % SHIFTS
-            fill_both(
-                q_descriptor, [batch, head, row, 0], q_buffers.index(slot),
-                lse_descriptor, [batch, head, shift, row - shift], lse_buffers.index(slot),
-                barriers, Q_RING, slot, turn,
-            )  # fmt: skip
-            fill_both(
-                grad_descriptor, [batch, head, row, 0], grad_buffers.index(slot),
-                delta_descriptor, [batch, head, shift, row - shift], delta_buffers.index(slot),
-                barriers, GRAD_RING, slot, turn,
-            )  # fmt: skip
-            step += 1
+    BLOCK_M: gl.constexpr = q_buffers.shape[1]
+    fill_queries(
+        (q_descriptor, grad_descriptor, lse_descriptor, delta_descriptor),
+        (q_buffers, grad_buffers, lse_buffers, delta_buffers, barriers),
+        batch, kv_head * group, group, first_query + begin * BLOCK_M, end - begin, Q_RING, GRAD_RING,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -213,19 +201,6 @@ def _step(
 
 
 @gluon.jit
-def _store_gradient(grad, descriptor, buffer, visible, at, MASK: gl.constexpr):
-    """Writes this consumer's rows [CONSUMER_ROWS, WIDTH] of a gradient through a buffer that nobody else uses."""
-    batch, kv_head, first_key = at
-    if MASK == KEY:
-        key = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, product_layout(grad.shape[1])))
-        grad = gl.where((gl.load(visible + key) != 0)[:, None], grad, 0.0)
-    buffer.store(grad.to(buffer.dtype))
-    fence_async_shared()
-    store_tile(descriptor, [batch, kv_head, first_key, 0], buffer.reshape(descriptor.block_type.shape))
-    tma.store_wait(0)
-
-
-@gluon.jit
 def _consume(
     outputs, shared, exchange, work, edges, visible,
     MASK: gl.constexpr, CAUSAL: gl.constexpr, FUSED: gl.constexpr, CONSUMER: gl.constexpr,
@@ -264,20 +239,8 @@ def _consume(
         if CAUSAL:
             block = gl.where(block + 1 == n_blocks, 0, block + 1)
     at = (batch, kv_head, first_key + FIRST)
-    _store_gradient(grad_v, grad_v_descriptor, v, visible, at, MASK)
-    _store_gradient(grad_k * scale, grad_k_descriptor, v, visible, at, MASK)
-
-
-@gluon.jit
-def _first_live_query(LISTS, visible, row, queries, keys, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr):
-    """The first query that sees a key under causality: all after it do. Those before it may hold anything."""
-    key = 0
-    if MASK == KEY:
-        n_blocks = gl.cdiv(keys, SCHEDULE_N)
-        first_block = gl.minimum(gl.load(line_of(LISTS, row, n_blocks) + 1), n_blocks - 1)
-        candidate = first_block * SCHEDULE_N + gl.arange(0, SCHEDULE_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        key = gl.min(gl.where(gl.load(visible + candidate) != 0, candidate, keys), 0)
-    return gl.minimum(gl.maximum(key - (keys - queries), 0), queries)
+    store_gradient(grad_v, grad_v_descriptor, v, visible, at, MASK)
+    store_gradient(grad_k * scale, grad_k_descriptor, v, visible, at, MASK)
 
 
 @gluon.jit(
@@ -329,7 +292,7 @@ def hopper_backward_kernel(
     # an LSE of inf.
     first_query = 0
     if CAUSAL:
-        first_query = _first_live_query(LISTS, visible, row, queries, keys, SCHEDULE_N, MASK)
+        first_query = first_live_query(LISTS, visible, row, queries, keys, SCHEDULE_N, MASK)
         queries -= first_query
     begin, masked_end, _, end = query_blocks(first_key, queries, keys, BLOCK_M, BLOCK_N, CAUSAL)
     offset = keys - queries - first_key
@@ -416,8 +379,6 @@ def attention_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `kernels.backward.attention_backward` gives, for the calls that the dispatcher lets through."""
-    if "backward_kv" not in HOPPER_ROWS[spec.head_dim]:
-        return generic.attention_backward(grad_out, grad_lse, q, k, v, out, lse, seed, schedule, spec, tiles, needed)
     needs_q, needs_k, needs_v = needed
     q, k, v, out = readable(q), readable(k), readable(v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
@@ -435,13 +396,15 @@ def attention_backward(
         total = lse.new_zeros(spec.batch, spec.heads, spec.queries, spec.head_dim) if fused else None
         starts_anywhere = spec.causal and (spec.mask == MaskKind.KEY or spec.queries > spec.keys)
         rows = (_shifted(row, beyond, starts_anywhere) for row, beyond in ((lse_log2, torch.inf), (delta, 0.0)))
-        prepared = _prepare(spec, tiles.backward_fused if fused else tiles.backward_kv, tiles, schedule.rows, fused)
+        tile = tiles.backward_fused if fused else tiles.backward_kv
+        prepare = prepare_wide if spec.head_dim == WIDE else _prepare
+        prepared = prepare(spec, tile, tiles, schedule.rows, fused)
         inputs = map(bulk_readable, (q, k, v, grad_out))
         launch(prepared, *inputs, *rows, grad_k, grad_v, total, schedule.visible, schedule.lists)
     if fused:
         torch.mul(total, spec.scale, out=grad_q)
     elif needs_q:
-        query_gradient(grad_q, (q, k, v, grad_out), lse_log2, delta, seed, schedule, spec, tiles)
+        query_gradient(q, k, v, grad_out, grad_q, lse_log2, delta, schedule, spec, tiles)
     return grad_q, grad_k if needs_k else None, grad_v if needs_v else None
 
 

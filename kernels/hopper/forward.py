@@ -36,16 +36,21 @@ from flash_attend.kernels.hopper.partitions import (
     product_layout,
     take_turn,
 )
+from flash_attend.kernels.hopper.producer import fill_blocks
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, release
 from flash_attend.kernels.hopper.versions import store_tile
-from flash_attend.kernels.hopper.walk import first_block_of, full_count, tile_at, turn_count, walk_at
+from flash_attend.kernels.hopper.walk import (
+    first_block_of,
+    full_count,
+    tile_at,
+    turn_count,
+    walk_at,
+)
 from flash_attend.kernels.key_schedule import (
     Schedule,
     build_schedule,
     masked_block,
     masked_count,
-    run_bounds,
-    run_count,
 )
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
@@ -66,16 +71,6 @@ N_BARRIERS = gl.constexpr(15)
 
 
 @gluon.jit
-def _fill_block(k_descriptor, v_descriptor, k_buffers, v_buffers, barriers, batch, head, block, step):
-    """One block of k and one of v."""
-    slot = step % SLOTS
-    turn = step // SLOTS
-    first_key = block * k_descriptor.block_type.shape[2]
-    fill(k_descriptor, [batch, head, first_key, 0], k_buffers.index(slot), barriers, K_RING, slot, turn)
-    fill(v_descriptor, [batch, head, first_key, 0], v_buffers.index(slot), barriers, V_RING, slot, turn)
-
-
-@gluon.jit
 def _produce(
     inputs, shared, mask, sizes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
@@ -84,8 +79,6 @@ def _produce(
     q_descriptor, k_descriptor, v_descriptor, group = inputs
     q_buffers, k_buffers, v_buffers, barriers = shared
     queries, keys, heads, heads_total, section = sizes
-    LISTED: gl.constexpr = MASK != NONE
-    RATIO: gl.constexpr = SCHEDULE_N // BLOCK_N
     step = 0
     for turn in range(turn_count(queries, heads_total, BLOCK_M)):
         index = gl.program_id(0) + turn * gl.num_programs(0)
@@ -94,21 +87,10 @@ def _produce(
         for consumer in gl.static_range(CONSUMERS):
             row = first_query + consumer * CONSUMER_ROWS
             fill(q_descriptor, [batch, head, row, 0], q_buffers.index(consumer), barriers, Q_RING, consumer, turn)
-        kv_head = head // group
-        block = first_block_of(walk, RATIO, LISTED)
-        _fill_block(k_descriptor, v_descriptor, k_buffers, v_buffers, barriers, batch, kv_head, block, step)
-        step += 1
-        for masked in range(1, masked_count(walk)):
-            block = masked_block(walk, masked, RATIO, LISTED)
-            _fill_block(k_descriptor, v_descriptor, k_buffers, v_buffers, barriers, batch, kv_head, block, step)
-            step += 1
-        for run in range(0, run_count(walk)):
-            start, end = run_bounds(walk, run, RATIO, LISTED)
-            if (masked_count(walk) == 0) & (run == 0):
-                start += 1  # the tile began with it
-            for block in range(start, end):
-                _fill_block(k_descriptor, v_descriptor, k_buffers, v_buffers, barriers, batch, kv_head, block, step)
-                step += 1
+        step = fill_blocks(
+            (k_descriptor, v_descriptor), (k_buffers, v_buffers, barriers), walk, batch, head // group, step,
+            K_RING, V_RING, SCHEDULE_N // BLOCK_N, MASK != NONE,
+        )  # fmt: skip
 
 
 @gluon.jit

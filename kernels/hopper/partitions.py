@@ -2,7 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from flash_attend.kernels.hopper.versions import store_tile
+from flash_attend.kernels.masking import KEY
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)  # of a tile: what one asynchronous product of four warps takes
@@ -55,9 +58,9 @@ def clear_hidden_rows(rows, visible):
 
 @gluon.jit
 def clear_hidden(buffer, visible, first_key, barriers, CLEARED: gl.constexpr, cleared, CONSUMER: gl.constexpr):
-    """Zeroes this consumer's half of those rows of a block of v that are hidden, and waits for the other half.
+    """Zeroes this consumer's half of those rows of a block of k or v that are hidden, and waits for the other half.
 
-    A hidden key's weight is 0, but its v may be NaN, and 0 * NaN is no 0.
+    A hidden key's weight is 0, but what it holds may be NaN, and 0 * NaN is no 0.
     """
     HALF: gl.constexpr = buffer.shape[0] // CONSUMERS
     clear_hidden_rows(buffer.slice(CONSUMER * HALF, HALF), visible + first_key + CONSUMER * HALF)
@@ -87,3 +90,16 @@ def take_turn(barriers, TURNS: gl.constexpr, step, CONSUMER: gl.constexpr):
 def pass_turn(barriers, TURNS: gl.constexpr, CONSUMER: gl.constexpr):
     """This consumer has issued its products: it is the other's turn."""
     mbarrier.arrive(barriers.index(TURNS + 1 - CONSUMER), count=1)
+
+
+@gluon.jit
+def store_gradient(grad, descriptor, buffer, visible, at, MASK: gl.constexpr):
+    """Writes this consumer's rows [CONSUMER_ROWS, WIDTH] of a gradient through a buffer that nobody else uses."""
+    batch, kv_head, first_key = at
+    if MASK == KEY:
+        key = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, product_layout(grad.shape[1])))
+        grad = gl.where((gl.load(visible + key) != 0)[:, None], grad, 0.0)
+    buffer.store(grad.to(buffer.dtype))
+    fence_async_shared()
+    store_tile(descriptor, [batch, kv_head, first_key, 0], buffer.reshape(descriptor.block_type.shape))
+    tma.store_wait(0)

@@ -1,8 +1,8 @@
 """Rings of buffers in shared memory: one partition fills them, others read them and give them back.
 
-A ring has SLOTS buffers, and 2 * SLOTS barriers in the kernel's array of barriers, from index `ring` on: which slots
-are full, then which are empty. `turn` counts how often a slot has been used before; a barrier's phase is its last bit.
-Most rings are filled by bulk copies; what a consumer stores in one itself, it publishes.
+A ring has SLOTS buffers (or one), and 2 * SLOTS barriers in the kernel's array of barriers, from index `ring` on: which
+slots are full, then which are empty. `turn` counts how often a slot has been used before; a barrier's phase is its last
+bit. Most rings are filled by bulk copies; what a consumer stores in one itself, it publishes.
 """
 
 from triton.experimental import gluon
@@ -12,6 +12,18 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from flash_attend.kernels.hopper.versions import load_tile
 
 SLOTS = gl.constexpr(2)
+
+
+@gluon.jit
+def place(step, ring_slots: gl.constexpr):
+    """The slot and the turn of a ring's step-th block."""
+    if ring_slots == 1:
+        # Slot 0, though the compiler cannot know it: for a slot that never changes it would keep the address of each
+        # part of a product's operand in registers.
+        slot, turn = step >> 30, step
+    else:
+        slot, turn = step % SLOTS, step // SLOTS
+    return slot, turn
 
 
 @gluon.jit

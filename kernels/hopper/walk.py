@@ -1,4 +1,6 @@
-"""Which tile a persistent program takes when, and the key blocks that it visits: the same for all partitions."""
+"""Which tile a program takes when, and the key blocks that it visits: the same for all partitions."""
+
+from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -6,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from flash_attend.kernels.key_schedule import (
     HEADER,
     key_line,
+    line_of,
     mask_row,
     masked_block,
     masked_count,
@@ -13,9 +16,9 @@ from flash_attend.kernels.key_schedule import (
     run_count,
     walk_over_keys,
 )
-from flash_attend.kernels.masking import tile_at
+from flash_attend.kernels.masking import KEY, tile_at
 
-__all__ = ["first_block_of", "full_count", "tile_at", "turn_count", "walk_at"]
+__all__ = ["first_block_of", "first_live_query", "full_count", "tile_at", "turn_count", "walk_at"]
 
 
 @gluon.jit
@@ -58,3 +61,15 @@ def full_count(walk, RATIO: gl.constexpr, LISTED: gl.constexpr):
         start, end = run_bounds(walk, run, RATIO, LISTED)
         count += gl.maximum(end - start, 0)
     return count
+
+
+@gluon.jit
+def first_live_query(LISTS, visible, row, queries, keys, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr):
+    """The first query that sees a key under causality: all after it do. Those before it may hold anything."""
+    key = 0
+    if MASK == KEY:
+        n_blocks = gl.cdiv(keys, SCHEDULE_N)
+        first_block = gl.minimum(gl.load(line_of(LISTS, row, n_blocks) + 1), n_blocks - 1)
+        candidate = first_block * SCHEDULE_N + gl.arange(0, SCHEDULE_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        key = gl.min(gl.where(gl.load(visible + candidate) != 0, candidate, keys), 0)
+    return gl.minimum(gl.maximum(key - (keys - queries), 0), queries)
