@@ -15,6 +15,8 @@ __all__ = ["BACKENDS", "BackendUnavailable", "Plan", "Verdict", "check_backend",
 
 LARGEST_HEAD_DIM = 256
 LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
+# The fused backward holds more: with dropout, no tile of wide operands has enough beyond these, by `spec.precision`.
+LARGEST_FUSED_DROPOUT = {"tf32": 128, "tf32x3": 64, "ieee": 64}
 OLDEST_CAPABILITY = (8, 0)
 HOPPER_ARCH = "sm_90"
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)
@@ -105,16 +107,24 @@ def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
     return ""
 
 
-def _refuse_fused(spec: AttentionSpec) -> str:
-    return "deterministic gradients are asked for, and it adds up those of q in any order" if spec.deterministic else ""
+def _refuse_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
+    """Why a family that serves a call cannot do its backward in one pass."""
+    if spec.deterministic:
+        return "deterministic gradients are asked for, and it adds up those of q in any order"
+    if spec.dropout_p > 0 and spec.dtype in (torch.float32, torch.float64) and not target.interpreted:
+        widest, limit = max(spec.head_dim, spec.value_dim), LARGEST_FUSED_DROPOUT[spec.precision]
+        if widest > limit:
+            wide = f"{spec.dtype}, {spec.precision} products".removeprefix("torch.")
+            return f"d or dv = {widest} is beyond the fused backward's {limit} with dropout ({wide})"
+    return ""
 
 
 def _refuse_triton_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
-    return _refuse_triton(spec, target) or _refuse_fused(spec)
+    return _refuse_triton(spec, target) or _refuse_fused(spec, target)
 
 
 def _refuse_hopper_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
-    return _refuse_hopper(spec, target) or _refuse_fused(spec)
+    return _refuse_hopper(spec, target) or _refuse_fused(spec, target)
 
 
 def _refuse_math(spec: AttentionSpec, target: DeviceTarget) -> str:

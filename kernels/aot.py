@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 import triton
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.kernels.backward import attention_backward
-from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, select_tiles
+from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tiles, mode_of, select_tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.hopper.backward import attention_backward as hopper_backward
 from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward
@@ -77,7 +78,7 @@ LOOPS = {
     "hopper_backward_wide": 2,
     "hopper_backward_wide_fused": 2,
 }
-MULTIPLYING = ("forward", "backward_kv", "backward_q", *LOOPS)
+MULTIPLYING = ("forward", "backward_kv", "backward_q", "backward_fused", *LOOPS)
 # Bytes that they may spill outside of their main loops: with a mask they do, where a tile begins and ends.
 EDGE_SPILLS = {
     "hopper_forward": 256,
@@ -226,7 +227,11 @@ def compile_launch(launch: Launch):
 
 
 def _name_of(launch: Launch) -> str:
-    name = launch.prepared.kernel.__name__.removesuffix("_kernel")
+    """The kernel's name in the table; a fused backward has one of its own."""
+    kernel = launch.prepared.kernel
+    name = kernel.__name__.removesuffix("_kernel")
+    if name == "backward_kv" and dict(zip(kernel.arg_names, launch.tensors, strict=False))["GRAD_Q"] is not None:
+        return "backward_fused"
     return f"{name}_fused" if launch.prepared.choices.get("FUSED") else name
 
 
@@ -303,14 +308,25 @@ def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
             calls = [((width, width), mode) for mode in MODES[: 1 if subset else n_modes]]
             if kind == "half" and not subset:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
-            for (head_dim, value_dim), mode in calls:
-                rest = dict(heads=8, kv_heads=8, **dtype) | mode
-                spec = AttentionSpec(
-                    batch=2, queries=1000, keys=1000, head_dim=head_dim, value_dim=value_dim, scale=0.1, **rest
-                )
+            for dims, mode in calls:
+                spec = _spec_of(dims, **dtype, **mode)
                 yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
+            # The fused backward takes longest to compile: only in the modes that have a tile of their own.
+            calls = [call for call in calls if call[1] is MODES[0]]
+            calls += [((width, width), mode) for mode in MODES[1 : 1 if subset else None]]
+            for dims, mode in calls:
+                spec = _spec_of(dims, **dtype, **mode)
+                if mode is MODES[0] or (arch, kind, width, mode_of(spec)) in FUSED_VARIANTS:
+                    yield Case(arch, spec, select_tiles(spec, PARTS[arch], "triton_fused"), "triton_fused")
     if "sm_90" in archs:
         yield from _hopper_cases(subset)
+
+
+def _spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
+    """A call with the head dimensions d and dv, in one of the modes."""
+    head_dim, value_dim = dims
+    rest = dict(batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
+    return AttentionSpec(head_dim=head_dim, value_dim=value_dim, **rest)
 
 
 def _hopper_cases(subset: bool) -> Iterator[Case]:
@@ -336,6 +352,8 @@ def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tu
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
             identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
             name = _name_of(launch)
+            if case.backend == "triton_fused" and name != "backward_fused":
+                continue  # as in the call that is not fused
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
                 seen.add(identity)
                 fresh.append(name)
@@ -387,12 +405,12 @@ def as_json(reports: Iterable[Report]) -> str:
 
 def as_table(reports: Iterable[Report]) -> str:
     """The table for people, one line a kernel."""
-    lines = [f"{'kernel':<23}{'arch':<8}{'config':<62}{'regs':>5}{'spilled':>9}{'shared':>8}{'tensor':>8}"]
+    lines = [f"{'kernel':<28}{'arch':<8}{'config':<62}{'regs':>5}{'spilled':>9}{'shared':>8}{'tensor':>8}"]
     for report in reports:
         numbers = f"{report.registers:>5}{report.spill_bytes:>9}{report.shared_bytes:>8}"
         problems = "; ".join(report.problems())
         lines.append(
-            f"{report.kernel:<23}{report.arch:<8}{report.config:<62}{numbers}{report.tensor_core_instructions:>8}"
+            f"{report.kernel:<28}{report.arch:<8}{report.config:<62}{numbers}{report.tensor_core_instructions:>8}"
             + (f"  {problems}" if problems else "")
         )
     return "\n".join(lines)

@@ -1,4 +1,6 @@
-"""The backward: delta once, then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise repeatable.
+"""The backward: delta once, then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise repeatable. Or
+fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum, atomically. That takes 5
+products instead of 7, and the order of additions is not repeatable.
 
 With P the softmax weights (after dropout P'), the gradients are dV = P'^T dO, dS = P * (dropout(dO V^T) - delta),
 dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (Dao 2023, arXiv:2307.08691).
@@ -15,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.descriptors import aligned, reading
+from flash_attend.kernels.descriptors import aligned, reading_keys
 from flash_attend.kernels.dropout import kept_by_dropout
 from flash_attend.kernels.key_schedule import (
     Schedule,
@@ -138,6 +140,7 @@ def _key_value_tile(
     v,
     Q,
     GRAD_OUT,
+    GRAD_Q,
     LSE_LOG2,
     DELTA,
     stride_q,
@@ -173,7 +176,8 @@ def _key_value_tile(
     NEEDS_K: tl.constexpr,
     NEEDS_V: tl.constexpr,
 ):
-    """One query block for one key tile, transposed: scores are [BLOCK_N, BLOCK_M]."""
+    """One query block for one key tile, transposed: scores are [BLOCK_N, BLOCK_M]. GRAD_Q, unless None, is the sum to
+    which the tile's part in the gradient of q is added, without the magnitude of the scale."""
     first_query = block * BLOCK_M
     query = first_query + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)
@@ -204,18 +208,55 @@ def _key_value_tile(
         dropped_weights = tl.where(kept, weights, 0.0)
     if NEEDS_V:
         grad_v = accumulate(grad_v, dropped_weights.to(grad[0].dtype), grad, PRECISION, ACCUMULATOR)
-    if NEEDS_K:
+    if NEEDS_K or GRAD_Q is not None:
         grad_weights = inner_products(v, grad, PRECISION, ACCUMULATOR)
         if DROPOUT:
             grad_weights = tl.where(kept, grad_weights * keep_scale, 0.0)
         grad_scores = weights * (grad_weights - delta[None, :])
-        if MASKED and (MASK == DENSE or HIDE_KEYS):
+        if MASKED and (MASK == DENSE or (HIDE_KEYS and GRAD_Q is None)):
             # Hidden keys were read here, and the NaN that v may hold has survived the zero weight.
             grad_scores = hide(
                 grad_scores, 0.0, query[None, :], key[:, None], shown, keys - queries, MASK, CAUSAL, HIDE_KEYS
             )
-        grad_k = accumulate(grad_k, grad_scores.to(q[0].dtype), q, PRECISION, ACCUMULATOR)
+        grad_scores = grad_scores.to(q[0].dtype)
+        if NEEDS_K:
+            grad_k = accumulate(grad_k, grad_scores, q, PRECISION, ACCUMULATOR)
+        if GRAD_Q is not None:
+            if MASKED and MASK == DENSE:
+                # Nor may k bring NaN in: from a key that no query here sees, times a zero.
+                k = clear_rows(k, tl.max(shown.to(tl.int32), 1) != 0)
+            if not MASKED:
+                alive = tl.full([BLOCK_M], True, tl.int1)
+            grad_q = accumulate(zeros(BLOCK_M, HEAD0, HEAD1, ACCUMULATOR), grad_scores.T, k, PRECISION, ACCUMULATOR)
+            store_rows(
+                GRAD_Q + first_query.to(tl.int64) * HEAD_DIM,
+                HEAD_DIM, grad_q, alive, BLOCK_M, HEAD_DIM, HEAD0, HEAD1, ADD=True,
+            )  # fmt: skip
     return grad_k, grad_v
+
+
+@triton.jit
+def _load_keys(
+    K,
+    V,
+    stride_k,
+    stride_v,
+    key_shown,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD0: tl.constexpr,
+    HEAD1: tl.constexpr,
+    VALUE0: tl.constexpr,
+    VALUE1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
+):
+    """The rows of k, with the sign of the scale, and of v for a key tile: zeros where a key is not `key_shown`."""
+    k = load_rows(K, stride_k, key_shown, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, True)
+    v = load_rows(V, stride_v, key_shown, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, True)
+    if NEGATIVE_SCALE:
+        k = negate(k)
+    return k, v
 
 
 @triton.jit
@@ -224,8 +265,11 @@ def _key_value_head(
     grad_v,
     k,
     v,
+    K,
+    V,
     Q,
     GRAD_OUT,
+    GRAD_Q,
     LSE_LOG2,
     DELTA,
     VISIBLE,
@@ -241,6 +285,8 @@ def _key_value_head(
     mask_stride_head,
     n_query_blocks,
     n_key_blocks,
+    k_row,
+    v_row,
     q_batch,
     q_head,
     q_row,
@@ -264,6 +310,7 @@ def _key_value_head(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     HIDE_KEYS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -272,6 +319,7 @@ def _key_value_head(
     NEEDS_V: tl.constexpr,
 ):
     """Every query block of one query head for one key tile."""
+    FUSED: tl.constexpr = GRAD_Q is not None
     LISTED: tl.constexpr = MASK == DENSE
     RATIO: tl.constexpr = SCHEDULE_M // BLOCK_M
     batch64 = batch.to(tl.int64)
@@ -280,6 +328,8 @@ def _key_value_head(
     GRAD_OUT += batch64 * grad_batch + head64 * grad_head
     LSE_LOG2 += (batch64 * heads + head) * padded_length(queries)
     DELTA += (batch64 * heads + head) * padded_length(queries)
+    if FUSED:
+        GRAD_Q += (batch64 * heads + head) * queries * HEAD_DIM
     row, visible, words_per_query = mask_row(
         VISIBLE, batch, head, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks,
         SCHEDULE_M, SCHEDULE_N, MASK,
@@ -287,26 +337,35 @@ def _key_value_head(
     line = query_line(LISTS, row, first_key, n_query_blocks, n_key_blocks, SCHEDULE_N, MASK)
     if HIDE_KEYS:
         key_shown = key_visibility(visible, first_key + tl.arange(0, BLOCK_N), keys, MASK)
+        if FUSED:
+            k, v = _load_keys(
+                K, V, k_row, v_row, key_shown, HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_N,
+                NEGATIVE_SCALE,
+            )  # fmt: skip
     any_key = tl.max(key_shown.to(tl.int32), 0) != 0
+    hides_keys = HIDE_KEYS
+    if FUSED:
+        # What hidden keys gather in their own rows is cleared at the end. What they would add to dQ is not.
+        hides_keys = tl.min(key_shown.to(tl.int32), 0) == 0
     walk = walk_over_queries(
-        line, n_query_blocks, any_key, first_key, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL, HIDE_KEYS
+        line, n_query_blocks, any_key, hides_keys, first_key, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL
     )
     for run in tl.range(0, run_count(walk), num_stages=1):
         start, end = run_bounds(walk, run, RATIO, LISTED)
         for block in tl.range(start, end, num_stages=STAGES):
             grad_k, grad_v = _key_value_tile(
-                grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, q_row, grad_row, block, first_key, key_shown,
-                queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_scale,
-                HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
-                False, MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+                grad_k, grad_v, k, v, Q, GRAD_OUT, GRAD_Q, LSE_LOG2, DELTA, q_row, grad_row, block, first_key,
+                key_shown, queries, keys, visible, words_per_query, scale_log2, batch, head, seed,
+                keep_threshold, keep_scale, HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+                False, MASK, CAUSAL, HIDE_KEYS or FUSED, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
             )  # fmt: skip
-    for index in tl.range(0, masked_count(walk), num_stages=1):
+    for index in tl.range(0, masked_count(walk), num_stages=1, disable_licm=FUSED):
         block = masked_block(walk, index, RATIO, LISTED)
         grad_k, grad_v = _key_value_tile(
-            grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, q_row, grad_row, block, first_key, key_shown,
-            queries, keys, visible, words_per_query, scale_log2, batch, head, seed, keep_threshold, keep_scale,
-            HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
-            True, MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+            grad_k, grad_v, k, v, Q, GRAD_OUT, GRAD_Q, LSE_LOG2, DELTA, q_row, grad_row, block, first_key,
+            key_shown, queries, keys, visible, words_per_query, scale_log2, batch, head, seed,
+            keep_threshold, keep_scale, HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N,
+            True, MASK, CAUSAL, HIDE_KEYS or FUSED, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
         )  # fmt: skip
     return grad_k, grad_v
 
@@ -327,6 +386,7 @@ def backward_kv_kernel(
     GRAD_OUT,
     GRAD_K,
     GRAD_V,
+    GRAD_Q,
     LSE_LOG2,
     DELTA,
     VISIBLE,
@@ -387,6 +447,8 @@ def backward_kv_kernel(
 ):
     """One key tile of one key/value head: GRAD_K (b, hk, j, d) and GRAD_V (b, hk, j, dv), each where it is needed.
 
+    GRAD_Q, unless None: the sum (b, h, i, d), contiguous, to which the tile adds its part of the gradient of q.
+
     HIDE_KEYS: the heads of a group have key masks of their own, so that a key is hidden from some and read by others.
     """
     first_key, batch, kv_head = tile_of_program(keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
@@ -406,10 +468,10 @@ def backward_kv_kernel(
             SCHEDULE_M, SCHEDULE_N, MASK,
         )  # fmt: skip
         key_shown = key_visibility(visible, key, keys, MASK)
-    k = load_rows(K, k_row * ALIGN, key_shown, BLOCK_N, HEAD_DIM, HEAD0, HEAD1, True)
-    v = load_rows(V, v_row * ALIGN, key_shown, BLOCK_N, VALUE_DIM, VALUE0, VALUE1, True)
-    if NEGATIVE_SCALE:
-        k = negate(k)
+    k, v = _load_keys(
+        K, V, k_row * ALIGN, v_row * ALIGN, key_shown, HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_N,
+        NEGATIVE_SCALE,
+    )  # fmt: skip
     signed_scale = tl.full([], scale, tl.float64).to(ACCUMULATOR)
     scale_log2 = to_log2_scale(scale, ACCUMULATOR)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR)
@@ -417,23 +479,25 @@ def backward_kv_kernel(
     grad_k = zeros(BLOCK_N, HEAD0, HEAD1, ACCUMULATOR)
     grad_v = zeros(BLOCK_N, VALUE0, VALUE1, ACCUMULATOR)
     if GROUPED:  # a loop over heads costs registers even when it runs once
-        for member in tl.range(0, group, num_stages=1):
+        for member in tl.range(0, group, num_stages=1, disable_licm=GRAD_Q is not None):
             grad_k, grad_v = _key_value_head(
-                grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, VISIBLE, LISTS, key_shown, first_key,
-                batch, kv_head * group + member, queries, keys, heads, mask_stride_batch, mask_stride_head,
-                n_query_blocks, n_key_blocks, q_batch * ALIGN, q_head * ALIGN, q_row * ALIGN,
+                grad_k, grad_v, k, v, K, V, Q, GRAD_OUT, GRAD_Q, LSE_LOG2, DELTA, VISIBLE, LISTS, key_shown,
+                first_key, batch, kv_head * group + member, queries, keys, heads, mask_stride_batch, mask_stride_head,
+                n_query_blocks, n_key_blocks, k_row * ALIGN, v_row * ALIGN,
+                q_batch * ALIGN, q_head * ALIGN, q_row * ALIGN,
                 grad_batch * ALIGN, grad_head * ALIGN, grad_row * ALIGN, scale_log2, seed, keep_threshold, keep_factor,
                 HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N, STAGES, SCHEDULE_M, SCHEDULE_N,
-                MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+                MASK, CAUSAL, NEGATIVE_SCALE, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
             )  # fmt: skip
     else:
         grad_k, grad_v = _key_value_head(
-            grad_k, grad_v, k, v, Q, GRAD_OUT, LSE_LOG2, DELTA, VISIBLE, LISTS, key_shown, first_key,
+            grad_k, grad_v, k, v, K, V, Q, GRAD_OUT, GRAD_Q, LSE_LOG2, DELTA, VISIBLE, LISTS, key_shown, first_key,
             batch, kv_head, queries, keys, heads, mask_stride_batch, mask_stride_head,
-            n_query_blocks, n_key_blocks, q_batch * ALIGN, q_head * ALIGN, q_row * ALIGN,
+            n_query_blocks, n_key_blocks, k_row * ALIGN, v_row * ALIGN,
+            q_batch * ALIGN, q_head * ALIGN, q_row * ALIGN,
             grad_batch * ALIGN, grad_head * ALIGN, grad_row * ALIGN, scale_log2, seed, keep_threshold, keep_factor,
             HEAD_DIM, VALUE_DIM, HEAD0, HEAD1, VALUE0, VALUE1, BLOCK_M, BLOCK_N, STAGES, SCHEDULE_M, SCHEDULE_N,
-            MASK, CAUSAL, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
+            MASK, CAUSAL, NEGATIVE_SCALE, HIDE_KEYS, DROPOUT, PRECISION, ACCUMULATOR, NEEDS_K, NEEDS_V,
         )  # fmt: skip
     if NEEDS_K:
         grad_k = clear_rows(scale_rows(grad_k, tl.zeros([BLOCK_N], ACCUMULATOR) + signed_scale), key_shown)
@@ -687,6 +751,10 @@ def attention_backward(
     """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
 
     Everything else is what the forward took and gave. A gradient that is None counts as 0.
+
+    With a tile for the fused backward, one kernel computes what takes two kernels else, where the gradients of q and of
+    k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
+    float64), and which bits that of q comes to changes from run to run.
     """
     q, k, v, out = readable(q), readable(k), readable(v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
@@ -698,12 +766,18 @@ def attention_backward(
     grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
     inputs = q, k, v, grad_out
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
-    if grad_k is not None or grad_v is not None:
+    by_keys = grad_k is not None or grad_v is not None
+    sum_q = None
+    if by_keys and grad_q is not None and tiles.backward_fused is not None:
+        sum_q = torch.zeros(grad_q.shape, dtype=spec.accumulator_dtype, device=q.device)
+    if by_keys:
         lists = transposed_lists(schedule)
         of_outputs = (None if grad is None else grad.stride() for grad in (grad_k, grad_v))
-        prepared = _prepare_kv(spec, tiles, schedule.rows, *strides, *of_outputs)
-        launch(prepared, *inputs, grad_k, grad_v, lse_log2, delta, schedule.visible, lists, seed)
-    if grad_q is not None:
+        prepared = _prepare_kv(spec, tiles, sum_q is not None, schedule.rows, *strides, *of_outputs)
+        launch(prepared, *inputs, grad_k, grad_v, sum_q, lse_log2, delta, schedule.visible, lists, seed)
+    if sum_q is not None:
+        torch.mul(sum_q, abs(spec.scale), out=grad_q)
+    elif grad_q is not None:
         prepared = _prepare_q(spec, tiles, schedule.rows, aligned(k, v), *strides, grad_q.stride())
         launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
     return grad_q, grad_k, grad_v
@@ -746,6 +820,7 @@ def _prepare_delta(spec: AttentionSpec, tiles: Tiles, out: Strides, grad_out: St
 def _prepare_kv(
     spec: AttentionSpec,
     tiles: Tiles,
+    fused: bool,
     mask_rows: int,
     q: Strides,
     k: Strides,
@@ -764,7 +839,7 @@ def _prepare_kv(
         (of_keys, grad_k or k),  # one that is not needed is not written: it must not spoil the alignment
         (of_keys, grad_v or v),
     )
-    tile = tiles.backward_kv
+    tile = tiles.backward_fused if fused else tiles.backward_kv
     return Prepared(
         backward_kv_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
@@ -798,8 +873,7 @@ def _prepare_q(
     align, strides = aligned_strides(
         spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, grad_out), (of_queries, grad_q)
     )
-    sources = {1: (of_keys, k, spec.head_dim), 2: (of_keys, v, spec.value_dim)}
-    tile, hand_over = reading(spec, tiles.backward_q, "block_n", at_hand, sources)
+    tile, hand_over = reading_keys(spec, tiles.backward_q, at_hand, k, v)
     return Prepared(
         backward_q_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),

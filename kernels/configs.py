@@ -1,7 +1,8 @@
 """Tile choices as data; `MEASURED` says which of them were measured.
 
-Every row of `ROWS` and `VARIANTS` compiles without spills for its part in the modes of aot.py. Those of `HOPPER_ROWS`
-may spill outside of their main loops, and one of them does a little inside; aot.py says how much.
+Every row of `ROWS`, `VARIANTS`, `FUSED` and `FUSED_VARIANTS` compiles without spills for its part in the modes of
+aot.py. Those of `HOPPER_ROWS` may spill outside of their main loops, and one of them does a little inside; aot.py says
+how much.
 
 A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages, descriptors, ping_pong)`: queries and keys of a tile, warps, buffers
 of the main loop, whether bulk copies fill them, and what `Tile` says of the last.
@@ -115,6 +116,83 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
 }
+# (arch, kind, width) -> backward_fused, and instead of it where it would spill in one of these modes.
+FUSED: dict[tuple[str, str, int], Tile] = {
+    ("sm_80", "half", 64): Tile(32, 128, 4, 2),
+    ("sm_80", "half", 96): Tile(16, 64, 4, 2),
+    ("sm_80", "half", 128): Tile(32, 32, 4, 2),
+    ("sm_80", "half", 192): Tile(16, 64, 8, 2),
+    ("sm_80", "half", 256): Tile(32, 32, 8, 2),
+    ("sm_90", "half", 64): Tile(64, 128, 8, 2),
+    ("sm_90", "half", 96): Tile(16, 64, 4, 1),
+    ("sm_90", "half", 128): Tile(16, 128, 8, 2),
+    ("sm_90", "half", 192): Tile(16, 64, 8, 2),
+    ("sm_90", "half", 256): Tile(64, 32, 8, 2),
+    ("sm_80", "double", 64): Tile(16, 32, 8, 1),
+    ("sm_80", "double", 128): Tile(16, 16, 8, 1),
+    ("sm_90", "double", 64): Tile(32, 32, 4, 1),
+    ("sm_90", "double", 128): Tile(16, 16, 8, 1),
+    ("sm_80", "tf32", 64): Tile(32, 64, 4, 2),
+    ("sm_80", "tf32", 128): Tile(16, 32, 8, 2),
+    ("sm_80", "tf32", 256): Tile(16, 16, 4, 2),
+    ("sm_90", "tf32", 64): Tile(32, 64, 4, 2),
+    ("sm_90", "tf32", 128): Tile(64, 32, 8, 2),
+    ("sm_90", "tf32", 256): Tile(32, 16, 8, 2),
+    ("sm_80", "tf32x3", 64): Tile(32, 32, 8, 1),
+    ("sm_80", "tf32x3", 128): Tile(16, 16, 8, 1),
+    ("sm_90", "tf32x3", 64): Tile(32, 32, 8, 1),
+    ("sm_90", "tf32x3", 128): Tile(16, 16, 4, 1),
+}
+FUSED_VARIANTS: dict[tuple[str, str, int, str], Tile] = {
+    ("sm_80", "half", 64, "dense"): Tile(32, 64, 8, 2),
+    ("sm_80", "half", 64, "dropout"): Tile(32, 64, 8, 2),
+    ("sm_80", "half", 64, "dense+dropout"): Tile(32, 64, 8, 2),
+    ("sm_80", "half", 96, "dense"): Tile(16, 64, 8, 2),
+    ("sm_80", "half", 96, "dropout"): Tile(16, 32, 8, 2),
+    ("sm_80", "half", 96, "dense+dropout"): Tile(16, 32, 8, 2),
+    ("sm_80", "half", 128, "dense"): Tile(64, 32, 8, 2),
+    ("sm_80", "half", 128, "dropout"): Tile(16, 32, 8, 2),
+    ("sm_80", "half", 128, "dense+dropout"): Tile(32, 32, 8, 2),
+    ("sm_80", "half", 192, "dense"): Tile(16, 16, 8, 2),
+    ("sm_80", "half", 192, "dropout"): Tile(16, 16, 8, 2),
+    ("sm_80", "half", 192, "dense+dropout"): Tile(16, 32, 8, 2),
+    ("sm_80", "half", 256, "dense"): Tile(32, 16, 8, 2),
+    ("sm_80", "half", 256, "dropout"): Tile(16, 16, 8, 2),
+    ("sm_80", "half", 256, "dense+dropout"): Tile(16, 16, 8, 2),
+    ("sm_90", "half", 64, "dense"): Tile(64, 64, 8, 2),
+    ("sm_90", "half", 64, "dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "half", 64, "dense+dropout"): Tile(64, 32, 8, 2),
+    ("sm_90", "half", 96, "dense"): Tile(16, 64, 8, 2),
+    ("sm_90", "half", 96, "dropout"): Tile(16, 32, 8, 2),
+    ("sm_90", "half", 96, "dense+dropout"): Tile(16, 64, 8, 2),
+    ("sm_90", "half", 128, "dense"): Tile(64, 32, 8, 2),
+    ("sm_90", "half", 128, "dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "half", 128, "dense+dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "half", 192, "dense"): Tile(16, 32, 8, 2),
+    ("sm_90", "half", 192, "dropout"): Tile(16, 16, 8, 2),
+    ("sm_90", "half", 192, "dense+dropout"): Tile(16, 32, 8, 2),
+    ("sm_90", "half", 256, "dense"): Tile(32, 16, 8, 2),
+    ("sm_90", "half", 256, "dropout"): Tile(32, 16, 8, 2),
+    ("sm_90", "half", 256, "dense+dropout"): Tile(32, 16, 8, 2),
+    ("sm_90", "double", 64, "dense"): Tile(16, 32, 8, 1),
+    ("sm_90", "double", 64, "dropout"): Tile(16, 16, 8, 1),
+    ("sm_90", "double", 64, "dense+dropout"): Tile(16, 16, 8, 1),
+    ("sm_80", "tf32", 64, "dense"): Tile(32, 32, 8, 2),
+    ("sm_80", "tf32", 64, "dropout"): Tile(32, 32, 8, 2),
+    ("sm_80", "tf32", 64, "dense+dropout"): Tile(32, 32, 8, 2),
+    ("sm_80", "tf32", 256, "dense"): Tile(16, 16, 8, 2),
+    ("sm_90", "tf32", 64, "dense"): Tile(32, 32, 8, 2),
+    ("sm_90", "tf32", 64, "dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "tf32", 64, "dense+dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "tf32", 128, "dense"): Tile(32, 32, 8, 2),
+    ("sm_90", "tf32", 128, "dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "tf32", 128, "dense+dropout"): Tile(32, 32, 8, 2),
+    ("sm_90", "tf32", 256, "dense"): Tile(16, 16, 8, 2),
+    ("sm_80", "tf32x3", 64, "dense"): Tile(16, 32, 8, 1),
+    ("sm_80", "tf32x3", 64, "dropout"): Tile(16, 32, 8, 1),
+    ("sm_80", "tf32x3", 64, "dense+dropout"): Tile(16, 32, 8, 1),
+    ("sm_90", "tf32x3", 128, "dense"): Tile(16, 16, 8, 1),
+}
 # Those of the backends "hopper" and "hopper_fused", by head dimension (d = dv). With twice the queries or the keys
 # registers are spilled and products serialized, and there is no power of two in between. What a kernel walks over has
 # two buffers each, but v, for the gradient of q, as many as stages: at 256 there is room for one.
@@ -128,10 +206,11 @@ ARCHS = frozenset(arch for arch, _, _ in ROWS)
 # fastest. One of `HOPPER_ROWS` goes by ("sm_90", "hopper", d).
 MEASURED: dict[tuple[str | int, ...], str] = {}
 
-# Under the interpreter: small tiles, so that small tests cross many of them, and all three shapes differ.
+# Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
     forward=Tile(32, 32, 4, 2, True), backward_kv=Tile(16, 32, 4, 2), backward_q=Tile(32, 16, 4, 2, True)
 )
+INTERPRETED_FUSED = Tile(16, 16, 4, 2)
 
 _override: Tiles | None = None
 
@@ -173,10 +252,12 @@ def select_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str = "trit
 @lru_cache(maxsize=CALLS_KEPT)
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Tiles:
     if target.interpreted:
-        return INTERPRETED
-    if backend.startswith("hopper"):
+        tiles = INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)
+    elif backend.startswith("hopper"):
         tiles = HOPPER_ROWS[spec.head_dim]
     else:
         row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
-        tiles = VARIANTS.get((*row, mode_of(spec))) or ROWS[row]
+        variant = (*row, mode_of(spec))
+        tiles = VARIANTS.get(variant) or ROWS[row]
+        tiles = tiles._replace(backward_fused=FUSED_VARIANTS.get(variant) or FUSED[row])
     return tiles if backend.endswith("_fused") else tiles._replace(backward_fused=None)

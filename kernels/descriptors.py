@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_attend.kernels.configs import SMALLEST_PART, Tile, head_parts, kind_of
+from flash_attend.kernels.operands import key_sizes
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["Source", "aligned", "block_strides", "readable_in_bulk", "reading"]
+__all__ = ["aligned", "block_strides", "readable_in_bulk", "reading_keys"]
 
-# Sizes and strides of a tensor, of which the first three count, and the last size.
-Source = tuple[Sequence[int], Sequence[int], int]
 HandOver = Callable[[tuple[Tensor | None, ...]], tuple]
 
 ALIGNMENT = 16  # bytes: of addresses and strides
 LARGEST_STRIDE = 2**40  # bytes
+SHORT = 64  # of a vector: whole tiles of such fit by pointers too
 
 
 def aligned(*tensors: Tensor) -> bool:
@@ -43,34 +42,36 @@ def readable_in_bulk(sizes: Sequence[int], strides: Sequence[int], itemsize: int
 
 
 def block_strides(sizes: Sequence[int], strides: Sequence[int], columns: int) -> list[int]:
-    """The strides of a tensor as a descriptor takes them, which checks those that are never used too: of its dimensions
-    in front of the last, whose `sizes` these are, and of the last, which is contiguous."""
-    in_front = zip(sizes, strides, strict=False)
+    """The strides of a `(b, h, n, d)` tensor as a descriptor takes them: those that are never used have to fit too."""
+    in_front = zip(sizes[:3], strides[:3], strict=True)
     return [*(stride if size > 1 else columns for size, stride in in_front), 1]
 
 
-def reading(
-    spec: AttentionSpec, tile: Tile, side: Literal["block_m", "block_n"], at_hand: bool, sources: dict[int, Source]
+def reading_keys(
+    spec: AttentionSpec, tile: Tile, at_hand: bool, k: Sequence[int], v: Sequence[int]
 ) -> tuple[Tile, HandOver]:
-    """A tile as its kernel takes it for these sources, and how the launch hands over its tensors.
+    """A tile as its kernel takes it for k and v with these strides, and how the launch hands over its tensors.
 
-    A source is named by its place among the tensors. Where the tile asks for descriptors, all are handed over as such,
-    of blocks as long as the tile's `side`, if they can be: their addresses are aligned (`at_hand`), so are their
-    strides, and their head dimensions are in one part. Else the kernel reads by pointers, half as many rows at a time,
-    because addresses take up registers.
+    Where the tile asks for descriptors, k and v, the second and the third tensor, are handed over as such, if they can
+    be: their addresses are aligned (`at_hand`), so are their strides, and their head dimensions are in one part. Else
+    the kernel reads by pointers, and because addresses take up registers half as many keys at a time, unless their
+    vectors are short.
     """
     if not tile.descriptors:
         return tile, tuple
-    rows = getattr(tile, side)
-    parts = {place: head_parts(dim, kind_of(spec)) for place, (*_, dim) in sources.items()}
-    fit = all(readable_in_bulk(sizes, strides, spec.dtype.itemsize) for sizes, strides, _ in sources.values())
-    if at_hand and fit and not any(second for _, second in parts.values()):
-        blocks = {
-            place: ([*sizes, dim], block_strides(sizes, strides, parts[place][0]), [1, 1, rows, parts[place][0]])
-            for place, (sizes, strides, dim) in sources.items()
-        }
-        return tile, partial(_with_blocks, blocks)
-    return tile._replace(descriptors=False, **{side: max(SMALLEST_PART, rows // 2)}), tuple
+    sizes = key_sizes(spec)
+    dims = spec.head_dim, spec.value_dim
+    parts = [head_parts(dim, kind_of(spec)) for dim in dims]
+    in_reach = at_hand and all(readable_in_bulk(sizes, strides, spec.dtype.itemsize) for strides in (k, v))
+    if in_reach and not any(second for _, second in parts):
+        layouts = [
+            ([*sizes, dim], block_strides(sizes, strides, width), [1, 1, tile.block_n, width])
+            for dim, strides, (width, _) in zip(dims, (k, v), parts, strict=True)
+        ]
+        return tile, partial(_with_blocks, *layouts)
+    whole = in_reach and all(sum(both) <= SHORT for both in parts)
+    block_n = tile.block_n if whole else max(SMALLEST_PART, tile.block_n // 2)
+    return tile._replace(block_n=block_n, descriptors=False), tuple
 
 
 class _Checked(TensorDescriptor):
@@ -80,8 +81,6 @@ class _Checked(TensorDescriptor):
         pass
 
 
-def _with_blocks(blocks: dict[int, tuple], tensors: tuple[Tensor | None, ...]) -> tuple:
-    handed: list = [*tensors]
-    for place, layout in blocks.items():
-        handed[place] = _Checked(tensors[place], *layout)
-    return tuple(handed)
+def _with_blocks(of_k: tuple, of_v: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
+    q, k, v, *others = tensors
+    return q, _Checked(k, *of_k), _Checked(v, *of_v), *others

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.descriptors import aligned, reading
+from flash_attend.kernels.descriptors import aligned, reading_keys
 from flash_attend.kernels.dropout import kept_by_dropout
 from flash_attend.kernels.key_schedule import (
     Schedule,
@@ -304,8 +304,7 @@ def _prepare(
     """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
     align, strides = aligned_strides(spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, out))
-    sources = {1: (of_keys, k, spec.head_dim), 2: (of_keys, v, spec.value_dim)}
-    tile, hand_over = reading(spec, tiles.forward, "block_n", at_hand, sources)
+    tile, hand_over = reading_keys(spec, tiles.forward, at_hand, k, v)
     return Prepared(
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),

@@ -151,6 +151,7 @@ def walk_over_queries(
     line,
     n_blocks,
     any_key,
+    hides_keys,
     first_key,
     queries,
     keys,
@@ -159,18 +160,15 @@ def walk_over_queries(
     RATIO: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HIDE_KEYS: tl.constexpr,
 ):
-    """The query blocks that visit a key tile: none unless `any_key` is visible. HIDE_KEYS: the tile's own keys need
-    hiding, so that no block is full."""
+    """The query blocks that visit a key tile: none unless `any_key` is visible. Where the tile's own keys need hiding,
+    `hides_keys`, no block is full."""
     if MASK == DENSE:
         return _listed_walk(line, n_blocks, RATIO)
     else:
         begin, full_begin, full_end, end = query_blocks(first_key, queries, keys, BLOCK_M, BLOCK_N, CAUSAL)
         end = tl.where(any_key, end, begin)
-        if HIDE_KEYS:
-            full_begin = end
-        full_begin = tl.minimum(full_begin, end)
+        full_begin = tl.where(hides_keys, end, tl.minimum(full_begin, end))
         full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
         return (line, n_blocks, 1, 0, begin, full_begin, full_end, full_end, end)
 

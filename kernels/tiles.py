@@ -96,13 +96,24 @@ def load_block(
 
 @triton.jit
 def _store_part(
-    pointer, stride, tile, valid, SIZE: tl.constexpr, DIM: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr
+    pointer,
+    stride,
+    tile,
+    valid,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     pointers, columns = _part_of_rows(pointer, stride, SIZE, START, WIDTH)
     mask = valid[:, None]
     if START + WIDTH > DIM:
         mask = mask & (columns < DIM)[None, :]
-    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
+    if ADD:
+        tl.atomic_add(pointers, tile.to(pointer.dtype.element_ty), mask=mask, sem="relaxed")
+    else:
+        tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -115,11 +126,13 @@ def store_rows(
     DIM: tl.constexpr,
     PART0: tl.constexpr,
     PART1: tl.constexpr,
+    ADD: tl.constexpr = False,
 ):
-    """Writes the `valid` [SIZE] rows of a tile from `pointer` on, in the pointer's dtype."""
-    _store_part(pointer, stride, tile[0], valid, SIZE, DIM, 0, PART0)
+    """Writes the `valid` [SIZE] rows of a tile from `pointer` on, in the pointer's dtype. ADD: adds them to what is
+    there, element by element, in no order among programs."""
+    _store_part(pointer, stride, tile[0], valid, SIZE, DIM, 0, PART0, ADD)
     if PART1:
-        _store_part(pointer, stride, tile[1], valid, SIZE, DIM, PART0, PART1)
+        _store_part(pointer, stride, tile[1], valid, SIZE, DIM, PART0, PART1, ADD)
 
 
 @triton.jit

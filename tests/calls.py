@@ -24,6 +24,7 @@ if interpreting():
 __all__ = [
     "BACKENDS",
     "CHOOSY",
+    "FUSED",
     "LAYOUTS",
     "MASKS",
     "Backend",
@@ -60,6 +61,8 @@ MATH_CPU = Backend("math", "cpu")
 TRITON_INTERPRETER = Backend("triton", "cpu", interpreted=True)
 MATH_CUDA = Backend("math", "cuda")
 TRITON_CUDA = Backend("triton", "cuda")
+TRITON_FUSED_INTERPRETER = Backend("triton_fused", "cpu", interpreted=True)
+TRITON_FUSED_CUDA = Backend("triton_fused", "cuda")
 
 # For `parametrize`: conftest.py skips those that a process cannot run.
 BACKENDS = (
@@ -67,6 +70,11 @@ BACKENDS = (
     pytest.param(TRITON_INTERPRETER, id=str(TRITON_INTERPRETER), marks=pytest.mark.interpreter),
     pytest.param(MATH_CUDA, id=str(MATH_CUDA), marks=pytest.mark.gpu),
     pytest.param(TRITON_CUDA, id=str(TRITON_CUDA), marks=pytest.mark.gpu),
+)
+# The same kernels but for one in the backward: only gradients can differ, and not what decides between backends.
+FUSED = (
+    pytest.param(TRITON_FUSED_INTERPRETER, id=str(TRITON_FUSED_INTERPRETER), marks=pytest.mark.interpreter),
+    pytest.param(TRITON_FUSED_CUDA, id=str(TRITON_FUSED_CUDA), marks=pytest.mark.gpu),
 )
 
 

@@ -14,7 +14,18 @@ pytest.importorskip("triton", reason="compiling needs Triton")
 
 from flash_attend.dispatch import judge
 from flash_attend.kernels import aot
-from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, VARIANTS, Tile, Tiles, row_of, select_tiles
+from flash_attend.kernels.configs import (
+    FUSED,
+    FUSED_VARIANTS,
+    HOPPER_ROWS,
+    ROWS,
+    VARIANTS,
+    Tile,
+    Tiles,
+    mode_of,
+    row_of,
+    select_tiles,
+)
 from flash_attend.kernels.sass import ProductLoop
 from flash_attend.spec import AttentionSpec, MaskKind
 
@@ -64,6 +75,15 @@ def test_every_row_is_compiled():
         assert compiled == rows | variants
 
 
+def test_every_tile_of_the_fused_backward_is_compiled():
+    """In the costliest of the modes that it serves."""
+    cases = [case for case in aot.cases(aot.CHECKED) if case.backend == "triton_fused"]
+    compiled = {((case.arch, *row_of(case.spec)), mode_of(case.spec), case.tiles.backward_fused) for case in cases}
+    rows = {(row, "", tile) for row, tile in FUSED.items()}
+    variants = {((*row,), mode, tile) for (*row, mode), tile in FUSED_VARIANTS.items()}
+    assert compiled == rows | variants
+
+
 @pytest.mark.parametrize("backend", ["hopper", "hopper_fused"])
 def test_every_kernel_for_hopper_is_compiled_in_every_mode(backend):
     cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == backend]
@@ -90,6 +110,12 @@ def test_a_call_launches_every_kernel_of_its_mask():
     assert names[MaskKind.NONE] == attention
     assert names[MaskKind.KEY] == ["key_schedule_kernel", *attention]
     assert sorted(names[MaskKind.DENSE]) == sorted(["dense_schedule_kernel", "line_kernel", "line_kernel", *attention])
+
+
+def test_the_fused_backward_takes_the_place_of_two_kernels():
+    tiles = select_tiles(SPEC, aot.PARTS["sm_80"], "triton_fused")
+    names = [aot._name_of(launch) for launch in aot.record_call(SPEC, tiles, "triton_fused")]
+    assert names == ["forward", "delta", "backward_fused"]
 
 
 LOOP = ProductLoop(instructions=480, exponentials=66, covered=66, spills=0)

@@ -103,6 +103,17 @@ def test_fifty_lengths_compile_once(variants: Callable, mode: str) -> None:
     assert variants(launches) == dict.fromkeys((*OF_MASK[spec.mask], *ATTENTION), 1)
 
 
+@pytest.mark.parametrize("mode", ("plain", "key_mask_per_head_grouped"))
+def test_fifty_lengths_compile_the_fused_backward_once(variants: Callable, mode: str) -> None:
+    spec, tiles = replace(SPEC, **MODES[mode]), TILES._replace(backward_fused=Tile(32, 32, 4, 2))
+    launches = []
+    for number, (queries, keys) in enumerate(PAIRS):
+        of_call = replace(spec, queries=queries, keys=keys, batch=1 + number % 4, scale=spec.scale * (number + 1))
+        launches += aot.record_call(of_call, tiles, "triton_fused")
+    expected = (*OF_MASK[spec.mask], "forward_kernel", "delta_kernel", "backward_kv_kernel")
+    assert variants(launches) == dict.fromkeys(expected, 1)
+
+
 @pytest.mark.parametrize("mask", (MaskKind.NONE, MaskKind.KEY), ids=("plain", "key_mask"))
 def test_fifty_lengths_compile_the_forward_for_hopper_once(variants: Callable, mask: MaskKind) -> None:
     spec = replace(SPEC, head_dim=128, value_dim=128, dtype=torch.bfloat16, mask=mask)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ import torch
 
 from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
 from flash_attend.kernels.configs import (
+    FUSED,
+    FUSED_VARIANTS,
     HOPPER_ROWS,
     INTERPRETED,
+    INTERPRETED_FUSED,
     MEASURED,
     ROWS,
     VARIANTS,
@@ -66,12 +71,15 @@ def test_every_call_has_its_tiles_on_every_part(kind: str, capability: tuple[int
     arch = target.arch if target.arch in ("sm_80", "sm_90") else "sm_80"  # whose tiles fit every other part
     for spec in specs(kind):
         row = (arch, *row_of(spec))
-        assert select_tiles(spec, target) == ROWS[row]._replace(backward_fused=None)
-        assert select_tiles(replace(spec, mask=MaskKind.KEY), target) == ROWS[row]._replace(backward_fused=None)
+        assert select_tiles(spec, target) == ROWS[row]
+        assert select_tiles(replace(spec, mask=MaskKind.KEY), target) == ROWS[row]
         dense = replace(spec, mask=MaskKind.DENSE)
         for special in (dense, replace(spec, dropout_p=0.1), replace(dense, dropout_p=0.1)):
-            expected = VARIANTS.get((*row, mode_of(special)), ROWS[row])
-            assert select_tiles(special, target) == expected._replace(backward_fused=None)
+            variant = (*row, mode_of(special))
+            tiles = VARIANTS.get(variant, ROWS[row])
+            assert select_tiles(special, target) == tiles
+            fused = tiles._replace(backward_fused=FUSED_VARIANTS.get(variant, FUSED[row]))
+            assert select_tiles(special, target, "triton_fused") == fused
 
 
 def test_modes() -> None:
@@ -84,6 +92,7 @@ def test_a_part_has_all_of_its_rows_and_no_other() -> None:
     """A row that no call takes is a mistake in its key; a part that has rows of its own has them for every call."""
     taken = {row_of(spec) for kind in KINDS for spec in specs(kind)}
     assert {arch for arch, *_ in ROWS} == {"sm_80", "sm_90"}
+    assert FUSED.keys() == ROWS.keys()
     for arch in ("sm_80", "sm_90"):
         assert {(kind, width) for own, kind, width in ROWS if own == arch} == taken
 
@@ -101,6 +110,9 @@ def test_a_variant_stands_beside_a_row_and_differs_from_it() -> None:
     for (arch, kind, width, mode), tiles in VARIANTS.items():
         assert mode in ("dense", "dropout", "dense+dropout")
         assert tiles != ROWS[(arch, kind, width)]
+    for (arch, kind, width, mode), tile in FUSED_VARIANTS.items():
+        assert mode in ("dense", "dropout", "dense+dropout")
+        assert tile != FUSED[(arch, kind, width)]
 
 
 def test_a_wider_head_dimension_has_the_row_of_a_wider_width() -> None:
@@ -111,6 +123,14 @@ def test_a_wider_head_dimension_has_the_row_of_a_wider_width() -> None:
         assert widths == [row_of(replace(SPEC, head_dim=1, value_dim=d, **KINDS[kind]))[1] for d in dims(kind)]
 
 
+def every_row() -> Iterator[tuple[tuple, Tiles]]:
+    """Every row and variant, with every tile of the fused backward that may stand beside it."""
+    for row, mode in product(ROWS, ("", "dense", "dropout", "dense+dropout")):
+        variant = (*row, mode)
+        tiles, fused = VARIANTS.get(variant, ROWS[row]), FUSED_VARIANTS.get(variant, FUSED[row])
+        yield variant, tiles._replace(backward_fused=fused)
+
+
 def is_power_of_two(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
@@ -118,10 +138,9 @@ def is_power_of_two(number: int) -> bool:
 @pytest.mark.parametrize(
     "row",
     [
-        *ROWS.items(),
-        *VARIANTS.items(),
+        *every_row(),
         *((("hopper", dim), tiles) for dim, tiles in HOPPER_ROWS.items()),
-        (("interpreted",), INTERPRETED),
+        (("interpreted",), INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)),
     ],
     ids=lambda row: "-".join(map(str, row[0])),
 )
@@ -141,10 +160,11 @@ def test_a_row_is_one_that_the_kernels_can_take(row: tuple[object, Tiles]) -> No
 
 
 def test_the_interpreter_has_tiles_of_its_own() -> None:
-    assert select_tiles(SPEC, part((9, 0), interpreted=True)) is INTERPRETED
-    assert select_tiles(SPEC, DeviceTarget("cpu", interpreted=True)) is INTERPRETED
-    shapes = {tile[:2] for tile in (INTERPRETED.forward, INTERPRETED.backward_kv, INTERPRETED.backward_q)}
-    assert len(shapes) == 3, "or a test cannot tell one kernel's tiles from another's"
+    fused = INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)
+    for target in (part((9, 0), interpreted=True), DeviceTarget("cpu", interpreted=True)):
+        assert select_tiles(SPEC, target) == INTERPRETED
+        assert select_tiles(SPEC, target, "triton_fused") == fused
+    assert len({tile[:2] for tile in fused}) == 4, "or a test cannot tell one kernel's tiles from another's"
 
 
 def test_override_holds_within_and_not_beyond() -> None:

@@ -44,7 +44,7 @@ def test_alignment_counts_for_all() -> None:
 
 
 def test_strides_that_are_never_used_are_replaced() -> None:
-    assert block_strides((1, 3, 1), (7, 128, 13, 1), 64) == [64, 128, 64, 1]
+    assert block_strides((1, 3, 1, 64), (7, 128, 13, 1), 64) == [64, 128, 64, 1]
 
 
 def launched(
@@ -75,6 +75,13 @@ def test_blocks_are_handed_over(layout: str, head_dim: int, columns: int | None)
             assert isinstance(given, TensorDescriptor)
             assert given.base is tensor
             assert (given.block_shape, given.shape) == ([1, 1, 64, columns], [2, 2, 70, head_dim])
+
+
+@pytest.mark.parametrize(("head_dim", "keys"), ((48, 64), (80, 32)))
+def test_short_rows_in_two_parts_stay_together(head_dim: int, keys: int) -> None:
+    choices = launched(head_dim=head_dim).prepared.choices
+    assert not choices["DESCRIPTORS"]
+    assert choices["BLOCK_N"] == keys
 
 
 @pytest.mark.parametrize("layout", ("sliced", "broadcast_heads", "broadcast_batch"))

@@ -1,4 +1,5 @@
-"""Gradients that are asked to be repeatable are the same bits every time, however they are asked."""
+"""Gradients that are asked to be repeatable are the same bits every time, however they are asked; or they are refused,
+where nobody can promise that."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from calls import BACKENDS, Backend, Case, assert_same_bits, make_call, run
+from calls import BACKENDS, FUSED, Backend, Case, assert_same_bits, make_call, run
 from flash_attend import flash_attention
+from flash_attend.dispatch import BackendUnavailable
 
 CASES = (
     Case("grouped_padded_causal", batch=1, heads=2, kv_heads=1, queries=37, keys=43, mask="pad_left", causal=True),
@@ -28,5 +30,19 @@ def test_twenty_runs_give_the_same_bits(switch: str, case: Case, backend: Backen
         first = run(call, backend.name, attend=attend)
         for _ in range(2 if backend.interpreted else 20):
             assert_same_bits(run(call, backend.name, attend=attend), first)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("switch", ("option", "torch"))
+def test_the_fused_backward_is_refused(switch: str, backend: Backend) -> None:
+    call = make_call(Case("plain"), torch.float32, backend.device)
+    torch.use_deterministic_algorithms(switch == "torch")
+    try:
+        with pytest.raises(BackendUnavailable, match="in no fixed order"):
+            flash_attention(
+                call.q, call.k, call.v, deterministic=True if switch == "option" else None, backend=backend.name
+            )
     finally:
         torch.use_deterministic_algorithms(False)

@@ -345,3 +345,24 @@ def test_every_row_of_evidence_names_it() -> None:
         assert backend not in UNMEASURED
         assert row.calls
         assert len(set(row.calls)) == len(row.calls)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit", "wide"),
+    (
+        (dict(dtype=torch.float64, precision="ieee"), 64, "float64, ieee products"),
+        (dict(dtype=torch.float32, precision="tf32x3"), 64, "float32, tf32x3 products"),
+        (dict(dtype=torch.float32, precision="tf32"), 128, "float32, tf32 products"),
+    ),
+    ids=("float64", "float32", "tf32"),
+)
+def test_the_fused_backward_of_wide_operands_ends_earlier_with_dropout(changes: dict, limit: int, wide: str) -> None:
+    served = replace(SPEC, dropout_p=0.1, head_dim=limit, value_dim=limit, **changes)
+    assert choose(served, H100, "triton_fused").backend == "triton_fused"
+    for dim in ("head_dim", "value_dim"):
+        spec = replace(served, **{dim: limit + 1})
+        with pytest.raises(BackendUnavailable) as caught:
+            choose(spec, H100, "triton_fused")
+        reason = f"d or dv = {limit + 1} is beyond the fused backward's {limit} with dropout ({wide})"
+        assert reason in str(caught.value)
+        assert choose(replace(spec, dropout_p=0.0), H100, "triton_fused").backend == "triton_fused"

@@ -50,6 +50,8 @@ TILINGS = {
     "tall_and_wide": Tiles(Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 128, 4, 1)),
     "blocks_far_larger_than_tiles": Tiles(Tile(64, 64, 4, 2), SMALLEST, SMALLEST),
     "by_descriptors": Tiles(*[Tile(32, 64, 4, 2, descriptors=True)] * 3),
+    "fused_tall": Tiles(Tile(32, 32, 4, 2), SMALLEST, SMALLEST, Tile(64, 16, 4, 1)),
+    "fused_wide": Tiles(Tile(32, 32, 4, 2), SMALLEST, SMALLEST, Tile(16, 64, 4, 1)),
 }
 CASES = (
     Case("plain", batch=1, heads=2, queries=37, keys=75, d=24, dv=40),

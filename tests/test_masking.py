@@ -53,12 +53,12 @@ def _walk(
     KEYS,
     OFFSET,
     ANY_KEY,
+    HIDES_KEYS,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCHEDULE: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HIDE_KEYS: tl.constexpr,
 ):
     """The walk number `at`, as the kernels set it out."""
     first = tl.load(FIRST + at)
@@ -75,10 +75,12 @@ def _walk(
     else:
         line = query_line(lists, tl.zeros_like(first), first, n_query_blocks, n_key_blocks, SCHEDULE, MASK)
         any_key = tl.load(ANY_KEY + at) != 0
+        hides_keys = tl.load(HIDES_KEYS + at) != 0
         return walk_over_queries(
             line,
             n_query_blocks,
             any_key,
+            hides_keys,
             first,
             queries,
             keys,
@@ -87,7 +89,6 @@ def _walk(
             SCHEDULE // BLOCK_M,
             MASK,
             CAUSAL,
-            HIDE_KEYS,
         )
 
 
@@ -103,13 +104,13 @@ def trace_kernel(
     KEYS,
     OFFSET,
     ANY_KEY,
+    HIDES_KEYS,
     BY_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCHEDULE: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HIDE_KEYS: tl.constexpr,
     SIZE: tl.constexpr,
     MOST: tl.constexpr,
 ):
@@ -118,8 +119,9 @@ def trace_kernel(
     LISTED: tl.constexpr = MASK == 2 or (MASK == 1 and BY_KEYS)
     at = (tl.program_id(0) * SIZE + tl.arange(0, SIZE))[:, None]
     walk = _walk(
-        LINES, at, BY_KEYS, FIRST, QUERIES, KEYS, OFFSET, ANY_KEY, BLOCK_M, BLOCK_N, SCHEDULE, MASK, CAUSAL, HIDE_KEYS
-    )
+        LINES, at, BY_KEYS, FIRST, QUERIES, KEYS, OFFSET, ANY_KEY, HIDES_KEYS, BLOCK_M, BLOCK_N, SCHEDULE,
+        MASK, CAUSAL,
+    )  # fmt: skip
     index = tl.arange(0, MOST)[None, :]
     zero = tl.zeros([SIZE, MOST], tl.int32)
     start, end = run_bounds(walk, index, RATIO, LISTED)
@@ -141,13 +143,13 @@ def loop_kernel(
     KEYS,
     OFFSET,
     ANY_KEY,
+    HIDES_KEYS,
     BY_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCHEDULE: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HIDE_KEYS: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """One walk, in the loops of the kernels: counts how often it comes to each block, as full and as masked."""
@@ -155,8 +157,9 @@ def loop_kernel(
     LISTED: tl.constexpr = MASK == 2 or (MASK == 1 and BY_KEYS)
     at = tl.program_id(0)
     walk = _walk(
-        LINES, at, BY_KEYS, FIRST, QUERIES, KEYS, OFFSET, ANY_KEY, BLOCK_M, BLOCK_N, SCHEDULE, MASK, CAUSAL, HIDE_KEYS
-    )
+        LINES, at, BY_KEYS, FIRST, QUERIES, KEYS, OFFSET, ANY_KEY, HIDES_KEYS, BLOCK_M, BLOCK_N, SCHEDULE,
+        MASK, CAUSAL,
+    )  # fmt: skip
     for run in tl.range(0, run_count(walk), num_stages=1):
         start, end = run_bounds(walk, run, RATIO, LISTED)
         for block in tl.range(start, end):
@@ -236,12 +239,13 @@ def take_walks(
     tiles = -(-(shapes.queries if by_keys else shapes.keys) // size)
     shape = torch.repeat_interleave(tiles)[::only_every]
     tile = torch.cat([torch.arange(n) for n in tiles.tolist()])[::only_every]
-    any_key = block_counts(shapes.shown[:, None], 1, size)[shape, 0, tile] > 0 if not by_keys else torch.ones_like(tile)
+    shown = torch.ones_like(tile) if by_keys else block_counts(shapes.shown[:, None], 1, size)[shape, 0, tile]
+    hides = (shown < size) & hide_keys
 
     at_once = 1 if only_every else 4096 if device == "cpu" else 256
     programs = -(-len(shape) // at_once)
     numbers = [lines.to(device)]
-    for number in (tile * size, shapes.queries[shape], shapes.keys[shape], offsets[shape], any_key):
+    for number in (tile * size, shapes.queries[shape], shapes.keys[shape], offsets[shape], shown > 0, hides):
         whole = torch.nn.functional.pad(number[None].double(), (0, programs * at_once - len(number)), mode="replicate")
         numbers.append(whole[0].to(device, torch.int64 if number is offsets else torch.int32))
     choices = dict(
@@ -251,7 +255,6 @@ def take_walks(
         SCHEDULE=BLOCK,
         MASK=int(shapes.kind),
         CAUSAL=shapes.causal and shapes.kind != MaskKind.DENSE,
-        HIDE_KEYS=hide_keys,
         MOST=MOST,
     )
     new = dict(dtype=torch.int32, device=device)
@@ -337,10 +340,10 @@ def check_walks(
         as_masked = torch.where(clear, states == PARTIAL, (across(sight) > 0) & (first <= index) & (index <= last))
     else:
         # Keys are hidden as they are loaded, not pair by pair: a tile with any of them is visited as if it had all.
-        any_key = across(block_counts(shapes.shown[:, None], 1, block_n).expand_as(sight) > 0)
+        shown = across(block_counts(shapes.shown[:, None], 1, block_n).expand_as(sight))
         there = block_counts(shapes.exists.any(dim=1, keepdim=True), 1, block_n) * block_m
-        as_full = any_key & across((sight == there) & (sight > 0)) & (not hide_keys)
-        as_masked = any_key & across(sight > 0) & ~as_full
+        as_full = (shown >= (block_n if hide_keys else 1)) & across((sight == there) & (sight > 0))
+        as_masked = (shown > 0) & across(sight > 0) & ~as_full
     assert torch.equal(walks.fulls > 0, as_full), says("visited as full or not", (walks.fulls > 0) != as_full)
     assert torch.equal(walks.masked > 0, as_masked), says(
         "visited with masking or not", (walks.masked > 0) != as_masked

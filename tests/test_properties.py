@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from calls import BACKENDS, LAYOUTS, MASKS, Backend, Call, Case, assert_same_bits, check, make_call, run
+from calls import BACKENDS, FUSED, LAYOUTS, MASKS, Backend, Call, Case, assert_same_bits, check, make_call, run
 
 EXAMPLES = {False: 150, True: 30}  # by whether the backend is interpreted
 
@@ -62,9 +62,9 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 seeds = st.integers(0, 2**16)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", (*BACKENDS, *FUSED))
 def test_any_call_is_within_the_error_budget(backend: Backend) -> None:
-    @_examples(backend)
+    @_examples(backend, 0.4 if backend.name.endswith("_fused") else 1.0)
     @given(case=cases(_longest(backend), 48), dtype=_dtypes(backend), seed=seeds)
     def answers(case: Case, dtype: torch.dtype, seed: int) -> None:
         call = make_call(case, dtype, backend.device, seed)

@@ -6,12 +6,15 @@ backend (`-m gpu`).
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from calls import (
     BACKENDS,
     CHOOSY,
+    FUSED,
     TRITON_CUDA,
     Backend,
     Case,
@@ -220,6 +223,49 @@ def test_every_result_is_within_the_error_budget(backend: Backend, case: Case, d
     check(run(call, backend.name), call)
 
 
+# Through every way of the fused backward to hide keys, to leave dead rows alone and to add to the gradient of q.
+FUSED_CASES = (
+    Case("fused_ragged", batch=1),
+    Case("fused_causal_dead_rows", batch=1, causal=True, queries=50, keys=19),
+    Case("fused_causal", batch=1, heads=1, causal=True, queries=64, keys=64),
+    Case("fused_pad_left_causal", mask="pad_left", causal=True, heads=1, queries=40, keys=50),
+    Case("fused_per_head_grouped", batch=1, heads=4, kv_heads=2, mask="bh1j", causal=True, keys=37),
+    Case("fused_dense_grouped", batch=1, kv_heads=1, mask="bhij", d=8, dv=24),
+    Case("fused_staircase", batch=1, heads=1, queries=50, keys=43, mask="staircase", scale=-0.7),
+    Case("fused_dropout", batch=1, heads=2, kv_heads=0, dropout_p=0.4, mask="holes", scale=-0.4),
+    Case("fused_dropout_dense", batch=1, heads=1, dropout_p=0.3, mask="11ij"),
+    Case("fused_two_parts", batch=1, heads=1, d=40, dv=80, mask="holes", causal=True, layout="heads_inside"),
+    Case("fused_zero_scale", batch=1, heads=1, scale=0.0, mask="bhi1", layout="sliced", grad_layout="interleaved"),
+    Case("fused_only_lse", batch=1, heads=1, grads="lse", causal=True, queries=30, keys=20),
+    Case("fused_no_keys", keys=0),
+    Case("fused_no_queries", queries=0),
+)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("case", FUSED_CASES, ids=str)
+def test_the_fused_backward(backend: Backend, case: Case, dtype: torch.dtype) -> None:
+    if backend.interpreted and dtype != torch.float32:
+        pytest.skip(
+            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
+        )
+    call = make_call(case, dtype, backend.device)
+    check(run(call, backend.name), call)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("needs", ("q", "qk", "qv", "kv"))
+def test_the_fused_backward_of_the_needed_gradients(backend: Backend, needs: str) -> None:
+    """It serves those of q and of k or v together. Of others, no one promises the same bits."""
+    case = Case("needs", batch=1, kv_heads=1, mask="pad_left", causal=True, queries=20, keys=40)
+    call = make_call(case, torch.float32, backend.device)
+    everything, some = run(call, backend.name), run(call, backend.name, needs=needs)
+    gradients = {name: getattr(some, name) for name in ("dq", "dk", "dv")}
+    assert [name[1] for name, gradient in gradients.items() if gradient is not None] == list(needs)
+    check(replace(everything, **{name: found for name, found in gradients.items() if found is not None}), call)
+
+
 @pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 @pytest.mark.parametrize("case", (*MASKED, *EMPTY, *PARTIAL_LOSS), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
@@ -372,6 +418,15 @@ def test_huge_scores_stay_finite(backend: Backend, dtype: torch.dtype) -> None:
         assert getattr(answer, name).isfinite().all(), name
     torch.testing.assert_close(answer.lse[alive].double(), truth.lse[alive], rtol=1e-5, atol=0)
     torch.testing.assert_close(answer.out.double(), truth.out, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, *FUSED))
+@pytest.mark.parametrize("mask", ("none", "pad_right", "bh1j"))
+def test_scores_far_below_zero(backend: Backend, mask: str) -> None:
+    """A key that is hidden, or not there, and taken as zeros has a score far above all others: its weight overflows."""
+    call = make_call(Case("far_below", batch=2, kv_heads=1, mask=mask), torch.float32, backend.device)
+    call = call.with_(q=call.q.abs() + 1, k=-10 * (call.k.abs() + 1), scale=1.0)
+    check(run(call, backend.name), call)
 
 
 @pytest.mark.parametrize("held", (0, 2**60), ids=("recomputed", "kept"))

@@ -38,7 +38,7 @@ def described(blocks: tuple[tuple[int, int], ...], tensors: tuple[Tensor | None,
 def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     block = [1, 1, rows, columns]
     layout = _layout(rows, columns, tensor.dtype)
-    strides = block_strides(tensor.shape[:3], tensor.stride(), columns)
+    strides = block_strides(tensor.shape, tensor.stride(), columns)
     return TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
 
 
