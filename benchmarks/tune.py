@@ -99,9 +99,9 @@ MODES = {
 KERNELS = {False: ("forward", "backward_kv", "backward_q"), True: ("forward", "backward_fused")}
 LAUNCHED = {
     "forward": ("hopper_forward", "forward"),
-    "backward_kv": ("hopper_backward", "hopper_backward_kv", "backward_kv"),
+    "backward_kv": ("hopper_backward", "hopper_backward_wide", "backward_kv"),
     "backward_q": ("hopper_backward_q", "backward_q"),
-    "backward_fused": ("hopper_backward_fused", "hopper_backward_kv_fused", "backward_kv_fused", "backward_kv"),
+    "backward_fused": ("hopper_backward_fused", "hopper_backward_wide_fused", "backward_fused"),
 }
 CONSUMERS = 2  # warpgroups that share the tile of a Gluon kernel
 GLUON_WARPS = 12  # of a program, producers counted
@@ -166,7 +166,7 @@ class Question:
     @cached_property
     def launched(self) -> str:
         """The name of the kernel that has the tile in question, among those that the call launches."""
-        names = {aot._name_of(one) for one in aot.record_call(self.spec, self.tiles, self.backend)}
+        names = {aot.kernel_name(one) for one in aot.record_call(self.spec, self.tiles, self.backend)}
         return next(name for name in LAUNCHED[self.kernel] if name in names)
 
     def tiles_with(self, tile: Tile, tiles: Tiles | None = None) -> Tiles:
@@ -501,7 +501,7 @@ def admit(question: Question, tiles: Tiles, inputs: Inputs, gate: Gate) -> Trial
     with recorded_launches() as launches:
         torch.autograd.grad(attend(*leaves), leaves, inputs.grad_out)
     repeat(launches)  # in order, once: the kernel's inputs are what the kernels before it wrote
-    own = [one for one in launches if aot._name_of(one) == question.launched]
+    own = [one for one in launches if aot.kernel_name(one) == question.launched]
     return Trial(check, partial(repeat, own), partial(repeat, launches))
 
 

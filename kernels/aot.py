@@ -53,6 +53,7 @@ __all__ = [
     "compile_launch",
     "compile_tasks",
     "compiled_for",
+    "kernel_name",
     "record_call",
 ]
 
@@ -226,7 +227,7 @@ def compile_launch(launch: Launch):
     )
 
 
-def _name_of(launch: Launch) -> str:
+def kernel_name(launch: Launch) -> str:
     """The kernel's name in the table; a fused backward has one of its own."""
     kernel = launch.prepared.kernel
     name = kernel.__name__.removesuffix("_kernel")
@@ -248,7 +249,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
     """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
     reports = []
     for launch in record_call(case.spec, case.tiles, case.backend):
-        name = _name_of(launch)
+        name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
         config, head_dim = _config_of(launch, case), case.spec.head_dim
@@ -351,7 +352,7 @@ def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tu
             prepared = launch.prepared
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
             identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
-            name = _name_of(launch)
+            name = kernel_name(launch)
             if case.backend == "triton_fused" and name != "backward_fused":
                 continue  # as in the call that is not fused
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":

@@ -114,7 +114,7 @@ def test_a_call_launches_every_kernel_of_its_mask():
 
 def test_the_fused_backward_takes_the_place_of_two_kernels():
     tiles = select_tiles(SPEC, aot.PARTS["sm_80"], "triton_fused")
-    names = [aot._name_of(launch) for launch in aot.record_call(SPEC, tiles, "triton_fused")]
+    names = [aot.kernel_name(launch) for launch in aot.record_call(SPEC, tiles, "triton_fused")]
     assert names == ["forward", "delta", "backward_fused"]
 
 
