@@ -38,6 +38,7 @@ from flash_attend.dispatch import BACKENDS, choose
 from flash_attend.kernels import aot
 from flash_attend.kernels.configs import (
     ARCHS,
+    HOPPER_ROWS,
     ROWS,
     VARIANTS,
     Tile,
@@ -78,7 +79,7 @@ ROOT = RESULTS.parent.parent
 SPACE = dict(block_m=(16, 32, 64, 128), block_n=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3, 4))
 # Gluon kernels fix the side that their consumers share, their warps and their buffers.
 SPACES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
-    ("hopper", "forward"): dict(block_n=(32, 64, 128)),
+    ("hopper", "forward"): dict(block_n=(32, 64, 128), ping_pong=(False, True)),
     ("hopper", "backward_kv"): dict(block_m=(32, 64, 128)),
     ("hopper", "backward_q"): dict(block_n=(32, 64, 128)),
     ("hopper", "backward_fused"): dict(block_m=(32, 64, 128)),
@@ -198,6 +199,8 @@ class Question:
     @property
     def whole_row(self) -> Tiles:
         """What the table holds today of all kernels, whether this backend launches them or not."""
+        if self.gluon:
+            return HOPPER_ROWS[self.spec.head_dim]
         if self.arch not in ARCHS:
             return self.tiles
         return VARIANTS.get(self.row) or ROWS[self.row[:3]]
@@ -589,11 +592,11 @@ def _tile_source(tile: Tile) -> str:
 
 
 def row_source(question: Question, tile: Tile) -> str:
-    """The row with a tile, as configs.py has it; of a row for Hopper the one entry."""
-    if question.gluon:
-        return f"    {question.spec.head_dim}: dict({question.kernel}={_tile_source(tile)}),"
+    """The row with a tile, as configs.py has it."""
     key = f"({', '.join(json.dumps(part) for part in question.row)})"
-    if question.kernel == "backward_fused":  # stands in a table of its own
+    if question.gluon:
+        key = str(question.spec.head_dim)
+    elif question.kernel == "backward_fused":  # stands in a table of its own
         return f"    {key}: {_tile_source(tile)},"
     tiles = question.tiles_with(tile, question.whole_row)
     listed = ", ".join(_tile_source(each) for each in tiles if each is not None)

@@ -17,7 +17,7 @@ import tune
 from cases import DTYPES, Case, make_inputs
 from flash_attend.dispatch import HOPPER_HEAD_DIMS
 from flash_attend.kernels import aot
-from flash_attend.kernels.configs import ROWS, VARIANTS, Tile, Tiles, mode_of, override, row_of
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, VARIANTS, Tile, Tiles, mode_of, override, row_of
 from flash_attend.spec import normalise_inputs
 from gate import Check, Gate
 from measure import numerics, stopwatch_for, summarise
@@ -316,7 +316,9 @@ def test_a_row_for_hopper_is_that_of_its_head_dim() -> None:
     assert about.row == ("sm_90", "hopper", 128)
     assert tune.table_of(about) == "HOPPER_ROWS"
     row = tune.row_source(about, Tile(128, 64, 4, 2))
-    assert eval(f"{{{row}}}", dict(Tile=Tile)) == {128: dict(forward=Tile(128, 64, 4, 2))}
+    assert eval(f"{{{row}}}", dict(Tile=Tile, Tiles=Tiles)) == {
+        128: HOPPER_ROWS[128]._replace(forward=Tile(128, 64, 4, 2))
+    }
     assert {case.backend for case in about.served()} == {"hopper"}
     assert {case.spec.head_dim for case in about.served()} == {128}
 
