@@ -10,14 +10,14 @@ INSTALLED := $(VENV)/.installed
 
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
-STAGES := lint test-plain test-interpreter aot aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
+STAGES := lint test-plain test-interpreter aot-common aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
 
 # What decides which code runs, and how, is said in the rules and not by whoever calls them.
 unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench train-step validate test lint format test-plain test-interpreter test-gpu aot clean
+.PHONY: help env demo bench train-step validate test lint format test-plain test-interpreter test-gpu aot aot-common clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -85,12 +85,19 @@ test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
 
-aot: $(INSTALLED) ## compiles every row of the configuration table, without a GPU
+aot: $(INSTALLED) ## compiles every row of the configuration table in every mode, without a GPU
 	@$(BIN)/python -m flash_attend.kernels.aot
 
-# What spills differs between Triton versions: that is checked on the pinned one.
+aot-common: $(INSTALLED) ## compiles those of half precision, and the others in one mode
+	@$(BIN)/python -m flash_attend.kernels.aot --common
+
+# What spills differs between Triton versions: that is checked on the pinned one, and of the kernels for Hopper on the
+# oldest too, which is the one that Hopper machines have today.
 aot-%: $(INSTALLED) $(VENV)/triton-%/.installed ## compiles a subset with another Triton (aot-3.6.0)
-	@PYTHONPATH=$(VENV)/triton-$* $(BIN)/python -m flash_attend.kernels.aot --subset --allow-spills
+	@PYTHONPATH=$(VENV)/triton-$* $(BIN)/python -m flash_attend.kernels.aot --subset \
+		--allow-spills --backend triton triton_fused
+	@PYTHONPATH=$(VENV)/triton-$* $(BIN)/python -m flash_attend.kernels.aot --subset \
+		$(if $(filter $(OLDEST_TRITON),$*),,--allow-spills) --backend hopper hopper_fused
 
 .PRECIOUS: $(VENV)/triton-%/.installed
 $(VENV)/triton-%/.installed: $(VENV)/.made

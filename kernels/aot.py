@@ -1,6 +1,6 @@
 """Compiles the kernels of every config row for real parts, without one: registers, spills, shared memory, instructions.
 
-    python -m flash_attend.kernels.aot [--json] [--subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
+    python -m flash_attend.kernels.aot [--json] [--common | --subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
 
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -297,30 +297,38 @@ KINDS = {
 # Head dims in other parts, and dv != d, that share a row of the kind "half" with those as wide as the row.
 OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}
 SUBSET_WIDTHS = (64, 96)
+ALL, COMMON, SUBSET = "all", "common", "subset"  # how many of the calls are compiled
+COMPILED = ("triton", "triton_fused", "hopper", "hopper_fused")
 
 
-def cases(archs: Iterable[str], subset: bool = False) -> Iterator[Case]:
-    """The calls that together compile every config row of these parts; `subset`: two widths in one mode each."""
+def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
+    """The calls that together compile every config row of these parts, or those of a smaller scope.
+
+    COMMON: half precision in all modes, but other kinds, and the fused backward, in the first alone. SUBSET: two widths
+    in the first mode, and of the kernels for Hopper all.
+    """
     for arch in archs:
         for kind, width in sorted({(kind, width) for _, kind, width in ROWS}):
-            if subset and width not in SUBSET_WIDTHS:
+            if scope == SUBSET and width not in SUBSET_WIDTHS:
                 continue
             dtype, n_modes = KINDS[kind]
-            calls = [((width, width), mode) for mode in MODES[: 1 if subset else n_modes]]
-            if kind == "half" and not subset:
+            if scope == SUBSET or (scope == COMMON and kind != "half"):
+                n_modes = 1
+            calls = [((width, width), mode) for mode in MODES[:n_modes]]
+            if kind == "half" and scope != SUBSET:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
             for dims, mode in calls:
                 spec = _spec_of(dims, **dtype, **mode)
                 yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
             # The fused backward takes longest to compile: only in the modes that have a tile of their own.
             calls = [call for call in calls if call[1] is MODES[0]]
-            calls += [((width, width), mode) for mode in MODES[1 : 1 if subset else None]]
+            calls += [((width, width), mode) for mode in MODES[1 : None if scope == ALL else 1]]
             for dims, mode in calls:
                 spec = _spec_of(dims, **dtype, **mode)
                 if mode is MODES[0] or (arch, kind, width, mode_of(spec)) in FUSED_VARIANTS:
                     yield Case(arch, spec, select_tiles(spec, PARTS[arch], "triton_fused"), "triton_fused")
     if "sm_90" in archs:
-        yield from _hopper_cases(subset)
+        yield from _hopper_cases(scope)
 
 
 def _spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
@@ -330,11 +338,9 @@ def _spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
     return AttentionSpec(head_dim=head_dim, value_dim=value_dim, **rest)
 
 
-def _hopper_cases(subset: bool) -> Iterator[Case]:
+def _hopper_cases(scope: str) -> Iterator[Case]:
     for dim, backend in product(HOPPER_ROWS, ("hopper", "hopper_fused")):
-        if subset and dim not in SUBSET_WIDTHS:
-            continue
-        for mode in HOPPER_MODES[: 1 if subset else None]:
+        for mode in HOPPER_MODES[: 1 if scope == SUBSET else None]:
             spec = AttentionSpec(
                 batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, head_dim=dim, value_dim=dim, scale=0.1,
                 dtype=torch.bfloat16, **mode,
@@ -342,11 +348,13 @@ def _hopper_cases(subset: bool) -> Iterator[Case]:
             yield Case("sm_90", spec, select_tiles(spec, PARTS["sm_90"], backend), backend)
 
 
-def _tasks(archs: Iterable[str], subset: bool, only: str) -> list[tuple[Case, tuple[str, ...]]]:
+def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]) -> list[tuple[Case, tuple[str, ...]]]:
     """What to compile: cases, and of each the kernels that no earlier case compiles just the same."""
     seen = set()
     tasks = []
-    for case in cases(archs, subset):
+    for case in cases(archs, scope):
+        if case.backend not in backends:
+            continue
         fresh = []
         for launch in record_call(case.spec, case.tiles, case.backend):
             prepared = launch.prepared
@@ -384,9 +392,16 @@ def compile_tasks(
             pool.shutdown(cancel_futures=True)  # whoever stops reading waits for no more than what has begun
 
 
-def compile_all(archs: Iterable[str], *, subset: bool = False, only: str = "", jobs: int | None = None) -> list[Report]:
-    """Compiles the config rows of these parts."""
-    reports = dict(compile_tasks(_tasks(archs, subset, only), jobs))
+def compile_all(
+    archs: Iterable[str],
+    *,
+    scope: str = ALL,
+    only: str = "",
+    backends: Container[str] = COMPILED,
+    jobs: int | None = None,
+) -> list[Report]:
+    """Compiles the config rows of these parts, as far as the scope goes."""
+    reports = dict(compile_tasks(_tasks(archs, scope, only, backends), jobs))
     return [report for index in sorted(reports) for report in reports[index]]
 
 
@@ -420,7 +435,19 @@ def as_table(reports: Iterable[Report]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flash_attend.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
-    parser.add_argument("--subset", action="store_true", help="two head widths, one mode")
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument(
+        "--common",
+        action="store_const",
+        const=COMMON,
+        default=ALL,
+        dest="scope",
+        help="half precision in all modes, the rest in one",
+    )
+    scope.add_argument("--subset", action="store_const", const=SUBSET, dest="scope", help="two head widths, one mode")
+    parser.add_argument(
+        "--backend", nargs="+", choices=COMPILED, default=COMPILED, metavar="NAME", help=", ".join(COMPILED)
+    )
     parser.add_argument(
         "--arch", nargs="+", choices=PARTS, default=list(CHECKED), metavar="ARCH", help=", ".join(PARTS)
     )
@@ -434,7 +461,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
-    reports = compile_all(options.arch, subset=options.subset, only=options.only, jobs=options.jobs)
+    reports = compile_all(
+        options.arch, scope=options.scope, only=options.only, backends=options.backend, jobs=options.jobs
+    )
     if not reports:
         parser.error(f"nothing matches {options.only!r}")
     print(as_json(reports) if options.json else as_table(reports))

@@ -101,10 +101,11 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
 # Instead of its row, where that would spill in one of these modes.
 VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_80", "half", 64, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_80", "half", 96, "dense"): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(64, 32, 8, 2)),
     ("sm_80", "half", 96, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
     ("sm_90", "half", 64, "dropout"): Tiles(Tile(128, 128, 8, 3, True), Tile(32, 64, 8, 2), Tile(128, 128, 8, 2, True)),
     ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3, True), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128, "dense"): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2, True)),
+    ("sm_90", "half", 128, "dense"): Tiles(Tile(128, 128, 8, 2, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)),
     ("sm_90", "half", 128, "dropout"): Tiles(Tile(128, 64, 8, 3, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)),
     ("sm_90", "half", 128, "dense+dropout"): Tiles(
         Tile(128, 64, 8, 3, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)
@@ -141,7 +142,7 @@ FUSED: dict[tuple[str, str, int], Tile] = {
     ("sm_80", "tf32x3", 64): Tile(32, 32, 8, 1),
     ("sm_80", "tf32x3", 128): Tile(16, 16, 8, 1),
     ("sm_90", "tf32x3", 64): Tile(32, 32, 8, 1),
-    ("sm_90", "tf32x3", 128): Tile(16, 16, 4, 1),
+    ("sm_90", "tf32x3", 128): Tile(16, 16, 8, 1),
 }
 FUSED_VARIANTS: dict[tuple[str, str, int, str], Tile] = {
     ("sm_80", "half", 64, "dense"): Tile(32, 64, 8, 2),
@@ -161,7 +162,7 @@ FUSED_VARIANTS: dict[tuple[str, str, int, str], Tile] = {
     ("sm_80", "half", 256, "dense+dropout"): Tile(16, 16, 8, 2),
     ("sm_90", "half", 64, "dense"): Tile(64, 64, 8, 2),
     ("sm_90", "half", 64, "dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "half", 64, "dense+dropout"): Tile(64, 32, 8, 2),
+    ("sm_90", "half", 64, "dense+dropout"): Tile(64, 32, 8, 1),
     ("sm_90", "half", 96, "dense"): Tile(16, 64, 8, 2),
     ("sm_90", "half", 96, "dropout"): Tile(16, 32, 8, 2),
     ("sm_90", "half", 96, "dense+dropout"): Tile(16, 64, 8, 2),
@@ -191,7 +192,6 @@ FUSED_VARIANTS: dict[tuple[str, str, int, str], Tile] = {
     ("sm_80", "tf32x3", 64, "dense"): Tile(16, 32, 8, 1),
     ("sm_80", "tf32x3", 64, "dropout"): Tile(16, 32, 8, 1),
     ("sm_80", "tf32x3", 64, "dense+dropout"): Tile(16, 32, 8, 1),
-    ("sm_90", "tf32x3", 128, "dense"): Tile(16, 16, 8, 1),
 }
 # Those of the backends "hopper" and "hopper_fused", by head dimension (d = dv). With twice the queries or the keys
 # registers are spilled and products serialized, and there is no power of two in between. What a kernel walks over has

@@ -27,7 +27,7 @@ from flash_attend.kernels.configs import (
     select_tiles,
 )
 from flash_attend.kernels.sass import ProductLoop
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, MaskKind, kind_of
 
 SPEC = AttentionSpec(
     batch=2, heads=4, kv_heads=4, queries=300, keys=300, head_dim=64, value_dim=64, dtype=torch.bfloat16, scale=0.1
@@ -84,6 +84,21 @@ def test_every_tile_of_the_fused_backward_is_compiled():
     assert compiled == rows | variants
 
 
+def test_smaller_scopes_leave_out_no_kernel_of_half_precision_and_none_for_hopper():
+    def compiled(scope, backends, kinds=("half",)):
+        cases = aot.cases(aot.CHECKED, scope)
+        return {case for case in cases if case.backend in backends and kind_of(case.spec) in kinds}
+
+    hopper, triton, others = ("hopper", "hopper_fused"), ("triton",), ("tf32", "tf32x3", "double")
+    assert compiled(aot.COMMON, hopper + triton) == compiled(aot.ALL, hopper + triton)
+    every = compiled(aot.ALL, (*triton, "triton_fused"), others)
+    common = compiled(aot.COMMON, (*triton, "triton_fused"), others)
+    assert common < every
+    assert {(case.arch, *row_of(case.spec)) for case in common} == {(case.arch, *row_of(case.spec)) for case in every}
+    dims = {(case.backend, case.spec.head_dim) for case in compiled(aot.SUBSET, hopper)}
+    assert dims == set(product(hopper, HOPPER_ROWS))
+
+
 @pytest.mark.parametrize("backend", ["hopper", "hopper_fused"])
 def test_every_kernel_for_hopper_is_compiled_in_every_mode(backend):
     cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == backend]
@@ -96,7 +111,7 @@ def test_every_kernel_for_hopper_is_compiled_in_every_mode(backend):
 
 
 def test_cases_take_the_tiles_that_a_call_would_take():
-    for case in aot.cases(["sm_90"], subset=True):
+    for case in aot.cases(["sm_90"], aot.SUBSET):
         assert case.tiles is select_tiles(case.spec, aot.PARTS["sm_90"], case.backend)
 
 
@@ -173,16 +188,18 @@ def test_problems_of_the_backward_for_hopper(change, problem):
 
 def test_the_backward_for_hopper_compiles_well(ready_to_compile):
     """With dQ in the same pass, and a key mask under causality: where it has fewest registers to spare."""
-    (case,) = (case for case in aot.cases(["sm_90"], subset=True) if case.backend == "hopper_fused")
+    case = next(case for case in aot.cases(["sm_90"], aot.SUBSET) if case.backend == "hopper_fused")
     (report,) = aot.compile_case(case, ["hopper_backward_fused"])
     assert not report.problems()
     assert [loop.exponentials for loop in report.loops] == [64, 64]
 
 
-def test_the_forward_for_hopper_compiles_well(ready_to_compile):
+@pytest.mark.parametrize("ping_pong", [False, True])
+def test_the_forward_for_hopper_compiles_well(ping_pong, ready_to_compile):
     """On whichever of the supported Tritons is here."""
-    (case, *_) = (case for case in aot.cases(["sm_90"], subset=True) if case.backend == "hopper")
-    (report,) = aot.compile_case(case, ["hopper_forward"])
+    case = next(case for case in aot.cases(["sm_90"], aot.SUBSET) if case.backend == "hopper")
+    tiles = case.tiles._replace(forward=case.tiles.forward._replace(ping_pong=ping_pong))
+    (report,) = aot.compile_case(replace(case, tiles=tiles), ["hopper_forward"])
     assert not report.problems()
     assert [loop.exponentials for loop in report.loops[:2]] == [66, 66]  # 64 of a row's weights, two of corrections
 
