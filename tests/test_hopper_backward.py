@@ -17,7 +17,7 @@ from calls import Call, Case, bits_equal, check, make_call, truth_of
 from calls import run as run_publicly
 from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import select_tiles
-from flash_attend.kernels.hopper import backward, backward_wide, producer, ring
+from flash_attend.kernels.hopper import backward, backward_wide, producer, products, ring
 from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
@@ -343,7 +343,9 @@ WIDE_MISTAKES = {
         ("        release(barriers, GRAD_RING, slot)\n", ""),
         ("        scores = warp", "        release(barriers, GRAD_RING, slot)\n        scores = warp"),
     ),
-    "blocks are not given back": dict(_add=changed(backward_wide._add, ("    release(barriers, ring, slot)\n", ""))),
+    "blocks are not given back": dict(
+        add_product=changed(products.add_product, ("    release(barriers, ring, slot)\n", ""))
+    ),
     "the gradient of out is not awaited": for_v(("        await_full(barriers, GRAD_RING, slot, turn)\n", "")),
     "the gradients of the scores are not awaited": dict(
         _add_to_query_gradient=changed(

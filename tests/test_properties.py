@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calls import BACKENDS, FUSED, LAYOUTS, MASKS, Backend, Call, Case, assert_same_bits, check, make_call, run
 
-EXAMPLES = {False: 150, True: 30}  # by whether the backend is interpreted
+EXAMPLES = {False: 150, True: 20}  # by whether the backend is interpreted
 
 # Where all keys are alike, all roundings are, and no norm of an error is steady: test_semantics.py has such calls.
 LAYOUT_NAMES = sorted(set(LAYOUTS) - {"broadcast_length"})

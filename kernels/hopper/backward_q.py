@@ -35,6 +35,7 @@ from flash_attend.kernels.hopper.partitions import (
     product_layout,
 )
 from flash_attend.kernels.hopper.producer import fill_blocks
+from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, place, release
 from flash_attend.kernels.hopper.versions import store_tile
 from flash_attend.kernels.hopper.walk import first_block_of, full_count, tile_at, walk_at
@@ -73,26 +74,6 @@ def _produce(inputs, buffers, barriers, position, walk, RATIO: gl.constexpr, LIS
 
 
 @gluon.jit
-def _issue(rows, buffers, barriers, ring: gl.constexpr, step):
-    """Starts the product [CONSUMER_ROWS, BLOCK_N] of rows with this step's block of k or v, once that is there."""
-    BLOCK_N: gl.constexpr = buffers.shape[1]
-    slot, turn = place(step, buffers.shape[0])
-    await_full(barriers, ring, slot, turn)
-    nothing = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, product_layout(BLOCK_N))
-    return warpgroup_mma(rows, buffers.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _add(total, grad_scores, k_buffers, barriers, step):
-    """The total with what this step's block adds to it."""
-    slot, _ = place(step, SLOTS)
-    token = warpgroup_mma(grad_scores, k_buffers.index(slot), total, is_async=True)
-    total = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
-    release(barriers, K_RING, slot)
-    return total
-
-
-@gluon.jit
 def _masked_block(
     step, buffers, barriers, of_rows, scale_log2, block, row, visible, queries, keys,
     CONSUMER: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
@@ -107,8 +88,8 @@ def _masked_block(
         await_full(barriers, K_RING, slot, turn)
         # Every block so far was cleared, as this one is now. Later ones are full.
         clear_hidden(k_buffers.index(slot), visible, block * BLOCK_N, barriers, CLEARED, step, CONSUMER)
-    scores_token = _issue(q_buffers.index(CONSUMER), k_buffers, barriers, K_RING, step)
-    weights_token = _issue(grad_buffers.index(CONSUMER), v_buffers, barriers, V_RING, step)
+    scores_token = issue_product(q_buffers.index(CONSUMER), k_buffers, barriers, K_RING, step)
+    weights_token = issue_product(grad_buffers.index(CONSUMER), v_buffers, barriers, V_RING, step)
     scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores_token,))
     weights = recomputed_weights(scores, lse_log2[:, None], scale_log2)
     slot, turn = place(step, v_buffers.shape[0])
@@ -140,8 +121,8 @@ def _step(total, grad_scores, step, buffers, barriers, of_rows, scale_log2, CONS
     step += 1
     k_slot, k_turn = place(step, SLOTS)
     v_slot, v_turn = place(step, v_buffers.shape[0])
-    scores_token = _issue(q_buffers.index(CONSUMER), k_buffers, barriers, K_RING, step)
-    weights_token = _issue(grad_buffers.index(CONSUMER), v_buffers, barriers, V_RING, step)
+    scores_token = issue_product(q_buffers.index(CONSUMER), k_buffers, barriers, K_RING, step)
+    weights_token = issue_product(grad_buffers.index(CONSUMER), v_buffers, barriers, V_RING, step)
     total_token = warpgroup_mma(grad_scores, k_buffers.index(before), total, is_async=True)
     scores = warpgroup_mma_wait(num_outstanding=2, deps=(scores_token,))
     weights = recomputed_weights(scores, lse_log2[:, None], scale_log2)
@@ -189,7 +170,7 @@ def _consume(
         step, buffers, barriers, of_rows, scale_log2, block, row, visible, queries, keys, CONSUMER, MASK, CAUSAL
     )
     for masked in range(1, n_masked):
-        total = _add(total, grad_scores, k_buffers, barriers, step)
+        total = add_product(total, grad_scores, k_buffers, barriers, K_RING, step)
         step += 1
         block = masked_block(walk, masked, RATIO, LISTED)
         grad_scores = _masked_block(
@@ -197,7 +178,7 @@ def _consume(
         )
     for _ in range(n_full):
         total, grad_scores, step = _step(total, grad_scores, step, buffers, barriers, of_rows, scale_log2, CONSUMER)
-    total = _add(total, grad_scores, k_buffers, barriers, step)
+    total = add_product(total, grad_scores, k_buffers, barriers, K_RING, step)
     # Nobody reads q any more: its buffer is free.
     out = q_buffers.index(CONSUMER)
     out.store((total * scale).to(out.dtype))

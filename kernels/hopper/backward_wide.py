@@ -39,6 +39,7 @@ from flash_attend.kernels.hopper.partitions import (
     store_gradient,
 )
 from flash_attend.kernels.hopper.producer import fill_queries
+from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import (
     SLOTS,
     await_empty,
@@ -84,26 +85,6 @@ def _produce(inputs, shared, work):
         (q_buffers, grad_buffers, lse_buffers, delta_buffers, barriers),
         batch, kv_head * group, group, first_query, n_blocks, Q_RING, GRAD_RING,
     )  # fmt: skip
-
-
-@gluon.jit
-def _issue(keys, buffers, barriers, ring: gl.constexpr, step):
-    """Starts the product [CONSUMER_ROWS, BLOCK_M] of k or v with this step's block, once that is there."""
-    BLOCK_M: gl.constexpr = buffers.shape[1]
-    slot, turn = place(step, SLOTS)
-    await_full(barriers, ring, slot, turn)
-    nothing = gl.zeros([CONSUMER_ROWS, BLOCK_M], gl.float32, product_layout(BLOCK_M))
-    return warpgroup_mma(keys, buffers.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _add(total, operand, buffers, barriers, ring: gl.constexpr, step):
-    """The total with what this step's block adds to it; gives the block back."""
-    slot, _ = place(step, SLOTS)
-    token = warpgroup_mma(operand, buffers.index(slot), total, is_async=True)
-    total = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
-    release(barriers, ring, slot)
-    return total
 
 
 @gluon.jit
@@ -190,12 +171,12 @@ def _consume_for_v(
     block = 0
     for step in range(n_steps):
         slot, turn = place(step, SLOTS)
-        token = _issue(k, q_buffers, barriers, Q_RING, step)
+        token = issue_product(k, q_buffers, barriers, Q_RING, step)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
         weights = _weights(scores, lse_buffers, step, block, edges, visible, scale_log2, MASK, CAUSAL, FUSED)
         release(barriers, Q_RING, slot)
         await_full(barriers, GRAD_RING, slot, turn)
-        total = _add(total, _as_operand(weights, grad_buffers), grad_buffers, barriers, GRAD_RING, step)
+        total = add_product(total, _as_operand(weights, grad_buffers), grad_buffers, barriers, GRAD_RING, step)
         if FUSED:
             _add_to_query_gradient(outputs, k, scores_buffers, barriers, work, step, head, block)
         head, block = _after(head, block, n_blocks)
@@ -228,8 +209,8 @@ def _consume_for_k(
     block = 0
     for step in range(group * n_blocks):
         slot, turn = place(step, SLOTS)
-        scores_token = _issue(k, q_buffers, barriers, Q_RING, step)
-        weights_token = _issue(v, grad_buffers, barriers, GRAD_RING, step)
+        scores_token = issue_product(k, q_buffers, barriers, Q_RING, step)
+        weights_token = issue_product(v, grad_buffers, barriers, GRAD_RING, step)
         scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores_token,))
         weights = _weights(scores, lse_buffers, step, block, edges, visible, scale_log2, MASK, CAUSAL, FUSED)
         # It is through: a wait ends a basic block, and keeps the assembler from hoisting the one for a product, which
@@ -244,7 +225,7 @@ def _consume_for_k(
             scores_buffers.index(slot).store(grad_scores)
             publish(barriers, SCORES_RING, slot)
         grad_scores = _as_operand(grad_scores, q_buffers)
-        total = _add(total, grad_scores, q_buffers, barriers, Q_RING, step)
+        total = add_product(total, grad_scores, q_buffers, barriers, Q_RING, step)
         _, block = _after(0, block, n_blocks)
     # Nobody else reads v.
     store_gradient(total * scale, descriptor, v, visible, (batch, kv_head, first_key), MASK)

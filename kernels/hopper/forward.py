@@ -37,6 +37,7 @@ from flash_attend.kernels.hopper.partitions import (
     take_turn,
 )
 from flash_attend.kernels.hopper.producer import fill_blocks
+from flash_attend.kernels.hopper.products import issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, release
 from flash_attend.kernels.hopper.versions import store_tile
 from flash_attend.kernels.hopper.walk import (
@@ -94,16 +95,6 @@ def _produce(
 
 
 @gluon.jit
-def _issue_scores(q, k_buffers, barriers, step):
-    """Starts the product [CONSUMER_ROWS, BLOCK_N] of q with this step's block of k, once that is there."""
-    BLOCK_N: gl.constexpr = k_buffers.shape[1]
-    slot = step % SLOTS
-    await_full(barriers, K_RING, slot, step // SLOTS)
-    nothing = gl.zeros([CONSUMER_ROWS, BLOCK_N], gl.float32, product_layout(BLOCK_N))
-    return warpgroup_mma(q, k_buffers.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _take_in(
     scores, row_max, row_sum, block, row, visible, queries, keys, scale_log2,
     MASKED: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
@@ -143,7 +134,7 @@ def _step(
     WIDTH: gl.constexpr = v_buffers.shape[2]
     if PING_PONG:
         take_turn(barriers, TURNS, step, CONSUMER)
-    scores_token = _issue_scores(q, k_buffers, barriers, step)
+    scores_token = issue_product(q, k_buffers, barriers, K_RING, step)
     total_token = warpgroup_mma(weights, v_buffers.index(before), total, is_async=True)
     if PING_PONG:
         pass_turn(barriers, TURNS, CONSUMER)
@@ -204,7 +195,7 @@ def _consume(
         await_full(barriers, Q_RING, CONSUMER, turn)
         if PING_PONG:
             take_turn(barriers, TURNS, step, CONSUMER)
-        token = _issue_scores(q, k_buffers, barriers, step)
+        token = issue_product(q, k_buffers, barriers, K_RING, step)
         if PING_PONG:
             pass_turn(barriers, TURNS, CONSUMER)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
