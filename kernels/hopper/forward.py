@@ -7,8 +7,6 @@ A consumer issues the scores of a block before the weighted sum of the block bef
 while that sum is still running. Blocks that need masking come first, the full ones after them.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache, partial
 
 import triton
@@ -17,239 +15,199 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.forward import empty_outputs
-from flash_attend.kernels.hopper.descriptors import bulk_readable, described
+from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
     CONSUMERS,
     REGISTERS,
+    Meeting,
+    Turns,
+    as_operand,
     clear_hidden,
-    init_turns,
-    pass_turn,
+    make_meeting,
+    make_turns,
+    per_column,
+    per_row,
     product_layout,
-    take_turn,
+    store_rows,
 )
-from flash_attend.kernels.hopper.producer import fill_blocks
+from flash_attend.kernels.hopper.producer import Inputs, fill_blocks
 from flash_attend.kernels.hopper.products import issue_product
-from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, release
-from flash_attend.kernels.hopper.versions import store_tile
-from flash_attend.kernels.hopper.walk import (
-    first_block_of,
-    full_count,
-    tile_at,
-    turn_count,
-    walk_at,
-)
-from flash_attend.kernels.key_schedule import (
-    Schedule,
-    build_schedule,
-    masked_block,
-    masked_count,
-)
+from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_barriers, make_ring
+from flash_attend.kernels.hopper.walk import QueryTiles, make_mask
+from flash_attend.kernels.key_schedule import Schedule, build_schedule
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
-from flash_attend.kernels.operands import mask_strides, query_section, readable
-from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, SMALLEST_SCALE, finish, online_step
+from flash_attend.kernels.mask import KEY
+from flash_attend.kernels.operands import query_section, readable
+from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.softmax_ import NEGATIVE_INFINITY, Softmax
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 
 __all__ = ["attention_forward"]
 
-# Where each ring's barriers begin. All barriers are one array: a partition pays registers for all that it is handed.
-Q_RING = gl.constexpr(0)  # a slot is a consumer's
-K_RING = gl.constexpr(4)
-V_RING = gl.constexpr(8)
-CLEARED = gl.constexpr(12)  # both consumers have cleared their halves of a block of v
-TURNS = gl.constexpr(13)  # with PING_PONG
-N_BARRIERS = gl.constexpr(15)
+
+@aggregate
+class Outputs:
+    """Where the consumers write."""
+
+    out: object  # a descriptor
+    lse: gl.tensor  # a pointer
+
+
+@aggregate
+class Shared:
+    """What the partitions have in shared memory."""
+
+    q: Ring  # a slot is a consumer's
+    k: Ring
+    v: Ring
+    out: gl.shared_memory_descriptor  # [CONSUMERS, CONSUMER_ROWS, WIDTH], maybe that of q
+    cleared: Meeting  # both consumers have cleared their halves of a block of v
+    turns: Turns
+
+
+@aggregate
+class State:
+    """What a consumer carries from block to block."""
+
+    total: gl.tensor  # [CONSUMER_ROWS, WIDTH]: the weighted sum of the blocks before the last one
+    softmax: Softmax
+    weights: gl.tensor  # of the last one, an operand
+    step: gl.tensor  # that of the last one
+    cleared: object  # how many blocks were
 
 
 @gluon.jit
-def _produce(
-    inputs, shared, mask, sizes,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
-):  # fmt: skip
+def _produce(inputs, shared, tiles):
     """The producer: for each tile its q, then its blocks of k and v in the order in which the consumers take them."""
-    q_descriptor, k_descriptor, v_descriptor, group = inputs
-    q_buffers, k_buffers, v_buffers, barriers = shared
-    queries, keys, heads, heads_total, section = sizes
     step = 0
-    for turn in range(turn_count(queries, heads_total, BLOCK_M)):
-        index = gl.program_id(0) + turn * gl.num_programs(0)
-        first_query, batch, head = tile_at(index, queries, heads, heads_total, section, BLOCK_M)
-        walk, _ = walk_at(mask, first_query, batch, head, queries, keys, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL)
+    for turn in range(tiles.count()):
+        tile = tiles.at(turn)
         for consumer in gl.static_range(CONSUMERS):
-            row = first_query + consumer * CONSUMER_ROWS
-            fill(q_descriptor, [batch, head, row, 0], q_buffers.index(consumer), barriers, Q_RING, consumer, turn)
-        step = fill_blocks(
-            (k_descriptor, v_descriptor), (k_buffers, v_buffers, barriers), walk, batch, head // group, step,
-            K_RING, V_RING, SCHEDULE_N // BLOCK_N, MASK != NONE,
-        )  # fmt: skip
+            row = tile.first_query + consumer * CONSUMER_ROWS
+            shared.q.of(consumer, turn).fill(inputs.q, [tile.batch, tile.head, row, 0])
+        step = fill_blocks(inputs, shared, tile, step)
 
 
 @gluon.jit
-def _take_in(
-    scores, row_max, row_sum, block, row, visible, queries, keys, scale_log2,
-    MASKED: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr, NEGATIVE_SCALE: gl.constexpr,
-):  # fmt: skip
-    """The weights [CONSUMER_ROWS, BLOCK_N] of a block's scores, the correction of older sums, the new statistics."""
-    if NEGATIVE_SCALE:
-        scores = -scores
+def _weigh(products, softmax, scores, mask, row, block, MASKED: gl.constexpr):
+    """The weights [CONSUMER_ROWS, BLOCK_N] of a block, the correction of older sums, and the softmax with it."""
+    BLOCK_N: gl.constexpr = products.shape[1]
+    x = scores.apply(products)
     if MASKED:
-        BLOCK_N: gl.constexpr = scores.shape[1]
-        key = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, product_layout(BLOCK_N)))
-        scores = hide(
-            scores,
-            NEGATIVE_INFINITY,
-            row[:, None],
-            key[None, :],
-            key_visibility(visible, key, keys, MASK)[None, :],
-            keys - queries,
-            MASK,
-            CAUSAL,
-            HIDE_KEYS=MASK == KEY or not CAUSAL,
-        )
-    return online_step(scores, row_max, row_sum, scale_log2, MASKED)
+        key = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=per_column(BLOCK_N))
+        x = mask.hide(x, row[:, None], key[None, :], mask.key_shown(key)[None, :], NEGATIVE_INFINITY)
+    return softmax.step(x, scores.factor_log2, MASKED)
 
 
 @gluon.jit
-def _step(
-    total, row_max, row_sum, weights, step, cleared, q, k_buffers, v_buffers, barriers,
-    block, row, visible, queries, keys, scale_log2,
-    CONSUMER: gl.constexpr, MASKED: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr, PING_PONG: gl.constexpr,
-):  # fmt: skip
-    """The scores and weights of one block, and the weighted sum of the block before."""
-    before = step % SLOTS
-    step += 1
-    slot = step % SLOTS
-    BLOCK_N: gl.constexpr = k_buffers.shape[1]
-    WIDTH: gl.constexpr = v_buffers.shape[2]
-    if PING_PONG:
-        take_turn(barriers, TURNS, step, CONSUMER)
-    scores_token = issue_product(q, k_buffers, barriers, K_RING, step)
-    total_token = warpgroup_mma(weights, v_buffers.index(before), total, is_async=True)
-    if PING_PONG:
-        pass_turn(barriers, TURNS, CONSUMER)
-    scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores_token,))
-    release(barriers, K_RING, slot)
-    exponentials, correction, row_max, row_sum = _take_in(
-        scores, row_max, row_sum, block, row, visible, queries, keys, scale_log2, MASKED, MASK, CAUSAL, NEGATIVE_SCALE
-    )
+def _step(state, q, shared, scores, mask, row, block, CONSUMER: gl.constexpr, MASKED: gl.constexpr):
+    """The weights of one block, and the weighted sum of the block before."""
+    WIDTH: gl.constexpr = state.total.shape[1]
+    before = shared.v.at(state.step)
+    step = state.step + 1
+    cleared = state.cleared
+    k = shared.k.at(step)
+    v = shared.v.at(step)
+    shared.turns.take(step, CONSUMER)
+    products_token = issue_product(q, k)
+    total_token = warpgroup_mma(state.weights, before.buffer(), state.total, is_async=True)
+    shared.turns.hand_on(CONSUMER)
+    products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
+    k.release()
+    weights, correction, softmax = _weigh(products, state.softmax, scores, mask, row, block, MASKED)
     # Here, not in the next step: a wait ends a basic block, and keeps the assembler from hoisting the one for the sum,
     # which follows, above the exponentials.
-    await_full(barriers, V_RING, slot, step // SLOTS)
+    v.await_full()
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total_token,))
-    weights = gl.convert_layout(exponentials.to(weights.dtype), gl.DotOperandLayout(0, product_layout(WIDTH), 2))
-    release(barriers, V_RING, before)
-    if MASKED and MASK == KEY:
-        clear_hidden(v_buffers.index(slot), visible, block * BLOCK_N, barriers, CLEARED, cleared, CONSUMER)
+    weights = as_operand(weights, state.weights.dtype, WIDTH)
+    before.release()
+    if MASKED and mask.KIND == KEY:
+        block_of_v = v.buffer()
+        clear_hidden(block_of_v, mask, block * block_of_v.shape[0], cleared, shared.cleared, CONSUMER)
         cleared += 1
-    total = total * gl.convert_layout(correction, gl.SliceLayout(1, product_layout(WIDTH)))[:, None]
-    return total, row_max, row_sum, weights, step, cleared
+    total = total * gl.convert_layout(correction, per_row(WIDTH))[:, None]
+    return State(total, softmax, weights, step, cleared)
 
 
 @gluon.jit
-def _consume(
-    outputs, shared, mask, sizes,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr, OUT_IN_Q: gl.constexpr, PING_PONG: gl.constexpr, CONSUMER: gl.constexpr,
-):  # fmt: skip
+def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: gl.constexpr):
     """A consumer: its rows of each tile."""
-    out_descriptor, LSE, out_buffers, scale_log2 = outputs
-    q_buffers, k_buffers, v_buffers, barriers = shared
-    queries, keys, heads, heads_total, section = sizes
-    LISTED: gl.constexpr = MASK != NONE
-    RATIO: gl.constexpr = SCHEDULE_N // BLOCK_N
-    WIDTH: gl.constexpr = q_buffers.shape[2]
-    total_layout: gl.constexpr = product_layout(WIDTH)
-    weights_layout: gl.constexpr = gl.DotOperandLayout(0, total_layout, 2)
-    rows_layout: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
-    q = q_buffers.index(CONSUMER)
+    q = shared.q.of(CONSUMER, 0).buffer()
+    BLOCK_N: gl.constexpr = tiles.BLOCK_N
+    WIDTH: gl.constexpr = q.shape[1]
+    of_rows: gl.constexpr = per_row(BLOCK_N)
     step = 0
     cleared = 0
-    for turn in range(turn_count(queries, heads_total, BLOCK_M)):
-        index = gl.program_id(0) + turn * gl.num_programs(0)
-        first_query, batch, head = tile_at(index, queries, heads, heads_total, section, BLOCK_M)
-        walk, visible = walk_at(
-            mask, first_query, batch, head, queries, keys, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL
-        )
-        n_masked = masked_count(walk)
-        n_full = full_count(walk, RATIO, LISTED)
-        block = first_block_of(walk, RATIO, LISTED)
+    for turn in range(tiles.count()):
+        tile = tiles.at(turn)
+        mask = tile.mask
+        n_masked = tile.walk.masked_count()
+        n_full = tile.full_count()
+        block = tile.first_block()
         if n_masked == 0:
             n_full -= 1  # the first block is one of them
-        first_row = first_query + CONSUMER * CONSUMER_ROWS
-        row = first_row + gl.arange(0, CONSUMER_ROWS, layout=rows_layout)
-        row_max = gl.full([CONSUMER_ROWS], NEGATIVE_INFINITY, gl.float32, rows_layout)
-        row_sum = gl.zeros([CONSUMER_ROWS], gl.float32, rows_layout)
-
-        slot = step % SLOTS
-        await_full(barriers, Q_RING, CONSUMER, turn)
-        if PING_PONG:
-            take_turn(barriers, TURNS, step, CONSUMER)
-        token = issue_product(q, k_buffers, barriers, K_RING, step)
-        if PING_PONG:
-            pass_turn(barriers, TURNS, CONSUMER)
-        scores = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
-        release(barriers, K_RING, slot)
-        exponentials, _, row_max, row_sum = _take_in(
-            scores, row_max, row_sum, block, row, visible, queries, keys, scale_log2, True, MASK, CAUSAL, NEGATIVE_SCALE
+        first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
+        row = first_row + gl.arange(0, CONSUMER_ROWS, layout=of_rows)
+        softmax = Softmax(
+            gl.full([CONSUMER_ROWS], NEGATIVE_INFINITY, gl.float32, of_rows),
+            gl.zeros([CONSUMER_ROWS], gl.float32, of_rows),
         )
-        weights = gl.convert_layout(exponentials.to(q.dtype), weights_layout)
-        await_full(barriers, V_RING, slot, step // SLOTS)
-        if MASK == KEY:
-            clear_hidden(v_buffers.index(slot), visible, block * BLOCK_N, barriers, CLEARED, cleared, CONSUMER)
+
+        rows = shared.q.of(CONSUMER, turn)
+        k = shared.k.at(step)
+        v = shared.v.at(step)
+        rows.await_full()
+        shared.turns.take(step, CONSUMER)
+        token = issue_product(q, k)
+        shared.turns.hand_on(CONSUMER)
+        products = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
+        k.release()
+        weights, _, softmax = _weigh(products, softmax, scores, mask, row, block, True)
+        weights = as_operand(weights, q.dtype, WIDTH)
+        v.await_full()
+        if mask.KIND == KEY:
+            clear_hidden(v.buffer(), mask, block * BLOCK_N, cleared, shared.cleared, CONSUMER)
             cleared += 1
-        total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, total_layout)
+        total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
+        state = State(total, softmax, weights, step, cleared)
         for masked in range(1, n_masked):
-            block = masked_block(walk, masked, RATIO, LISTED)
-            total, row_max, row_sum, weights, step, cleared = _step(
-                total, row_max, row_sum, weights, step, cleared, q, k_buffers, v_buffers, barriers,
-                block, row, visible, queries, keys, scale_log2, CONSUMER, True, MASK, CAUSAL, NEGATIVE_SCALE,
-                PING_PONG,
-            )  # fmt: skip
+            block = tile.walk.masked_block(masked)
+            state = _step(state, q, shared, scores, mask, row, block, CONSUMER, True)
         for _ in range(n_full):
-            total, row_max, row_sum, weights, step, cleared = _step(
-                total, row_max, row_sum, weights, step, cleared, q, k_buffers, v_buffers, barriers,
-                0, row, visible, queries, keys, scale_log2, CONSUMER, False, MASK, CAUSAL, NEGATIVE_SCALE,
-                PING_PONG,
-            )  # fmt: skip
+            state = _step(state, q, shared, scores, mask, row, 0, CONSUMER, False)
         if not OUT_IN_Q:
-            release(barriers, Q_RING, CONSUMER)
-        slot = step % SLOTS
-        token = warpgroup_mma(weights, v_buffers.index(slot), total, is_async=True)
-        normaliser, lse_natural = finish(row_max, row_sum)
-        gl.store(LSE + (batch * heads + head).to(gl.int64) * queries + row, lse_natural, mask=row < queries)
+            rows.release()
+        step = state.step
+        cleared = state.cleared
+        v = shared.v.at(step)
+        token = warpgroup_mma(state.weights, v.buffer(), state.total, is_async=True)
+        normaliser, lse = state.softmax.finish()
+        at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * mask.queries + row
+        gl.store(outputs.lse + at, lse, mask=row < mask.queries)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
-        release(barriers, V_RING, slot)
-        out = out_buffers.index(CONSUMER)
-        total = total * gl.convert_layout(normaliser, gl.SliceLayout(1, total_layout))[:, None]
+        v.release()
+        total = total * gl.convert_layout(normaliser, per_row(WIDTH))[:, None]
         if not OUT_IN_Q:
             tma.store_wait(0)  # of the tile before
-        out.store(total.to(out.dtype))
-        fence_async_shared()
-        store_tile(out_descriptor, [batch, head, first_row, 0], out.reshape(out_descriptor.block_type.shape))
+        store_rows(total, outputs.out, [tile.batch, tile.head, first_row, 0], shared.out.index(CONSUMER))
         if OUT_IN_Q:
             tma.store_wait(0)
-            release(barriers, Q_RING, CONSUMER)
+            rows.release()
         step += 1
     tma.store_wait(0)
 
 
-@gluon.jit(
-    do_not_specialize=[
-        "scale_log2", "queries", "keys", "heads", "group", "mask_stride_batch", "mask_stride_head",
-        "heads_total", "section",
-    ]
-)  # fmt: skip
+@kernel(jit=gluon.jit)
 def hopper_forward_kernel(
     q_descriptor,
     k_descriptor,
@@ -258,7 +216,7 @@ def hopper_forward_kernel(
     LSE,
     VISIBLE,
     LISTS,
-    scale_log2: gl.float32,
+    scale: gl.float64,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -279,41 +237,32 @@ def hopper_forward_kernel(
 ):
     """Every n-th tile of BLOCK_M queries: OUT (b, h, i, d), and LSE (b, h, i), contiguous."""
     dtype: gl.constexpr = q_descriptor.dtype
-    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CONSUMER_ROWS, WIDTH], dtype)
-    keys_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, WIDTH], dtype)
-    q_buffers = gl.allocate_shared_memory(dtype, [CONSUMERS, CONSUMER_ROWS, WIDTH], rows_layout)
-    k_buffers = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, WIDTH], keys_layout)
-    v_buffers = gl.allocate_shared_memory(dtype, [SLOTS, BLOCK_N, WIDTH], keys_layout)
-    if OUT_IN_Q:
-        out_buffers = q_buffers
-    else:
-        out_buffers = gl.allocate_shared_memory(dtype, [CONSUMERS, CONSUMER_ROWS, WIDTH], rows_layout)
-    barriers = gl.allocate_shared_memory(gl.int64, [N_BARRIERS, 1], mbarrier.MBarrierLayout())
-    init_ring(barriers, Q_RING, 1)
-    init_ring(barriers, K_RING, CONSUMERS)
-    init_ring(barriers, V_RING, CONSUMERS)
-    mbarrier.init(barriers.index(CLEARED), count=CONSUMERS)
-    if PING_PONG:
-        init_turns(barriers, TURNS)
+    barriers = make_barriers()
+    q, barriers = make_ring(barriers, dtype, CONSUMERS, CONSUMER_ROWS, WIDTH, 1)
+    k, barriers = make_ring(barriers, dtype, SLOTS, BLOCK_N, WIDTH, CONSUMERS)
+    v, barriers = make_ring(barriers, dtype, SLOTS, BLOCK_N, WIDTH, CONSUMERS)
+    cleared, barriers = make_meeting(barriers)
+    turns, barriers = make_turns(barriers, PING_PONG)
+    out = q.buffers if OUT_IN_Q else allocate_rows(dtype, CONSUMERS, CONSUMER_ROWS, WIDTH)
     fence_async_shared()
-    outputs = (out_descriptor, LSE, out_buffers, scale_log2)
-    inputs = (q_descriptor, k_descriptor, v_descriptor, group)
-    shared = (q_buffers, k_buffers, v_buffers, barriers)
-    # Without a mask nothing reads these; None, in a tuple, does not compile.
-    mask = (LSE, LSE, 0, 0) if MASK == NONE else (VISIBLE, LISTS, mask_stride_batch, mask_stride_head)
-    sizes = (queries, keys, heads, heads_total, section)
-    # Compile-time values stay so only outside a tuple with a name.
+
+    mask = make_mask(
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
+    )
+    tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
+    scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
+    inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, None, None, None)
+    outputs = Outputs(out_descriptor, LSE)
+    shared = Shared(q, k, v, out, cleared, turns)
     gl.warp_specialize(
         [
-            (_consume, (outputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL, NEGATIVE_SCALE,
-                        OUT_IN_Q, PING_PONG, 0)),
-            (_consume, (outputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL, NEGATIVE_SCALE,
-                        OUT_IN_Q, PING_PONG, 1)),
-            (_produce, (inputs, shared, mask, sizes, BLOCK_M, BLOCK_N, SCHEDULE_N, MASK, CAUSAL)),
+            (_consume, (outputs, shared, tiles, scores, OUT_IN_Q, 0)),
+            (_consume, (outputs, shared, tiles, scores, OUT_IN_Q, 1)),
+            (_produce, (inputs, shared, tiles)),
         ],
         [4, 1],
         [240, 24],
-    )  # fmt: skip
+    )
 
 
 def attention_forward(
@@ -333,7 +282,7 @@ def attention_forward(
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _prepare(spec: AttentionSpec, tiles: Tiles, mask_rows: int, multiprocessors: int) -> Prepared:
+def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: int) -> Prepared:
     """The launch for all tensors of these sizes."""
     tile = tiles.forward
     dim = spec.head_dim
@@ -343,26 +292,11 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, mask_rows: int, multiprocessors:
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
-        (
-            max(abs(spec.scale) * LOG2E.value, SMALLEST_SCALE.value),
-            spec.queries,
-            spec.keys,
-            spec.heads,
-            spec.group,
-            *mask_strides(spec, mask_rows),
-            heads_total,
-            query_section(spec),
-        ),
+        (*call_numbers(spec, planes), heads_total, query_section(spec)),
         dict(
-            WIDTH=dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            SCHEDULE_N=tiles.schedule_block[1],
-            MASK=int(spec.mask),
-            CAUSAL=spec.causal,
-            NEGATIVE_SCALE=spec.scale < 0,
             PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v
+            **call_choices(spec, tile, tiles),
         ),
         tile.num_warps,
         registers=REGISTERS,

@@ -4,8 +4,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from flash_attend.kernels.compat import aggregate
+from flash_attend.kernels.hopper.ring import Barriers
 from flash_attend.kernels.hopper.versions import store_tile
-from flash_attend.kernels.masking import KEY
+from flash_attend.kernels.mask import KEY
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)  # of a tile: what one asynchronous product of four warps takes
@@ -20,6 +22,24 @@ def product_layout(columns):
 
 
 @gluon.constexpr_function
+def per_row(columns):
+    """Where they hold one number for each of its rows, [CONSUMER_ROWS]."""
+    return gl.SliceLayout(1, product_layout(columns))
+
+
+@gluon.constexpr_function
+def per_column(columns):
+    """Where they hold one number for each of its columns, [columns]."""
+    return gl.SliceLayout(0, product_layout(columns))
+
+
+@gluon.jit
+def as_operand(x, dtype: gl.constexpr, WIDTH: gl.constexpr):
+    """What products made, as the left operand of one of WIDTH columns, in registers."""
+    return gl.convert_layout(x.to(dtype), gl.DotOperandLayout(0, product_layout(WIDTH), 2))
+
+
+@gluon.constexpr_function
 def rows_at_a_time(columns):
     """How many rows of a block four warps clear in one go: two vectors of 16 bytes for each thread."""
     return 2048 // columns
@@ -31,12 +51,58 @@ def clearing_layout(columns):
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
 
 
+@aggregate
+class Meeting:
+    """Where both consumers wait for each other."""
+
+    barriers: Barriers
+
+    @gluon.jit
+    def meet(self, turn):
+        """Waits until both are here: what each of them has stored is there for the products of both."""
+        fence_async_shared()
+        mbarrier.arrive(self.barriers.index(0), count=1)
+        mbarrier.wait(self.barriers.index(0), turn & 1)
+
+
 @gluon.jit
-def meet(barriers, BARRIER: gl.constexpr, turn):
-    """Waits until both consumers are here: what each of them has stored is there for the products of both."""
-    fence_async_shared()
-    mbarrier.arrive(barriers.index(BARRIER), count=1)
-    mbarrier.wait(barriers.index(BARRIER), turn & 1)
+def make_meeting(barriers):
+    """A meeting, and the barriers left."""
+    mbarrier.init(barriers.index(0), count=CONSUMERS)
+    return Meeting(barriers), barriers.after(1)
+
+
+@aggregate
+class Turns:
+    """The consumers issue their products in turns, if they do: each has a barrier, at which the other one arrives.
+
+    While one waits for its products the other takes exponentials, and neither's products wait behind the other's
+    ("ping-pong" in FlashAttention-3).
+    """
+
+    barriers: Barriers
+    TAKEN: gl.constexpr
+
+    @gluon.jit
+    def take(self, step, CONSUMER: gl.constexpr):
+        """Waits until this consumer may issue the products of its `step`: after the other one's, the first one first."""
+        if self.TAKEN:
+            mbarrier.wait(self.barriers.index(CONSUMER), (step & 1) ^ (1 - CONSUMER))
+
+    @gluon.jit
+    def hand_on(self, CONSUMER: gl.constexpr):
+        """This consumer has issued its products: it is the other's turn."""
+        if self.TAKEN:
+            mbarrier.arrive(self.barriers.index(1 - CONSUMER), count=1)
+
+
+@gluon.jit
+def make_turns(barriers, TAKEN: gl.constexpr):
+    """The consumers' turns, and the barriers left."""
+    if TAKEN:
+        for consumer in gl.static_range(CONSUMERS):
+            mbarrier.init(barriers.index(consumer), count=1)
+    return Turns(barriers, TAKEN), barriers.after(CONSUMERS)
 
 
 @gluon.jit
@@ -47,59 +113,47 @@ def _keep_rows(rows, kept):
 
 
 @gluon.jit
-def clear_hidden_rows(rows, visible):
-    """Zeroes those rows of k or v that are hidden, by the visibility that begins at `visible`."""
+def clear_hidden_rows(rows, mask):
+    """Zeroes those rows of k or v that are hidden; the mask counts keys from the first of them."""
     PART: gl.constexpr = rows_at_a_time(rows.shape[1])
     layout: gl.constexpr = gl.SliceLayout(1, clearing_layout(rows.shape[1]))
     for part in gl.static_range(rows.shape[0] // PART):
-        shown = gl.load(visible + part * PART + gl.arange(0, PART, layout=layout)) != 0
+        shown = mask.counted_from(0, part * PART).key_shown(gl.arange(0, PART, layout=layout))
         _keep_rows(rows.slice(part * PART, PART), shown)
 
 
 @gluon.jit
-def clear_hidden(buffer, visible, first_key, barriers, CLEARED: gl.constexpr, cleared, CONSUMER: gl.constexpr):
+def clear_hidden(block, mask, first_key, cleared, meeting, CONSUMER: gl.constexpr):
     """Zeroes this consumer's half of those rows of a block of k or v that are hidden, and waits for the other half.
 
     A hidden key's weight is 0, but what it holds may be NaN, and 0 * NaN is no 0.
     """
-    HALF: gl.constexpr = buffer.shape[0] // CONSUMERS
-    clear_hidden_rows(buffer.slice(CONSUMER * HALF, HALF), visible + first_key + CONSUMER * HALF)
-    meet(barriers, CLEARED, cleared)
-
-
-# Two barriers: a consumer's says that the other one has issued the products of its own step.
-
-
-@gluon.jit
-def init_turns(barriers, TURNS: gl.constexpr):
-    for consumer in gl.static_range(CONSUMERS):
-        mbarrier.init(barriers.index(TURNS + consumer), count=1)
+    HALF: gl.constexpr = block.shape[0] // CONSUMERS
+    FIRST: gl.constexpr = CONSUMER * HALF
+    clear_hidden_rows(block.slice(FIRST, HALF), mask.counted_from(0, first_key + FIRST))
+    meeting.meet(cleared)
 
 
 @gluon.jit
-def take_turn(barriers, TURNS: gl.constexpr, step, CONSUMER: gl.constexpr):
-    """Waits until this consumer may issue the products of its `step`: after the other one's, the first one first.
-
-    While one waits for its products the other takes exponentials, and neither's products wait behind the other's
-    ("ping-pong" in FlashAttention-3).
-    """
-    mbarrier.wait(barriers.index(TURNS + CONSUMER), (step & 1) ^ (1 - CONSUMER))
-
-
-@gluon.jit
-def pass_turn(barriers, TURNS: gl.constexpr, CONSUMER: gl.constexpr):
-    """This consumer has issued its products: it is the other's turn."""
-    mbarrier.arrive(barriers.index(TURNS + 1 - CONSUMER), count=1)
-
-
-@gluon.jit
-def store_gradient(grad, descriptor, buffer, visible, at, MASK: gl.constexpr):
-    """Writes this consumer's rows [CONSUMER_ROWS, WIDTH] of a gradient through a buffer that nobody else uses."""
-    batch, kv_head, first_key = at
-    if MASK == KEY:
-        key = gl.arange(0, CONSUMER_ROWS, layout=gl.SliceLayout(1, product_layout(grad.shape[1])))
-        grad = gl.where((gl.load(visible + key) != 0)[:, None], grad, 0.0)
-    buffer.store(grad.to(buffer.dtype))
+def store_rows(rows, descriptor, coordinates, buffer):
+    """Starts to write a consumer's rows [CONSUMER_ROWS, WIDTH] through a buffer that nobody else uses."""
+    buffer.store(rows.to(buffer.dtype))
     fence_async_shared()
-    store_tile(descriptor, [batch, kv_head, first_key, 0], buffer.reshape(descriptor.block_type.shape))
+    store_tile(descriptor, coordinates, buffer.reshape(descriptor.block_type.shape))
+
+
+@gluon.jit
+def clear_hidden_gradients(grad, mask):
+    """The gradients of a consumer's keys [CONSUMER_ROWS, WIDTH], those of hidden ones as zeros."""
+    if mask.KIND == KEY:
+        key = gl.arange(0, CONSUMER_ROWS, layout=per_row(grad.shape[1]))
+        grad = gl.where(mask.key_shown(key)[:, None], grad, 0.0)
+    return grad
+
+
+@gluon.jit
+def store_gradient(grad, descriptor, buffer, mask, tile, FIRST: gl.constexpr):
+    """Writes the gradients of a consumer's keys, the first of which is the FIRST of the tile, and for `mask` key 0."""
+    coordinates = [tile.batch, tile.kv_head, tile.first_key + FIRST, 0]
+    store_rows(clear_hidden_gradients(grad, mask), descriptor, coordinates, buffer)
     tma.store_wait(0)

@@ -3,71 +3,62 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flash_attend.kernels.hopper.ring import SLOTS, fill, fill_both, place
-from flash_attend.kernels.hopper.walk import first_block_of
-from flash_attend.kernels.key_schedule import masked_block, masked_count, run_bounds, run_count
+from flash_attend.kernels.compat import aggregate
 
 SHIFTS = gl.constexpr(4)  # float32 in 16 bytes: along the last dimension a bulk copy begins at a multiple of those
 
 
+@aggregate
+class Inputs:
+    """Descriptors of what a producer copies; None, what its kernel does not read by copies."""
+
+    q: object
+    k: object
+    v: object
+    grad: object  # of out
+    lse: object  # to the base 2
+    delta: object
+
+
 @gluon.jit
-def fill_blocks(
-    inputs, rings, walk, batch, kv_head, step,
-    K_RING: gl.constexpr, V_RING: gl.constexpr, RATIO: gl.constexpr, LISTED: gl.constexpr,
-):  # fmt: skip
-    """Copies every block of a walk, in the order in which the consumers take them: those that need masking, then the
-    full ones, but at least one. Returns the next step."""
-    _fill_block(inputs, rings, batch, kv_head, first_block_of(walk, RATIO, LISTED), step, K_RING, V_RING)
+def fill_blocks(inputs, shared, tile, step):
+    """Copies every block of k and v that a tile of queries visits, in the order in which the consumers take them: those
+    that need masking, then the full ones, but at least one. Returns the next step."""
+    walk = tile.walk
+    _fill_block(inputs, shared, tile, tile.first_block(), step)
     step += 1
-    for masked in range(1, masked_count(walk)):
-        block = masked_block(walk, masked, RATIO, LISTED)
-        _fill_block(inputs, rings, batch, kv_head, block, step, K_RING, V_RING)
+    for masked in range(1, walk.masked_count()):
+        _fill_block(inputs, shared, tile, walk.masked_block(masked), step)
         step += 1
-    for run in range(0, run_count(walk)):
-        start, end = run_bounds(walk, run, RATIO, LISTED)
-        if (masked_count(walk) == 0) & (run == 0):
+    for run in range(0, walk.run_count()):
+        start, end = walk.run_bounds(run)
+        if (walk.masked_count() == 0) & (run == 0):
             start += 1  # the tile began with it
         for block in range(start, end):
-            _fill_block(inputs, rings, batch, kv_head, block, step, K_RING, V_RING)
+            _fill_block(inputs, shared, tile, block, step)
             step += 1
     return step
 
 
 @gluon.jit
-def _fill_block(inputs, rings, batch, head, block, step, K_RING: gl.constexpr, V_RING: gl.constexpr):
+def _fill_block(inputs, shared, tile, block, step):
     """One block of k and one of v."""
-    k_descriptor, v_descriptor = inputs
-    k_buffers, v_buffers, barriers = rings
-    coordinates = [batch, head, block * k_descriptor.block_type.shape[2], 0]
-    slot, turn = place(step, k_buffers.shape[0])
-    fill(k_descriptor, coordinates, k_buffers.index(slot), barriers, K_RING, slot, turn)
-    slot, turn = place(step, v_buffers.shape[0])
-    fill(v_descriptor, coordinates, v_buffers.index(slot), barriers, V_RING, slot, turn)
+    coordinates = [tile.batch, tile.kv_head, block * inputs.k.block_type.shape[2], 0]
+    shared.k.at(step).fill(inputs.k, coordinates)
+    shared.v.at(step).fill(inputs.v, coordinates)
 
 
 @gluon.jit
-def fill_queries(
-    inputs, rings, batch, first_head, n_heads, first_query, n_blocks, Q_RING: gl.constexpr, GRAD_RING: gl.constexpr
-):
-    """Copies so many blocks of queries, from the first on, of one head after another: q with its LSE, and the gradient
-    of out with its delta, from among SHIFTS copies of those numbers."""
-    q_descriptor, grad_descriptor, lse_descriptor, delta_descriptor = inputs
-    q_buffers, grad_buffers, lse_buffers, delta_buffers, barriers = rings
-    BLOCK_M: gl.constexpr = q_buffers.shape[1]
+def fill_queries(inputs, shared, tile):
+    """Copies every block of queries that visits a tile of keys, of one head after another: q with its LSE, and the
+    gradient of out with its delta, from among SHIFTS copies of those numbers."""
+    BLOCK_M: gl.constexpr = inputs.q.block_type.shape[2]
     step = 0
-    for head in range(first_head, first_head + n_heads):
-        for block in range(n_blocks):
-            slot, turn = place(step, SLOTS)
-            row = first_query + block * BLOCK_M
+    for head in range(tile.kv_head * tile.group, (tile.kv_head + 1) * tile.group):
+        for block in range(tile.n_blocks):
+            row = tile.first_query + block * BLOCK_M
             shift = row % SHIFTS
-            fill_both(
-                q_descriptor, [batch, head, row, 0], q_buffers.index(slot),
-                lse_descriptor, [batch, head, shift, row - shift], lse_buffers.index(slot),
-                barriers, Q_RING, slot, turn,
-            )  # fmt: skip
-            fill_both(
-                grad_descriptor, [batch, head, row, 0], grad_buffers.index(slot),
-                delta_descriptor, [batch, head, shift, row - shift], delta_buffers.index(slot),
-                barriers, GRAD_RING, slot, turn,
-            )  # fmt: skip
+            rows, numbers = [tile.batch, head, row, 0], [tile.batch, head, shift, row - shift]
+            shared.q.at(step).fill_both(inputs.q, rows, inputs.lse, numbers)
+            shared.grad.at(step).fill_both(inputs.grad, rows, inputs.delta, numbers)
             step += 1

@@ -1,75 +1,144 @@
-"""Which tile a program takes when, and the key blocks that it visits: the same for all partitions."""
-
-from __future__ import annotations
+"""What programs work on: tiles of queries with the key blocks that they visit, or tiles of keys with their queries."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flash_attend.kernels.key_schedule import (
-    HEADER,
-    key_line,
-    line_of,
-    mask_row,
-    masked_block,
-    masked_count,
-    run_bounds,
-    run_count,
-    walk_over_keys,
-)
-from flash_attend.kernels.masking import KEY, tile_at
-
-__all__ = ["first_block_of", "first_live_query", "full_count", "tile_at", "turn_count", "walk_at"]
+from flash_attend.kernels.compat import aggregate
+from flash_attend.kernels.mask import KEY, Mask
+from flash_attend.kernels.programs import tile_at
+from flash_attend.kernels.schedule import HEADER, Planes, Walk
 
 
 @gluon.jit
-def turn_count(queries, heads_total, BLOCK_M: gl.constexpr):
-    """How many tiles this program takes: every n-th, of n programs."""
-    return gl.cdiv(heads_total * gl.cdiv(queries, BLOCK_M) - gl.program_id(0), gl.num_programs(0))
-
-
-@gluon.jit
-def walk_at(
-    mask, first_query, batch, head, queries, keys,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr, CAUSAL: gl.constexpr,
+def make_mask(
+    VISIBLE, LISTS, stride_batch, stride_head, queries, keys, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr,
+    CAUSAL: gl.constexpr, HIDES_KEYS: gl.constexpr,
 ):  # fmt: skip
-    """The key blocks that a tile visits, and where the visibility of its keys begins. No dense mask comes here, so that
-    blocks of queries do not matter."""
-    VISIBLE, LISTS, stride_batch, stride_head = mask
-    n_blocks = gl.cdiv(keys, SCHEDULE_N)
-    RATIO: gl.constexpr = SCHEDULE_N // BLOCK_N
-    row, visible, _ = mask_row(VISIBLE, batch, head, stride_batch, stride_head, 0, n_blocks, BLOCK_M, SCHEDULE_N, MASK)
-    line = key_line(LISTS, row, first_query, 0, n_blocks, BLOCK_M, MASK)
-    return walk_over_keys(line, n_blocks, first_query, queries, keys, BLOCK_M, BLOCK_N, RATIO, MASK, CAUSAL), visible
+    """Who may see whom, of no head yet. No dense mask comes here, so that blocks of queries do not matter."""
+    planes = Planes(VISIBLE, LISTS, stride_batch, stride_head, 0, gl.cdiv(keys, SCHEDULE_N), 0, SCHEDULE_N)
+    return Mask(planes, None, queries, keys, MASK, CAUSAL, HIDES_KEYS)
+
+
+@aggregate
+class QueryTile:
+    """A tile of queries of one head, and the key blocks that it visits: those that need masking, then the full ones, but
+    at least one."""
+
+    first_query: gl.tensor
+    batch: gl.tensor
+    head: gl.tensor
+    kv_head: gl.tensor
+    mask: Mask
+    walk: Walk
+
+    @gluon.jit
+    def first_block(self):
+        """The first block that needs masking, else the first full one, else block 0, all of which is hidden then."""
+        walk = self.walk
+        first = 0
+        if walk.LISTED:
+            first = gl.load(walk.line + HEADER, mask=walk.run_count() > 0, other=0) * walk.RATIO
+        if walk.masked_count() > 0:
+            first = walk.masked_block(0)
+        return first
+
+    @gluon.jit
+    def full_count(self):
+        """How many full blocks there are."""
+        count = 0
+        for run in range(0, self.walk.run_count()):
+            start, end = self.walk.run_bounds(run)
+            count += gl.maximum(end - start, 0)
+        return count
+
+
+@aggregate
+class QueryTiles:
+    """The tiles of queries of all heads."""
+
+    mask: Mask
+    heads: gl.tensor
+    group: gl.tensor
+    heads_total: gl.tensor
+    section: gl.tensor
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        """How many of them this program takes: every n-th, of n programs."""
+        tiles = self.heads_total * gl.cdiv(self.mask.queries, self.BLOCK_M)
+        return gl.cdiv(tiles - gl.program_id(0), gl.num_programs(0))
+
+    @gluon.jit
+    def at(self, turn):
+        """The turn-th tile of this program."""
+        index = gl.program_id(0) + turn * gl.num_programs(0)
+        first_query, batch, head = tile_at(
+            index, self.mask.queries, self.heads, self.heads_total, self.section, self.BLOCK_M
+        )
+        mask = self.mask.of_head(batch, head)
+        walk = mask.walk_over_keys(first_query, self.BLOCK_M, self.BLOCK_N)
+        return QueryTile(first_query, batch, head, head // self.group, mask, walk)
+
+
+@aggregate
+class KeyTile:
+    """A tile of keys of one key/value head, and the blocks of queries that visit it, in each head of its group.
+
+    `mask` counts keys from the tile's first one, and queries from that of the first block.
+    """
+
+    batch: gl.tensor
+    kv_head: gl.tensor
+    group: gl.tensor
+    first_key: gl.tensor
+    first_query: object
+    n_blocks: gl.tensor
+    n_masked: gl.tensor  # of these blocks, the first ones, need masking
+    hides: gl.tensor  # whether some of the keys are hidden, or do not exist
+    mask: Mask
 
 
 @gluon.jit
-def first_block_of(walk, RATIO: gl.constexpr, LISTED: gl.constexpr):
-    """The first block that needs masking, else the first full one, else block 0, all of which is hidden then."""
-    first = 0
-    if LISTED:
-        first = gl.load(walk[0] + HEADER, mask=run_count(walk) > 0, other=0) * RATIO
-    if masked_count(walk) > 0:
-        first = masked_block(walk, 0, RATIO, LISTED)
-    return first
+def key_tile_of_program(mask, heads, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The tile of this program, of as many as there are. Under causality the longest come first."""
+    tiles = gl.cdiv(mask.keys, BLOCK_N)
+    first_key = gl.program_id(0) % tiles * BLOCK_N
+    kv_heads = heads // group
+    batch = gl.program_id(0) // tiles // kv_heads
+    kv_head = gl.program_id(0) // tiles % kv_heads
+    mask = mask.of_head(batch, kv_head * group)
+    # Queries are counted from the first live one. Those past the end need no hiding: all that is read of them is 0, or
+    # an LSE of inf.
+    first_query = 0
+    if mask.CAUSAL:
+        first_query = first_live_query(mask)
+        mask = mask.counted_from(first_query, 0)
+    any_key = True
+    hides = first_key + BLOCK_N > mask.keys
+    if mask.KIND == KEY:
+        key = first_key + gl.arange(0, BLOCK_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
+        shown = mask.key_shown(key).to(gl.int32)
+        any_key = gl.max(shown, 0) != 0
+        hides = gl.min(shown, 0) == 0
+    hides_keys = hides if mask.HIDES_KEYS and (mask.KIND == KEY or not mask.CAUSAL) else False
+    walk = mask.walk_over_queries(first_key, any_key, hides_keys, BLOCK_M, BLOCK_N)
+    before = walk.begin * BLOCK_M
+    return KeyTile(
+        batch, kv_head, group, first_key, first_query + before, walk.end - walk.begin, walk.full_begin - walk.begin,
+        hides, mask.counted_from(before, first_key),
+    )  # fmt: skip
 
 
 @gluon.jit
-def full_count(walk, RATIO: gl.constexpr, LISTED: gl.constexpr):
-    """How many full blocks there are."""
-    count = 0
-    for run in range(0, run_count(walk)):
-        start, end = run_bounds(walk, run, RATIO, LISTED)
-        count += gl.maximum(end - start, 0)
-    return count
-
-
-@gluon.jit
-def first_live_query(LISTS, visible, row, queries, keys, SCHEDULE_N: gl.constexpr, MASK: gl.constexpr):
+def first_live_query(mask):
     """The first query that sees a key under causality: all after it do. Those before it may hold anything."""
     key = 0
-    if MASK == KEY:
-        n_blocks = gl.cdiv(keys, SCHEDULE_N)
-        first_block = gl.minimum(gl.load(line_of(LISTS, row, n_blocks) + 1), n_blocks - 1)
-        candidate = first_block * SCHEDULE_N + gl.arange(0, SCHEDULE_N, layout=gl.BlockedLayout([1], [32], [4], [0]))
-        key = gl.min(gl.where(gl.load(visible + candidate) != 0, candidate, keys), 0)
-    return gl.minimum(gl.maximum(key - (keys - queries), 0), queries)
+    if mask.KIND == KEY:
+        planes = mask.planes
+        first_block = gl.minimum(gl.load(planes.line_of_keys(mask.plane) + 1), planes.n_key_blocks - 1)
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        candidate = first_block * planes.BLOCK_N + gl.arange(0, planes.BLOCK_N, layout=layout)
+        key = gl.min(gl.where(mask.key_shown(candidate), candidate, mask.keys), 0)
+    return gl.minimum(gl.maximum(key - (mask.keys - mask.queries), 0), mask.queries)

@@ -1,17 +1,21 @@
-"""The descriptors that a launch of a kernel in Gluon hands over: those of other kernels, with a layout."""
+"""What a launch of a kernel in Gluon hands over: descriptors, which have a layout here, and what describes the call."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
+from flash_attend.kernels.operands import mask_strides
+from flash_attend.spec import AttentionSpec
 
-__all__ = ["bulk_readable", "described"]
+__all__ = ["bulk_readable", "call_choices", "call_numbers", "described"]
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -45,3 +49,21 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 @cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], DTYPES[dtype])
+
+
+def call_numbers(spec: AttentionSpec, planes: int) -> tuple[int | float, ...]:
+    """The run-time numbers that every kernel takes, in their order. The mask's schedule has so many planes."""
+    return float(spec.scale), spec.queries, spec.keys, spec.heads, spec.group, *mask_strides(spec, planes)
+
+
+def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict[str, Any]:
+    """The compile-time arguments that every kernel takes."""
+    return dict(
+        WIDTH=spec.head_dim,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        SCHEDULE_N=tiles.schedule_block[1],
+        MASK=int(spec.mask),
+        CAUSAL=spec.causal,
+        NEGATIVE_SCALE=spec.scale < 0,
+    )
