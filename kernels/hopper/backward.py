@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels.backward import empty_gradients, prepare_rows
+from flash_attend.kernels.backward import empty_gradients, prepare_statistics
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.hopper.backward_q import query_gradient
@@ -51,12 +51,13 @@ from flash_attend.kernels.hopper.products import issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_barriers, make_ring
 from flash_attend.kernels.hopper.versions import reduce_tile
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
-from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import readable
+from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.scores import scaled_scores
-from flash_attend.kernels.softmax_ import NEGATIVE_INFINITY, recomputed_weights
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward"]
@@ -224,9 +225,7 @@ def _consume(outputs, shared, tile, scores, FUSED: gl.constexpr, CONSUMER: gl.co
     grad_v = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
     block = 0
     for step in range(tile.group * tile.n_blocks):  # one loop over heads and blocks: two take more registers
-        grad_k, grad_v = _step(
-            grad_k, grad_v, step, block, shared, mask, scores, tile.n_masked, CONSUMER, FUSED
-        )
+        grad_k, grad_v = _step(grad_k, grad_v, step, block, shared, mask, scores, tile.n_masked, CONSUMER, FUSED)
         if mask.CAUSAL:
             block = gl.where(block + 1 == tile.n_blocks, 0, block + 1)
     store_gradient(grad_v, outputs.grad_v, v, mask, tile, FIRST)
@@ -314,12 +313,9 @@ def hopper_backward_kernel(
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: Operands,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
     schedule: Schedule,
     spec: AttentionSpec,
     tiles: Tiles,
@@ -327,11 +323,9 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `kernels.backward.attention_backward` gives, for the calls that the dispatcher lets through."""
     needs_q, needs_k, needs_v = needed
-    q, k, v, out = readable(q), readable(k), readable(v), readable(out)
+    q, k, v, out = (readable(tensor) for tensor in (operands.q, operands.k, operands.v, out))
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    delta, lse_log2 = prepare_rows(grad_out, grad_lse, out, lse, spec, tiles)
+    delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     needs_keys = needs_k or needs_v
     fused = tiles.backward_fused is not None and needs_q and needs_keys
@@ -345,11 +339,11 @@ def attention_backward(
         rows = (_shifted(row, beyond, starts_anywhere) for row, beyond in ((lse_log2, torch.inf), (delta, 0.0)))
         tile = tiles.backward_fused if fused else tiles.backward_kv
         prepare = prepare_wide if spec.head_dim == WIDE else _prepare
-        prepared = prepare(spec, tile, tiles, schedule.rows, fused)
+        prepared = prepare(spec, tile, tiles, schedule.planes, fused)
         inputs = map(bulk_readable, (q, k, v, grad_out))
         launch(prepared, *inputs, *rows, grad_k, grad_v, total, schedule.visible, schedule.lists)
     if fused:
-        torch.mul(total, spec.scale, out=grad_q)
+        torch.mul(total, abs(spec.scale), out=grad_q)
     elif needs_q:
         query_gradient(q, k, v, grad_out, grad_q, lse_log2, delta, schedule, spec, tiles)
     return grad_q, grad_k if needs_k else None, grad_v if needs_v else None

@@ -42,12 +42,12 @@ from flash_attend.kernels.hopper.producer import Inputs, fill_blocks
 from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ring
 from flash_attend.kernels.hopper.walk import QueryTiles, make_mask
-from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section
+from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.scores import scaled_scores
-from flash_attend.kernels.softmax_ import recomputed_weights
+from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["query_gradient"]
@@ -256,10 +256,10 @@ def query_gradient(
     """Writes the gradient of q into `grad_q` `(b, h, i, d)`, for the calls that the forward serves.
 
     The last dimensions of q, k, v and grad_out are contiguous. `lse_log2` and `delta` are what
-    `kernels.backward.prepare_rows` gives.
+    `kernels.backward.prepare_statistics` gives.
     """
     inputs = (bulk_readable(tensor) for tensor in (q, k, v, grad_out))
-    launch(_prepare(spec, tiles, schedule.rows), *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists)
+    launch(_prepare(spec, tiles, schedule.planes), *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists)
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -47,7 +47,7 @@ from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.scores import scaled_scores
-from flash_attend.kernels.softmax_ import recomputed_weights
+from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["WIDE", "prepare_wide"]
@@ -124,9 +124,7 @@ def _add_to_query_gradient(outputs, shared, tile, step, head, block):
     grad_scores = part.buffer().permute((1, 0))  # [BLOCK_M, CONSUMER_ROWS]
     nothing = gl.zeros([BLOCK_M, PART], gl.float32, layout)
     for columns in gl.static_range(WIDTH // PART):
-        token = warpgroup_mma(
-            grad_scores, k.slice(columns * PART, PART, dim=1), nothing, use_acc=False, is_async=True
-        )
+        token = warpgroup_mma(grad_scores, k.slice(columns * PART, PART, dim=1), nothing, use_acc=False, is_async=True)
         added = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
         gl.atomic_add(at + columns * PART, added, mask=exists, sem="relaxed")
     part.release()
@@ -288,7 +286,5 @@ def prepare_wide(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fus
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,
-        hand_over=partial(
-            described, (of_queries, of_keys, of_keys, of_queries, numbers, numbers, of_keys, of_keys)
-        ),
+        hand_over=partial(described, (of_queries, of_keys, of_keys, of_queries, numbers, numbers, of_keys, of_keys)),
     )

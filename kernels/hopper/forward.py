@@ -43,12 +43,13 @@ from flash_attend.kernels.hopper.producer import Inputs, fill_blocks
 from flash_attend.kernels.hopper.products import issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_barriers, make_ring
 from flash_attend.kernels.hopper.walk import QueryTiles, make_mask
-from flash_attend.kernels.key_schedule import Schedule, build_schedule
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section, readable
+from flash_attend.kernels.schedule import Schedule, build_schedule
 from flash_attend.kernels.scores import scaled_scores
-from flash_attend.kernels.softmax_ import NEGATIVE_INFINITY, Softmax
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY, Softmax
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 
@@ -265,19 +266,16 @@ def hopper_forward_kernel(
     )
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: None, spec: AttentionSpec, tiles: Tiles
-) -> tuple[Tensor, Tensor, Schedule]:
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
     """What `kernels.forward.attention_forward` gives, for the calls that the dispatcher lets through.
 
     Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, and a mask of keys or none.
     """
-    q, k, v = readable(q), readable(k), readable(v)
+    q, k, v = (readable(tensor) for tensor in (operands.q, operands.k, operands.v))
     out, lse = empty_outputs(q, spec)
-    schedule = build_schedule(mask, spec, tiles)
-    prepared = _prepare(spec, tiles, schedule.rows, DeviceTarget.of(q.device).multiprocessors)
-    tensors = bulk_readable(q), bulk_readable(k), bulk_readable(v), out, lse, schedule.visible, schedule.lists
-    launch(prepared, *tensors)
+    schedule = build_schedule(operands.mask, spec, tiles)
+    prepared = _prepare(spec, tiles, schedule.planes, DeviceTarget.of(q.device).multiprocessors)
+    launch(prepared, *map(bulk_readable, (q, k, v)), out, lse, schedule.visible, schedule.lists)
     return out, lse, schedule
 
 

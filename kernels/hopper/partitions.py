@@ -85,7 +85,7 @@ class Turns:
 
     @gluon.jit
     def take(self, step, CONSUMER: gl.constexpr):
-        """Waits until this consumer may issue the products of its `step`: after the other one's, the first one first."""
+        """Waits until this consumer may issue the products of its `step`: after the other one's, but that of step 0."""
         if self.TAKEN:
             mbarrier.wait(self.barriers.index(CONSUMER), (step & 1) ^ (1 - CONSUMER))
 

@@ -1,8 +1,8 @@
 """Rings of buffers in shared memory: one partition fills them, others read them and give them back.
 
-A ring's slot is a buffer with two barriers: one says that it is full, the other that it is empty. `turn` counts how often
-the slot has been used before; a barrier's phase is its last bit. Most rings are filled by bulk copies; what a consumer
-stores in one itself, it publishes.
+A slot of a ring is a buffer with two barriers: one says that it is full, the other that it is empty. `turn` counts how
+often the slot has been used before; a barrier's phase is its last bit. Most rings are filled by bulk copies; what a
+consumer stores in one itself, it publishes.
 """
 
 from triton.experimental import gluon

@@ -21,8 +21,8 @@ def make_mask(
 
 @aggregate
 class QueryTile:
-    """A tile of queries of one head, and the key blocks that it visits: those that need masking, then the full ones, but
-    at least one."""
+    """A tile of queries of one head, and the key blocks that it visits: those that need masking, then the full ones.
+    There is always at least one."""
 
     first_query: gl.tensor
     batch: gl.tensor
