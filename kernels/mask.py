@@ -39,6 +39,19 @@ class Mask:
         plane = self.planes.index(batch, head)
         return Mask(self.planes, plane, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
 
+    @triton.jit
+    def counted_from(self, first_query, first_key):
+        """The same for pairs whose queries and keys are counted from these on. For `hide` and `key_shown`, and not of a
+        dense mask."""
+        planes = self.planes
+        plane = self.plane
+        if self.KIND == KEY:
+            planes = planes.showing(planes.keys(plane) + first_key)
+            plane = 0
+        queries = self.queries - first_query
+        keys = self.keys - first_key
+        return Mask(planes, plane, queries, keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+
     # Which blocks a tile visits
 
     @triton.jit

@@ -88,6 +88,14 @@ class Planes:
     BLOCK_N: tl.constexpr  # keys of a block
 
     @triton.jit
+    def showing(self, visible):
+        """The same with a visibility that begins elsewhere."""
+        return Planes(
+            visible, self.lists, self.stride_batch, self.stride_head, self.n_query_blocks, self.n_key_blocks,
+            self.BLOCK_M, self.BLOCK_N,
+        )  # fmt: skip
+
+    @triton.jit
     def index(self, batch, head):
         """Which plane is a head's."""
         return (batch * self.stride_batch + head * self.stride_head).to(tl.int64)

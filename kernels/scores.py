@@ -44,7 +44,7 @@ class Scores:
 @triton.jit
 def scaled_scores(scale, NEGATIVE: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """The scores under a scale, a float64 scalar, which is NEGATIVE or not."""
-    magnitude = tl.full([], scale, tl.float64)
+    magnitude = scale.to(tl.float64)
     if NEGATIVE:
         magnitude = -magnitude
     factor_log2 = tl.maximum(magnitude * LOG2E, SMALLEST_SCALE).to(ACCUMULATOR)
