@@ -23,7 +23,7 @@ class Scores:
     """
 
     factor_log2: tl.tensor  # of what `apply` gives, on base-2 exponents
-    magnitude: tl.tensor
+    magnitude: object  # None, where there are no gradients
     NEGATIVE: tl.constexpr
 
     @triton.jit

@@ -226,6 +226,7 @@ def hopper_backward_q_kernel(
     )
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
+    # Made here: an argument would be loaded anew in every round.
     scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
     outputs = Outputs(grad_q_descriptor, LSE_LOG2, DELTA)
@@ -271,7 +272,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int) -> Prepared:
     return Prepared(
         hopper_backward_q_kernel,
         heads_total * triton.cdiv(spec.queries, tile.block_m),
-        (*call_numbers(spec, planes), heads_total, query_section(spec)),
+        (float(spec.scale), *call_numbers(spec, planes), heads_total, query_section(spec)),
         dict(V_SLOTS=tile.num_stages, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -246,6 +246,7 @@ def hopper_backward_wide_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=FUSED
     )
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
+    # Made here: an argument would be loaded anew in every round.
     scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
@@ -282,7 +283,7 @@ def prepare_wide(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fus
     return Prepared(
         hopper_backward_wide_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        call_numbers(spec, planes),
+        (float(spec.scale), *call_numbers(spec, planes)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

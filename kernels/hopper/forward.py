@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.forward import empty_outputs
-from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
+from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described, log2_factor
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
     CONSUMERS,
@@ -47,7 +47,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section, readable
 from flash_attend.kernels.schedule import Schedule, build_schedule
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.scores import Scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, Softmax
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -217,7 +217,7 @@ def hopper_forward_kernel(
     LSE,
     VISIBLE,
     LISTS,
-    scale: gl.float64,
+    factor_log2: gl.float32,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -251,7 +251,7 @@ def hopper_forward_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
     )
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
+    scores = Scores(factor_log2, None, NEGATIVE_SCALE)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, None, None, None)
     outputs = Outputs(out_descriptor, LSE)
     shared = Shared(q, k, v, out, cleared, turns)
@@ -290,7 +290,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: in
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
-        (*call_numbers(spec, planes), heads_total, query_section(spec)),
+        (log2_factor(spec), *call_numbers(spec, planes), heads_total, query_section(spec)),
         dict(
             PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v

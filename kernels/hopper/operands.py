@@ -13,9 +13,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
 from flash_attend.kernels.operands import mask_strides
+from flash_attend.kernels.scores import LOG2E, SMALLEST_SCALE
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["bulk_readable", "call_choices", "call_numbers", "described"]
+__all__ = ["bulk_readable", "call_choices", "call_numbers", "described", "log2_factor"]
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -51,9 +52,14 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], DTYPES[dtype])
 
 
-def call_numbers(spec: AttentionSpec, planes: int) -> tuple[int | float, ...]:
+def log2_factor(spec: AttentionSpec) -> float:
+    """What `Scores` multiplies by, as `scaled_scores` works it out."""
+    return max(abs(spec.scale) * LOG2E.value, SMALLEST_SCALE.value)
+
+
+def call_numbers(spec: AttentionSpec, planes: int) -> tuple[int, ...]:
     """The run-time numbers that every kernel takes, in their order. The mask's schedule has so many planes."""
-    return float(spec.scale), spec.queries, spec.keys, spec.heads, spec.group, *mask_strides(spec, planes)
+    return spec.queries, spec.keys, spec.heads, spec.group, *mask_strides(spec, planes)
 
 
 def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict[str, Any]:

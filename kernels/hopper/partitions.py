@@ -62,6 +62,10 @@ class Meeting:
         """Waits until both are here: what each of them has stored is there for the products of both."""
         fence_async_shared()
         mbarrier.arrive(self.barriers.index(0), count=1)
+        self.await_both(turn)
+
+    @gluon.jit
+    def await_both(self, turn):
         mbarrier.wait(self.barriers.index(0), turn & 1)
 
 

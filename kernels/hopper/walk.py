@@ -79,7 +79,7 @@ class QueryTiles:
         )
         mask = self.mask.of_head(batch, head)
         walk = mask.walk_over_keys(first_query, self.BLOCK_M, self.BLOCK_N)
-        return QueryTile(first_query, batch, head, head // self.group, mask, walk)
+        return QueryTile(first_query, batch, head, head // self.group, mask.counted_from(0, 0), walk)
 
 
 @aggregate

@@ -19,9 +19,10 @@ Arithmetic is torch's, in the dtypes of the kernel. Of layouts and registers the
 
 from __future__ import annotations
 
+import inspect
 import random
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from types import FunctionType, SimpleNamespace
@@ -33,17 +34,22 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.jit import JITFunction
 
 from flash_attend.kernels.descriptors import ALIGNMENT
 from flash_attend.kernels.hopper import versions
 from flash_attend.kernels.launch import Launch
 
-__all__ = ["EmulationError", "bound", "emulate"]
+__all__ = ["EmulationError", "Mistake", "bound", "emulate"]
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64", "int32", "int64")}
 TAKE_ANOTHER = 0.3  # how often the turn passes to another, though the last one could go on: some run far ahead
 
 
+# Functions and methods ("Class.method") by name, each with what makes another one of it, to be called in its place. Of a
+# method so replaced the right one is there too, as `right_method`.
+Mistake = Mapping[str, Callable[[Any], Any]]
+NO_MISTAKE: Mistake = {}
 Extent = tuple[int, int]  # bytes, from the first to one past the last
 
 
@@ -102,10 +108,11 @@ class _Schedule:
         if self.stopping:
             raise _Stopped
 
-    def run(self, functions: Sequence[Callable[[], None]]) -> None:
+    def run(self, functions: Sequence[tuple[Callable[..., None], tuple]]) -> None:
+        """Runs the partitions, each a thread that is called as its function is."""
         self.partitions = [_Partition(index) for index in range(len(functions))]
         threads = [
-            threading.Thread(target=self._partition, args=(partition, function))
+            threading.Thread(target=self._partition, args=(partition, *function), name=function[0].__name__)
             for partition, function in zip(self.partitions, functions, strict=True)
         ]
         for thread in threads:
@@ -119,12 +126,12 @@ class _Schedule:
                     partition.turn.release()
                 thread.join()
 
-    def _partition(self, partition: _Partition, function: Callable[[], None]) -> None:
+    def _partition(self, partition: _Partition, function: Callable[..., None], arguments: tuple) -> None:
         self.local.partition = partition
         partition.turn.acquire()
         try:
             if not self.stopping:
-                function()
+                function(*arguments)
         except _Stopped:
             pass
         except BaseException as error:
@@ -330,19 +337,33 @@ class _Machine:
             (versions.reduce_tile, self._reduce_out),
         ]
 
-    def bind(self, kernel: Any, instead: dict[str, Any]) -> Callable[..., None]:
-        """A kernel as a Python function whose global names mean what they do on this machine."""
-        bound: dict[int, Callable] = {}
+    def bind(self, kernel: Any, instead: Mistake) -> Callable[..., None]:
+        """A kernel as a Python function whose global names mean what they do on this machine. Aggregates are classes."""
+        bound: dict[int, Any] = {}
 
-        def translate(name: str, value: Any) -> Any:
-            value = instead.get(name, value)
+        def right(value: Any) -> Any:
             for ours, theirs in self.replaced:
                 if value is ours:
                     return theirs
             if isinstance(value, gl.constexpr):
                 return value.value
+            if getattr(value, "__triton_aggregate__", False):
+                return class_of(value)
             value = getattr(value, "fn", value)  # of a jitted one
             return rebind(value) if isinstance(value, FunctionType) else value
+
+        def translate(name: str, value: Any) -> Any:
+            return instead.get(name, lambda right: right)(right(value))
+
+        def class_of(aggregate: Any) -> type:
+            if id(aggregate) not in bound:
+                bound[id(aggregate)] = plain = type(aggregate.__name__, (_Aggregate,), {})
+                plain.fields = tuple(inspect.getclosurevars(aggregate.hash_attrs[0]).nonlocals["fields"])
+                for name, member in vars(aggregate).items():
+                    if isinstance(member, JITFunction):
+                        setattr(plain, f"right_{name}", rebind(member.fn))
+                        setattr(plain, name, translate(f"{plain.__name__}.{name}", member))
+            return bound[id(aggregate)]
 
         def rebind(function: FunctionType) -> Callable:
             if id(function) not in bound:
@@ -494,7 +515,19 @@ class _Machine:
 
     def _warp_specialize(self, partitions: Sequence[tuple], warps: Sequence[int], registers: Sequence[int]) -> None:
         assert len(partitions) == len(warps) + 1 == len(registers) + 1
-        self.schedule.run([lambda part=part: part[0](*part[1]) for part in partitions])
+        self.schedule.run(partitions)
+
+
+class _Aggregate:
+    """An instance of an aggregate: its fields, and by which name of a field it was first handed on itself."""
+
+    fields: tuple[str, ...]
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        for name, value in {**dict(zip(self.fields, values, strict=False)), **named}.items():
+            setattr(self, name, value)
+            if isinstance(value, _Aggregate):
+                vars(value).setdefault("name", name)
 
 
 LAYOUTS = ("NVMMASharedLayout", "NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
@@ -530,18 +563,21 @@ def _as_seen_by_kernel(given: TensorDescriptor | Tensor | None) -> _Descriptor |
     return None if given is None else _Pointer(given.view(-1))
 
 
-def emulate(launch: Launch, *, seed: int = 0, late: bool = False, instead: dict[str, Any] | None = None) -> None:
+def emulate(launch: Launch, *, seed: int = 0, late: bool = False, mistake: Mistake = NO_MISTAKE) -> None:
     """Runs a recorded launch of a Gluon kernel, program after program.
 
-    `late`: products read their operands where they are waited for. `instead`: functions that take the place of those
-    with these names, to see that a mistake is found.
+    `late`: products read their operands where they are waited for. `mistake`: what the kernel does wrong, to see that it
+    is found.
     """
     prepared = launch.prepared
     for program in range(prepared.programs):
         machine = _Machine(program, prepared.programs, seed + program, late)
         tensors = [_as_seen_by_kernel(given) for given in prepared.hand_over(launch.tensors)]
-        numbers = [torch.tensor(number) for number in prepared.numbers]
-        machine.bind(prepared.kernel, instead or {})(*tensors, *numbers, **prepared.choices)
+        numbers = [
+            torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+            for number in prepared.numbers
+        ]
+        machine.bind(prepared.kernel, mistake)(*tensors, *numbers, **prepared.choices)
         for partition in machine.schedule.partitions:
             if partition.stores:
                 raise EmulationError("a program ended before its copies")

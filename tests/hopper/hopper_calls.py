@@ -1,39 +1,56 @@
-"""What the tests of all kernels for Hopper share: their calls, a part to launch for, and mistakes to be found."""
+"""What the tests of all kernels for Hopper share: their calls, a part that emulates them, and mistakes to be found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from math import log
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.hopper.ring import SLOTS
-from flash_attend.kernels.hopper.versions import load_tile
-from flash_attend.kernels.key_schedule import Schedule
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.kernels import launch as launching
+from flash_attend.kernels.configs import Tiles, select_tiles
+from flash_attend.kernels.hopper.backward import attention_backward
+from flash_attend.kernels.hopper.forward import attention_forward
+from flash_attend.kernels.launch import Launch, Prepared
+from flash_attend.kernels.schedule import build_schedule
+from flash_attend.operands import Operands
+from flash_attend.spec import AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.testing.calls import Call, Case
+from flash_attend.testing import calls
+from flash_attend.testing.calls import Call, Case, bits_equal
 from flash_attend.testing.oracle import Answer
+from gluon_emulator import EmulationError, Mistake, emulate
 from plain_schedule import block_states, lines_of
 
 __all__ = [
+    "BACKENDS",
     "CASES",
     "H100",
     "RING_MISTAKES",
-    "await_all_but",
-    "clear_nothing",
-    "fill_schedule",
-    "on",
-    "prepared_rows",
+    "assert_found",
+    "assert_no_schedule_matters",
+    "early",
+    "emulated",
+    "not_waiting_for_copies",
+    "on_h100",
+    "poisoned",
+    "run_backward",
+    "run_forward",
+    "skipping",
+    "tiles_of",
+    "truth_of",
+    "without",
 ]
 
 # With few multiprocessors a persistent program has several tiles.
 H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=3, triton="3.7.1")
+BACKENDS = ("hopper_fused", "hopper")
 
 CASES = (
     Case("plain", 1, 2, queries=256, keys=384, d=128),
@@ -66,88 +83,200 @@ CASES = (
 )
 
 
-def on(part: DeviceTarget):
+def poisoned(call: Call) -> Call:
+    """The same call with NaN and infinity wherever they must not matter: in hidden keys and in dead rows."""
+    batch, _, queries, _ = call.q.shape
+    keys = call.k.shape[-2]
+    shown = torch.ones(batch, 1, 1, keys, dtype=torch.bool) if call.mask is None else call.mask.view(batch, 1, 1, keys)
+    pairs = shown.expand(-1, -1, queries, -1)
+    if call.causal:
+        pairs = pairs & torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    dead = ~pairs.any(3)
+    hidden = ~shown.view(batch, 1, keys, 1)
+    return call.with_(
+        q=call.q.masked_fill(dead.unsqueeze(3), torch.nan),
+        k=call.k.masked_fill(hidden, torch.nan),
+        v=call.v.masked_fill(hidden, torch.inf),
+        grad_out=call.grad_out.masked_fill(dead.unsqueeze(3), torch.nan),
+        grad_lse=call.grad_lse.masked_fill(dead, torch.nan),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A part that emulates
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def on_h100(part: DeviceTarget = H100):
     """Within this context every tensor is on that part, as far as the package asks."""
     return mock.patch.object(DeviceTarget, "of", staticmethod(lambda device: part))
 
 
-def fill_schedule(schedule: Schedule, mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> None:
-    """Writes into a schedule what a kernel would have."""
-    if spec.mask == MaskKind.KEY:
-        rows = mask.reshape(-1, spec.keys)
-        schedule.visible.zero_()[:, : spec.keys] = rows
-        schedule.lists.copy_(lines_of(block_states(rows[:, None], 1, tiles.schedule_block[1])[:, 0]))
+@contextmanager
+def emulated(part: DeviceTarget = H100, **options) -> Iterator[None]:
+    """Within this context kernels in Gluon run in the emulator, on CPU tensors; what others do, is worked out here."""
+
+    def run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
+        name = prepared.kernel.__name__
+        if name in STAND_INS:
+            STAND_INS[name](prepared, *tensors)
+        else:
+            for argument, tensor in zip(prepared.kernel.arg_names, tensors, strict=False):
+                if argument in OUTPUTS:
+                    tensor.fill_(torch.nan)
+            emulate(Launch(prepared, tensors), **options)
+
+    with on_h100(part), mock.patch.object(launching, "_run", run):
+        yield
 
 
-def prepared_rows(call: Call, truth: Answer) -> tuple[Tensor, Tensor]:
-    """The LSE to the base 2 and the deltas as `prepare_rows` gives them: of whole tiles of 128 queries."""
-    delta = (truth.out.to(call.q.dtype).float() * call.grad_out.float()).sum(dim=3)
-    if call.grad_lse is not None:
-        delta -= call.grad_lse
-    dead = truth.lse == -torch.inf
-    missing = 0, -dead.shape[2] % 128
-    lse_log2 = (truth.lse.float() / log(2)).masked_fill(dead, torch.inf)
-    return pad(lse_log2, missing, value=torch.inf), pad(delta.masked_fill(dead, 0), missing)
+OUTPUTS = ("out_descriptor", "LSE", "grad_q_descriptor", "grad_k_descriptor", "grad_v_descriptor")
+
+
+def _schedule(prepared: Prepared, mask: Tensor, visible: Tensor, lists: Tensor) -> None:
+    shown = mask.bool().reshape(len(visible), -1)
+    visible.zero_()[:, : shown.shape[1]] = shown
+    lists.copy_(lines_of(block_states(shown[:, None], 1, prepared.choices["BLOCK"])[:, 0]))
+
+
+def _delta(
+    prepared: Prepared,
+    out: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor | None,
+    delta: Tensor,
+    lse_log2: Tensor,
+) -> None:
+    queries, dead = lse.shape[2], lse == -torch.inf
+    sums = (out.float() * grad_out.float()).sum(3) - (0 if grad_lse is None else grad_lse)
+    delta.zero_()[..., :queries] = sums.masked_fill(dead, 0)
+    lse_log2.fill_(torch.inf)[..., :queries] = (lse / log(2)).masked_fill(dead, torch.inf)
+
+
+STAND_INS = dict(key_schedule_kernel=_schedule, delta_kernel=_delta)
+truth_of = lru_cache(maxsize=4)(calls.truth_of)
+
+
+def tiles_of(call: Call, backend: str = "hopper", part: DeviceTarget = H100) -> tuple[Operands, AttentionSpec, Tiles]:
+    """A call as the kernels take it."""
+    *tensors, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    return Operands(*tensors, seed=None), spec, select_tiles(spec, part, backend)
+
+
+def run_forward(call: Call, **options) -> Answer:
+    """Out and lse of a call; `options` are those of `emulated`."""
+    with emulated(**options):
+        out, lse, _ = attention_forward(*tiles_of(call))
+    return Answer(out, lse, None, None, None)
+
+
+def run_backward(call: Call, backend: str = "hopper_fused", needed: str = "qkv", **options) -> Answer:
+    """The needed gradients of a call; out and lse are the oracle's."""
+    truth = truth_of(call)
+    operands, spec, tiles = tiles_of(call, backend)
+    with emulated(**options):
+        dq, dk, dv = attention_backward(
+            call.grad_out, call.grad_lse, operands, truth.out.to(spec.dtype), truth.lse.float(),
+            build_schedule(operands.mask, spec, tiles), spec, tiles, [name in needed for name in "qkv"],
+        )  # fmt: skip
+    like_inputs = (grad if grad is None else grad.view(x.shape) for grad, x in ((dk, call.k), (dv, call.v)))
+    return Answer(None, None, dq, *like_inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
 # ---------------------------------------------------------------------------------------------------------------------
-# Functions to take the place of a kernel's. A kernel must give something else then, or fail, under every schedule.
+# Each takes the place of a method or a function. The kernel must give something else then, or fail, under every
+# schedule. A ring is named by the field of `Shared` that holds it, a partition by its function.
 
 
-def _await_nothing(barriers, ring, slot, turn):
-    pass
+def same_bits(a: Answer, b: Answer) -> bool:
+    pairs = [(getattr(a, name), getattr(b, name)) for name in ("out", "lse", "dq", "dk", "dv")]
+    return all(x is y is None or bits_equal(x, y) for x, y in pairs)
 
 
-def _fill_expecting_too_little(descriptor, coordinates, buffer, barriers, ring, slot, turn):
-    full = barriers.index(ring + slot)
-    mbarrier.wait(barriers.index(ring + SLOTS + slot), (turn & 1) ^ 1)
-    mbarrier.expect(full, descriptor.block_type.nbytes // 2)
-    load_tile(descriptor, coordinates, full, buffer.reshape(descriptor.block_type.shape))
+def assert_found(mistake: Mistake, run: Callable[..., Answer]) -> None:
+    """Fails unless the mistake changes what a run gives, or is an error, under every schedule that is tried."""
+    right = run()
+    for seed in range(3):
+        try:
+            wrong = run(seed=seed, mistake=mistake)
+        except EmulationError:
+            continue
+        assert not same_bits(wrong, right), f"not found with seed {seed}"
 
 
-def _await_with_the_wrong_phase(barriers, ring, slot, turn):
-    mbarrier.wait(barriers.index(ring + slot), (turn & 1) ^ 1)
+def assert_no_schedule_matters(run: Callable[..., Answer]) -> None:
+    """Fails unless a run gives the same bits under every schedule that is tried."""
+    first = run()
+    for seed in range(1, 6):
+        assert same_bits(first, run(seed=100 * seed, late=seed % 2 == 1))
 
 
-def _await_and_release(barriers, ring, slot, turn):
-    mbarrier.wait(barriers.index(ring + slot), turn & 1)
-    mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=1)
+def without(*names: str) -> Mistake:
+    """These functions, or methods, do nothing."""
+    return {name: lambda right: lambda *arguments: None for name in names}
 
 
-def _release_nothing(barriers, ring, slot):
-    pass
+def _in(partition: str | None) -> bool:
+    return partition in (None, threading.current_thread().name)
 
 
-def _release_twice(barriers, ring, slot):
-    mbarrier.arrive(barriers.index(ring + SLOTS + slot), count=2)
+def skipping(method: str, ring: str | None = None, partition: str | None = None) -> Mistake:
+    """A method of slots does nothing: those of any ring in any partition, or of these."""
+
+    def instead(right: Callable) -> Callable:
+        return lambda slot: None if ring in (None, slot.ring.name) and _in(partition) else right(slot)
+
+    return {f"Slot.{method}": instead}
 
 
-def await_all_but(left_out: int) -> Callable[..., None]:
-    """An `await_full` that does not wait for one of the rings."""
+def early(ring: str, where: str, partition: str | None = None) -> Mistake:
+    """A slot is given back where its reader next calls `where`, though it is not through with it."""
+    taken = threading.local()
 
-    def await_full(barriers, ring, slot, turn):
-        if ring != left_out:
-            mbarrier.wait(barriers.index(ring + slot), turn & 1)
+    def take(right: Callable) -> Callable:
+        def at(self, step):
+            slot = right(self, step)
+            if self.name == ring and _in(partition):
+                taken.slot = slot
+            return slot
 
-    return await_full
+        return at
+
+    def give_back(right: Callable) -> Callable:
+        def instead(*arguments, **named):
+            slot, taken.slot = getattr(taken, "slot", None), None
+            if slot is not None:
+                slot.right_release()
+            return right(*arguments, **named)
+
+        return instead
+
+    return {"Ring.at": take, where: give_back, **skipping("release", ring, partition)}
 
 
-def clear_nothing(buffer, visible, first_key, barriers, CLEARED, cleared, CONSUMER):
-    pass
+def not_waiting_for_copies(partition: str) -> Mistake:
+    """A partition goes on before what it copied, or added, to global memory is there."""
+    return {
+        "tma": lambda tma: SimpleNamespace(store_wait=lambda left: None if _in(partition) else tma.store_wait(left)),
+    }
 
 
-def fence_nothing():
-    pass
-
-
-RING_MISTAKES = {
-    "a slot is filled before it is empty": dict(await_empty=_await_nothing),
-    "a copy brings more bytes than expected": dict(fill=_fill_expecting_too_little),
-    "the wrong phase is awaited": dict(await_full=_await_with_the_wrong_phase),
-    "a slot is released before it is read": dict(await_full=_await_and_release, release=_release_nothing),
-    "no slot is released": dict(release=_release_nothing),
-    "a slot is released twice": dict(release=_release_twice),
-    "stores are not fenced": dict(fence_async_shared=fence_nothing),
+RING_MISTAKES: dict[str, Mistake] = {
+    "a slot is filled before it is empty": skipping("await_empty"),
+    "a copy brings more bytes than expected": {
+        "Slot.expect": lambda right: lambda slot, nbytes: right(slot, nbytes // 2),
+    },
+    "the wrong phase is awaited": {
+        "Slot.await_full": lambda right: lambda slot: right(type(slot)(slot.ring, slot.index, slot.turn + 1)),
+    },
+    "a slot is released before it is read": {
+        "Slot.await_full": lambda right: lambda slot: (right(slot), slot.right_release()),
+        **skipping("release"),
+    },
+    "no slot is released": skipping("release"),
+    "a slot is released twice": {"Slot.release": lambda right: lambda slot: (right(slot), right(slot))},
+    "stores are not fenced": without("fence_async_shared"),
 }
