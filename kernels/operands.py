@@ -18,6 +18,7 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 __all__ = [
     "Strides",
     "aligned_strides",
+    "as_bytes",
     "as_queries",
     "call_arguments",
     "call_choices",
@@ -44,6 +45,11 @@ def readable(tensor: Tensor) -> Tensor:
     read again, element by element.
     """
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def as_bytes(mask: Tensor) -> Tensor:
+    """A mask as kernels read it, without a copy."""
+    return mask.view(torch.uint8)
 
 
 def query_sizes(spec: AttentionSpec) -> tuple[int, int, int]:
@@ -87,10 +93,10 @@ def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
     return tensor.new_empty(batch, heads, length, dim)
 
 
-def mask_strides(spec: AttentionSpec, mask_rows: int) -> tuple[int, int]:
-    """How many rows of the mask's schedule, which has `mask_rows`, lie between two batch entries and two heads."""
+def mask_strides(spec: AttentionSpec, planes: int) -> tuple[int, int]:
+    """How many of a schedule's planes lie between two batch entries and two heads."""
     mask_heads = spec.heads if spec.mask_per_head else 1
-    return mask_heads if mask_rows > mask_heads else 0, 1 if spec.mask_per_head else 0
+    return mask_heads if planes > mask_heads else 0, 1 if spec.mask_per_head else 0
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -129,10 +135,10 @@ def _heads_cached(spec: AttentionSpec, heads: int, rows: int) -> int:
     return max(1, min(heads, CACHED_BYTES // max(bytes_of_head, 1)))
 
 
-def call_arguments(spec: AttentionSpec, mask_rows: int, tiles: Tiles) -> tuple:
+def call_arguments(spec: AttentionSpec, planes: int, tiles: Tiles) -> tuple:
     """The run-time numbers that all three attention kernels take, in their order: none of them makes a variant.
 
-    `mask_rows` is the number of rows in the schedule: 0 without a mask.
+    `planes` is the number of planes in the schedule: 0 without a mask.
     """
     block_queries, block_keys = tiles.schedule_block
     return (
@@ -143,7 +149,7 @@ def call_arguments(spec: AttentionSpec, mask_rows: int, tiles: Tiles) -> tuple:
         spec.keys,
         spec.heads,
         spec.group,
-        *mask_strides(spec, mask_rows),
+        *mask_strides(spec, planes),
         -(-spec.queries // block_queries),
         -(-spec.keys // block_keys),
     )

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels.backward import empty_gradients, prepare_rows
+from flash_attend.kernels.backward import empty_gradients, prepare_statistics
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.hopper.backward_q import query_gradient
 from flash_attend.kernels.hopper.backward_wide import WIDE, prepare_wide
@@ -45,6 +45,7 @@ from flash_attend.kernels.hopper.partitions import (
     product_layout,
     store_gradient,
 )
+from flash_attend.kernels.hopper.plain import hide, key_visibility, mask_row, query_blocks
 from flash_attend.kernels.hopper.producer import SHIFTS, fill_queries
 from flash_attend.kernels.hopper.ring import (
     SLOTS,
@@ -57,11 +58,12 @@ from flash_attend.kernels.hopper.ring import (
 )
 from flash_attend.kernels.hopper.versions import reduce_tile
 from flash_attend.kernels.hopper.walk import first_live_query
-from flash_attend.kernels.key_schedule import Schedule, mask_row
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.masking import KEY, hide, key_visibility, query_blocks
+from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import mask_strides, readable
-from flash_attend.kernels.softmax import LOG2E, SMALLEST_SCALE, recomputed_weights
+from flash_attend.kernels.schedule import Schedule
+from flash_attend.kernels.scores import LOG2E, SMALLEST_SCALE
+from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward"]
@@ -384,7 +386,7 @@ def attention_backward(
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    delta, lse_log2 = prepare_rows(grad_out, grad_lse, out, lse, spec, tiles)
+    delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     needs_keys = needs_k or needs_v
     fused = tiles.backward_fused is not None and needs_q and needs_keys
@@ -398,7 +400,7 @@ def attention_backward(
         rows = (_shifted(row, beyond, starts_anywhere) for row, beyond in ((lse_log2, torch.inf), (delta, 0.0)))
         tile = tiles.backward_fused if fused else tiles.backward_kv
         prepare = prepare_wide if spec.head_dim == WIDE else _prepare
-        prepared = prepare(spec, tile, tiles, schedule.rows, fused)
+        prepared = prepare(spec, tile, tiles, schedule.planes, fused)
         inputs = map(bulk_readable, (q, k, v, grad_out))
         launch(prepared, *inputs, *rows, grad_k, grad_v, total, schedule.visible, schedule.lists)
     if fused:

@@ -34,16 +34,18 @@ from flash_attend.kernels.hopper.partitions import (
     clear_hidden,
     product_layout,
 )
+from flash_attend.kernels.hopper.plain import hide, key_visibility, masked_block, masked_count
 from flash_attend.kernels.hopper.producer import fill_blocks
 from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, place, release
 from flash_attend.kernels.hopper.versions import store_tile
 from flash_attend.kernels.hopper.walk import first_block_of, full_count, tile_at, walk_at
-from flash_attend.kernels.key_schedule import Schedule, masked_block, masked_count
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
+from flash_attend.kernels.mask import KEY, NONE
 from flash_attend.kernels.operands import mask_strides, query_section
-from flash_attend.kernels.softmax import LOG2E, recomputed_weights
+from flash_attend.kernels.schedule import Schedule
+from flash_attend.kernels.scores import LOG2E
+from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["query_gradient"]
@@ -277,10 +279,10 @@ def query_gradient(
     """Writes the gradient of q into `grad_q` `(b, h, i, d)`, for the calls that the forward serves.
 
     The last dimensions of q, k, v and grad_out are contiguous. `lse_log2` and `delta` are what
-    `kernels.backward.prepare_rows` gives.
+    `kernels.backward.prepare_statistics` gives.
     """
     inputs = (bulk_readable(tensor) for tensor in (q, k, v, grad_out))
-    launch(_prepare(spec, tiles, schedule.rows), *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists)
+    launch(_prepare(spec, tiles, schedule.planes), *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists)
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -38,6 +38,7 @@ from flash_attend.kernels.hopper.partitions import (
     product_layout,
     store_gradient,
 )
+from flash_attend.kernels.hopper.plain import hide, key_visibility, mask_row, query_blocks
 from flash_attend.kernels.hopper.producer import fill_queries
 from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import (
@@ -51,11 +52,11 @@ from flash_attend.kernels.hopper.ring import (
     release,
 )
 from flash_attend.kernels.hopper.walk import first_live_query
-from flash_attend.kernels.key_schedule import mask_row
 from flash_attend.kernels.launch import Prepared
-from flash_attend.kernels.masking import KEY, hide, key_visibility, query_blocks
+from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import mask_strides
-from flash_attend.kernels.softmax import LOG2E, recomputed_weights
+from flash_attend.kernels.scores import LOG2E
+from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["WIDE", "prepare_wide"]

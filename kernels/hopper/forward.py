@@ -36,6 +36,7 @@ from flash_attend.kernels.hopper.partitions import (
     product_layout,
     take_turn,
 )
+from flash_attend.kernels.hopper.plain import finish, hide, key_visibility, masked_block, masked_count, online_step
 from flash_attend.kernels.hopper.producer import fill_blocks
 from flash_attend.kernels.hopper.products import issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, await_full, fill, init_ring, release
@@ -47,16 +48,12 @@ from flash_attend.kernels.hopper.walk import (
     turn_count,
     walk_at,
 )
-from flash_attend.kernels.key_schedule import (
-    Schedule,
-    build_schedule,
-    masked_block,
-    masked_count,
-)
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
+from flash_attend.kernels.mask import KEY, NONE
 from flash_attend.kernels.operands import mask_strides, query_section, readable
-from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, SMALLEST_SCALE, finish, online_step
+from flash_attend.kernels.schedule import Schedule, build_schedule
+from flash_attend.kernels.scores import LOG2E, SMALLEST_SCALE
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 
@@ -326,7 +323,7 @@ def attention_forward(
     q, k, v = readable(q), readable(k), readable(v)
     out, lse = empty_outputs(q, spec)
     schedule = build_schedule(mask, spec, tiles)
-    prepared = _prepare(spec, tiles, schedule.rows, DeviceTarget.of(q.device).multiprocessors)
+    prepared = _prepare(spec, tiles, schedule.planes, DeviceTarget.of(q.device).multiprocessors)
     tensors = bulk_readable(q), bulk_readable(k), bulk_readable(v), out, lse, schedule.visible, schedule.lists
     launch(prepared, *tensors)
     return out, lse, schedule

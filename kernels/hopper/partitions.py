@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flash_attend.kernels.hopper.versions import store_tile
-from flash_attend.kernels.masking import KEY
+from flash_attend.kernels.mask import KEY
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)  # of a tile: what one asynchronous product of four warps takes

@@ -3,9 +3,9 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from flash_attend.kernels.hopper.plain import masked_block, masked_count, run_bounds, run_count
 from flash_attend.kernels.hopper.ring import SLOTS, fill, fill_both, place
 from flash_attend.kernels.hopper.walk import first_block_of
-from flash_attend.kernels.key_schedule import masked_block, masked_count, run_bounds, run_count
 
 SHIFTS = gl.constexpr(4)  # float32 in 16 bytes: along the last dimension a bulk copy begins at a multiple of those
 

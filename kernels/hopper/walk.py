@@ -5,10 +5,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flash_attend.kernels.key_schedule import (
-    HEADER,
+from flash_attend.kernels.hopper.plain import (
     key_line,
-    line_of,
     mask_row,
     masked_block,
     masked_count,
@@ -16,7 +14,9 @@ from flash_attend.kernels.key_schedule import (
     run_count,
     walk_over_keys,
 )
-from flash_attend.kernels.masking import KEY, tile_at
+from flash_attend.kernels.mask import KEY
+from flash_attend.kernels.programs import tile_at
+from flash_attend.kernels.schedule import HEADER, line_of
 
 __all__ = ["first_block_of", "first_live_query", "full_count", "tile_at", "turn_count", "walk_at"]
 

@@ -1,0 +1,88 @@
+"""Triton 3.6 to 3.9, compiled or interpreted, in the same words: what kernels are made of.
+
+An aggregate is a class whose instances live inside a kernel: what belongs together travels as one value. It declares
+its fields and has methods, which are `triton.jit` functions:
+
+    @aggregate
+    class Rows:
+        pointer: tl.tensor
+        stride: tl.tensor
+        DIM: tl.constexpr
+
+        @triton.jit
+        def load(self, first): ...
+
+Fields are given in this order, or by name. `tl.tensor` is a run-time value, `tl.constexpr` a compile-time one, and
+`object` may be either: a pointer or None, a tuple, another aggregate. Instances do not change; methods return new ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+__all__ = ["aggregate", "constexpr_function", "kernel"]
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+# `triton.aggregate` from Triton 3.8 on.
+_compiled_aggregate = getattr(triton, "aggregate", None) or tl.core._aggregate
+
+
+def aggregate(cls: type) -> Any:
+    """Makes a class an aggregate. Its constructor takes the fields."""
+    fields = cls.__annotations__ = inspect.get_annotations(cls, eval_str=True)
+    field = _interpreted_field if INTERPRETED else _compiled_field
+
+    def __init__(self: Any, *values: Any, **named: Any) -> None:
+        given = dict(zip(fields, values, strict=False)) | named
+        if given.keys() != fields.keys() or len(values) + len(named) != len(fields):
+            raise TypeError(f"{cls.__name__} has the fields {', '.join(fields)}; got {len(values)} and {list(named)}")
+        for name, value in given.items():
+            setattr(self, name, field(value))
+
+    __init__.__triton_builtin__ = True  # type: ignore[attr-defined]  # Triton need not read its source
+    cls.__init__ = __init__  # type: ignore[misc]
+    return _interpreted_aggregate(cls) if INTERPRETED else _compiled_aggregate(cls)
+
+
+def _compiled_field(value: Any) -> Any:
+    return value if isinstance(value, tl.core.base_value) else tl.constexpr(value)
+
+
+def _interpreted_field(value: Any) -> Any:
+    return value.value if isinstance(value, tl.constexpr) else value
+
+
+def _interpreted_aggregate(cls: type) -> type:
+    """The interpreter runs a kernel as Python does, where a class is a class. Only its interpreted functions have to be
+    told who they are methods of."""
+    for name, member in list(vars(cls).items()):
+        if isinstance(member, triton.runtime.interpreter.InterpretedFunction):
+            setattr(cls, name, _method(member))
+    return cls
+
+
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **named: function(self, *args, **named)
+
+
+def constexpr_function(function: Callable[..., Any]) -> Any:
+    """A function of compile-time values that kernels may call."""
+    return function if INTERPRETED else triton.constexpr_function(function)
+
+
+def kernel(function: Callable[..., Any] | None = None, *, jit: Callable[..., Any] = triton.jit) -> Any:
+    """A kernel that the host launches. `jit` is what compiles it: `gluon.jit` for one in Gluon.
+
+    Every argument that is annotated with a type (`tl.int32`, `tl.float64`) is a run-time number: it makes no variant of
+    the kernel, whatever its value.
+    """
+    if function is None:
+        return lambda function: kernel(function, jit=jit)
+    types = inspect.get_annotations(function, eval_str=True)
+    return jit(do_not_specialize=[name for name, kind in types.items() if isinstance(kind, tl.dtype)])(function)

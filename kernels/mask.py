@@ -1,0 +1,161 @@
+"""Who may see whom. `Mask` is the only thing that knows: which blocks a tile visits, and which of its pairs are hidden.
+
+Three kinds of masks, the values of `MaskKind`: NONE; KEY, one visibility for each key (int32, padded to whole
+blocks); and DENSE, one bit for each pair with causality and bounds already folded in (int32 words of 32 keys, padded
+to whole blocks).
+"""
+
+import triton
+import triton.language as tl
+
+from flash_attend.kernels.compat import aggregate
+from flash_attend.kernels.schedule import BITS_PER_WORD, bounded_walk, cut_walk, listed_walk
+
+NONE = tl.constexpr(0)
+KEY = tl.constexpr(1)
+DENSE = tl.constexpr(2)
+
+
+@aggregate
+class Mask:
+    """Who may see whom, of one head: the key mask or the dense one of its `plane`, causality, and where queries and keys
+    end.
+
+    HIDES_KEYS: whether `hide` hides keys too, or only pairs. Where a tile's sums are by keys, those of hidden ones may be
+    anything until they are cleared.
+    """
+
+    planes: object
+    plane: object
+    queries: tl.tensor
+    keys: tl.tensor
+    KIND: tl.constexpr
+    CAUSAL: tl.constexpr
+    HIDES_KEYS: tl.constexpr
+
+    @triton.jit
+    def of_head(self, batch, head):
+        """The same for a head."""
+        plane = self.planes.index(batch, head)
+        return Mask(self.planes, plane, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+
+    # Which blocks a tile visits
+
+    @triton.jit
+    def walk_over_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """The key blocks that a tile of queries visits."""
+        RATIO: tl.constexpr = self.planes.BLOCK_N // BLOCK_N
+        if self.KIND == DENSE:
+            return listed_walk(self.planes.line_of_queries(self.plane, first_query), self.planes.n_key_blocks, RATIO)
+        else:
+            full_end, end = self.key_blocks(first_query, BLOCK_M, BLOCK_N)
+            if self.KIND == KEY:
+                line = self.planes.line_of_keys(self.plane)
+                return cut_walk(line, self.planes.n_key_blocks, full_end, end, RATIO)
+            else:
+                return bounded_walk(0, 0, full_end, end)
+
+    @triton.jit
+    def walk_over_queries(self, first_key, any_key, hides_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """The query blocks that visit a tile of keys: none unless `any_key` is visible. Where the tile's own keys need
+        hiding, `hides_keys`, no block is full. The lists are the transposed ones."""
+        if self.KIND == DENSE:
+            RATIO: tl.constexpr = self.planes.BLOCK_M // BLOCK_M
+            return listed_walk(self.planes.line_of_key_block(self.plane, first_key), self.planes.n_query_blocks, RATIO)
+        else:
+            begin, full_begin, full_end, end = self.query_blocks(first_key, BLOCK_M, BLOCK_N)
+            end = tl.where(any_key, end, begin)
+            full_begin = tl.where(hides_keys, end, tl.minimum(full_begin, end))
+            full_end = tl.maximum(tl.minimum(full_end, end), full_begin)
+            return bounded_walk(begin, full_begin, full_end, end)
+
+    @triton.jit
+    def key_blocks(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Key blocks of a tile of queries, as far as causality and the last key go: every query sees all of the blocks
+        `[0, full_end)`, and the blocks `[full_end, end)` cross an edge."""
+        full_end = self.keys // BLOCK_N
+        end = tl.cdiv(self.keys, BLOCK_N)
+        if self.CAUSAL:
+            offset = self.keys - self.queries
+            last_query = tl.minimum(first_query + BLOCK_M, self.queries) - 1
+            full_end = tl.minimum(tl.maximum(first_query + offset + 1, 0) // BLOCK_N, full_end)
+            end = tl.cdiv(tl.maximum(last_query + offset + 1, 0), BLOCK_N)
+        return full_end, end
+
+    @triton.jit
+    def query_blocks(self, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """Query blocks of a tile of keys, as far as causality and the last query go: every query of the blocks
+        `[full_begin, full_end)` exists and sees all keys; `[begin, full_begin)` crosses the diagonal,
+        `[full_end, end)` the end."""
+        begin = 0
+        full_begin = 0
+        end = tl.cdiv(self.queries, BLOCK_M)
+        if self.CAUSAL:
+            offset = self.keys - self.queries
+            last_key = first_key + BLOCK_N - 1
+            begin = tl.minimum(tl.maximum(first_key - offset, 0) // BLOCK_M, end)
+            full_begin = tl.minimum(tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_M), end)
+        full_end = tl.maximum(self.queries // BLOCK_M, full_begin)
+        return begin, full_begin, full_end, end
+
+    # What of it is hidden
+
+    @triton.jit
+    def key_shown(self, key):
+        """[SIZE] booleans: keys that exist and that the key mask shows."""
+        if self.KIND == KEY:
+            # int32, not bytes: a byte load behind a product's operand makes the compiler choose a poor layout for it.
+            return tl.load(self.planes.keys(self.plane) + key) != 0
+        else:
+            return key < self.keys
+
+    @triton.jit
+    def pairs_shown(
+        self, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
+    ):
+        """[BLOCK_M, BLOCK_N] booleans of a dense mask, or [BLOCK_N, BLOCK_M] if TRANSPOSED.
+
+        Each word is loaded once and spread over its bits: a load for each pair would hold a pointer for each pair.
+        """
+        BITS: tl.constexpr = min(BLOCK_N, BITS_PER_WORD)
+        visible = self.planes.pairs(self.plane)
+        query = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64) * self.planes.words_per_query()
+        word = first_key // BITS_PER_WORD + tl.arange(0, BLOCK_N // BITS)
+        bit = first_key % BITS_PER_WORD + tl.arange(0, BITS)
+        if TRANSPOSED:
+            words = tl.load(visible + word[:, None] + query[None, :])
+            pairs = tl.reshape((words[:, None, :] >> bit[None, :, None]) & 1, [BLOCK_N, BLOCK_M])
+        else:
+            words = tl.load(visible + query[:, None] + word[None, :])
+            pairs = tl.reshape((words[:, :, None] >> bit[None, None, :]) & 1, [BLOCK_M, BLOCK_N])
+        return pairs != 0
+
+    @triton.jit
+    def shown(self, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        """What `hide` needs for a tile of scores [BLOCK_M, BLOCK_N], and which keys [BLOCK_N] any of its queries may
+        see: the rows of k or v of the others may hold NaN and must not reach a product."""
+        if self.KIND == DENSE:
+            pairs = self.pairs_shown(first_query, first_key, BLOCK_M, BLOCK_N, TRANSPOSED=False)
+            return pairs, tl.max(pairs.to(tl.int32), 0) != 0
+        else:
+            shown = self.key_shown(first_key + tl.arange(0, BLOCK_N))
+            return shown[None, :], shown
+
+    @triton.jit
+    def hide(self, x, query, key, shown, fill):
+        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, before their exponentials; and
+        gradients of scores with 0, where the rows of hidden keys reached them.
+
+        `query`, `key` and `shown` broadcast to x, so that one function serves scores and transposed scores. Selects,
+        never sums: what a hidden key held, NaN included, must vanish. Two selects, not one `&`, which makes the compiler
+        pack predicates into bit fields.
+        """
+        if self.KIND == DENSE:
+            x = tl.where(shown, x, fill)
+        else:
+            if self.CAUSAL:
+                x = tl.where(key <= query + (self.keys - self.queries), x, fill)
+            # Causality alone hides the keys past the end from every query that exists.
+            if self.HIDES_KEYS and (self.KIND == KEY or not self.CAUSAL):
+                x = tl.where(shown, x, fill)
+        return x

@@ -1,0 +1,31 @@
+"""Which tile a program takes."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_at(index, length, heads, heads_total, section, SIZE: tl.constexpr):
+    """First position, batch and head of the `index`-th tile of `SIZE` positions.
+
+    Sections of so many heads follow each other, which fit into the cache together with all that their tiles read. In a
+    section the last tiles of all heads come first, which under causality are the longest for queries: then none of them
+    is left running at the end.
+    """
+    tiles = tl.cdiv(length, SIZE)
+    first_head = index // (section * tiles) * section
+    in_section = index % (section * tiles)
+    heads_here = tl.minimum(section, heads_total - first_head)
+    batch_head = first_head + in_section % heads_here
+    return (tiles - 1 - in_section // heads_here) * SIZE, batch_head // heads, batch_head % heads
+
+
+@triton.jit
+def tile_of_program(length, heads, section, SIZE: tl.constexpr, LAST_FIRST: tl.constexpr = True):
+    """`tile_at` for this program, of as many as there are tiles. Or the first tiles first: the longest for keys."""
+    tiles = tl.cdiv(length, SIZE)
+    heads_total = tl.num_programs(0) // tiles
+    first, batch, head = tile_at(tl.program_id(0), length, heads, heads_total, section, SIZE)
+    if not LAST_FIRST:
+        first = (tiles - 1) * SIZE - first
+    return first, batch, head

@@ -1,0 +1,445 @@
+"""Masks turned into work: which blocks are empty, partial or full, found on the device with no host sync.
+
+A mask is planes of pairs, one for each batch entry and head whose masks differ. A line of `lists` describes one line of
+a plane's blocks: the key blocks of a key mask, the key blocks that one block of queries of a dense mask sees, or the
+query blocks that see one of its key blocks. Full blocks come as runs `[start, end)`, because a loop over a run is
+pipelined like a loop without a mask; partial blocks come as a list, with every block's rank in it, so that the list can
+be cut at the diagonal. A line holds, as int32:
+
+    [0] number of runs   [1] first block that is not empty   [2] one past the last such block   [3] number of partial
+    blocks then the runs, 2 * n_blocks;   the partial blocks, n_blocks;   the ranks, n_blocks + 1
+
+The forward builds it once and the backward reuses it. A kernel's blocks may be smaller than the schedule's: `RATIO`
+of them make one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flash_attend.kernels.compat import aggregate, kernel
+from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.launch import Prepared, launch
+from flash_attend.kernels.operands import Strides, as_bytes
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
+
+__all__ = ["Schedule", "build_schedule", "schedule_layout", "transposed_lists"]
+
+BITS_PER_WORD = tl.constexpr(32)
+HEADER = tl.constexpr(4)
+EMPTY = tl.constexpr(0)
+PARTIAL = tl.constexpr(1)
+FULL = tl.constexpr(2)
+BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
+
+
+class Schedule(NamedTuple):
+    """What the kernels read of a mask. All None without one; int32, but for `visible` next to float64, which is int64."""
+
+    visible: Tensor | None  # KEY: (planes, key_blocks * block); DENSE: (planes, query_blocks * block, words of 32 bits)
+    lists: Tensor | None  # KEY: (planes, length) int32; DENSE: (planes, query_blocks, length)
+    states: Tensor | None  # DENSE: (planes, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
+
+    @property
+    def planes(self) -> int:
+        """How many planes the mask has; 0 without one."""
+        return 0 if self.visible is None else self.visible.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a schedule, on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def line_length(n_blocks):
+    """How many numbers a line of so many blocks takes: a header, runs, partial blocks, ranks. `line_length.fn` is for
+    the host."""
+    return 4 * n_blocks + 5
+
+
+@triton.jit
+def line_of(lists, index, n_blocks):
+    """Where a line begins in `lists`."""
+    return lists + index.to(tl.int64) * line_length(n_blocks)
+
+
+@aggregate
+class Planes:
+    """A `Schedule` as kernels read it: a plane of it for each batch entry and head whose masks differ.
+
+    `visible` and `lists` are pointers, which nothing reads without a mask. The strides say how many planes lie between
+    two batch entries and between two heads.
+    """
+
+    visible: object
+    lists: object
+    stride_batch: tl.tensor
+    stride_head: tl.tensor
+    n_query_blocks: object
+    n_key_blocks: tl.tensor
+    BLOCK_M: tl.constexpr  # queries of a block
+    BLOCK_N: tl.constexpr  # keys of a block
+
+    @triton.jit
+    def index(self, batch, head):
+        """Which plane is a head's."""
+        return (batch * self.stride_batch + head * self.stride_head).to(tl.int64)
+
+    @triton.jit
+    def words_per_query(self):
+        """How many words hold the pairs of one query of a dense mask."""
+        return self.n_key_blocks * (self.BLOCK_N // BITS_PER_WORD)
+
+    @triton.jit
+    def pairs(self, plane):
+        """Where the words of a plane of a dense mask begin."""
+        return self.visible + plane * self.n_query_blocks * self.BLOCK_M * self.words_per_query()
+
+    @triton.jit
+    def keys(self, plane):
+        """Where the visibility of keys begins in a plane of a key mask."""
+        return self.visible + plane * self.n_key_blocks * self.BLOCK_N
+
+    @triton.jit
+    def line_of_keys(self, plane):
+        """The line of key blocks of a key mask."""
+        return line_of(self.lists, plane, self.n_key_blocks)
+
+    @triton.jit
+    def line_of_queries(self, plane, first_query):
+        """The line of key blocks that the block of a query sees, of a dense mask."""
+        return line_of(self.lists, plane * self.n_query_blocks + first_query // self.BLOCK_M, self.n_key_blocks)
+
+    @triton.jit
+    def line_of_key_block(self, plane, first_key):
+        """The line of query blocks that see the block of a key, of a dense mask whose lists are transposed."""
+        return line_of(self.lists, plane * self.n_key_blocks + first_key // self.BLOCK_N, self.n_query_blocks)
+
+
+@aggregate
+class Walk:
+    """The blocks that a tile visits: the full ones, run after run, within `[full_begin, full_end)`, and those that need
+    masking: the listed ones, those of `[begin, full_begin)` and those of `[tail_begin, end)`.
+
+    If LISTED, `line` says where the runs are, and which blocks are partial; else all within the bounds is one run.
+    RATIO blocks make one of the schedule.
+    """
+
+    line: object
+    n_blocks: object  # of the schedule, in the line
+    n_runs: object
+    n_partial: object
+    begin: object
+    full_begin: object
+    full_end: tl.tensor
+    tail_begin: tl.tensor
+    end: tl.tensor
+    RATIO: tl.constexpr
+    LISTED: tl.constexpr
+
+    @triton.jit
+    def run_count(self):
+        """How many runs of full blocks there are."""
+        return self.n_runs
+
+    @triton.jit
+    def run_bounds(self, run):
+        """The blocks `[start, end)` of a run of full blocks."""
+        start = self.full_begin
+        end = self.full_end
+        if self.LISTED:
+            start = tl.load(self.line + HEADER + 2 * run) * self.RATIO
+            end = tl.minimum(tl.load(self.line + HEADER + 2 * run + 1) * self.RATIO, end)
+        return start, end
+
+    @triton.jit
+    def masked_count(self):
+        """How many blocks need masking."""
+        return self.n_partial + (self.full_begin - self.begin) + (self.end - self.tail_begin)
+
+    @triton.jit
+    def masked_block(self, index):
+        """The `index`-th block that needs masking."""
+        edge = index - self.n_partial
+        front = self.full_begin - self.begin
+        block = tl.where(edge < front, self.begin + edge, self.tail_begin + edge - front)
+        if self.LISTED:
+            at = self.line + HEADER + 2 * self.n_blocks + index // self.RATIO
+            listed = tl.load(at, mask=edge < 0, other=0)
+            block = tl.where(edge < 0, listed * self.RATIO + index % self.RATIO, block)
+        return block
+
+
+@triton.jit
+def bounded_walk(begin, full_begin, full_end, end):
+    """The walk over the blocks `[begin, end)`, of which `[full_begin, full_end)` are full."""
+    return Walk(0, 0, 1, 0, begin, full_begin, full_end, full_end, end, RATIO=1, LISTED=False)
+
+
+@triton.jit
+def listed_walk(line, n_blocks, RATIO: tl.constexpr):
+    """The walk over a whole line, which knows causality and the ends of the sequences already."""
+    last = n_blocks * RATIO
+    partial = tl.load(line + 3) * RATIO
+    return Walk(line, n_blocks, tl.load(line), partial, 0, 0, last, last, last, RATIO, LISTED=True)
+
+
+@triton.jit
+def cut_walk(line, n_blocks, full_end, end, RATIO: tl.constexpr):
+    """The walk over a line as far as `end`, in which blocks from `full_end` on are not full, whatever the line says."""
+    end = tl.minimum(end, tl.load(line + 2) * RATIO)
+    full_end = tl.minimum(full_end, end) // RATIO * RATIO
+    tail_begin = tl.minimum(tl.maximum(full_end, tl.load(line + 1) * RATIO), end)
+    partial = tl.load(line + HEADER + 3 * n_blocks + full_end // RATIO) * RATIO
+    return Walk(line, n_blocks, tl.load(line), partial, 0, 0, full_end, tail_begin, end, RATIO, LISTED=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _append(line, n_blocks, block, state, before, after, totals):
+    """Takes the next step of blocks, with their states [STEP] and their neighbours', into a line.
+
+    `totals` = (runs begun, runs ended, partial blocks, first, one past the last block that is not empty), so far.
+    """
+    runs, ended, partials, first, last = totals
+    starts_run = ((state == FULL) & (before != FULL)).to(tl.int32)
+    ends_run = ((state == FULL) & (after != FULL)).to(tl.int32)
+    partial = (state == PARTIAL).to(tl.int32)
+    run = line + HEADER
+    tl.store(run + 2 * (runs + tl.cumsum(starts_run, 0) - 1), block, mask=starts_run != 0)
+    tl.store(run + 2 * (ended + tl.cumsum(ends_run, 0) - 1) + 1, block + 1, mask=ends_run != 0)
+    rank = partials + tl.cumsum(partial, 0)
+    tl.store(run + 2 * n_blocks + rank - 1, block, mask=partial != 0)
+    tl.store(run + 3 * n_blocks + block, rank - partial, mask=block < n_blocks)
+    shown = state != EMPTY
+    first = tl.minimum(first, tl.min(tl.where(shown, block, n_blocks), 0))
+    last = tl.maximum(last, tl.max(tl.where(shown, block + 1, 0), 0))
+    return (runs + tl.sum(starts_run, 0), ended + tl.sum(ends_run, 0), partials + tl.sum(partial, 0), first, last)
+
+
+@triton.jit
+def _close(line, n_blocks, totals):
+    runs, _, partials, first, last = totals
+    tl.store(line, runs)
+    tl.store(line + 1, first)
+    tl.store(line + 2, last)
+    tl.store(line + 3, partials)
+    tl.store(line + HEADER + 4 * n_blocks, partials)
+
+
+@triton.jit
+def _key_step(mask, first_block, stride_key, keys, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Which keys of `STEP` blocks are visible [STEP, BLOCK], and the blocks' states [STEP]."""
+    key = (first_block + tl.arange(0, STEP))[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    shown = tl.load(mask + key.to(tl.int64) * stride_key, mask=(key >= 0) & (key < keys), other=0) != 0
+    shown = shown.to(tl.int32)
+    count = tl.sum(shown, 1)
+    return shown, tl.where(count == 0, EMPTY, tl.where(count == BLOCK, FULL, PARTIAL))
+
+
+@kernel
+def key_schedule_kernel(
+    MASK_POINTER,
+    VISIBLE,
+    LISTS,
+    keys: tl.int32,
+    n_blocks: tl.int32,
+    mask_heads: tl.int32,
+    stride_batch: tl.int64,
+    stride_head: tl.int64,
+    stride_key: tl.int64,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program for each plane of a key mask: its visibility as int32, and its line."""
+    plane = tl.program_id(0).to(tl.int64)
+    mask = MASK_POINTER + plane // mask_heads * stride_batch + plane % mask_heads * stride_head
+    visible = VISIBLE + plane * n_blocks * BLOCK
+    line = line_of(LISTS, plane, n_blocks)
+    totals = (0, 0, 0, n_blocks, 0)
+    for first_block in tl.range(0, n_blocks, STEP):
+        shown, state = _key_step(mask, first_block, stride_key, keys, STEP, BLOCK)
+        _, before = _key_step(mask, first_block - 1, stride_key, keys, STEP, BLOCK)
+        _, after = _key_step(mask, first_block + 1, stride_key, keys, STEP, BLOCK)
+        block = first_block + tl.arange(0, STEP)
+        key = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        tl.store(visible + key, shown, mask=(block < n_blocks)[:, None])
+        totals = _append(line, n_blocks, block, state, before, after, totals)
+    _close(line, n_blocks, totals)
+
+
+@kernel
+def dense_schedule_kernel(
+    MASK_POINTER,
+    VISIBLE,
+    STATES,
+    queries: tl.int32,
+    keys: tl.int32,
+    n_query_blocks: tl.int32,
+    n_key_blocks: tl.int32,
+    mask_heads: tl.int32,
+    stride_batch: tl.int64,
+    stride_head: tl.int64,
+    stride_query: tl.int64,
+    stride_key: tl.int64,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One program for each tile of a dense mask: reads it once, through its strides, and writes one bit a pair, with
+    causality and bounds folded in, and the tile's state."""
+    tile = tl.program_id(0).to(tl.int64)
+    key_block = (tile % n_key_blocks).to(tl.int32)
+    query_block = (tile // n_key_blocks % n_query_blocks).to(tl.int32)
+    plane = tile // n_key_blocks // n_query_blocks
+    query = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = key_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = (query < queries)[:, None] & (key < keys)[None, :]
+    if CAUSAL:
+        exists = exists & (key[None, :] <= query[:, None] + (keys - queries))
+    mask = MASK_POINTER + plane // mask_heads * stride_batch + plane % mask_heads * stride_head
+    offsets = query.to(tl.int64)[:, None] * stride_query + key.to(tl.int64)[None, :] * stride_key
+    shown = (tl.load(mask + offsets, mask=exists, other=0) != 0).to(tl.int32)
+    count = tl.sum(shown)
+    # A tile that reaches past the end is partial: the backward must not read the rows that are missing.
+    full = count == BLOCK_M * BLOCK_N
+    tl.store(STATES + tile, tl.where(full, FULL, tl.where(count == 0, EMPTY, PARTIAL)))
+
+    WORDS: tl.constexpr = BLOCK_N // BITS_PER_WORD
+    bits = tl.reshape(shown, [BLOCK_M, WORDS, BITS_PER_WORD]) << tl.arange(0, BITS_PER_WORD)[None, None, :]
+    words = tl.sum(bits, 2)
+    padded_query = (plane * n_query_blocks + query_block) * BLOCK_M + tl.arange(0, BLOCK_M)
+    word = key_block * WORDS + tl.arange(0, WORDS)
+    tl.store(VISIBLE + padded_query[:, None] * (n_key_blocks * WORDS) + word[None, :], words)
+
+
+@kernel
+def line_kernel(
+    STATES,
+    LISTS,
+    n_lines: tl.int32,
+    n_blocks: tl.int32,
+    stride_plane: tl.int64,
+    stride_line: tl.int64,
+    stride_block: tl.int64,
+    STEP: tl.constexpr,
+):
+    """One program for each line of tile states, (planes, n_lines, n_blocks) through its strides."""
+    index = tl.program_id(0).to(tl.int64)
+    states = STATES + index // n_lines * stride_plane + index % n_lines * stride_line
+    line = line_of(LISTS, index, n_blocks)
+    totals = (0, 0, 0, n_blocks, 0)
+    for first_block in tl.range(0, n_blocks, STEP):
+        block = first_block + tl.arange(0, STEP)
+        at = states + block.to(tl.int64) * stride_block
+        state = tl.load(at, mask=block < n_blocks, other=0)
+        before = tl.load(at - stride_block, mask=(block > 0) & (block <= n_blocks), other=0)
+        after = tl.load(at + stride_block, mask=block + 1 < n_blocks, other=0)
+        totals = _append(line, n_blocks, block, state, before, after, totals)
+    _close(line, n_blocks, totals)
+
+
+def schedule_layout(
+    mask: Tensor | None, spec: AttentionSpec, tiles: Tiles
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor in the schedule of a mask `(b|1, h|1, i|1, j)`, in the order of `Schedule`."""
+    if mask is None:
+        return []
+    planes = mask.shape[0] * mask.shape[1]
+    block_m, block_n = tiles.schedule_block
+    n_query_blocks, n_key_blocks = block_counts(spec, tiles)
+    length = line_length.fn(n_key_blocks)
+    # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
+    word = torch.int64 if spec.dtype == torch.float64 else torch.int32
+    if spec.mask == MaskKind.KEY:
+        return [((planes, n_key_blocks * block_n), word), ((planes, length), torch.int32)]
+    words = n_key_blocks * (block_n // BITS_PER_WORD.value)
+    return [
+        ((planes, n_query_blocks * block_m, words), word),
+        ((planes, n_query_blocks, length), torch.int32),
+        ((planes, n_query_blocks, n_key_blocks), torch.int32),
+    ]
+
+
+def block_counts(spec: AttentionSpec, tiles: Tiles) -> tuple[int, int]:
+    """How many blocks of queries and of keys a schedule has."""
+    block_m, block_n = tiles.schedule_block
+    return triton.cdiv(spec.queries, block_m), triton.cdiv(spec.keys, block_n)
+
+
+def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+    """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
+    if mask is None:
+        return Schedule(None, None, None)
+    layout = schedule_layout(mask, spec, tiles)
+    visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
+    if spec.mask == MaskKind.KEY:
+        launch(_prepare_keys(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, lists)
+        return Schedule(visible, lists, None)
+    launch(_prepare_dense(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, *states)
+    _fill_lines(*states, lists)
+    return Schedule(visible, lists, *states)
+
+
+def transposed_lists(schedule: Schedule) -> Tensor | None:
+    """For each key block of a dense mask the query blocks that see it: (planes, key_blocks, length)."""
+    if schedule.states is None:
+        return None
+    states = schedule.states.transpose(1, 2)
+    planes, n_lines, n_blocks = states.shape
+    lists = torch.empty(planes, n_lines, line_length.fn(n_blocks), dtype=torch.int32, device=states.device)
+    _fill_lines(states, lists)
+    return lists
+
+
+def _fill_lines(states: Tensor, lists: Tensor) -> None:
+    """Writes the lists of `(planes, n_lines, n_blocks)` states."""
+    launch(_prepare_lines(states.shape, states.stride()), states, lists)
+
+
+# The launches for masks and states of these shapes, with these strides.
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+    _, n_key_blocks = block_counts(spec, tiles)
+    by_batch, by_head, _, by_key = strides
+    return Prepared(
+        key_schedule_kernel,
+        shape[0] * shape[1],
+        (spec.keys, n_key_blocks, shape[1], by_batch, by_head, by_key),
+        dict(STEP=BLOCKS_PER_STEP, BLOCK=tiles.schedule_block[1]),
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_dense(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+    block_m, block_n = tiles.schedule_block
+    n_query_blocks, n_key_blocks = block_counts(spec, tiles)
+    return Prepared(
+        dense_schedule_kernel,
+        shape[0] * shape[1] * n_query_blocks * n_key_blocks,
+        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides),
+        dict(BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=spec.causal),
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare_lines(shape: torch.Size, strides: Strides) -> Prepared:
+    planes, n_lines, n_blocks = shape
+    return Prepared(
+        line_kernel, planes * n_lines, (n_lines, n_blocks, *strides), dict(STEP=BLOCKS_PER_STEP), num_warps=1
+    )
