@@ -15,7 +15,8 @@ from flash_attend.autograd import Attention, Gradients
 from flash_attend.kernels.backward import attention_backward, empty_gradients
 from flash_attend.kernels.configs import Tiles, select_tiles
 from flash_attend.kernels.forward import attention_forward, empty_outputs
-from flash_attend.kernels.key_schedule import Schedule, schedule_layout
+from flash_attend.kernels.schedule import Schedule, schedule_layout
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import differentiated, intercepted, traced
@@ -39,7 +40,7 @@ def attend(
         run, differentiate = partial(forward, backend, tiles), partial(_differentiate, backend, tiles)
         out, lse, *_ = Attention.apply(run, differentiate, q, k, v, mask, seed, spec)
     else:
-        out, lse, _ = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
+        out, lse, _ = _forward_of(backend)(Operands(q, k, v, mask, seed), spec, tiles)
     return out, lse
 
 
@@ -70,7 +71,7 @@ def forward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, ...]:
     """`(out, lse, *schedule)`."""
-    out, lse, schedule = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
+    out, lse, schedule = _forward_of(backend)(Operands(q, k, v, mask, seed), spec, tiles)
     return out, lse, *_present(schedule)
 
 
@@ -98,7 +99,7 @@ def backward(
     """The gradients of those of q, k and v that are needed; `mask` is read through the schedule."""
     whole = Schedule(*schedule, *[None] * (3 - len(schedule)))
     run = _backward_of(backend)
-    return _present(run(grad_out, grad_lse, q, k, v, out, lse, seed, whole, spec, tiles, needed))
+    return _present(run(grad_out, grad_lse, Operands(q, k, v, mask, seed), out, lse, whole, spec, tiles, needed))
 
 
 def like_backward(needed: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:

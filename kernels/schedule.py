@@ -40,7 +40,7 @@ BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
 
 
 class Schedule(NamedTuple):
-    """What the kernels read of a mask. All None without one; int32, but for `visible` next to float64, which is int64."""
+    """What the kernels read of a mask: all None without one. int32, but for `visible` next to float64: int64."""
 
     visible: Tensor | None  # KEY: (planes, key_blocks * block); DENSE: (planes, query_blocks * block, words of 32 bits)
     lists: Tensor | None  # KEY: (planes, length) int32; DENSE: (planes, query_blocks, length)
