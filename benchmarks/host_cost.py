@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from flash_attend import flash_attention
 from flash_attend.dispatch import choose
-from flash_attend.kernels import aot, backward, forward, key_schedule
+from flash_attend.kernels import aot, backward, forward, schedule
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
 from flash_attend.spec import normalise_inputs
@@ -93,7 +93,7 @@ def on_the_part() -> Iterator[None]:
 def without_launches() -> Iterator[None]:
     """Within this context the launchers prepare and launch nothing."""
     with ExitStack() as stack:
-        for module in (forward, backward, key_schedule):
+        for module in (forward, backward, schedule):
             stack.enter_context(mock.patch.object(module, "launch", lambda *arguments, **options: None))
         yield
 

@@ -177,13 +177,14 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
         alive = lse_log2 < INFINITY
     q = queries.q.load(first_query, alive, tile.BLOCK_M, MASKED)
     seen = scores.apply(tile.inner_products(keys.k, q))
+    weights = recomputed_weights(seen, lse_log2[None, :], scores.factor_log2)
     if MASKED:
         if mask.KIND == DENSE:
             shown = mask.pairs_shown(first_query, keys.first, tile.BLOCK_M, tile.BLOCK_N, TRANSPOSED=True)
         else:
             shown = keys.shown[:, None]
-        seen = mask.hide(seen, query[None, :], key[:, None], shown, NEGATIVE_INFINITY)
-    weights = recomputed_weights(seen, lse_log2[None, :], scores.factor_log2)
+        # Weights, not scores, whose selects would wait for their product with packed predicates.
+        weights = mask.hide(weights, query[None, :], key[:, None], shown, 0.0)
     grad = queries.grad_out.load(first_query, alive, tile.BLOCK_M, MASKED)
     kept = dropout.kept(first_query, keys.first, tile.BLOCK_M, tile.BLOCK_N, TRANSPOSED=True)
     grad_k = grads.k
@@ -302,7 +303,7 @@ def backward_kv_kernel(
 
     GRAD_Q, unless None: the sum (b, h, i, d), contiguous, to which the tile adds its part of the gradient of q.
 
-    MASKS_DIFFER: the heads of a group have key masks of their own, so that a key is hidden from some and read by others.
+    MASKS_DIFFER: the heads of a group have key masks of their own: a key may be hidden from some and read by others.
     """
     FUSED: tl.constexpr = GRAD_Q is not None
     first_key, batch, kv_head = tile_of_program(keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
@@ -314,7 +315,7 @@ def backward_kv_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    masks = Mask(planes, 0, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
+    masks = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
     scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
@@ -458,7 +459,7 @@ def backward_q_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    mask = Mask(planes, 0, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
+    mask = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
     scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)

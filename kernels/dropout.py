@@ -52,9 +52,9 @@ class Dropout:
     ):
         """[BLOCK_M, BLOCK_N] booleans, or [BLOCK_N, BLOCK_M] if TRANSPOSED: True where the weight stays.
 
-        One Philox call (Salmon et al. 2011) gives the four words of {x, x + 8} in both directions. In the accumulator of
-        a tensor-core product one thread owns just these four, in the scores and in their transpose alike, so nothing
-        moves between threads.
+        One Philox call (Salmon et al. 2011) gives the four words of {x, x + 8} in both directions. In the accumulator
+        of a tensor-core product one thread owns just these four, in the scores and in their transpose alike, so
+        nothing moves between threads.
         """
         if not self.ON:
             return True

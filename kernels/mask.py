@@ -18,15 +18,16 @@ DENSE = tl.constexpr(2)
 
 @aggregate
 class Mask:
-    """Who may see whom, of one head: the key mask or the dense one of its `plane`, causality, and where queries and keys
-    end.
+    """Who may see whom, of one head: the key mask or the dense one of its `plane`, causality, and the ends of queries
+    and keys.
 
-    HIDES_KEYS: whether `hide` hides keys too, or only pairs. Where a tile's sums are by keys, those of hidden ones may be
-    anything until they are cleared.
+    HIDES_KEYS: whether `hide` hides keys too, or only pairs. Where a tile's sums are by keys, those of hidden ones may
+    be anything until they are cleared.
     """
 
     planes: object
     plane: object
+    visible: object  # where the words of the plane begin
     queries: tl.tensor
     keys: tl.tensor
     KIND: tl.constexpr
@@ -37,20 +38,23 @@ class Mask:
     def of_head(self, batch, head):
         """The same for a head."""
         plane = self.planes.index(batch, head)
-        return Mask(self.planes, plane, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+        visible = None
+        if self.KIND == DENSE:
+            visible = self.planes.pairs(plane)
+        elif self.KIND == KEY:
+            visible = self.planes.keys(plane)
+        return Mask(self.planes, plane, visible, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
 
     @triton.jit
     def counted_from(self, first_query, first_key):
         """The same for pairs whose queries and keys are counted from these on. For `hide` and `key_shown`, and not of a
         dense mask."""
-        planes = self.planes
-        plane = self.plane
+        visible = self.visible
         if self.KIND == KEY:
-            planes = planes.showing(planes.keys(plane) + first_key)
-            plane = 0
+            visible = visible + first_key
         queries = self.queries - first_query
         keys = self.keys - first_key
-        return Mask(planes, plane, queries, keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+        return Mask(self.planes, self.plane, visible, queries, keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
 
     # Which blocks a tile visits
 
@@ -118,7 +122,7 @@ class Mask:
         """[SIZE] booleans: keys that exist and that the key mask shows."""
         if self.KIND == KEY:
             # int32, not bytes: a byte load behind a product's operand makes the compiler choose a poor layout for it.
-            return tl.load(self.planes.keys(self.plane) + key) != 0
+            return tl.load(self.visible + key) != 0
         else:
             return key < self.keys
 
@@ -131,15 +135,14 @@ class Mask:
         Each word is loaded once and spread over its bits: a load for each pair would hold a pointer for each pair.
         """
         BITS: tl.constexpr = min(BLOCK_N, BITS_PER_WORD)
-        visible = self.planes.pairs(self.plane)
         query = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64) * self.planes.words_per_query()
         word = first_key // BITS_PER_WORD + tl.arange(0, BLOCK_N // BITS)
         bit = first_key % BITS_PER_WORD + tl.arange(0, BITS)
         if TRANSPOSED:
-            words = tl.load(visible + word[:, None] + query[None, :])
+            words = tl.load(self.visible + word[:, None] + query[None, :])
             pairs = tl.reshape((words[:, None, :] >> bit[None, :, None]) & 1, [BLOCK_N, BLOCK_M])
         else:
-            words = tl.load(visible + query[:, None] + word[None, :])
+            words = tl.load(self.visible + query[:, None] + word[None, :])
             pairs = tl.reshape((words[:, :, None] >> bit[None, None, :]) & 1, [BLOCK_M, BLOCK_N])
         return pairs != 0
 
@@ -156,12 +159,11 @@ class Mask:
 
     @triton.jit
     def hide(self, x, query, key, shown, fill):
-        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, before their exponentials; and
-        gradients of scores with 0, where the rows of hidden keys reached them.
+        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, weights with 0.
 
         `query`, `key` and `shown` broadcast to x, so that one function serves scores and transposed scores. Selects,
-        never sums: what a hidden key held, NaN included, must vanish. Two selects, not one `&`, which makes the compiler
-        pack predicates into bit fields.
+        never sums: what a hidden key held, NaN included, must vanish. Two selects, not one `&`, which makes the
+        compiler pack predicates into bit fields.
         """
         if self.KIND == DENSE:
             x = tl.where(shown, x, fill)

@@ -19,12 +19,12 @@ from flash_attend.kernels.tiles import clear_rows
 class Rows:
     """The rows of one head, vectors of DIM numbers.
 
-    `source` points to the first one; if DESCRIPTOR, it is a descriptor of blocks of all heads, which knows the end of the
-    rows. `stride` is from row to row, in elements.
+    `source` points to the first one; if DESCRIPTOR, it is a descriptor of blocks of all heads, which knows where the
+    rows end. `stride` is from row to row, in elements.
     """
 
     source: object
-    stride: tl.tensor
+    stride: object
     batch: tl.tensor
     head: tl.tensor
     DIM: tl.constexpr
@@ -53,8 +53,8 @@ class Rows:
 
     @triton.jit
     def store(self, first, tile, valid, SIZE: tl.constexpr, ADD: tl.constexpr = False):
-        """Writes the `valid` [SIZE] rows of a tile from `first` on, in the dtype there. ADD: adds them to what is there,
-        element by element, in no order among programs."""
+        """Writes the `valid` [SIZE] rows of a tile from `first` on, in the dtype there. ADD: adds them to what is
+        there, element by element, in no order among programs."""
         self._store_part(first, tile[0], valid, SIZE, 0, self.PART0, ADD)
         if self.PART1:
             self._store_part(first, tile[1], valid, SIZE, self.PART0, self.PART1, ADD)
@@ -71,8 +71,8 @@ class Rows:
         self, first, valid, SIZE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr
     ):
         pointers, columns = self._part(first, SIZE, START, WIDTH)
-        # A mask costs predicates in every load of the main loop: only where the part reaches past the dimension, or rows
-        # do.
+        # A mask costs predicates in every load of the main loop: only where the part reaches past the dimension, or
+        # rows do.
         if START + WIDTH > self.DIM:
             if MASKED:
                 return tl.load(pointers, mask=valid[:, None] & (columns < self.DIM)[None, :], other=0.0)

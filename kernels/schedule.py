@@ -40,7 +40,7 @@ BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
 
 
 class Schedule(NamedTuple):
-    """What the kernels read of a mask. All None without one; int32, but for `visible` next to float64, which is int64."""
+    """What the kernels read of a mask: all None without one. int32, but for `visible` next to float64: int64."""
 
     visible: Tensor | None  # KEY: (planes, key_blocks * block); DENSE: (planes, query_blocks * block, words of 32 bits)
     lists: Tensor | None  # KEY: (planes, length) int32; DENSE: (planes, query_blocks, length)
@@ -86,14 +86,6 @@ class Planes:
     n_key_blocks: tl.tensor
     BLOCK_M: tl.constexpr  # queries of a block
     BLOCK_N: tl.constexpr  # keys of a block
-
-    @triton.jit
-    def showing(self, visible):
-        """The same with a visibility that begins elsewhere."""
-        return Planes(
-            visible, self.lists, self.stride_batch, self.stride_head, self.n_query_blocks, self.n_key_blocks,
-            self.BLOCK_M, self.BLOCK_N,
-        )  # fmt: skip
 
     @triton.jit
     def index(self, batch, head):

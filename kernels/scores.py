@@ -1,7 +1,7 @@
 """What becomes of the products of q and k before the softmax, and of the gradients on their way back.
 
-Exponentials are taken to the base 2, with the scale folded in: `exp(scale * q k) = exp2(apply(q k) * factor_log2)`, with
-`factor_log2` positive, whatever the sign of the scale.
+Exponentials are taken to the base 2, with the scale folded in: `exp(scale * q k) = exp2(apply(q k) * factor_log2)`,
+where `factor_log2` is positive, whatever the sign of the scale.
 """
 
 import triton

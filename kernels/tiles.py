@@ -48,7 +48,7 @@ def row_products(a, b, DTYPE: tl.constexpr):
 
 @aggregate
 class Tile:
-    """What is fixed about a kernel's tiles when it is compiled: their queries and keys, and how products are computed."""
+    """What is fixed about a kernel's tiles when it is compiled: their sizes, and how products are computed."""
 
     BLOCK_M: tl.constexpr  # queries
     BLOCK_N: tl.constexpr  # keys

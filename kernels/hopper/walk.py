@@ -16,7 +16,7 @@ def make_mask(
 ):  # fmt: skip
     """Who may see whom, of no head yet. No dense mask comes here, so that blocks of queries do not matter."""
     planes = Planes(VISIBLE, LISTS, stride_batch, stride_head, 0, gl.cdiv(keys, SCHEDULE_N), 0, SCHEDULE_N)
-    return Mask(planes, None, queries, keys, MASK, CAUSAL, HIDES_KEYS)
+    return Mask(planes, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS)
 
 
 @aggregate
@@ -79,7 +79,7 @@ class QueryTiles:
         )
         mask = self.mask.of_head(batch, head)
         walk = mask.walk_over_keys(first_query, self.BLOCK_M, self.BLOCK_N)
-        return QueryTile(first_query, batch, head, head // self.group, mask.counted_from(0, 0), walk)
+        return QueryTile(first_query, batch, head, head // self.group, mask, walk)
 
 
 @aggregate
