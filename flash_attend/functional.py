@@ -10,13 +10,13 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from flash_attend import operators
+from flash_attend.autograd import attend
 from flash_attend.dispatch import BACKENDS, Plan, Verdict, check_backend, choose, judge
 from flash_attend.dropout import draw_seed
-from flash_attend.reference import attention_reference
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
+from flash_attend.tracing import constant_when_compiled, refuse_jit_trace, sharded, traced
 
 __all__ = ["Explanation", "explain", "flash_attention"]
 
@@ -98,6 +98,7 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    refuse_jit_trace()
     if sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
@@ -115,23 +116,12 @@ def flash_attention(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    watched = traced(q, k, v, mask)
     check_backend(backend)
-    plan = (choose if watched else _choose_once)(spec, target, backend)
-    if plan.backend == "math" and backend == "auto" and target.device_type == "cuda":
+    plan = (choose if traced(q, k, v, mask) else _choose_once)(spec, target, backend)
+    if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda":
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    lse: Tensor | None
-    # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
-    # and all but a compiler and a sharded tensor do better with them.
-    if watched or (plan.backend != "math" and intercepted()):
-        out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
-    elif plan.backend == "math":
-        out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
-    else:
-        from flash_attend import launches  # imports Triton
-
-        out, lse = launches.attend(q, k, v, mask, seed, spec, target, plan.backend)
+    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
@@ -175,7 +165,7 @@ class Explanation:
 
     def __str__(self) -> str:
         where = self.target.name or self.target.device_type
-        lines = [f"on {where}: " + (f"{self.plan.backend} serves" if self.plan else self.refusal)]
+        lines = [f"on {where}: " + (f"{self.plan.name} serves" if self.plan else self.refusal)]
         width = max(map(len, BACKENDS))
         for verdict in self.verdicts:
             state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"

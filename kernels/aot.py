@@ -39,6 +39,7 @@ from flash_attend.kernels.hopper.forward import attention_forward as hopper_forw
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, interpreting
 
@@ -210,8 +211,9 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             on_hopper = backend.startswith("hopper")
             forward = hopper_forward if on_hopper else attention_forward
             backward = hopper_backward if on_hopper else attention_backward
-            out, lse, schedule = forward(q, k, v, mask, seed, spec, tiles)
-            backward(torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, tiles, (True, True, True))
+            operands = Operands(q, k, v, mask, seed)
+            out, lse, schedule = forward(operands, spec, tiles)
+            backward(torch.empty_like(out), None, operands, out, lse, schedule, spec, tiles, (True, True, True))
     return launches
 
 

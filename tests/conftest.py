@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # flash_attend would be found instead, without its kernels, and the folder kernels as a top-level package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
-from flash_attend.dispatch import OLDEST_CAPABILITY  # noqa: E402
+from flash_attend.backends import OLDEST_CAPABILITY  # noqa: E402
 from flash_attend.target import interpreting  # noqa: E402
 
 # Their assertions are the suite's own, and should fail as readably as a test's.

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from backends import BACKENDS, MATH_CPU, MATH_CUDA, TRITON_CUDA, Backend
 from flash_attend import Attend, BackendUnavailable, flash_attention, functional
-from flash_attend.operators import FORWARD
+from flash_attend.ops import FORWARD
 from flash_attend.testing.calls import Case, check, make_call, run
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from backends import BACKENDS, Backend
 from flash_attend import flash_attention
 from flash_attend.dropout import draw_seed
-from flash_attend.operators import BACKWARD, FORWARD
+from flash_attend.ops import BACKWARD, FORWARD
 from flash_attend.spec import normalise_inputs
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run
 
