@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,9 +12,11 @@ from torch.nn.functional import pad
 
 from flash_attend import operators
 from flash_attend.autograd import Attention, Gradients
-from flash_attend.kernels.backward import attention_backward, empty_gradients
-from flash_attend.kernels.configs import Tiles, select_tiles
-from flash_attend.kernels.forward import attention_forward, empty_outputs
+from flash_attend.backends import Backend
+from flash_attend.dispatch import Plan
+from flash_attend.kernels.backward import empty_gradients
+from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.forward import empty_outputs
 from flash_attend.kernels.key_schedule import Schedule, schedule_layout
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
@@ -31,36 +33,22 @@ def attend(
     seed: Tensor | None,
     spec: AttentionSpec,
     target: DeviceTarget,
-    backend: str,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """What `operators.attend` gives, without the detour through an operator, which takes the host longer."""
-    tiles = select_tiles(spec, target, backend)  # chosen here: the backward runs in another thread and must agree
+    backend = plan.backend
+    # Chosen here: the backward runs in another thread and must agree.
+    tiles = backend.tiles(spec, target, plan.backward)
     if differentiated(q, k, v):
-        run, differentiate = partial(forward, backend, tiles), partial(_differentiate, backend, tiles)
+        run, differentiate = partial(forward, backend, tiles), partial(_differentiate, plan, tiles)
         out, lse, *_ = Attention.apply(run, differentiate, q, k, v, mask, seed, spec)
     else:
-        out, lse, _ = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
+        out, lse, _ = backend.forward(q, k, v, mask, seed, spec, tiles)
     return out, lse
 
 
-def _forward_of(backend: str) -> Callable[..., tuple[Tensor, Tensor, Schedule]]:
-    if backend.startswith("triton"):
-        return attention_forward
-    from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward  # imports Gluon
-
-    return hopper_forward
-
-
-def _backward_of(backend: str) -> Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    if backend.startswith("triton"):
-        return attention_backward
-    from flash_attend.kernels.hopper.backward import attention_backward as hopper_backward  # imports Gluon
-
-    return hopper_backward
-
-
 def forward(
-    backend: str,
+    backend: Backend,
     tiles: Tiles,
     q: Tensor,
     k: Tensor,
@@ -70,7 +58,7 @@ def forward(
     spec: AttentionSpec,
 ) -> tuple[Tensor, ...]:
     """`(out, lse, *schedule)`."""
-    out, lse, schedule = _forward_of(backend)(q, k, v, mask, seed, spec, tiles)
+    out, lse, schedule = backend.forward(q, k, v, mask, seed, spec, tiles)
     return out, lse, *_present(schedule)
 
 
@@ -80,7 +68,7 @@ def like_forward(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    backend: str,
+    backend: Backend,
     tiles: Tiles,
     needed: Sequence[bool],
     grad_out: Tensor | None,
@@ -97,8 +85,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of those of q, k and v that are needed; `mask` is read through the schedule."""
     whole = Schedule(*schedule, *[None] * (3 - len(schedule)))
-    run = _backward_of(backend)
-    return _present(run(grad_out, grad_lse, q, k, v, out, lse, seed, whole, spec, tiles, needed))
+    return _present(backend.backward(grad_out, grad_lse, q, k, v, out, lse, seed, whole, spec, tiles, needed))
 
 
 def like_backward(needed: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> tuple[Tensor, ...]:
@@ -136,7 +123,7 @@ def unpack(tiles: Tiles, packed: Sequence[Tensor], mask: Tensor | None, spec: At
 
 
 def _differentiate(
-    backend: str,
+    plan: Plan,
     tiles: Tiles,
     needed: Sequence[bool],
     grad_out: Tensor | None,
@@ -153,10 +140,10 @@ def _differentiate(
 ) -> Sequence[Tensor]:
     inputs = needed, grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse
     if traced(grad_out, grad_lse) or intercepted():  # a backward may be transformed where its forward was not
-        return operators.differentiate(backend, *inputs, *pack(schedule))
+        return operators.differentiate(plan.name, plan.backward, *inputs, *pack(schedule))
     if torch.is_grad_enabled():
-        return Gradients.apply(partial(backward, backend, tiles), *inputs, *schedule)
-    return backward(backend, tiles, *inputs, *schedule)
+        return Gradients.apply(partial(backward, plan.backend, tiles), *inputs, *schedule)
+    return backward(plan.backend, tiles, *inputs, *schedule)
 
 
 def _present(tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -21,6 +21,8 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils._pytree import tree_map
 
 from flash_attend.autograd import Attention, Gradients
+from flash_attend.backends import BACKENDS
+from flash_attend.dispatch import Plan
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, describe
 from flash_attend.target import DeviceTarget
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attend", "differentiate"]
 
-_OPTIONS = "bool causal, float scale, float dropout_p, bool deterministic, str precision, str backend"
+_OPTIONS = "bool causal, float scale, float dropout_p, bool deterministic, str precision, str backend, str backward"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 _library = torch.library.Library("flash_attend", "DEF")
@@ -56,7 +58,7 @@ def attend(
     mask: Tensor | None,
     seed: Tensor | None,
     spec: AttentionSpec,
-    backend: str,
+    plan: Plan,
     *,
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
@@ -64,12 +66,13 @@ def attend(
 
     Arguments as `normalise_inputs` returns them; `seed` is a one-element int64 tensor on q's device, or None.
     """
-    out, lse, _ = FORWARD(q, k, v, mask, seed, *spec.options, backend, return_lse)
+    out, lse, _ = FORWARD(q, k, v, mask, seed, *spec.options, plan.name, plan.backward, return_lse)
     return out, lse
 
 
 def differentiate(
     backend: str,
+    way: str,
     needed: Sequence[bool],
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
@@ -85,7 +88,7 @@ def differentiate(
 ) -> list[Tensor]:
     """The gradients of those of q, k and v that are needed, from those of out and lse; None counts as 0."""
     tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse
-    return BACKWARD(needed, *tensors, schedule, *spec.options, backend)
+    return BACKWARD(needed, *tensors, schedule, *spec.options, backend, way)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ def differentiate(
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse):
+def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, way, return_lse):
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if backend == "math":
         with torch.no_grad():
@@ -103,12 +106,13 @@ def _forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, preci
     from flash_attend import launches
 
     with torch.no_grad():
-        out, lse, *schedule = launches.forward(backend, _tiles(spec, q.device, backend), q, k, v, mask, seed, spec)
+        tiles = _tiles(spec, q.device, backend, way)
+        out, lse, *schedule = launches.forward(BACKENDS[backend], tiles, q, k, v, mask, seed, spec)
     return out, lse, launches.pack(schedule)
 
 
 @torch.library.register_fake(FORWARD, lib=_library)
-def _like_forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse):
+def _like_forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, way, return_lse):
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if backend == "math":
         lse = q.new_empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
@@ -116,13 +120,13 @@ def _like_forward(q, k, v, mask, seed, causal, scale, dropout_p, deterministic, 
         return out, lse if return_lse else _no_lse(q, spec), []
     from flash_attend import launches
 
-    return *launches.like_forward(q, spec), launches.like_packed(_tiles(spec, q.device, backend), mask, spec)
+    return *launches.like_forward(q, spec), launches.like_packed(_tiles(spec, q.device, backend, way), mask, spec)
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
 def _backward(
     needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
-    causal, scale, dropout_p, deterministic, precision, backend,
+    causal, scale, dropout_p, deterministic, precision, backend, way,
 ):  # fmt: skip
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if backend == "math":
@@ -131,18 +135,18 @@ def _backward(
         return [grad.contiguous() for grad in compress(grads, needed)]
     from flash_attend import launches
 
-    tiles = _tiles(spec, q.device, backend)
+    tiles = _tiles(spec, q.device, backend, way)
     # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
     tensors = grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse.contiguous()
     with torch.no_grad():
         schedule = launches.unpack(tiles, schedule, mask, spec)
-        return list(launches.backward(backend, tiles, needed, *tensors, *schedule))
+        return list(launches.backward(BACKENDS[backend], tiles, needed, *tensors, *schedule))
 
 
 @torch.library.register_fake(BACKWARD, lib=_library)
 def _like_backward(
     needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
-    causal, scale, dropout_p, deterministic, precision, backend,
+    causal, scale, dropout_p, deterministic, precision, backend, way,
 ):  # fmt: skip
     if backend == "math":
         return [x.new_empty(x.shape) for x in compress((q, k, v), needed)]
@@ -152,9 +156,7 @@ def _like_backward(
     return list(launches.like_backward(needed, q, k, v, spec))
 
 
-def _tiles(spec: AttentionSpec, device: torch.device, backend: str) -> Tiles:
-    from flash_attend.kernels.configs import select_tiles
-
+def _tiles(spec: AttentionSpec, device: torch.device, backend: str, way: str) -> Tiles:
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
     reduced = AttentionSpec(
         batch=1,
@@ -171,7 +173,7 @@ def _tiles(spec: AttentionSpec, device: torch.device, backend: str) -> Tiles:
         deterministic=spec.deterministic,
         precision=spec.precision,
     )
-    return select_tiles(reduced, DeviceTarget.of(device), backend)
+    return BACKENDS[backend].tiles(reduced, DeviceTarget.of(device), way)
 
 
 def _through_einsum(
@@ -200,31 +202,31 @@ def _no_lse(q: Tensor, spec: AttentionSpec) -> Tensor:
 
 
 def _forward_autograd(
-    keyset, q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, return_lse
+    keyset, q, k, v, mask, seed, causal, scale, dropout_p, deterministic, precision, backend, way, return_lse
 ):  # fmt: skip
     def run(q, k, v, mask, seed, spec):
         with _levels_below():
             below = keyset & torch._C._after_autograd_keyset
-            out, lse, schedule = FORWARD.redispatch(below, q, k, v, mask, seed, *spec.options, backend, return_lse)
+            out, lse, schedule = FORWARD.redispatch(below, q, k, v, mask, seed, *spec.options, backend, way, return_lse)
         return out, lse, *schedule
 
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if forward_mode():
         return *_through_einsum(q, k, v, mask, seed, spec, return_lse), []
     with enable_single_level_autograd_function():
-        out, lse, *schedule = Attention.apply(run, partial(differentiate, backend), q, k, v, mask, seed, spec)
+        out, lse, *schedule = Attention.apply(run, partial(differentiate, backend, way), q, k, v, mask, seed, spec)
     return out, lse, schedule
 
 
 def _backward_autograd(
     keyset, needed, grad_out, grad_lse, q, k, v, mask, seed, out, lse, schedule,
-    causal, scale, dropout_p, deterministic, precision, backend,
+    causal, scale, dropout_p, deterministic, precision, backend, way,
 ):  # fmt: skip
     def run(needed, grad_out, grad_lse, q, k, v, mask, seed, spec, out, lse, *schedule):
         tensors = grad_out, grad_lse, q, k, v, mask, seed, out, lse, list(schedule)
         with _levels_below():
             below = keyset & torch._C._after_autograd_keyset
-            return BACKWARD.redispatch(below, needed, *tensors, *spec.options, backend)
+            return BACKWARD.redispatch(below, needed, *tensors, *spec.options, backend, way)
 
     spec = describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision)
     if forward_mode():
