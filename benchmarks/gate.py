@@ -8,10 +8,8 @@ is checked for NaN and infinity. Oracle and budget are those of the test suite.
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,12 +17,9 @@ from torch import Tensor
 from cases import BACKWARD, BOTH, DETERMINISTIC, Inputs
 from flash_attend.dropout import draw_seed, keep_mask
 from flash_attend.spec import normalise_inputs
+from flash_attend.testing.budget import NAMES, Budget
+from flash_attend.testing.oracle import Answer, attention_oracle
 from measure import numerics
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the oracle lives beside the tests
-
-from budget import NAMES, Budget
-from oracle import Answer, attention_oracle
 
 __all__ = ["Check", "Gate"]
 

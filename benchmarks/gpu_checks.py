@@ -43,13 +43,10 @@ from flash_attend.dispatch import (
 from flash_attend.kernels.launch import recorded_launches
 from flash_attend.spec import AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
+from flash_attend.testing.calls import LAYOUTS, MASKS, Call, Case, assert_same_bits, budget_of, check, make_call, run
+from flash_attend.testing.oracle import Answer
 from measure import device_name, first_line, numerics
 from results import write_results
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # the oracle lives beside the tests
-
-from calls import LAYOUTS, MASKS, Call, Case, assert_same_bits, budget_of, check, make_call, run
-from oracle import Answer
 
 __all__ = ["PACKAGES", "SANITIZED", "draw_call", "judge_seed", "reproduce", "run_shares", "serves", "spec_of"]
 

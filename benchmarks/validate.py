@@ -267,17 +267,21 @@ class Tests:
 
 
 TESTS = (
-    Tests("float32", "every kind of call, in float32", 4, "tests/test_semantics.py", "error_budget and float32"),
-    Tests("other dtypes", "the same in the others", 4, "tests/test_semantics.py", "error_budget and not float32"),
-    Tests("semantics", "masks in half precision, TF32, repeats, generators", 4, "tests/test_semantics.py"),
-    Tests("properties", "calls that hypothesis draws", 4, "tests/test_properties.py"),
-    Tests("compile", "torch.compile, whole graphs", 4, "tests/test_compile.py"),
-    Tests("gradients", "gradients against finite differences, in float64", 2, "tests/test_gradcheck.py"),
+    Tests(
+        "float32", "every kind of call, in float32", 4, "tests/semantics/test_semantics.py", "error_budget and float32"
+    ),
+    Tests(
+        "other dtypes", "the same in the others", 4, "tests/semantics/test_semantics.py", "error_budget and not float32"
+    ),
+    Tests("semantics", "masks in half precision, TF32, repeats, generators", 4, "tests/semantics/test_semantics.py"),
+    Tests("properties", "calls that hypothesis draws", 4, "tests/semantics/test_properties.py"),
+    Tests("compile", "torch.compile, whole graphs", 4, "tests/torch/test_compile.py"),
+    Tests("gradients", "gradients against finite differences, in float64", 2, "tests/semantics/test_gradcheck.py"),
     Tests(
         "large",
         "tensors and masks past 2^31 elements, b * h > 65535",
         2,
-        "tests/test_gpu.py",
+        "tests/gpu/test_gpu.py",
         "past_two_to_the_31",
         parallel=False,
         may_skip=False,
@@ -286,17 +290,17 @@ TESTS = (
         "graphs",
         "CUDA graphs, with dropout too; the host never waits, by torch's debug mode",
         2,
-        "tests/test_gpu.py",
+        "tests/gpu/test_gpu.py",
         "captured or never_waits",
         parallel=False,
     ),
-    Tests("device", "long calls, streams, repeats, memory", 4, "tests/test_gpu.py", parallel=False),
+    Tests("device", "long calls, streams, repeats, memory", 4, "tests/gpu/test_gpu.py", parallel=False),
     Tests("the others", "garbage, dropout, masks, tiles, launches, and whatever is newer", 6),
     Tests(
         "triton_fused, semantics",
         "every kind of call, with the backward in one pass",
         4,
-        "tests/test_semantics.py",
+        "tests/semantics/test_semantics.py",
         claim="triton_fused",
     ),
     Tests("triton_fused, the others", "all other tests of every backend", 6, claim="triton_fused"),

@@ -23,7 +23,12 @@ from flash_attend.dispatch import OLDEST_CAPABILITY  # noqa: E402
 from flash_attend.target import interpreting  # noqa: E402
 
 # Their assertions are the suite's own, and should fail as readably as a test's.
-pytest.register_assert_rewrite("budget", "calls", "oracle")
+pytest.register_assert_rewrite("flash_attend.testing")
+
+if interpreting():
+    from quick_interpreter import quicken
+
+    quicken()
 
 # Two workers on two cores, each with a pool of threads of its own, run slower than two with one thread each.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,0 +1,247 @@
+"""How far from the oracle a backend may be: twice as far as PyTorch's own eager path in the same dtype.
+
+The eager path is `F.scaled_dot_product_attention` with `SDPBackend.MATH` and an explicit mask, next to a plain
+`logsumexp` for the LSE. It knows no dead rows, so there it sees every key and is told to ignore what comes back.
+
+Errors are measured as the largest absolute one and as the root mean square over a whole tensor. Where the eager path is
+exact or nearly so (one key, one element) twice its error means nothing, so there is a floor beside it: the roundings
+that no algorithm avoids, applied to the terms that a result is summed from. A term's size is that of its factors, and
+terms add up as independent errors do, by their squares, but for the one number that all terms of a row share, and for
+terms that are all alike, whose sum is the result. For `dq`, say:
+
+    delta[x]^2 = sum_e (do[x, e] out[x, e])^2 + dlse[x]^2
+    magnitude(dq[x, c])^2 = scale^2 * (sum_y p[x, y]^2 * (sum_e (do[x, e] v[y, e])^2 + delta[x]^2) * k[y, c]^2
+                                       + delta[x]^2 * (sum_y p[x, y] k[y, c])^2) + dq[x, c]^2
+
+    floor = (eps(dtype) / 2 + eps(accumulator) * (1 + largest score + sqrt(number of terms) / 4)) * magnitude
+
+eps(dtype) / 2 is the worst that one rounding of an operand or of the result does. The rest is what the exponential and
+the sums do in the accumulator's dtype (float32 for half precision): a score's rounding grows with the score, and that
+of a sum, which walks at random, with the root of its length. In float64 the oracle's own roundings count too: there the
+floor is 8 times that. The largest error is one element's luck, so it gets the whole floor; the root mean square is a
+steady thing and gets half of it, or nothing with `strict=True`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_attend.testing.oracle import Answer, visible_pairs
+
+__all__ = ["Budget", "assert_within_budget", "eager_answer"]
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def eager_answer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: Tensor,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    keep: Tensor | None = None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+) -> Answer:
+    """What PyTorch's eager path makes of the call, in the dtype of the inputs.
+
+    `pairs (b, h, i, j)` is who sees whom. Rows that see nobody are computed as if they saw everybody, and carry no
+    gradient: compare them not at all.
+    """
+    alive = pairs.any(dim=3)
+    pairs = pairs | ~alive.unsqueeze(3)
+    leaves = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
+    q, k, v = leaves
+    k, v = (x.unsqueeze(1) if x.ndim == 3 else x for x in (k, v))
+    group = q.shape[1] // max(k.shape[1], 1)
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+
+    accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = (q.to(accumulator) @ k.to(accumulator).mT * scale).masked_fill(~pairs, -torch.inf)
+    lse = scores.logsumexp(dim=3)
+    if dropout_p > 0:
+        assert keep is not None
+        out = ((scores.softmax(dim=3) * keep / (1 - dropout_p)) @ v.to(accumulator)).to(q.dtype)
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale)
+
+    outputs, gradients = [], []
+    for output, gradient in ((out, grad_out), (lse, grad_lse)):
+        if gradient is not None:
+            outputs.append(output)
+            gradients.append(torch.where(alive.unsqueeze(3) if gradient.ndim == 4 else alive, gradient, 0))
+    grads = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True, materialize_grads=True)
+    return Answer(out.detach(), lse.detach(), *grads)
+
+
+def _magnitudes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pairs: Tensor,
+    truth: Answer,
+    *,
+    scale: float,
+    dropout_p: float,
+    keep: Tensor | None,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+) -> tuple[dict[str, Tensor], float]:
+    """The size of the terms behind every element of every result (see the head of this file), and the largest score."""
+    alive = pairs.any(dim=3)
+    k_shape, v_shape = k.shape, v.shape
+    q, k, v = (x.detach().double() for x in (q, k, v))
+    k4, v4 = (x.unsqueeze(1) if x.ndim == 3 else x for x in (k, v))
+    batch, heads, queries, _ = q.shape
+    kv_heads, keys = k4.shape[1:3]
+    group = heads // max(kv_heads, 1)
+    seen = pairs.view(batch, kv_heads, group, queries, keys).any(dim=3).any(dim=2)
+    q = torch.where(alive.unsqueeze(3), q, 0)
+    k4, v4 = (torch.where(seen.unsqueeze(3), x, 0) for x in (k4, v4))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k4, v4))
+    scores = torch.where(pairs, q @ k.mT * scale, 0)
+    largest_score = scores.abs().max().item() if scores.numel() else 0.0
+    p = torch.where(pairs, scores - torch.where(alive, truth.lse, 0).unsqueeze(3), -torch.inf).exp()
+    p2 = p.square()
+    kept2 = p2 if keep is None else p2 * keep / (1 - dropout_p) ** 2
+
+    sums = {"out": kept2 @ v.square()}
+    score2 = scale**2 * (q.square() @ k.square().mT) * pairs
+    # exp and log of the accumulator: an LSE near 0 is still made of terms of size 1.
+    sums["lse"] = 1 + (score2.amax(dim=3) if keys else torch.zeros_like(truth.lse))
+    do = q.new_zeros(batch, heads, queries, v.shape[3]) if grad_out is None else grad_out.double()
+    dlse = q.new_zeros(batch, heads, queries) if grad_lse is None else grad_lse.double()
+    do2 = torch.where(alive.unsqueeze(3), do, 0).square()
+    dlse2 = torch.where(alive, dlse, 0).square()
+    delta2 = ((do2 * truth.out.square()).sum(dim=3) + dlse2).unsqueeze(3)
+    ds2 = scale**2 * (kept2 * (do2 @ v.square().mT) + p2 * delta2)
+    sums["dq"] = ds2 @ k.square() + scale**2 * delta2 * (p @ k).square()
+
+    def by_kv_head(x: Tensor) -> Tensor:
+        return x.view(batch, kv_heads, group, *x.shape[2:]).sum(dim=2)
+
+    sums["dk"] = by_kv_head(ds2.mT @ q.square()).view(k_shape)
+    sums["dv"] = by_kv_head(kept2.mT @ do2).view(v_shape)
+    # Terms that are all alike err alike, and then the result's own size is what they err by.
+    results = {name: getattr(truth, name) for name in sums} | {"lse": torch.where(alive, truth.lse, 0)}
+    return {name: (sums[name] + results[name].square()).sqrt() for name in sums}, largest_score
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item() if x.numel() else 0.0
+
+
+NORMS = (_largest, _rms)
+
+
+def _zero_by_contract(name: str, pairs: Tensor, gradient: Tensor) -> Tensor:
+    """Where a gradient is 0 by contract: rows that see nobody, keys that nobody sees. Bool, no last dimension."""
+    if name == "dq":
+        return ~pairs.any(dim=3)
+    hidden = ~pairs.any(dim=2)  # (b, h, j)
+    if gradient.ndim == 3:
+        return hidden.all(dim=1)
+    kv_heads = gradient.shape[1]
+    return hidden.view(hidden.shape[0], kv_heads, hidden.shape[1] // max(kv_heads, 1), hidden.shape[2]).all(dim=2)
+
+
+class Budget:
+    """How far from `truth` every result of one call may be: computed once, for any number of answers."""
+
+    def __init__(
+        self,
+        truth: Answer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        keep: Tensor | None = None,
+        grad_out: Tensor | None = None,
+        grad_lse: Tensor | None = None,
+    ) -> None:
+        batch, heads, queries, _ = q.shape
+        keys = k.shape[-2]
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        self.truth, self.dtype = truth, q.dtype
+        self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
+        self.alive = self.pairs.any(dim=3)
+        common: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
+        eager = eager_answer(q, k, v, self.pairs, **common)
+        magnitudes, largest_score = _magnitudes(q, k, v, self.pairs, truth, **common)
+
+        row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
+        terms = {"out": row_terms, "lse": row_terms, "dq": row_terms, "dk": column_terms, "dv": column_terms}
+        self.eager_errors: dict[str, tuple[float, float]] = {}  # of the eager path, in the two norms
+        self.floors: dict[str, tuple[float, float]] = {}
+        for name in NAMES:
+            want = getattr(truth, name)
+            if want is None:
+                continue
+            reference, magnitude = getattr(eager, name).double(), magnitudes[name]
+            if name in ("out", "lse"):
+                want, reference, magnitude = (x[self.alive] for x in (want, reference, magnitude))
+            eps = torch.finfo(self.accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
+            if name != "lse":
+                eps += torch.finfo(q.dtype).eps / 2
+            eps *= 8 if self.accumulator == torch.float64 else 1
+            self.eager_errors[name] = _largest(reference - want), _rms(reference - want)
+            self.floors[name] = eps * _largest(magnitude), eps * _rms(magnitude)
+
+    def check(self, answer: Answer, *, strict: bool = False) -> dict[str, float]:
+        """Fails unless every result that `answer` holds is within the budget.
+
+        Exact where the contract is exact: dead rows are 0 and -inf, their dq is 0, and unseen keys have dk and dv of 0.
+        Returns how much of its budget each result used, the worse of the two norms.
+        """
+        exact_dtypes = {name: self.accumulator if name == "lse" else self.dtype for name in NAMES}
+        used: dict[str, float] = {}
+        for name in NAMES:
+            got, want = getattr(answer, name), getattr(self.truth, name)
+            if got is None:
+                continue
+            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            assert got.dtype == exact_dtypes[name], f"{name}: {got.dtype}, expected {exact_dtypes[name]}"
+            got = got.double()
+            if name in ("out", "lse"):
+                dead_value = 0.0 if name == "out" else -torch.inf
+                assert (got[~self.alive] == dead_value).all(), f"{name} of a dead row is not {dead_value}"
+                got, want = got[self.alive], want[self.alive]
+            else:
+                silent = _zero_by_contract(name, self.pairs, got)
+                assert (got[silent] == 0).all(), f"{name} leaks into a dead row or a hidden key"
+            assert not got.isnan().any(), f"{name} has NaN"
+
+            shares = (1.0, 0.0 if strict else 0.5)  # of the floor, for the two norms
+            rules = zip(NORMS, shares, self.eager_errors[name], self.floors[name], strict=True)
+            for norm, share, eager_error, floor in rules:
+                error, limit = norm(got - want), 2 * eager_error + share * floor
+                assert error <= limit, (
+                    f"{name}: {norm.__name__[1:]} error {error:.3e} against float64, allowed {limit:.3e} "
+                    f"(eager makes {eager_error:.3e}; {error / limit:.2f} of the budget)"
+                )
+                used[name] = max(used.get(name, 0.0), error / limit if limit else 0.0)
+        return used
+
+
+def assert_within_budget(
+    answer: Answer, truth: Answer, q: Tensor, k: Tensor, v: Tensor, *, strict: bool = False, **call: Any
+) -> dict[str, float]:
+    """`Budget(truth, q, k, v, **call).check(answer, strict=strict)`, for a single answer."""
+    return Budget(truth, q, k, v, **call).check(answer, strict=strict)

@@ -1,0 +1,314 @@
+"""The calls that every backend has to answer: shapes, masks and memory layouts as data, and how to make and run one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attend import flash_attention
+from flash_attend.dropout import draw_seed, keep_mask
+from flash_attend.spec import normalise_inputs
+from flash_attend.testing.budget import Budget
+from flash_attend.testing.oracle import Answer, attention_oracle
+
+__all__ = [
+    "LAYOUTS",
+    "MASKS",
+    "Call",
+    "Case",
+    "assert_same_bits",
+    "bits_equal",
+    "budget_of",
+    "check",
+    "make_call",
+    "run",
+    "truth_of",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+Shape = tuple[int, int, int, int]  # (b, h, i, j)
+
+
+def _random(*shape: int, share: float = 0.6) -> Tensor:
+    return torch.rand(shape) < share
+
+
+def _lengths(batch: int, keys: int) -> Tensor:
+    """A number of valid keys for every batch: all of them first, fewer from batch to batch, at least one."""
+    return torch.tensor([max(1, keys - (keys * 2 * n) // (3 * max(batch - 1, 1))) for n in range(batch)]).view(batch, 1)
+
+
+def _pad_right(shape: Shape) -> Tensor:
+    b, _, _, j = shape
+    return torch.arange(j) < _lengths(b, j)
+
+
+def _pad_left(shape: Shape) -> Tensor:
+    b, _, _, j = shape
+    return torch.arange(j) >= j - _lengths(b, j)
+
+
+def _holes(shape: Shape) -> Tensor:
+    b, _, _, j = shape
+    positions = torch.arange(j)
+    # Runs of seven hidden keys, shifted from batch to batch, and a scatter of single ones.
+    return (((positions + 5 * torch.arange(b).view(b, 1)) // 7) % 3 != 1) & _random(b, j, share=0.9)
+
+
+def _dead_batch(shape: Shape) -> Tensor:
+    mask = _pad_right(shape)
+    mask[-1] = False
+    return mask
+
+
+def _band(shape: Shape) -> Tensor:
+    """A dense mask that leaves whole tiles empty: every query sees the five keys around its own share of the way."""
+    _, _, i, j = shape
+    centre = torch.arange(i).view(i, 1) * j // max(i, 1)
+    return ((torch.arange(j) - centre).abs() <= 2)[None, None]
+
+
+def _staircase(shape: Shape) -> Tensor:
+    """A dense mask with tiles that are full, cut and empty: blocks of 24 queries see every earlier block of 20 keys."""
+    _, _, i, j = shape
+    return (torch.arange(i).view(i, 1) // 24 >= torch.arange(j) // 20)[None, None]
+
+
+def _dense(shape: Shape) -> Tensor:
+    mask = _random(*shape)
+    mask[..., : min(shape[2], 3), :] = False  # a few dead rows
+    return mask
+
+
+def _strided(shape: Shape) -> Tensor:
+    b, h, i, j = shape
+    return _random(j + 1, i, 2 * b, h + 1)[1:, :, ::2, 1:].permute(2, 3, 1, 0)
+
+
+MASKS: dict[str, Callable[[Shape], Tensor | None]] = {
+    "none": lambda s: None,
+    "pad_right": _pad_right,
+    "pad_left": _pad_left,
+    "holes": _holes,
+    "dead_batch": _dead_batch,
+    "all_hidden": lambda s: torch.zeros(s[0], s[3], dtype=torch.bool),
+    "all_visible": lambda s: torch.ones(s[0], s[3], dtype=torch.bool),
+    "b11j": lambda s: _random(s[0], 1, 1, s[3]),
+    "1h1j": lambda s: _random(1, s[1], 1, s[3]),
+    "bh1j": lambda s: _random(s[0], s[1], 1, s[3]),
+    "111j": lambda s: _random(1, 1, 1, s[3]),
+    "1111": lambda s: torch.ones(1, 1, 1, 1, dtype=torch.bool),
+    "b111": lambda s: (torch.arange(s[0]) % 2 == 0).view(-1, 1, 1, 1),
+    "bhi1": lambda s: _random(s[0], s[1], s[2], 1),
+    "11ij": lambda s: _random(1, 1, s[2], s[3]),
+    "b1ij": lambda s: _random(s[0], 1, s[2], s[3]),
+    "1hij": lambda s: _random(1, s[1], s[2], s[3]),
+    "bhij": _dense,
+    "band": _band,
+    "staircase": _staircase,
+    "strided": _strided,
+    "key_expanded": lambda s: _random(s[0], 1, 1, s[3]).expand(s),
+    "key_strided": lambda s: _random(s[3], s[0]).t(),
+    "dense_expanded": lambda s: _random(s[0], 1, s[2], s[3]).expand(s),
+    "rows_expanded": lambda s: _random(1, 1, s[2], 1).expand(s),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _interleaved(x: Tensor) -> Tensor:
+    """The real halves of complex numbers, as `torch.view_as_real` shows them: a strided last dimension."""
+    buffer = torch.full((*x.shape, 2), torch.nan, dtype=x.dtype, device=x.device)
+    buffer[..., 0] = x
+    return buffer[..., 0]
+
+
+def _sliced(x: Tensor) -> Tensor:
+    """Odd offsets and strides: no row starts where a vector load may."""
+    buffer = torch.full((*x.shape[:-1], x.shape[-1] + 3), torch.nan, dtype=x.dtype, device=x.device)
+    buffer[..., 1:-2] = x
+    return buffer[..., 1:-2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "heads_inside": lambda x: x.transpose(1, -2).contiguous().transpose(1, -2),  # (b, n, h, d) in memory
+    "sliced": _sliced,
+    "interleaved": _interleaved,
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "batch_inside": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "broadcast_batch": lambda x: x[:1].expand_as(x),
+    "broadcast_heads": lambda x: x[:, :1].expand_as(x),
+    "broadcast_length": lambda x: x[..., :1, :].expand_as(x),
+    "broadcast_last": lambda x: x[..., :1].expand_as(x),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call, described. `kv_heads=0` stands for 3-D k and v."""
+
+    name: str
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int | None = None
+    queries: int = 37
+    keys: int = 43
+    d: int = 16
+    dv: int | None = None
+    mask: str = "none"
+    causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+    grads: str = "both"  # which of out and lse the loss is made of
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tensors and the options of a call, and what comes down to its backward."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    grad_out: Tensor | None
+    grad_lse: Tensor | None
+    causal: bool = False
+    scale: float | None = None
+    dropout_p: float = 0.0
+    torch_seed: int = 1234  # dropout draws its own seed from torch's generator, set to this before every run
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(mask=self.mask, causal=self.causal, scale=self.scale, dropout_p=self.dropout_p)
+
+    def with_(self, **changes: Any) -> Call:
+        return replace(self, **changes)
+
+
+def make_call(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Call:
+    """Draws the tensors of a case: the same numbers on every device, rounded to the dtype."""
+    torch.manual_seed(seed)
+    b, h, i, j, d = case.batch, case.heads, case.queries, case.keys, case.d
+    dv = d if case.dv is None else case.dv
+    kv_heads = h if case.kv_heads is None else case.kv_heads
+    middle = (kv_heads,) if kv_heads or not h else ()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64).to(device, dtype)
+
+    q, k, v = (LAYOUTS[case.layout](x) for x in (draw(b, h, i, d), draw(b, *middle, j, d), draw(b, *middle, j, dv)))
+    grad_out = LAYOUTS[case.grad_layout](draw(b, h, i, dv))
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    grad_lse = torch.randn(b, h, i, dtype=torch.float64).to(device, accumulator)
+    mask = MASKS[case.mask]((b, h, i, j))
+    return Call(
+        q,
+        k,
+        v,
+        mask if mask is None else _to(mask, device),
+        grad_out if case.grads in ("both", "out") else None,
+        grad_lse if case.grads in ("both", "lse") else None,
+        causal=case.causal,
+        scale=case.scale,
+        dropout_p=case.dropout_p,
+    )
+
+
+def _to(mask: Tensor, device: str) -> Tensor:
+    """Moves a mask and keeps its strides (`Tensor.to` makes an expanded one dense)."""
+    if mask.device.type == device:
+        return mask
+    expanded = [dim for dim in range(mask.ndim) if mask.stride(dim) == 0]
+    small = mask
+    for dim in expanded:
+        small = small.narrow(dim, 0, 1)
+    return small.to(device).expand(mask.shape)
+
+
+def run(call: Call, backend: str, needs: str = "qkv", attend: Callable = flash_attention) -> Answer:
+    """Answers a call through the public function, or what was made of it, with the gradients of the inputs named in
+    `needs`."""
+    leaves = {name: getattr(call, name).detach().requires_grad_(name in needs) for name in "qkv"}
+    torch.manual_seed(call.torch_seed)
+    out, lse = attend(*leaves.values(), **call.options, return_lse=True, backend=backend)
+    # The LSE does not depend on v: where v alone needs a gradient, a backend may say so.
+    pairs = [(x, g) for x, g in ((out, call.grad_out), (lse, call.grad_lse)) if g is not None and x.requires_grad]
+    wanted = {name: leaf for name, leaf in leaves.items() if name in needs}
+    if pairs:
+        outputs, incoming = zip(*pairs, strict=True)
+        found = list(
+            torch.autograd.grad(outputs, list(wanted.values()), incoming, allow_unused=True, materialize_grads=True)
+        )
+    else:
+        found = [torch.zeros_like(leaf) for leaf in wanted.values()]
+    gradients = dict(zip(wanted, found, strict=True))
+    return Answer(out.detach(), lse.detach(), *(gradients.get(name) for name in "qkv"))
+
+
+def keep_of(call: Call) -> Tensor | None:
+    """The keep mask `(b, h, i, j)` that a run of this call will use, from the seed that it will draw."""
+    if not call.dropout_p:
+        return None
+    *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    torch.manual_seed(call.torch_seed)
+    return keep_mask(draw_seed(call.q.device), spec, 0, spec.queries)
+
+
+def truth_of(call: Call) -> Answer:
+    """The oracle's answer to a call."""
+    return attention_oracle(
+        call.q, call.k, call.v, **call.options, keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse
+    )
+
+
+def budget_of(call: Call, truth: Answer | None = None) -> Budget:
+    """How far from the oracle's answer to a call any other answer may be."""
+    truth = truth_of(call) if truth is None else truth
+    return Budget(
+        truth, call.q, call.k, call.v, **call.options,
+        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse,
+    )  # fmt: skip
+
+
+def check(answer: Answer, call: Call, truth: Answer | None = None, *, strict: bool = False) -> dict[str, float]:
+    """Fails unless the answer is right, dead rows and hidden keys exactly so, the rest within the error budget."""
+    return budget_of(call, truth).check(answer, strict=strict)
+
+
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits, NaN payloads and signs of zero included."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return (
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+    )
+
+
+def assert_same_bits(a: Answer, b: Answer) -> None:
+    """Fails unless two answers are bitwise the same in everything that they hold."""
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert (x is None) == (y is None), f"{name}: only one answer has it"
+        if x is not None:
+            assert bits_equal(x, y), f"{name}: {int((x != y).sum())} of {x.numel()} elements differ"

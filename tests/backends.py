@@ -1,0 +1,80 @@
+"""The backends that the tests run on, for `parametrize`; conftest.py skips those that a process cannot run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from flash_attend import explain
+from flash_attend.testing.calls import Call, Case, make_call
+
+__all__ = ["BACKENDS", "CHOOSY", "FUSED", "Backend", "call_for", "skip_unless_interpretable"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend on a kind of device."""
+
+    name: str
+    device: str
+    interpreted: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name}-interpreter" if self.interpreted else f"{self.name}-{self.device}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of calls which could have any."""
+        return torch.float16 if self.name.startswith("hopper") else torch.float32
+
+
+MATH_CPU = Backend("math", "cpu")
+TRITON_INTERPRETER = Backend("triton", "cpu", interpreted=True)
+MATH_CUDA = Backend("math", "cuda")
+TRITON_CUDA = Backend("triton", "cuda")
+TRITON_FUSED_INTERPRETER = Backend("triton_fused", "cpu", interpreted=True)
+TRITON_FUSED_CUDA = Backend("triton_fused", "cuda")
+
+# For `parametrize`: conftest.py skips those that a process cannot run.
+BACKENDS = (
+    pytest.param(MATH_CPU, id=str(MATH_CPU)),
+    pytest.param(TRITON_INTERPRETER, id=str(TRITON_INTERPRETER), marks=pytest.mark.interpreter),
+    pytest.param(MATH_CUDA, id=str(MATH_CUDA), marks=pytest.mark.gpu),
+    pytest.param(TRITON_CUDA, id=str(TRITON_CUDA), marks=pytest.mark.gpu),
+)
+# The same kernels but for one in the backward: only gradients can differ, and not what decides between backends.
+FUSED = (
+    pytest.param(TRITON_FUSED_INTERPRETER, id=str(TRITON_FUSED_INTERPRETER), marks=pytest.mark.interpreter),
+    pytest.param(TRITON_FUSED_CUDA, id=str(TRITON_FUSED_CUDA), marks=pytest.mark.gpu),
+)
+
+
+def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
+    """Triton's interpreter computes bfloat16 on its bit patterns: it is silently wrong there, so nothing is learnt."""
+    if backend.interpreted and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter computes bfloat16 wrongly")
+
+
+HOPPER_CUDA = Backend("hopper", "cuda")
+HOPPER_FUSED_CUDA = Backend("hopper_fused", "cuda")
+# Backends that serve few calls, for tests that make theirs by `call_for`.
+CHOOSY = (
+    pytest.param(HOPPER_CUDA, id=str(HOPPER_CUDA), marks=pytest.mark.gpu),
+    pytest.param(HOPPER_FUSED_CUDA, id=str(HOPPER_FUSED_CUDA), marks=pytest.mark.gpu),
+)
+
+
+def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
+    """A case's call on the device of a backend, or a skip where a choosy one does not serve it, with the dispatcher's
+    reason. Those take a head dim of 64 for the usual one, which they do not serve."""
+    choosy = backend.name.startswith("hopper")
+    if choosy and case.d == Case.d:
+        case = replace(case, d=64)
+    call = make_call(case, dtype, backend.device)
+    if choosy:
+        refusal = explain(call.q, call.k, call.v, **call.options, backend=backend.name).refusal
+        if refusal:
+            pytest.skip(f"reason: {refusal}")
+    return call

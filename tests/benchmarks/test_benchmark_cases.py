@@ -1,0 +1,149 @@
+"""The benchmark's grid and its formulas: names that file results, masks that are what they say, work that is counted
+right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cases import BACKWARD, BOTH, DETERMINISTIC, FORWARD, PRESETS, Case, make_inputs, make_mask, select_cases
+from flash_attend.testing.oracle import visible_pairs
+from work import Work, count_visible_pairs, work_of
+
+CPU = torch.device("cpu")
+SMALL = Case(batch=3, heads=4, kv_heads=2, queries=37, keys=37, head_dim=8, value_dim=12, dtype="float32")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_names_are_unique(preset):
+    names = [case.name for case in select_cases(preset)]
+    assert len(set(names)) == len(names) > 10
+
+
+def test_presets_hold_each_other():
+    quick, standard, full = ({case.name for case in select_cases(preset)} for preset in PRESETS[1:])
+    assert quick < standard < full
+    assert all(set(case.passes) <= {FORWARD, BOTH} for case in select_cases("quick"))
+
+
+def test_the_grid_has_what_people_ask_for():
+    grid = select_cases("full")
+
+    def some(**wanted) -> bool:
+        return any(all(getattr(case, name) == value for name, value in wanted.items()) for case in grid)
+
+    for head_dim in (64, 128, 256):
+        for batch, length in ((32, 512), (1, 16384)):
+            for causal in (False, True):
+                wanted = dict(batch=batch, queries=length, keys=length, heads=2048 // head_dim, causal=causal)
+                assert some(head_dim=head_dim, dtype="bfloat16", **wanted)
+    for mask in ("right", "left", "holes"):
+        for valid in (0.25, 0.5, 0.75, 0.95):
+            assert some(mask=mask, valid=valid, causal=True) and some(mask=mask, valid=valid, causal=False)
+    assert all(some(queries=length) for length in (1000, 4097)) and all(some(head_dim=dim) for dim in (80, 96))
+    assert all(some(dtype=dtype) for dtype in ("float16", "float32", "tf32"))
+    assert some(mask="documents") and some(dropout_p=0.1) and some(queries=1)
+    assert {case.heads // case.kv_heads for case in grid} >= {1, 4, 8}
+    assert any(case.value_dim == 2 * case.head_dim for case in grid)
+    assert any(case.queries != case.keys and case.queries > 1 for case in grid)
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="'huge'"):
+        select_cases("huge")
+
+
+def test_only_picks_by_all_words():
+    picked = select_cases("full", "padding d64 causal right50")
+    assert picked and all(
+        case.group == "key padding" and case.head_dim == 64 and case.causal and case.mask == "right" for case in picked
+    )
+
+
+@pytest.mark.parametrize("valid", [0.25, 0.5, 0.75, 0.95])
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+def test_padding_has_as_many_valid_keys_as_it_says(kind, valid):
+    case = replace(SMALL, batch=8, queries=1000, keys=1000, mask=kind, valid=valid)
+    mask = make_mask(case, CPU, torch.Generator().manual_seed(0))
+    assert mask.shape == (8, 1000) and mask.any(dim=1).all()
+    assert mask.float().mean().item() == pytest.approx(valid, abs=0.02 if kind == "holes" else 0.002)
+    if kind != "holes":
+        lengths = mask.sum(dim=1)
+        assert len(lengths.unique()) == 8, "the lengths of a batch differ"
+        position = torch.arange(1000)
+        expected = position < lengths[:, None] if kind == "right" else position >= 1000 - lengths[:, None]
+        assert mask.equal(expected)
+
+
+def test_documents_see_themselves_and_no_other():
+    case = replace(SMALL, queries=200, keys=200, mask="documents", valid=0.25)
+    mask = make_mask(case, CPU, torch.Generator().manual_seed(0))
+    assert mask.shape == (3, 1, 200, 200) and mask.equal(mask.mT)
+    assert mask.diagonal(dim1=2, dim2=3).all()
+    starts = (~mask[:, 0].diagonal(offset=1, dim1=1, dim2=2)).sum(dim=1)
+    assert starts.tolist() == [3, 3, 3], "four documents a sequence"
+    assert (mask.float() @ mask.float() > 0).equal(mask), "blocks on the diagonal"
+
+
+def test_documents_need_as_many_queries_as_keys():
+    with pytest.raises(ValueError, match="i = 5"):
+        make_mask(replace(SMALL, queries=5, mask="documents", valid=0.5), CPU, torch.Generator())
+
+
+CALLS = [
+    replace(SMALL, queries=queries, causal=causal, mask=mask, valid=0.5)
+    for queries in (37, 11, 50)
+    for causal in (False, True)
+    for mask in ("none", "right", "left", "holes", "documents")
+    if mask != "documents" or queries == 37
+]
+
+
+@pytest.mark.parametrize("case", CALLS, ids=lambda case: case.name)
+def test_visible_pairs_and_rows_are_those_that_a_plain_count_finds(case):
+    inputs = make_inputs(case, CPU)
+    pairs = visible_pairs(case.batch, case.heads, case.queries, case.keys, inputs.mask, case.causal, CPU)
+    assert count_visible_pairs(case, inputs.mask) == int(pairs.sum())
+    rows = pairs.any(dim=3).all(dim=1)
+    if inputs.mask is not None and inputs.mask.ndim == 2 and case.queries == case.keys:
+        rows &= inputs.mask  # a padded position is no query either
+    assert inputs.rows.equal(rows)
+    assert not inputs.grad_out[~rows[:, None].expand(-1, case.heads, -1)].any()
+
+
+def test_tensors_are_laid_out_as_models_make_them():
+    inputs = make_inputs(SMALL, CPU)
+    assert inputs.q.shape == (3, 4, 37, 8) and inputs.k.shape == (3, 2, 37, 8) and inputs.v.shape == (3, 2, 37, 12)
+    assert inputs.q.transpose(1, 2).is_contiguous() and inputs.q.is_leaf and inputs.q.requires_grad
+    assert inputs.q.equal(make_inputs(SMALL, CPU).q), "the same for every peer and every run"
+
+
+def test_work_of_a_call_counted_by_hand():
+    case = Case(batch=2, heads=4, kv_heads=2, queries=3, keys=3, head_dim=8, value_dim=16, causal=True)
+    work = work_of(make_inputs(case, CPU))
+    pairs = 2 * 4 * (1 + 2 + 3)
+    assert work[FORWARD].flops == 2 * pairs * 8 + 2 * pairs * 16  # q k^T, and weights times v
+    assert work[BACKWARD].flops == work[DETERMINISTIC].flops == 2.5 * work[FORWARD].flops
+    assert work[BOTH].flops == 3.5 * work[FORWARD].flops
+    q, k, v, out, lse = 2 * 4 * 3 * 8, 2 * 2 * 3 * 8, 2 * 2 * 3 * 16, 2 * 4 * 3 * 16, 2 * 4 * 3
+    assert work[FORWARD].bytes == 2 * (q + k + v + out) + 4 * lse
+    assert work[BACKWARD].bytes == 2 * (q + k + v + out + out) + 4 * lse + 2 * (q + k + v)
+    assert work[BOTH].bytes == work[FORWARD].bytes + work[BACKWARD].bytes
+
+
+def test_hidden_keys_are_not_read():
+    case = Case(batch=2, heads=2, kv_heads=2, queries=4, keys=4, head_dim=8, value_dim=8, dtype="float32")
+    inputs = make_inputs(case, CPU)
+    hidden = replace(inputs, mask=torch.tensor([[True] * 4, [True, False, False, False]]))
+    row = 2 * 8 * 4  # bytes of one key or value over the heads
+    assert work_of(inputs)[FORWARD].bytes - work_of(hidden)[FORWARD].bytes == 3 * 2 * row - 8
+    assert work_of(hidden)[FORWARD].flops == work_of(inputs)[FORWARD].flops * 5 / 8
+
+
+def test_rates_and_least_times():
+    work = Work(flops=4e12, bytes=8_000_000_000)
+    assert work.tflops(10.0) == pytest.approx(400.0)
+    assert work.least_milliseconds(1000.0, 4000.0) == pytest.approx(4.0), "bound by arithmetic"
+    assert work.least_milliseconds(1000.0, 1000.0) == pytest.approx(8.0), "bound by memory"

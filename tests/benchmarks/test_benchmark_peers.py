@@ -1,0 +1,495 @@
+"""The peers of the benchmarks compute what they are timed for, and say why where they cannot."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, flex_attention
+
+import peers
+from cases import Case, Inputs, make_inputs
+from flash_attend.dispatch import BACKENDS, BackendUnavailable
+from flash_attend.testing.budget import assert_within_budget
+from flash_attend.testing.oracle import Answer, attention_oracle, visible_pairs
+from measure import numerics
+from peers import PEERS, Attention, Packing, Peer, Unserved, explicit_mask, peers_for
+from verdicts import OURS
+
+# The models' own Attends call what PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
+
+CPU = torch.device("cpu")
+SQUARE = Case(batch=3, heads=4, kv_heads=4, queries=24, keys=24, head_dim=8, value_dim=8, dtype="float32")
+RIGHT, LEFT, HOLES = (replace(SQUARE, mask=mask, valid=0.5) for mask in ("right", "left", "holes"))
+CROSS = replace(SQUARE, queries=9)
+CASES = {
+    "full": SQUARE,
+    "causal": replace(SQUARE, causal=True),
+    "right": RIGHT,
+    "right causal": replace(RIGHT, causal=True),
+    "left": LEFT,
+    "left causal": replace(LEFT, causal=True),
+    "holes": HOLES,
+    "holes causal": replace(HOLES, causal=True),
+    "documents": replace(SQUARE, mask="documents", valid=0.25),
+    "documents causal": replace(SQUARE, mask="documents", valid=0.25, causal=True),
+    "grouped": replace(SQUARE, kv_heads=2, causal=True),
+    "grouped right": replace(RIGHT, kv_heads=1),
+    "wide values": replace(SQUARE, value_dim=16),
+    "cross": CROSS,
+    "cross right": replace(CROSS, mask="right", valid=0.5),
+    "cross causal": replace(CROSS, causal=True),
+    "cross right causal": replace(CROSS, mask="right", valid=0.5, causal=True),
+    "cross grouped causal": replace(CROSS, kv_heads=2, causal=True),
+    "more queries": replace(SQUARE, keys=9),
+    "more queries causal": replace(SQUARE, keys=9, causal=True),
+    "decoding": replace(SQUARE, queries=1, causal=True),
+    "decoding right": replace(RIGHT, queries=1, causal=True),
+}
+
+COMPLEX = "complex-valued-transformer"
+UNSERVED = {
+    (
+        "sdpa flash",
+        "wide values",
+    ): "no available kernel: Flash attention requires q,k,v to have the same last dimension",
+}
+WRONG = {(COMPLEX, "more queries causal")}  # aligned at the top left: nothing here hides that
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors as small as these wait for a pool of threads longer than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def named(name: str) -> Peer:
+    return next(peer for peer in PEERS if peer.name == name)
+
+
+def check(attention: Attention, inputs: Inputs, whole: bool = False) -> None:
+    """Fails unless output and gradients are within the error budget, in the rows that count or in all of them."""
+    case = inputs.case
+    q, k, v = leaves = (inputs.q, inputs.k, inputs.v)
+    options = dict(mask=inputs.mask, causal=case.causal, grad_out=inputs.grad_out)
+    truth = attention_oracle(q, k, v, **options)
+    out = attention(q, k, v)
+    gradients = torch.autograd.grad(out, leaves, inputs.grad_out)
+    if not whole:
+        out = torch.where(inputs.rows[:, None, :, None], out, truth.out.to(out.dtype))
+    assert_within_budget(Answer(out.detach(), None, *gradients), truth, q, k, v, **options)
+
+
+def attend_by_sequence(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, longest_q: int, longest_k: int, causal: bool
+) -> Tensor:
+    """What the kernels for packed sequences do: `q (t, h, d)`, `k (u, hk, d)`, `v (u, hk, dv)` -> `(t, h, dv)`."""
+    for starts, longest, packed in ((starts_q, longest_q, q), (starts_k, longest_k, k), (starts_k, longest_k, v)):
+        assert starts.dtype == torch.int32
+        assert starts[0] == 0
+        assert starts[-1] == len(packed)
+        assert starts.diff().max() == longest
+    outs = []
+    for (a, b), (c, d) in zip(
+        itertools.pairwise(starts_q.tolist()), itertools.pairwise(starts_k.tolist()), strict=True
+    ):
+        x, y, z = (t.transpose(0, 1) for t in (q[a:b], k[c:d], v[c:d]))  # (h, n, d)
+        y, z = (t.repeat_interleave(len(x) // len(t), dim=0) for t in (y, z))
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a)) if causal else None
+        outs.append(F.scaled_dot_product_attention(x[None], y[None], z[None], attn_mask=seen)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs on a CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", ["flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "compiled einsum"])
+def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    peer, inputs = named(name), make_inputs(CASES[case], CPU)
+    if refusal := UNSERVED.get((name, case)):
+        with pytest.raises(Unserved, match=refusal):
+            peer.prepare(inputs)
+        return
+    if (name, case) in WRONG:
+        with pytest.raises(AssertionError, match="out: largest error"):
+            check(peer.prepare(inputs), inputs)
+        return
+    check(peer.prepare(inputs), inputs, whole=peer.judged_whole)
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if name != "flash_attend math"])
+def test_the_kernels_are_asked_for_by_name(name: str):
+    inputs = make_inputs(SQUARE, CPU)
+    attention = named(name).prepare(inputs)
+    with pytest.raises(BackendUnavailable, match=f"backend '{OURS[name]}' cannot serve"):  # and nothing else does
+        attention(inputs.q, inputs.k, inputs.v)
+
+
+@pytest.mark.parametrize("name", ["flash_attend math", "sdpa", "sdpa math", COMPLEX, "compiled einsum"])
+def test_drops_weights_where_the_case_says_so(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    for dropout_p, repeats in ((0.0, True), (0.5, False)):
+        inputs = make_inputs(replace(CASES["right causal"], dropout_p=dropout_p), CPU)
+        attention = named(name).prepare(inputs)
+        outs = [attention(inputs.q, inputs.k, inputs.v) for _ in range(2)]
+        assert torch.equal(*outs) == repeats
+
+
+def test_the_repeated_heads_are_those_that_a_query_head_reads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "_with_kernel", lambda attend, inputs: attend)
+    monkeypatch.setattr(peers, "sdpa_kernel", lambda backend: torch.nn.attention.sdpa_kernel(SDPBackend.MATH))
+    inputs = make_inputs(CASES["grouped"], CPU)
+    check(named("sdpa efficient").prepare(inputs), inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Why a kernel is not there
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_of_pytorch_tells_its_reason():
+    inputs = make_inputs(replace(SQUARE, dropout_p=0.5), CPU)
+    with pytest.raises(Unserved, match=r"^no available kernel: Both fused kernels do not support non-zero dropout\.$"):
+        named("sdpa flash").prepare(inputs)
+
+
+def test_the_reason_is_not_that_other_kernels_are_off():
+    place = " (Triggered internally at sdp_utils.cpp:1.)"
+    messages = [
+        "`torch.backends.cuda.sdp_kernel()` is deprecated.",
+        "Memory efficient kernel not used because:" + place,
+        "Memory Efficient attention has been runtime disabled." + place,
+        "Flash attention kernel not used because:" + place,
+        "Expected query, key and value to all be of dtype: {Half, BFloat16}.\nGot float instead." + place,
+        "CuDNN attention kernel not used because:" + place,
+        "cuDNN requires sm80." + place,
+    ]
+    expected = "Expected query, key and value to all be of dtype: {Half, BFloat16}. Got float instead."
+    assert peers._first_reason(messages) == expected
+    assert peers._first_reason(messages[:4]) == ""
+
+
+def test_another_error_goes_through():
+    inputs = make_inputs(SQUARE, CPU)
+    with pytest.raises(RuntimeError, match="No viable backend"):  # PyTorch's own, on a CPU
+        named("sdpa cudnn").prepare(inputs)
+
+    def fail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        peers._with_kernel(fail, inputs)
+
+
+@pytest.mark.parametrize("name", ["flash_attend math", "sdpa math", "compiled einsum"])
+def test_who_writes_all_scores_down_is_not_measured_with_too_many_on_a_gpu(name: str):
+    def on_a_gpu(n: int) -> types.SimpleNamespace:
+        case = replace(SQUARE, batch=1, heads=2**10, kv_heads=2**10, queries=n, keys=2**10)
+        return types.SimpleNamespace(case=case, mask=None, q=types.SimpleNamespace(is_cuda=True))
+
+    with pytest.raises(Unserved, match="writes down all 257 Mi scores; measured up to 256 Mi"):
+        named(name).prepare(on_a_gpu(257))
+    if name == "flash_attend math":  # the others look for a kernel, or compile
+        assert named(name).prepare(on_a_gpu(256))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks and packing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_explicit_mask_says_who_sees_whom(name: str):
+    case, inputs = CASES[name], make_inputs(CASES[name], CPU)
+    shape = case.batch, case.heads, case.queries, case.keys
+    pairs = visible_pairs(*shape, inputs.mask, case.causal, CPU)
+    mask = explicit_mask(inputs)()
+    assert (mask is None) == (inputs.mask is None and bool(pairs.all()))
+    if mask is not None:
+        assert mask.dtype == torch.bool
+        assert mask.ndim == 4
+        assert torch.equal(mask.expand(shape), pairs)
+
+
+@pytest.mark.parametrize("name", ["right", "left", "holes", "full"])
+def test_packing_keeps_the_tokens_in_order_and_pads_with_zeros(name: str):
+    inputs = make_inputs(CASES[name], CPU)
+    case, mask = inputs.case, inputs.mask
+    packing = Packing.whole(case.batch, case.keys, CPU) if mask is None else Packing.of(mask)
+    kept = torch.ones(case.batch, case.keys, dtype=torch.bool) if mask is None else mask
+    packed = packing.unpad(inputs.v)
+    assert torch.equal(packed, inputs.v.transpose(1, 2)[kept])
+    assert packing.starts.tolist() == [0, *kept.sum(dim=1).cumsum(dim=0).tolist()]
+    assert packing.longest == kept.sum(dim=1).max()
+
+    padded = packing.pad(packed)
+    zeros = torch.where(kept[:, None, :, None], inputs.v, 0)
+    assert torch.equal(padded, zeros)
+    gradient = torch.randn(padded.shape)
+    (found,) = torch.autograd.grad(padded, inputs.v, gradient)
+    assert torch.equal(found, torch.where(kept[:, None, :, None], gradient, 0))
+
+
+def test_packing_takes_sequences_of_padding_alone():
+    mask = torch.tensor([[True, False], [False, False]])
+    packing = Packing.of(mask)
+    assert packing.starts.tolist() == [0, 1, 1]
+    assert packing.pad(packing.unpad(torch.ones(2, 1, 2, 3))).sum() == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed sequences: stand-ins with the signatures of the real functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+PACKED = [name for name in CASES if not name.startswith("documents") and name != "cross right causal"]
+NOT_PACKED = {
+    "documents": "not a dense mask",
+    "cross right causal": "another alignment",
+    "dropout": "no dropout",
+}
+REFUSED = {**CASES, "dropout": replace(SQUARE, dropout_p=0.1)}
+
+
+def varlen_with_window(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert scale is None
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert window_size in ((-1, -1), (-1, 0))
+    causal = window_size == (-1, 0)
+    return attend_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal)
+
+
+def varlen_with_flag(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    return attend_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal)
+
+
+@pytest.mark.parametrize("case", PACKED)
+@pytest.mark.parametrize("function", [varlen_with_window, varlen_with_flag])
+def test_varlen_computes_what_the_oracle_computes(function: Callable, case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    inputs = make_inputs(CASES[case], CPU)
+    check(named("varlen").prepare(inputs), inputs)
+
+
+@pytest.fixture
+def flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A package flash_attn.cute that counts its calls."""
+
+    def flash_attn_func(q, k, v, causal=False, deterministic=False):
+        starts = [torch.arange(len(x) + 1, dtype=torch.int32) * x.shape[1] for x in (q, k)]
+        cute.calls.append(("dense", deterministic))
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        out = attend_by_sequence(*packed, *starts, q.shape[1], k.shape[1], causal)
+        return out.unflatten(0, q.shape[:2]), None
+
+    def flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        max_seqlen_q=None,
+        max_seqlen_k=None,
+        causal=False,
+        deterministic=False,
+    ):
+        cute.calls.append(("packed", deterministic))
+        return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal), None
+
+    cute = types.ModuleType("flash_attn.cute")
+    cute.calls, cute.flash_attn_func, cute.flash_attn_varlen_func = [], flash_attn_func, flash_attn_varlen_func
+    package = types.ModuleType("flash_attn")
+    package.cute = cute
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+    return cute
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_flash_attention_4_computes_what_the_oracle_computes(case: str, flash_attention_4: types.ModuleType):
+    inputs = make_inputs(CASES[case], CPU)
+    attention = named("flash-attention 4").prepare(inputs)
+    check(attention, inputs)
+    with numerics("float32", deterministic=True):
+        attention(inputs.q, inputs.k, inputs.v)
+    form = "dense" if inputs.mask is None else "packed"
+    assert flash_attention_4.calls == [(form, False), (form, True)]
+
+
+@pytest.mark.parametrize("case", NOT_PACKED)
+@pytest.mark.parametrize("name", ["varlen", "flash-attention 4"])
+def test_packed_sequences_serve_no_other_masks(name: str, case: str, flash_attention_4: types.ModuleType):
+    with pytest.raises(Unserved, match=NOT_PACKED[case]):
+        named(name).prepare(make_inputs(REFUSED[case], CPU))
+
+
+def test_flash_attention_4_says_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(Unserved, match="not installed: pip install flash-attn-4"):
+        named("flash-attention 4").prepare(make_inputs(SQUARE, CPU))
+
+
+def test_flash_attention_4_that_lacks_something_else_says_what(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("import nothing_of_this_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn.cute"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
+        named("flash-attention 4").prepare(make_inputs(SQUARE, CPU))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FlexAttention, which has no backward on a CPU; uncompiled
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", CASES)
+def test_flex_computes_what_the_oracle_computes(case: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    inputs = make_inputs(CASES[case], CPU)
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    options = dict(mask=inputs.mask, causal=inputs.case.causal, grad_out=inputs.grad_out)
+    truth = attention_oracle(q, k, v, **options)
+    counted = inputs.rows[:, None, :, None]
+    for name in ("flex", "flex + mask"):
+        if name == "flex + mask" and inputs.mask is None:
+            with pytest.raises(Unserved, match="as for flex"):
+                named(name).prepare(inputs)
+            continue
+        out = torch.where(counted, named(name).prepare(inputs)(q, k, v), truth.out.float())
+        assert_within_budget(Answer(out, None, None, None, None), truth, q, k, v, **options)
+
+
+@pytest.mark.parametrize(("name", "prepared", "called"), [("flex", 1, 0), ("flex + mask", 0, 1)])
+def test_a_block_mask_is_made_when_the_name_says(
+    name: str, prepared: int, called: int, monkeypatch: pytest.MonkeyPatch
+):
+    made = []
+    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    monkeypatch.setattr(peers, "create_block_mask", lambda *arguments: made.append(arguments))
+    monkeypatch.setattr(peers, "flex_attention", lambda q, k, v, **options: q)
+    inputs = make_inputs(CASES["right causal"], CPU)
+    attention = named(name).prepare(inputs)
+    assert len(made) == prepared
+    for _ in range(2):
+        attention(inputs.q, inputs.k, inputs.v)
+    assert len(made) == prepared + 2 * called
+
+
+@pytest.mark.parametrize("name", ["flex", "flex + mask"])
+def test_flex_has_no_dropout(name: str):
+    with pytest.raises(Unserved, match="no dropout"):
+        named(name).prepare(make_inputs(replace(RIGHT, dropout_p=0.1), CPU))
+
+
+def test_every_case_is_compiled_from_code_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options))
+
+    def three(offset: int) -> Callable[[], int]:
+        return lambda: 3 + offset
+
+    (first, options), (second, _) = peers._compiled(three(1)), peers._compiled(three(2))
+    assert (first(), second()) == (4, 5)
+    assert first.__code__ is not second.__code__
+    assert options == {"dynamic": False, "fullgraph": True}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models' own
+# ---------------------------------------------------------------------------------------------------------------------
+
+STAND_IN = """
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+class Attend(nn.Module):
+    def __init__(self, dropout=0., causal=False, use_flash=False):
+        super().__init__()
+        self.dropout, self.causal = dropout, causal
+        assert use_flash
+
+    def forward(self, q, k, v, mask=None):
+        mask = None if mask is None else mask[:, None, None, :]
+        dropout = self.dropout if self.training else 0.
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=self.causal)
+"""
+
+
+@pytest.fixture
+def naturalspeech2(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """A package of that name whose own module must not be run."""
+    package = tmp_path / "naturalspeech2_pytorch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('audiolm_pytorch')\n")
+    (package / "attend.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(peers, "_load_attend", peers._load_attend.__wrapped__)  # nothing that another test loaded
+
+
+@pytest.mark.parametrize("case", ["full", "causal", "right", "holes", "grouped", "grouped right", "wide values"])
+@pytest.mark.usefixtures("naturalspeech2")
+def test_naturalspeech2_is_called_as_its_model_calls_it(case: str):
+    inputs = make_inputs(CASES[case], CPU)
+    check(named("naturalspeech2").prepare(inputs), inputs)
+
+
+@pytest.mark.usefixtures("naturalspeech2")
+def test_naturalspeech2_takes_key_padding_only():
+    with pytest.raises(Unserved, match="not a dense mask"):
+        named("naturalspeech2").prepare(make_inputs(CASES["documents"], CPU))
+
+
+def test_a_model_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "_load_attend", peers._load_attend.__wrapped__)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name, package in ((COMPLEX, COMPLEX), ("naturalspeech2", "naturalspeech2-pytorch")):
+        with pytest.raises(Unserved, match=f"^not installed: pip install {package}$"):
+            named(name).prepare(make_inputs(SQUARE, CPU))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The choice of peers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_peer_has_a_name_of_its_own_and_a_line_about_it():
+    assert len({peer.name for peer in PEERS}) == len(PEERS)
+    assert all(peer.about and "\n" not in peer.about for peer in PEERS)
+    assert [peer.name for peer in PEERS if peer.judged_whole] == list(OURS)
+    assert sorted(OURS.values()) == sorted(BACKENDS)
+
+
+def test_a_gpu_measures_all_of_them():
+    assert peers_for("cuda") == peers_for(torch.device("cuda", 0)) == list(PEERS)
+
+
+def test_a_cpu_measures_those_that_compile_nothing():
+    compiling = {"flex", "flex + mask", "flash-attention 4", "compiled einsum"}
+    assert {peer.name for peer in PEERS} - {peer.name for peer in peers_for("cuda", quick=True)} == compiling
+    names = [peer.name for peer in peers_for(CPU)]
+    assert names == ["flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "naturalspeech2"]
+
+
+def test_patterns_choose_by_whole_names_in_the_order_of_the_table():
+    assert [peer.name for peer in peers_for(CPU, ["sdpa*", "flex"])] == ["sdpa", "sdpa flash", "sdpa math", "flex"]
+    with pytest.raises(ValueError, match=r"no peer on cpu is named 'varlen'; there are 'flash_attend math', 'sdpa'"):
+        peers_for(CPU, ["sdpa", "varlen"])

@@ -1,0 +1,374 @@
+"""Tiles: what is loaded, multiplied and stored for every head dimension, and that no tiling changes a result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
+from flash_attend.kernels.operands import (
+    CACHED_BYTES,
+    aligned_strides,
+    empty_like_heads,
+    key_section,
+    query_section,
+    readable,
+)
+from flash_attend.kernels.tiles import (
+    accumulate,
+    clear_rows,
+    inner_products,
+    load_block,
+    load_rows,
+    negate,
+    row_products,
+    scale_rows,
+    store_rows,
+    zeros,
+)
+from flash_attend.spec import AttentionSpec
+from flash_attend.testing.calls import Case, check, make_call, run, truth_of
+
+DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tilings
+# ---------------------------------------------------------------------------------------------------------------------
+
+SMALLEST = Tile(16, 16, 4, 1)
+TILINGS = {
+    "smallest": Tiles(SMALLEST, SMALLEST, SMALLEST),
+    "large": Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    "all_different": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
+    "tall_and_wide": Tiles(Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 128, 4, 1)),
+    "blocks_far_larger_than_tiles": Tiles(Tile(64, 64, 4, 2), SMALLEST, SMALLEST),
+    "by_descriptors": Tiles(*[Tile(32, 64, 4, 2, descriptors=True)] * 3),
+    "fused_tall": Tiles(Tile(32, 32, 4, 2), SMALLEST, SMALLEST, Tile(64, 16, 4, 1)),
+    "fused_wide": Tiles(Tile(32, 32, 4, 2), SMALLEST, SMALLEST, Tile(16, 64, 4, 1)),
+}
+CASES = (
+    Case("plain", batch=1, heads=2, queries=37, keys=75, d=24, dv=40),
+    Case("padded_causal", batch=2, heads=2, kv_heads=1, queries=70, keys=75, mask="holes", causal=True, d=8, dv=16),
+    Case("padded_per_head", batch=1, heads=2, kv_heads=1, queries=40, keys=75, mask="bh1j", causal=True, d=8, dv=16),
+    Case("dense_causal", batch=1, heads=2, queries=70, keys=75, mask="staircase", causal=True, d=40, dv=8),
+)
+
+
+@on_every_device
+@pytest.mark.parametrize("tiling", TILINGS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_tiling_changes_a_result(device: str, case: Case, tiling: str) -> None:
+    call = make_call(case, torch.float64, device)
+    with override(TILINGS[tiling]):
+        check(run(call, "triton"), call, truth_of(call))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Head dimensions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_parts_cover_a_head_dimension_with_as_little_as_two_powers_can() -> None:
+    powers = [2**n for n in range(4, 9)]
+    for dim in range(1, 257):
+        first, second = head_parts(dim, "half")
+        assert first in powers, dim
+        assert second in (0, *powers), dim
+        least = min(a + b for a in powers for b in (0, *powers) if a + b >= dim)
+        assert first + second == least, dim
+        whole = min(power for power in powers if power >= dim)
+        assert second == 0 or (second < first and least < whole), f"{dim}: two parts where one does as well"
+
+
+@pytest.mark.parametrize("kind", ("tf32", "double"))
+def test_other_kinds_keep_to_one_part(kind: str) -> None:
+    for dim in range(1, 257):
+        assert head_parts(dim, kind) == (min(2**n for n in range(4, 9) if 2**n >= dim), 0)
+
+
+def test_accurate_products_are_in_parts_of_at_most_64() -> None:
+    for dim in range(1, 129):
+        first, second = head_parts(dim, "tf32x3")
+        assert max(first, second) <= 64
+        assert (second > 0) == (dim > 64)
+        assert dim <= first + second <= max(16, 1 << (dim - 1).bit_length())
+
+
+def test_parts_of_the_common_head_dimensions() -> None:
+    parts = {40: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32), 192: (128, 64)}
+    assert {dim: head_parts(dim, "half") for dim in parts} == parts
+
+
+@triton.jit(do_not_specialize=["stride_x", "stride_out", "first", "rows"])
+def copy_kernel(
+    OUT,
+    SQUARES,
+    X,
+    stride_x: tl.int64,
+    stride_out: tl.int64,
+    first: tl.int32,
+    rows: tl.int32,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    PART0: tl.constexpr,
+    PART1: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Copies the rows `first .. rows` through a tile; SQUARES shows what the whole tile holds, padding too."""
+    row = tl.arange(0, SIZE)
+    valid = (row >= first) & (row < rows)
+    tile = load_rows(X, stride_x, valid, SIZE, DIM, PART0, PART1, MASKED)
+    tl.store(SQUARES + row, row_products(tile, tile, tl.float64))
+    store_rows(OUT, stride_out, tile, valid, SIZE, DIM, PART0, PART1)
+
+
+@on_every_device
+@pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
+def test_rows_of_every_head_dimension(device: str, masked: bool) -> None:
+    """What lies beside the rows is NaN: it neither comes in, nor is it written over."""
+    size, first, rows = 16, 3, 13
+    torch.manual_seed(0)
+    for dim in range(1, 257, 1 if device == "cpu" else 23):  # each is a variant to compile
+        x = torch.full((size, dim + 5), torch.nan, dtype=torch.float64)
+        read = slice(first, rows) if masked else slice(None)
+        x[read, 2 : dim + 2] = torch.randn(size, dim, dtype=torch.float64)[read]
+        x = x.to(device)
+        out = torch.full((size, dim + 3), torch.nan, dtype=torch.float64, device=device)
+        squares = torch.empty(size, dtype=torch.float64, device=device)
+        parts = head_parts(dim, "half")
+        copy_kernel[(1,)](
+            out[:, 1:], squares, x[:, 2:], x.stride(0), out.stride(0), first, rows, size, dim, *parts, MASKED=masked
+        )
+        expected = torch.full_like(out, torch.nan)
+        expected[first:rows, 1 : dim + 1] = x[first:rows, 2 : dim + 2]
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, msg=f"d = {dim}")
+        wanted = torch.zeros_like(squares)
+        wanted[read] = x[read, 2 : dim + 2].square().sum(dim=1)
+        torch.testing.assert_close(squares, wanted, rtol=1e-13, atol=0, msg=f"d = {dim}")
+
+
+@triton.jit
+def block_kernel(
+    OUT,
+    SOURCE,
+    stride,
+    head,
+    first,
+    rows,
+    hidden,
+    SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    """OUT (SIZE, WIDTH) = a block of the head, of whose rows one is hidden, if any is WITHIN."""
+    row = first + tl.arange(0, SIZE)
+    valid = row < rows
+    if WITHIN:
+        valid = valid & (row != hidden)
+    block = load_block(SOURCE, 1, head, first, stride, valid, SIZE, DIM, WIDTH, 0, DESCRIPTORS, MASKED, WITHIN)
+    store_rows(OUT, WIDTH, block, row >= first, SIZE, WIDTH, WIDTH, 0)
+
+
+@on_every_device
+@pytest.mark.parametrize("by_descriptors", (False, True), ids=("pointers", "descriptors"))
+@pytest.mark.parametrize("mode", ("full", "past_the_end", "hidden_within"))
+@pytest.mark.parametrize("dim", (16, 40, 64))
+def test_blocks_are_the_same_by_pointers_and_by_descriptors(
+    device: str, by_descriptors: bool, mode: str, dim: int
+) -> None:
+    """What is next to the head, past its end, and in the hidden row is NaN; the columns past the last are zeros."""
+    size, rows, head, hidden, width = 16, 37, 1, 35, 1 << (dim - 1).bit_length()
+    first = 16 if mode == "full" else 32
+    torch.manual_seed(0)
+    memory = torch.full((2, 3, rows, dim), torch.nan, dtype=torch.float64)
+    memory[1, head] = torch.randn(rows, dim, dtype=torch.float64)
+    expected = torch.zeros(size, width, dtype=torch.float64)
+    seen = memory[1, head, first : first + size].clone()
+    if mode == "hidden_within":
+        memory[1, head, hidden] = torch.nan
+        seen[hidden - first] = 0
+    expected[: len(seen), :dim] = seen
+    source = memory.to(device)
+    out = torch.empty(size, width, dtype=torch.float64, device=device)
+    if by_descriptors:
+        given = TensorDescriptor(source, [*source.shape], [*source.stride()], [1, 1, size, width])
+    else:
+        given = source[1, head]
+    block_kernel[(1,)](
+        out, given, dim, head, first, rows, hidden, size, dim, width,
+        DESCRIPTORS=by_descriptors, MASKED=mode != "full", WITHIN=mode == "hidden_within",
+    )  # fmt: skip
+    assert torch.equal(out.cpu(), expected)
+
+
+@triton.jit
+def product_kernel(
+    OUT,
+    A,
+    B,
+    KEPT,
+    FACTOR,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+    PART0: tl.constexpr,
+    PART1: tl.constexpr,
+):
+    """OUT (M, DIM) = the kept rows of -(A B^T B) * factor."""
+    m = tl.arange(0, M)
+    n = tl.arange(0, N)
+    a = load_rows(A, DIM, m < M, M, DIM, PART0, PART1, False)
+    b = load_rows(B, DIM, n < N, N, DIM, PART0, PART1, False)
+    products = inner_products(negate(a), b, "ieee", tl.float64)
+    total = accumulate(zeros(M, PART0, PART1, tl.float64), products, b, "ieee", tl.float64)
+    total = clear_rows(scale_rows(total, tl.load(FACTOR + m)), tl.load(KEPT + m) != 0)
+    store_rows(OUT, DIM, total, m < M, M, DIM, PART0, PART1)
+
+
+@on_every_device
+@pytest.mark.parametrize("dim", (1, 16, 17, 33, 48, 64, 80, 96, 100, 160, 192, 256))
+def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
+    torch.manual_seed(0)
+    m, n = 16, 32
+    a, b = (torch.randn(rows, dim, dtype=torch.float64) for rows in (m, n))
+    factor = torch.randn(m, dtype=torch.float64)
+    factor[5] = torch.nan
+    kept = torch.rand(m) < 0.5
+    kept[5] = False
+    out = torch.empty(m, dim, dtype=torch.float64, device=device)
+    product_kernel[(1,)](
+        out, a.to(device), b.to(device), kept.int().to(device), factor.to(device), m, n, dim, *head_parts(dim, "half")
+    )
+    expected = torch.where(kept[:, None], -(a @ b.T) @ b * factor[:, None], 0.0)
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-13 * dim * n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory layouts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def layout(*tensors: Tensor) -> tuple[int, list[int]]:
+    """Of tensors: the unit, and the strides in it."""
+    unit, strides = aligned_strides(tensors[0].dtype, *((tensor.shape, tensor.stride()) for tensor in tensors))
+    return unit, list(strides)
+
+
+def at_odd_offset(x: Tensor) -> Tensor:
+    """The same tensor with aligned strides, one element off the start of an allocation."""
+    buffer = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype, device=x.device)
+    view = buffer[1:].view(x.shape)
+    view.copy_(x)
+    return view
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
+def test_unaligned_pointers(device: str, dtype: torch.dtype) -> None:
+    call = make_call(Case("offset", batch=1, kv_heads=1, d=16, dv=24, mask="holes", causal=True), dtype, device)
+    moved = replace(call, **{name: at_odd_offset(getattr(call, name)) for name in ("q", "k", "v", "grad_out")})
+    assert layout(moved.q, moved.k, moved.v)[0] > 1
+    assert moved.q.data_ptr() % 16
+    check(run(moved, "triton"), call)
+
+
+@on_every_device
+@pytest.mark.parametrize("odd", ("q", "k", "v", "grad_out"))
+def test_one_unaligned_stride(device: str, odd: str) -> None:
+    call = make_call(Case("odd", batch=1, d=16, dv=32, mask="pad_left", causal=True), torch.float32, device)
+    x = getattr(call, odd)
+    padded = torch.nn.functional.pad(x, (0, 1), value=torch.nan)[..., :-1]
+    assert layout(padded)[0] == 1
+    check(run(call.with_(**{odd: padded}), "triton"), call)
+
+
+def test_strides_in_aligned_units() -> None:
+    half, single, double = (
+        torch.empty(2, 3, 5, 64, dtype=dtype) for dtype in (torch.float16, torch.float32, torch.float64)
+    )
+    assert layout(half) == (8, [120, 40, 8])
+    assert layout(single) == (4, [240, 80, 16])
+    assert layout(double) == (2, [480, 160, 32])
+    assert layout(half, half[..., :60]) == (8, [120, 40, 8] * 2)
+    odd = torch.empty(2, 3, 5, 33, dtype=torch.float16)
+    assert layout(odd) == (1, [495, 165, 33])
+    assert layout(half, odd) == (1, [960, 320, 64, 495, 165, 33]), "one odd stride decides for all"
+    assert layout(half[:, :1].expand(2, 3, 5, 64)) == (8, [120, 0, 8])
+
+
+def test_strides_that_are_never_used_spoil_nothing() -> None:
+    buffer = torch.empty(2 * 3 * 64 + 1, dtype=torch.float16)
+    one = buffer.as_strided((1, 3, 1, 64), (7, 64, 13, 1))
+    assert layout(one) == (8, [0, 8, 0])
+
+
+def test_only_a_strided_last_dimension_is_copied() -> None:
+    x = torch.randn(2, 3, 4, 8)
+    for same in (x, x.transpose(1, 2), x[..., 1:], x[:1].expand(5, 3, 4, 8), x[..., :1], x.mT[..., :1]):
+        assert readable(same) is same
+    for copied in (x.mT, x[..., ::2], x[..., :1].expand(2, 3, 4, 8)):
+        assert readable(copied).stride(-1) == 1
+        assert torch.equal(readable(copied), copied)
+
+
+def test_new_tensors_lie_in_memory_as_the_old_ones() -> None:
+    plain = torch.empty(2, 3, 5, 8)
+    inside = torch.empty(2, 5, 3, 8).transpose(1, 2)
+    for heads, dim in ((3, 8), (1, 4), (6, 16)):
+        new = empty_like_heads(plain, heads, dim)
+        assert new.shape == (2, heads, 5, dim)
+        assert new.is_contiguous()
+        new = empty_like_heads(inside, heads, dim)
+        assert new.shape == (2, heads, 5, dim)
+        assert new.transpose(1, 2).is_contiguous()
+    assert empty_like_heads(plain, 3, 8).dtype == plain.dtype
+
+
+@on_every_device
+def test_results_lie_in_memory_as_the_inputs(device: str) -> None:
+    case = Case("layout", batch=2, heads=4, kv_heads=2, queries=5, keys=9, dv=24, layout="heads_inside")
+    answer = run(make_call(case, torch.float32, device), "triton")
+    for name in ("out", "dq", "dk", "dv"):
+        assert getattr(answer, name).transpose(1, 2).is_contiguous(), name
+    answer = run(make_call(replace(case, layout="contiguous"), torch.float32, device), "triton")
+    for name in ("out", "dq", "dk", "dv"):
+        assert getattr(answer, name).is_contiguous(), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------------------------------
+
+MEGABYTE_A_HEAD = AttentionSpec(
+    batch=2, heads=48, kv_heads=48, queries=4096, keys=4096, head_dim=64, value_dim=64, dtype=torch.float16, causal=True
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "for_queries", "for_keys"),
+    (
+        (dict(), 32, 32),
+        (dict(causal=False), 1, 1),
+        (dict(kv_heads=12), 4 * 24, 8),  # k and v of 24 heads, read by four each; q and its like of 32 heads
+        (dict(kv_heads=12, causal=False), 4, 1),
+        (dict(heads=4, kv_heads=4), 8, 8),
+        (dict(keys=8192), 16, 32),
+        (dict(keys=2**20, queries=2**20), 1, 1),
+        (dict(batch=0), 1, 1),
+        (dict(queries=0, keys=0), 96, 96),
+    ),
+)
+def test_as_many_heads_take_turns_as_fit_into_the_cache(change: dict, for_queries: int, for_keys: int) -> None:
+    assert CACHED_BYTES == 32 * 2**20
+    spec = replace(MEGABYTE_A_HEAD, **change)
+    assert (query_section(spec), key_section(spec)) == (for_queries, for_keys)

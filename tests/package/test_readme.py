@@ -1,0 +1,127 @@
+"""What README.md and CONTRIBUTING.md show runs, prints what they say, and leads where they say. LOG.md has its form."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+LONGEST_EXAMPLE = 10  # lines of code in the first one
+
+
+def code_in(text: str) -> str:
+    """The fenced blocks and the code spans of a document: where commands are."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    return "\n".join(blocks + spans)
+
+
+def anchors_of(text: str) -> set[str]:
+    """The anchors that the headings of a document get."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_there_is_a_short_example_of_use():
+    lines = [line for line in EXAMPLES[0].splitlines() if line.strip()]
+    assert "flash_attention(" in EXAMPLES[0]
+    assert len(lines) <= LONGEST_EXAMPLE
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_prints_what_its_comments_say(code, tmp_path):
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    promised = re.findall(r"^print\(.*\)  # (.+)$", code, re.MULTILINE)
+    assert promised
+    printed = run.stdout.splitlines()
+    assert [line for line in printed if line in promised] == promised, printed
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = ROOT / (path or document)
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target.read_text(encoding="utf-8")), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_make_targets_exist(document):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = [target for rule in re.findall(r"^([\w%. -]+):(?!=)", makefile, re.MULTILINE) for target in rule.split()]
+    patterns = [re.escape(target).replace("%", ".+") for target in targets]
+    named = set(re.findall(r"\bmake ([\w.-]+)", code_in((ROOT / document).read_text(encoding="utf-8"))))
+    assert {"demo", "test"} <= named
+    assert [name for name in named if not any(re.fullmatch(pattern, name) for pattern in patterns)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_modules_to_run_exist(document):
+    named = set(re.findall(r"\bpython -m ([\w.]+)", code_in((ROOT / document).read_text(encoding="utf-8"))))
+    assert "flash_attend" in named
+    for name in named:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        assert spec.submodule_search_locations is None or importlib.util.find_spec(f"{name}.__main__"), name
+
+
+def test_files_named_exist():
+    """Documents that name files which are gone mislead: every path in a code span is a file or folder here."""
+    text = "\n".join((ROOT / document).read_text(encoding="utf-8") for document in DOCUMENTS)
+    paths = {
+        span for span in re.findall(r"`([\w./-]*/[\w./-]*)`", text) if span.split("/")[0] not in ("build", ".venv")
+    }
+    modules = set(re.findall(r"`([\w-]+\.(?:py|md|toml))`", text))
+    assert paths
+    assert modules
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    folders = [ROOT, *(ROOT / name for name in ("flash_attend", "kernels", "benchmarks"))]
+    assert [name for name in modules if not any((folder / name).exists() for folder in folders)] == []
+
+
+LOG = (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
+PARTS_OF_A_STEP = ["Change", "Prediction", "Measured by", "Measurement", "Outcome"]
+
+
+def test_every_step_of_the_log_says_what_was_expected_and_what_came_of_it():
+    steps = re.split(r"^### ", LOG, flags=re.MULTILINE)[1:]
+    assert [int(step.split(".")[0]) for step in steps] == list(range(1, len(steps) + 1))
+    for step in steps:
+        parts = dict(re.findall(r"^- \*\*([\w ]+)\*\*: (.+?)(?=^- |\Z)", step, re.MULTILINE | re.DOTALL))
+        assert list(parts) == PARTS_OF_A_STEP, step
+        measurement, outcome = parts["Measurement"].strip(), parts["Outcome"].strip()
+        assert (measurement == "not measured") == (outcome == "open"), step
+        results = re.findall(r"`(benchmarks/results/[^`]+)`", measurement)
+        assert measurement == "not measured" or results, step
+        assert all((ROOT / path).is_file() for path in results), step
+
+
+def test_the_commands_of_the_log_are_understood(monkeypatch):
+    """Those of the grid name cases and peers that there are, those of the tuner a call that is served."""
+    pytest.importorskip("triton", reason="tuning needs Triton")
+    import run
+    import tune
+
+    commands = [shlex.split(line) for line in re.findall(r"`(python benchmarks/[^`]+)`", LOG)]
+    assert len(commands) == LOG.count("**Measured by**: `")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for _, script, *arguments in commands:
+        if script.endswith("run.py"):
+            options = run.parse(arguments)
+            assert options.cases and options.chosen_peers
+        else:
+            assert script == "benchmarks/tune.py"
+            assert tune.parse([*arguments, "--arch", "sm_90"]).question.current is not None

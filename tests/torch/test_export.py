@@ -1,0 +1,76 @@
+"""torch.export of a module that holds an Attend: one program for all lengths, which computes and learns the same."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export, load, save
+
+from backends import BACKENDS, Backend
+from flash_attend import Attend
+from flash_attend.operators import FORWARD
+
+on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+strict_or_not = pytest.mark.parametrize("strict", (True, False), ids=("strict", "non_strict"))
+
+
+class Model(nn.Module):
+    """Self-attention with padding; four query heads read two key heads."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(8, 24, device=backend.device)
+        self.attend = Attend(dropout=0.1, causal=True, backend=backend.name).eval()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.project(x).unflatten(-1, (8, 3)).transpose(1, 2).split([4, 2, 2], dim=1)
+        return self.attend(q, k, v, mask=mask)
+
+
+def inputs(length: int, backend: Backend) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(length)
+    mask = torch.arange(length) < torch.tensor([[length], [length // 2 + 1]])
+    return torch.randn(2, length, 8).to(backend.device), mask.to(backend.device)
+
+
+def exported(model: Model, backend: Backend, strict: bool) -> ExportedProgram:
+    length = {1: Dim("length", min=2, max=4096)}
+    return export(model, inputs(6, backend), dynamic_shapes=(length, length), strict=strict)
+
+
+@on_every_backend
+@strict_or_not
+def test_a_program_gives_the_same_outputs_at_every_length(backend: Backend, strict: bool) -> None:
+    model = Model(backend)
+    program = exported(model, backend, strict)
+    assert [node.target for node in program.graph.nodes].count(FORWARD) == 1
+    for length in (2, 6, 9, 40):
+        x, mask = inputs(length, backend)
+        assert torch.equal(program.module()(x, mask), model(x, mask))
+
+
+@on_every_backend
+def test_a_program_comes_back_from_a_file(backend: Backend) -> None:
+    model = Model(backend)
+    file = io.BytesIO()
+    save(exported(model, backend, strict=False), file)
+    file.seek(0)
+    x, mask = inputs(11, backend)
+    assert torch.equal(load(file).module()(x, mask), model(x, mask))
+
+
+@on_every_backend
+def test_a_program_learns_like_the_module(backend: Backend) -> None:
+    """In float64, where the gradients of two ways to compute them agree to many digits."""
+    model = Model(backend).double()
+    x, mask = inputs(7, backend)
+    length = {1: Dim("length", min=2, max=4096)}
+    program = export(model, (x.double(), mask), dynamic_shapes=(length, length)).module()
+    x, mask = inputs(10, backend)
+    x = x.double().requires_grad_()
+    (got,), (want,) = (torch.autograd.grad(f(x, mask).sin().sum(), x) for f in (program, model))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
