@@ -20,7 +20,7 @@ from flash_attend.ops import INPUTS, OUTPUTS, Options
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import differentiated, directly, forward_mode, kept_in_graph, traced, transformed, watched
+from flash_attend.tracing import constant_when_compiled, differentiated, directly, forward_mode, traced, transformed, watched
 from flash_attend.vmap import map_backward, map_forward
 
 if TYPE_CHECKING:
@@ -59,11 +59,17 @@ def _through_operators(
     present = [tensor for tensor in operands if tensor is not None]
     if transformed():
         if torch.compiler.is_compiling():
-            kept_in_graph(_transformable)
+            _keep_in_graph()
         out, *others = _transformable(numbers, options, *present)
     else:
         out, *others = ops.FORWARD(present, numbers, options)
     return out, others[0] if others else None
+
+
+@constant_when_compiled
+def _keep_in_graph() -> None:
+    """Has a compiler that traces Python leave this function to what traces below it, where the transforms are on."""
+    torch.compiler.allow_in_graph(_transformable)
 
 
 def _savable(mask: Tensor | None) -> Tensor | None:

@@ -100,7 +100,7 @@ def _stand(backend: Backend, target: DeviceTarget, evidence: EvidenceTable) -> t
         return True, "the einsum path serves every call"
     if target.interpreted:
         return False, f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}"
-    found = evidence.get((backend.name, backend.usual_backward, str(target.arch)))
+    found = evidence.get((backend.name, backend.usual_backward, f"{target.arch}"))
     if found is None:
         return False, f"not validated on {target.arch} yet; {BY_NAME}"
     version, newest = release(target.triton or ""), TRITON_VERSIONS[1]
@@ -150,7 +150,7 @@ def _choose_backward(
         return usual, f"fused is refused: {refusal}"
     if _override is not None:
         return ("fused" if _override == "fused" else usual), "asked for by override_backward"
-    found = evidence.get((backend.name, "fused", str(target.arch)))
+    found = evidence.get((backend.name, "fused", f"{target.arch}"))
     if found is None or not found.faster:
         where = "in Triton's interpreter" if target.interpreted else f"on {target.arch}"
         return usual, f"the fused one was not measured faster {where}"

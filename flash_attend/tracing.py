@@ -18,7 +18,6 @@ __all__ = [
     "directly",
     "forward_mode",
     "is_zero_tensor",
-    "kept_in_graph",
     "refuse_jit_trace",
     "sharded",
     "traced",
@@ -38,13 +37,6 @@ def constant_when_compiled(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-@constant_when_compiled
-def kept_in_graph(function: Callable) -> None:
-    """Called while a program is compiled: `function` stays one node in what the compiler sees of Python, and is traced
-    below it, where the transforms of torch.func have become operators."""
-    torch.compiler.allow_in_graph(function)
 
 
 def traced(*tensors: Tensor | None) -> bool:
