@@ -21,7 +21,7 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils._pytree import tree_map
 
 from flash_attend.autograd import Attention, Gradients
-from flash_attend.backends import BACKENDS
+from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.dispatch import Plan
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, describe
@@ -156,7 +156,7 @@ def _like_backward(
     return list(launches.like_backward(needed, q, k, v, spec))
 
 
-def _tiles(spec: AttentionSpec, device: torch.device, backend: str, way: str) -> Tiles:
+def _tiles(spec: AttentionSpec, device: torch.device, backend: str, way: BackwardName) -> Tiles:
     # What they do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
     reduced = AttentionSpec(
         batch=1,
