@@ -36,7 +36,7 @@ def triton_version() -> str | None:
 
 
 def release(version: str) -> tuple[int, int] | None:
-    """"3.7.1" as (3, 7); None for what is no version."""
+    """ "3.7.1" as (3, 7); None for what is no version."""
     try:
         major, minor = version.split(".")[:2]
         return int(major), int(minor)

@@ -1,4 +1,4 @@
-"""Tile choices as data; `MEASURED` says which of them were measured.
+"""Tile choices as data.
 
 Every row of `ROWS`, `VARIANTS`, `FUSED` and `FUSED_VARIANTS` compiles without spills for its part in the modes of
 aot.py. Those of `HOPPER_ROWS` may spill outside of their main loops, and one of them does a little inside; aot.py says
@@ -202,9 +202,6 @@ HOPPER_ROWS: dict[int, Tiles] = {
     256: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 2)),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
-# Rows that were measured on their part: the key of a row -> the results in the repository that show its tiles the
-# fastest. One of `HOPPER_ROWS` goes by ("sm_90", "hopper", d).
-MEASURED: dict[tuple[str | int, ...], str] = {}
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
@@ -231,12 +228,6 @@ def row_of(spec: AttentionSpec) -> tuple[str, int]:
     kind = kind_of(spec)
     widest = max(sum(head_parts(spec.head_dim, kind)), sum(head_parts(spec.value_dim, kind)))
     return kind, min(width for _, of, width in ROWS if of == kind and width >= widest)
-
-
-def rows_of(arch: str) -> list[tuple[str | int, ...]]:
-    """The keys of all rows of a part, as `MEASURED` has them; none for a part that takes those of another."""
-    hopper = [("sm_90", "hopper", dim) for dim in HOPPER_ROWS]
-    return [key for key in (*ROWS, *VARIANTS, *hopper) if key[0] == arch]
 
 
 def mode_of(spec: AttentionSpec) -> str:

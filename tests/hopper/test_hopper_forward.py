@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flash_attend import BackendUnavailable, operators
 from flash_attend.kernels import operands
-from flash_attend.kernels.configs import Tile, Tiles, override, select_tiles
+from flash_attend.kernels.configs import Tile, Tiles, override, select_hopper_tiles
 from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
@@ -31,7 +31,7 @@ from hopper_calls import CASES, H100, RING_MISTAKES, await_all_but, clear_nothin
 def recorded(call: Call, part: DeviceTarget = H100) -> tuple[Tensor, Tensor, Launch]:
     """Out and lse of a call, NaN for now, and the launch that writes them."""
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    tiles = select_tiles(spec, part, "hopper")
+    tiles = select_hopper_tiles(spec, part)
     with on(part), recorded_launches() as launches:
         out, lse, schedule = attention_forward(q, k, v, mask, None, spec, tiles)
     out.fill_(torch.nan)
@@ -77,7 +77,7 @@ def test_what_hidden_keys_hold_changes_no_bit(d: int, causal: bool, late: bool) 
 def test_blocks_smaller_than_the_schedules() -> None:
     call = make_call(Case("ratio", 2, 2, queries=200, keys=500, d=64, mask="holes", causal=True), torch.bfloat16)
     *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    with override(select_tiles(spec, H100, "hopper")._replace(forward=Tile(128, 32, 4, 2))):
+    with override(select_hopper_tiles(spec, H100)._replace(forward=Tile(128, 32, 4, 2))):
         answer = run(call)
     check(answer, call)
 
@@ -86,7 +86,7 @@ def in_turns(case: Case) -> tuple[Call, Tiles]:
     """A call, and its usual tiles but for the consumers' turns."""
     call = make_call(case, torch.bfloat16)
     *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    usual = select_tiles(spec, H100, "hopper")
+    usual = select_hopper_tiles(spec, H100)
     return call, usual._replace(forward=usual.forward._replace(ping_pong=True))
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_launched_for_nothing() -> None:
         q, k = torch.empty(*shape, 64, dtype=torch.bfloat16), torch.empty(*shape[:2], 7, 64, dtype=torch.bfloat16)
         q, k, _, _, spec = normalise_inputs(q, k, k)
         with on(H100), recorded_launches() as launches:
-            out, _, _ = attention_forward(q, k, k, None, None, spec, select_tiles(spec, H100, "hopper"))
+            out, _, _ = attention_forward(q, k, k, None, None, spec, select_hopper_tiles(spec, H100))
         assert out.shape == q.shape
         assert not launches
 

@@ -44,7 +44,7 @@ def forward_arguments(case: Case, backend: Backend, requires_grad: bool = False)
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     seed = draw_seed(q.device) if case.dropout_p else None
     inputs = (x.requires_grad_(requires_grad) for x in (q, k, v))
-    return *inputs, mask, seed, *spec.options, backend.name, True
+    return *inputs, mask, seed, *spec.options, backend.name, backend.backward, True
 
 
 def backward_arguments(case: Case, backend: Backend, requires_grad: bool = False) -> tuple:
@@ -86,9 +86,10 @@ def test_the_fake_operators_say_what_the_real_ones_give(layout: str, backend: Ba
         case = Case(layout, heads=2, queries=5, keys=7, d=3, dv=4, mask="bhij", layout=layout, grad_layout=layout)
         call = make_call(case, dtype, backend.device)
         q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-        arguments = (q, k, v, mask, None, *spec.options, backend.name, True)
+        arguments = (q, k, v, mask, None, *spec.options, backend.name, backend.backward, True)
         out, lse, schedule = results = FORWARD(*arguments)
-        last = ([True] * 3, call.grad_out, None, q, k, v, mask, None, out, lse, schedule, *spec.options, backend.name)
+        options = arguments[5:-1]
+        last = ([True] * 3, call.grad_out, None, q, k, v, mask, None, out, lse, schedule, *options)
         grads = BACKWARD(*last)
         with FakeTensorMode() as mode:
             fake, fake_last = tree_map_only(Tensor, mode.from_tensor, (arguments, last))
