@@ -31,21 +31,24 @@ __all__ = ["attend"]
 OPERANDS = len(Operands._fields)
 
 
-def attend(operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)`, as a plan has them computed; without `return_lse` the lse may be None."""
+def attend(
+    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool, traced: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, as a plan has them computed; without `return_lse` the lse may be None.
+
+    `traced` says whether operators are called for: by a compiler, which would make of the einsum path's loop over chunks
+    as many graphs as there are lengths, or by the class of a tensor.
+    """
     einsum = plan.backward == "einsum"
-    # Transforms and modes may see the parts of the einsum path. A compiler may not: it would make of the loop over
-    # chunks as many graphs as there are lengths.
-    if traced(*operands[:4]) or (watched() and not einsum):
+    if traced or (not einsum and watched()):
         return _through_operators(operands, spec, plan, return_lse)
     if einsum:
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
-        return directly(Kept)(out, lse) if out.requires_grad and not watched() else (out, lse)
+        return _keep_outputs(out, lse) if out.requires_grad and not watched() else (out, lse)
     tiles = plan.backend.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
     if not differentiated(*operands[:3]):
         return plan.backend.forward(operands, spec, tiles)[:2]
-    q, k, v, mask, seed = operands
-    return directly(Attention)(q, k, v, (_savable(mask), seed, spec, plan, tiles))
+    return _attend_eagerly(*operands[:3], (operands, spec, plan, tiles))
 
 
 def _through_operators(
@@ -83,14 +86,13 @@ def _savable(mask: Tensor | None) -> Tensor | None:
 
 
 class Attention(torch.autograd.Function):
-    """`(q, k, v) -> (out, lse)` by a backend's own functions. The last argument is what else a call consists of."""
+    """`(q, k, v, call) -> (out, lse)` by a backend's own functions, with what a call consists of."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
-        mask, seed, spec, plan, tiles = call
-        operands = Operands(q, k, v, mask, seed)
+        operands, spec, plan, tiles = call
         out, lse, schedule = plan.backend.forward(operands, spec, tiles)
-        ctx.save_for_backward(*operands, out, lse, *schedule)
+        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
         ctx.set_materialize_grads(False)
         ctx.call = spec, plan, tiles, type(schedule)
         return out, lse
@@ -104,7 +106,7 @@ class Attention(torch.autograd.Function):
         lse = lse.contiguous()
         schedule = schedule_of(*(tensor if tensor is None else tensor.contiguous() for tensor in schedule))
         # A backward may be differentiated, and transformed where its forward was not.
-        if torch.is_grad_enabled() or traced(grad_out, grad_lse) or watched():
+        if torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse):
             numbers, options = ops.options_of(operands, spec, plan, True)
             present = [tensor for tensor in operands if tensor is not None]
             outputs = [out, lse, *schedule.packed()]
@@ -128,6 +130,9 @@ class Kept(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises where they were changed
         return grads
+
+
+_attend_eagerly, _keep_outputs = directly(Attention), directly(Kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

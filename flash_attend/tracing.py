@@ -18,7 +18,6 @@ __all__ = [
     "directly",
     "forward_mode",
     "is_zero_tensor",
-    "refuse_jit_trace",
     "sharded",
     "traced",
     "transformed",
@@ -88,12 +87,3 @@ def is_zero_tensor(tensor: Tensor) -> bool:
 def differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a backward may be asked for."""
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
-def refuse_jit_trace() -> None:
-    """Raises in torch.jit.trace, which would keep for all lengths what holds for one."""
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps"
-            " those of its example; use torch.export.export or torch.compile"
-        )
