@@ -20,7 +20,7 @@ from flash_attend.ops import INPUTS, OUTPUTS, Options
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, differentiated, directly, forward_mode, traced, transformed, watched
+from flash_attend.tracing import constant_when_compiled, differentiated, directly, forward_mode, mapped, traced, transformed, watched
 from flash_attend.vmap import map_backward, map_forward
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ class Attention(torch.autograd.Function):
         lse = lse.contiguous()
         schedule = schedule_of(*(tensor if tensor is None else tensor.contiguous() for tensor in schedule))
         # A backward may be differentiated, and transformed where its forward was not.
-        if torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse):
+        if torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse):
             numbers, options = ops.options_of(operands, spec, plan, True)
             present = [tensor for tensor in operands if tensor is not None]
             outputs = [out, lse, *schedule.packed()]
-            found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, compress(INPUTS, needed))
+            found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, [*compress(INPUTS, needed)])
             return *map(found.get, INPUTS), None
         return *plan.backend.backward(grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed), None
 
@@ -149,11 +149,11 @@ def _differentiate(
     needed: Sequence[str],
 ) -> dict[str, Tensor]:
     """The gradients by name, of those of q, k and v that are `needed`."""
-    needed = list(needed)
-    if forward_mode():
+    if forward_mode() or mapped(*grads):
         said = Options.read(options)
         whole = Operands(**dict(zip(said.operands, operands, strict=True)))
-        found = attention_reference_gradients(*grads, whole, ops.spec_of(whole, numbers, said))
+        recompute = _pull_back if mapped(*grads) else attention_reference_gradients
+        found = recompute(*grads, whole, ops.spec_of(whole, numbers, said))
         return {name: grad for name, grad in zip(INPUTS, found, strict=True) if name in needed}
     given = [name for name, grad in zip(OUTPUTS, grads, strict=False) if grad is not None]
     present = [grad for grad in grads if grad is not None]
@@ -163,6 +163,19 @@ def _differentiate(
     else:
         gradients = ops.BACKWARD(present, operands, outputs, numbers, options)
     return dict(zip(needed, gradients, strict=True))
+
+
+def _pull_back(
+    grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, spec: AttentionSpec
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v by torch's own formulas, which alone have a rule for many gradients at once."""
+    inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in operands[:3]]
+    with torch.enable_grad():
+        outputs = attention_reference(Operands(*inputs, *operands[3:]), spec, return_lse=True)
+    pairs = [(x, grad) for x, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
+    roots, incoming = zip(*pairs, strict=True)
+    again = torch.is_grad_enabled()
+    return torch.autograd.grad(roots, inputs, incoming, create_graph=again, allow_unused=True, materialize_grads=True)
 
 
 def _keep(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
@@ -175,7 +188,7 @@ def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) 
     """Of every operand that there is."""
     names = Options.read(ctx.options).operands
     operands, outputs = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
-    found = _differentiate(grads[:2], operands, outputs, ctx.numbers, ctx.options, compress(names, needs))
+    found = _differentiate((*grads, None)[:2], operands, outputs, ctx.numbers, ctx.options, [*compress(names, needs)])
     return [found.get(name) for name in names]
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "directly",
     "forward_mode",
     "is_zero_tensor",
+    "mapped",
     "sharded",
     "traced",
     "transformed",
@@ -65,6 +66,12 @@ def forward_mode() -> bool:
     public function tells."""
     levels = get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(level.key() == TransformType.Jvp for level in levels)
+
+
+def mapped(*tensors: Tensor | None) -> bool:
+    """Whether a tensor is mapped over as `torch.autograd.grad(..., is_grads_batched=True)` does it, apart from torch.func
+    and with no rule for operators like ours. No public function tells."""
+    return any(tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def watched() -> bool:
