@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import flash_attend
-from flash_attend.dispatch import BACKENDS
+from flash_attend.backends import BACKENDS
 from flash_attend.functional import Explanation
 
 ROOT = Path(__file__).resolve().parent.parent

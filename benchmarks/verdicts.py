@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from flash_attend.backends import BackwardName
 from results import Results, Row
 
 __all__ = [
@@ -36,13 +37,13 @@ __all__ = [
     "time_of",
 ]
 
-# Peers of ours -> the backend that each asks for by name. The first that a run holds stands for us.
-OURS = {
-    "flash_attend": "triton",
-    "flash_attend fused": "triton_fused",
-    "flash_attend hopper": "hopper",
-    "flash_attend hopper fused": "hopper_fused",
-    "flash_attend math": "math",
+# Peers of ours -> the backend that each asks for by name, and its backward. The first that a run holds stands for us.
+OURS: dict[str, tuple[str, BackwardName]] = {
+    "flash_attend": ("triton", "separate"),
+    "flash_attend fused": ("triton", "fused"),
+    "flash_attend hopper": ("hopper", "separate"),
+    "flash_attend hopper fused": ("hopper", "fused"),
+    "flash_attend math": ("math", "einsum"),
 }
 WIN, EVEN, LOSS, ALONE = VERDICTS = ("win", "even", "loss", "alone")
 
@@ -100,7 +101,7 @@ def our_names(results: Results) -> list[str]:
     """
     held, timed = {row.peer for row in results}, {row.peer for row in results if time_of(row) is not None}
     names = [name for name in OURS if name in held]
-    return names[:1] + [name for name in names[1:] if name in timed and OURS[name] != "math"]
+    return names[:1] + [name for name in names[1:] if name in timed and OURS[name][0] != "math"]
 
 
 def compare(results: Results, name: str = "") -> list[Comparison]:

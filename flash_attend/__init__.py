@@ -2,7 +2,8 @@
 
 from flash_attend.attend import Attend
 from flash_attend.dispatch import BackendUnavailable
-from flash_attend.functional import explain, flash_attention
+from flash_attend.explanation import explain
+from flash_attend.functional import flash_attention
 from flash_attend.patch import patch
 
 __version__ = "0.1.0"

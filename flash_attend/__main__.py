@@ -6,17 +6,16 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
 
 import torch
 
 from flash_attend import __version__
+from flash_attend.backends import BACKENDS
 from flash_attend.dispatch import choose, judge
-from flash_attend.functional import Explanation
-from flash_attend.kernels.configs import MEASURED, rows_of
+from flash_attend.explanation import Explanation
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import FASTER, VALIDATED, Measurement, Run, Validation
+from flash_attend.validation import EVIDENCE, EvidenceTable
 
 __all__ = ["main", "report"]
 
@@ -37,11 +36,7 @@ REPRESENTATIVE = AttentionSpec(
 REPRESENTATIVE_IN_WORDS = "float16, b 2, h 8, i = j = 1024, d = dv = 64, causal with key padding"
 
 
-def report(
-    validated: Mapping[tuple[str, str], Validation] = VALIDATED,
-    faster: Mapping[tuple[str, str], Measurement] = FASTER,
-    measured: Mapping[tuple[str | int, ...], str] = MEASURED,
-) -> str:
+def report(evidence: EvidenceTable = EVIDENCE) -> str:
     """The whole report, one fact a line."""
     lines = [f"{name:<13} {value}" for name, value in _versions().items()]
     devices = [torch.device("cpu")]
@@ -55,23 +50,22 @@ def report(
     lines += ["", f"backends for {REPRESENTATIVE_IN_WORDS}"]
     for device in devices:
         target = DeviceTarget.of(device)
-        plan = choose(REPRESENTATIVE, target, validated=validated, faster=faster)
-        verdicts = judge(REPRESENTATIVE, target, validated, faster)
+        plan = choose(REPRESENTATIVE, target, evidence=evidence)
+        verdicts = judge(REPRESENTATIVE, target, evidence)
         lines.append(f"{device}: {Explanation(plan, '', verdicts, target)}")
 
     archs = sorted({arch for device in devices if (arch := DeviceTarget.of(device).arch) is not None})
-    lines += ["", "shown right on a GPU", *_describe_runs(validated, archs)]
-    lines += ["", "shown faster on a GPU than the backends after it", *_describe_runs(faster, archs)]
-    lines += ["", "tiles", *(_describe_tiles(arch, measured) for arch in archs or ("sm_80", "sm_90"))]
+    lines += ["", "shown on a GPU", *_describe_evidence(evidence, archs)]
     return "\n".join(lines)
 
 
 def _versions() -> dict[str, str]:
     cpu = DeviceTarget.of(torch.device("cpu"))
-    if cpu.triton is None:
-        triton = "not installed"
-    else:
-        triton = cpu.triton + (" (interpreting: TRITON_INTERPRET is set)" if cpu.interpreted else "")
+    triton = cpu.triton or "not installed"
+    if cpu.triton and (fault := BACKENDS["triton"].fault()):
+        triton += f", but {fault}"
+    if cpu.interpreted:
+        triton += " (interpreting: TRITON_INTERPRET is set)"
     return {
         "flash_attend": __version__,
         "torch": torch.__version__,
@@ -110,31 +104,16 @@ def _describe_gpu(device: torch.device) -> str:
     return ", ".join(facts)
 
 
-def _describe_runs(runs: Mapping[tuple[str, str], Run], here: list[str]) -> list[str]:
-    """A line for each run, and for each kind of calls that it was about."""
-    if not runs:
+def _describe_evidence(evidence: EvidenceTable, here: list[str]) -> list[str]:
+    if not evidence:
         return ["  nothing yet, on any part"]
     lines = []
-    for (backend, arch), run in sorted(runs.items()):
-        facts = [run.gpu, f"torch {run.torch}", f"Triton {run.triton}", run.date, f"commit {run.commit}", run.results]
-        lines.append(f"  {backend} on {arch}: {', '.join(facts)}")
-        if isinstance(run, Measurement):
-            lines += [f"    {calls}" for calls in run.calls]
-    lines += [f"  nothing on {arch}, which is here" for arch in here if arch not in {arch for _, arch in runs}]
-    return lines
-
-
-def _describe_tiles(arch: str, measured: Mapping[tuple[str | int, ...], str]) -> str:
-    rows = rows_of(arch)
-    if not rows:
-        return f"  {arch}: has no rows of its own, takes those of sm_80"
-    found = {key: measured[key] for key in rows if key in measured}
-    return "\n".join(
-        [
-            f"  {arch}: {len(found)} of {len(rows)} rows measured there, the others chosen by what compiles well",
-            *(f"    {', '.join(map(str, key[1:]))}: {results}" for key, results in found.items()),
-        ]
-    )
+    for (backend, backward, arch), found in sorted(evidence.items()):
+        shown = "right and faster" if found.faster else "right"
+        facts = f"{found.gpu}, Triton {found.triton}, {found.date}, {found.results}"
+        lines.append(f"  {backend} with its {backward} backward on {arch}: {shown} ({facts})")
+    shown_on = {arch for _, _, arch in evidence}
+    return lines + [f"  nothing on {arch}, which is here" for arch in here if arch not in shown_on]
 
 
 def main() -> None:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from flash_attend import operators
-from flash_attend.dispatch import BACKENDS, Plan, Verdict, check_backend, choose, judge
+from flash_attend.autograd import attend
+from flash_attend.dispatch import Plan, check_backend, choose, overridden_backward
 from flash_attend.dropout import draw_seed
-from flash_attend.reference import attention_reference
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
+from flash_attend.tracing import constant_when_compiled, sharded, traced
 
-__all__ = ["Explanation", "explain", "flash_attention"]
+__all__ = ["flash_attention"]
+
+NO_JIT_TRACE = (
+    "torch.jit.trace cannot record flash_attend, because lengths and masks decide what is computed, and a trace keeps those"
+    " of its example for all calls; use torch.export.export or torch.compile"
+)
 
 
 @overload
@@ -79,9 +83,8 @@ def flash_attention(
             drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
-        backend: "auto", or by name "hopper_fused", "hopper", "triton_fused", "triton" or "math": then it serves the
-            call or raises, and never falls back. A fused one computes all gradients in one pass, which adds those of q
-            up in no fixed order: they are not bitwise repeatable, and it refuses where they have to be.
+        backend: "auto", or by name "hopper", "triton" or "math": then it serves the call or raises, and never falls
+            back.
 
     Returns:
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
@@ -98,6 +101,8 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError(NO_JIT_TRACE)
     if sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
@@ -110,37 +115,27 @@ def flash_attention(
             backend=backend,
         )
         return attend_locally(here, q, k, v, mask, dropout_p)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     q, k, v, mask, spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    watched = traced(q, k, v, mask)
     check_backend(backend)
-    plan = (choose if watched else _choose_once)(spec, target, backend)
-    if plan.backend == "math" and backend == "auto" and target.device_type == "cuda":
+    seen = traced(q, k, v, mask)
+    plan = choose(spec, target, backend) if seen else _choose_once(spec, target, backend, overridden_backward())
+    if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    lse: Tensor | None
-    # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
-    # and all but a compiler and a sharded tensor do better with them.
-    if watched or (plan.backend != "math" and intercepted()):
-        out, lse = operators.attend(q, k, v, mask, seed, spec, plan.backend, return_lse=return_lse)
-    elif plan.backend == "math":
-        out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
-    else:
-        from flash_attend import launches  # imports Triton
-
-        out, lse = launches.attend(q, k, v, mask, seed, spec, target, plan.backend)
+    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, traced=seen)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _choose_once(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Plan:
+def _choose_once(spec: AttentionSpec, target: DeviceTarget, backend: str, overridden: str | None) -> Plan:
     return choose(spec, target, backend)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors as autocast gives them to torch's own attention and einsum: float64 is left alone."""
     if not isinstance(tensors[0], Tensor):
         return tensors
@@ -162,54 +157,3 @@ def _warn_once(reason: str) -> None:
 @cache
 def _warn_of_fallback(reason: str) -> None:
     warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=4)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; print it."""
-
-    plan: Plan | None
-    refusal: str  # why the backend asked for by name cannot serve; empty where a plan exists
-    verdicts: tuple[Verdict, ...]
-    target: DeviceTarget
-
-    def __str__(self) -> str:
-        where = self.target.name or self.target.device_type
-        lines = [f"on {where}: " + (f"{self.plan.backend} serves" if self.plan else self.refusal)]
-        width = max(map(len, BACKENDS))
-        for verdict in self.verdicts:
-            state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"
-            lines.append(f"  {verdict.backend:<{width}}  {state:<7}  {verdict.reason}")
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    causal: bool = False,
-    scale: float | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-    deterministic: bool | None = None,
-    backend: str = "auto",
-) -> Explanation:
-    """Which backend would serve `flash_attention` with these arguments, and what each one says of the call: "yes" where
-    "auto" may choose it, "by name" where it can serve but was not shown right and faster on this part, or "no".
-
-    Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
-    """
-    q, k, v = _autocast(q, k, v)
-    q, k, v, mask, spec = normalise_inputs(
-        q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
-    )
-    target = DeviceTarget.of(q.device)
-    verdicts = judge(spec, target)
-    asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
-    if asked is not None and not asked.serves:
-        return Explanation(None, f"{backend} cannot serve: {asked.reason}", verdicts, target)
-    return Explanation(choose(spec, target, backend), "", verdicts, target)

@@ -13,20 +13,35 @@ import torch
 
 from flash_attend.tracing import constant_when_compiled
 
-__all__ = ["DeviceTarget", "triton_version"]
+__all__ = ["DeviceTarget", "interpreting", "release", "triton_version"]
 
 
 @cache
 def triton_version() -> str | None:
-    """The installed Triton's version, read from its metadata: Triton itself is not imported."""
-    if importlib.util.find_spec("triton") is None:
-        return None
+    """Triton's version as its metadata has it, "unknown" without any, None where there is no Triton.
+
+    Triton itself is not imported: whether it can be is what `Backend.fault` finds out, where a call needs it.
+    """
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return None
+    except ValueError:  # a module that something else put in its place
+        return "unknown"
     for distribution in ("triton", "pytorch-triton", "triton-windows"):
         try:
             return importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
+
+
+def release(version: str) -> tuple[int, int] | None:
+    """ "3.7.1" as (3, 7); None for what is no version."""
+    try:
+        major, minor = version.split(".")[:2]
+        return int(major), int(minor)
+    except ValueError:
+        return None
 
 
 @cache
@@ -47,6 +62,7 @@ class DeviceTarget:
     multiprocessors: int = 0
     triton: str | None = None  # Triton's version, None where it is not installed
     interpreted: bool = False
+    absent: bool = False  # a CUDA device that this machine lacks: of tensors without data, while a program is traced
 
     @property
     def arch(self) -> str | None:
@@ -57,7 +73,7 @@ class DeviceTarget:
     @constant_when_compiled
     def of(device: torch.device) -> DeviceTarget:
         """Describes a device of this process (cached: the properties of a device do not change)."""
-        if device.type == "cuda" and device.index is None:
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         return _describe(device)
 
@@ -67,6 +83,8 @@ def _describe(device: torch.device) -> DeviceTarget:
     here = DeviceTarget(device.type, triton=triton_version(), interpreted=interpreting())
     if device.type != "cuda":
         return here
+    if (device.index or 0) >= torch.cuda.device_count():
+        return replace(here, absent=True)
     properties = torch.cuda.get_device_properties(device)
     return replace(
         here,

@@ -31,11 +31,8 @@ import triton
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
-from flash_attend.kernels.backward import attention_backward
-from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tiles, mode_of, select_tiles
-from flash_attend.kernels.forward import attention_forward
-from flash_attend.kernels.hopper.backward import attention_backward as hopper_backward
-from flash_attend.kernels.hopper.forward import attention_forward as hopper_forward
+from flash_attend.backends import BACKENDS, BackwardName
+from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tiles, mode_of
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
@@ -107,6 +104,12 @@ class Case:
     spec: AttentionSpec
     tiles: Tiles
     backend: str = "triton"
+    backward: BackwardName = "separate"
+
+    @classmethod
+    def of(cls, arch: str, spec: AttentionSpec, backend: str = "triton", backward: BackwardName = "separate") -> Case:
+        """With the tiles that a call takes there."""
+        return cls(arch, spec, BACKENDS[backend].tiles(spec, PARTS[arch], backward), backend, backward)
 
     @property
     def mode(self) -> str:
@@ -208,9 +211,7 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
         with recorded_launches() as launches:
-            on_hopper = backend.startswith("hopper")
-            forward = hopper_forward if on_hopper else attention_forward
-            backward = hopper_backward if on_hopper else attention_backward
+            forward, backward, _ = BACKENDS[backend].load()
             operands = Operands(q, k, v, mask, seed)
             out, lse, schedule = forward(operands, spec, tiles)
             backward(torch.empty_like(out), None, operands, out, lse, schedule, spec, tiles, (True, True, True))
@@ -231,11 +232,17 @@ def compile_launch(launch: Launch):
 
 def kernel_name(launch: Launch) -> str:
     """The kernel's name in the table; a fused backward has one of its own."""
-    kernel = launch.prepared.kernel
-    name = kernel.__name__.removesuffix("_kernel")
-    if name == "backward_kv" and dict(zip(kernel.arg_names, launch.tensors, strict=False))["GRAD_Q"] is not None:
-        return "backward_fused"
-    return f"{name}_fused" if launch.prepared.choices.get("FUSED") else name
+    name = launch.prepared.kernel.__name__.removesuffix("_kernel")
+    if not _is_fused(launch):
+        return name
+    return "backward_fused" if name == "backward_kv" else f"{name}_fused"
+
+
+def _is_fused(launch: Launch) -> bool:
+    """Whether it is of the kernel that makes all gradients."""
+    tensors = dict(zip(launch.prepared.kernel.arg_names, launch.tensors, strict=False))
+    fused = launch.prepared.kernel.__name__ == "backward_kv_kernel" and tensors["GRAD_Q"] is not None
+    return fused or bool(launch.prepared.choices.get("FUSED"))
 
 
 def _config_of(launch: Launch, case: Case) -> str:
@@ -300,7 +307,7 @@ KINDS = {
 OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}
 SUBSET_WIDTHS = (64, 96)
 ALL, COMMON, SUBSET = "all", "common", "subset"  # how many of the calls are compiled
-COMPILED = ("triton", "triton_fused", "hopper", "hopper_fused")
+COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
 def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
@@ -323,15 +330,14 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             if kind == "half" and scope != SUBSET:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
             for dims, mode in calls:
-                spec = _spec_of(dims, **dtype, **mode)
-                yield Case(arch, spec, select_tiles(spec, PARTS[arch]))
+                yield Case.of(arch, _spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: only in the modes that have a tile of their own.
             calls = [call for call in calls if call[1] is MODES[0]]
             calls += [((width, width), mode) for mode in MODES[1 : None if scope == ALL else 1]]
             for dims, mode in calls:
                 spec = _spec_of(dims, **dtype, **mode)
                 if mode is MODES[0] or (arch, kind, width, mode_of(spec)) in FUSED_VARIANTS:
-                    yield Case(arch, spec, select_tiles(spec, PARTS[arch], "triton_fused"), "triton_fused")
+                    yield Case.of(arch, spec, backward="fused")
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
 
@@ -345,13 +351,9 @@ def _spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
 
 def _hopper_cases(scope: str) -> Iterator[Case]:
     modes = {ALL: HOPPER_MODES, COMMON: HOPPER_MODES[::3], SUBSET: HOPPER_MODES[:1]}[scope]
-    for dim, backend in product(HOPPER_ROWS, ("hopper", "hopper_fused")):
-        for mode in modes:
-            spec = AttentionSpec(
-                batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, head_dim=dim, value_dim=dim, scale=0.1,
-                dtype=torch.bfloat16, **mode,
-            )  # fmt: skip
-            yield Case("sm_90", spec, select_tiles(spec, PARTS["sm_90"], backend), backend)
+    backwards: tuple[BackwardName, ...] = ("separate", "fused")
+    for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
+        yield Case.of("sm_90", _spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
 
 
 def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]) -> list[tuple[Case, tuple[str, ...]]]:
@@ -367,7 +369,7 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
             identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
             name = kernel_name(launch)
-            if case.backend == "triton_fused" and name != "backward_fused":
+            if case.backward == "fused" and not _is_fused(launch):
                 continue  # as in the call that is not fused
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
                 seen.add(identity)

@@ -554,7 +554,7 @@ def prepare_statistics(
     length = triton.cdiv(spec.queries, LONGEST_TILE.value) * LONGEST_TILE.value
     delta, lse_log2 = (lse.new_empty(spec.batch, spec.heads, length) for _ in range(2))
     if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
+        grad_lse = settled(grad_lse).contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
     launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
     return delta, lse_log2

@@ -1,4 +1,4 @@
-"""Tile choices as data; `MEASURED` says which of them were measured.
+"""Tile choices as data.
 
 Every row of `ROWS`, `VARIANTS`, `FUSED` and `FUSED_VARIANTS` compiles without spills for its part in the modes of
 aot.py. Those of `HOPPER_ROWS` may spill outside of their main loops, and one of them does a little inside; aot.py says
@@ -18,7 +18,7 @@ from typing import NamedTuple
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
 
-__all__ = ["Tile", "Tiles", "head_parts", "override", "select_tiles"]
+__all__ = ["Tile", "Tiles", "head_parts", "override", "select_hopper_tiles", "select_tiles"]
 
 
 class Tile(NamedTuple):
@@ -193,7 +193,7 @@ FUSED_VARIANTS: dict[tuple[str, str, int, str], Tile] = {
     ("sm_80", "tf32x3", 64, "dropout"): Tile(16, 32, 8, 1),
     ("sm_80", "tf32x3", 64, "dense+dropout"): Tile(16, 32, 8, 1),
 }
-# Those of the backends "hopper" and "hopper_fused", by head dimension (d = dv). With twice the queries or the keys
+# Those of the kernels for Hopper, by head dimension (d = dv). With twice the queries or the keys
 # registers are spilled and products serialized, and there is no power of two in between. What a kernel walks over has
 # two buffers each, but v, for the gradient of q, as many as stages: at 256 there is room for one.
 HOPPER_ROWS: dict[int, Tiles] = {
@@ -202,9 +202,6 @@ HOPPER_ROWS: dict[int, Tiles] = {
     256: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 2)),
 }
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
-# Rows that were measured on their part: the key of a row -> the results in the repository that show its tiles the
-# fastest. One of `HOPPER_ROWS` goes by ("sm_90", "hopper", d).
-MEASURED: dict[tuple[str | int, ...], str] = {}
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
@@ -233,31 +230,36 @@ def row_of(spec: AttentionSpec) -> tuple[str, int]:
     return kind, min(width for _, of, width in ROWS if of == kind and width >= widest)
 
 
-def rows_of(arch: str) -> list[tuple[str | int, ...]]:
-    """The keys of all rows of a part, as `MEASURED` has them; none for a part that takes those of another."""
-    hopper = [("sm_90", "hopper", dim) for dim in HOPPER_ROWS]
-    return [key for key in (*ROWS, *VARIANTS, *hopper) if key[0] == arch]
-
-
 def mode_of(spec: AttentionSpec) -> str:
     """The mode of a call, as `VARIANTS` names it: "", "dense", "dropout" or "dense+dropout"."""
     return "+".join(["dense"] * (spec.mask == MaskKind.DENSE) + ["dropout"] * (spec.dropout_p > 0))
 
 
-def select_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str = "triton") -> Tiles:
-    """The tiles for a call on a part. Parts without rows of their own take those of sm_80, which fit them all."""
-    return _override or _look_up_tiles(spec, target, backend)
+def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
+    """The tiles for a call on a part, whose backward is "separate" or "fused".
+
+    Parts without rows of their own take those of sm_80, which fit them all.
+    """
+    return _override or _look_up_tiles(spec, target, backward)
+
+
+def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
+    """The tiles for a call of the kernels for Hopper."""
+    return _override or _look_up_hopper_tiles(spec.head_dim, backward)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backend: str) -> Tiles:
+def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     if target.interpreted:
-        tiles = INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)
-    elif backend.startswith("hopper"):
-        tiles = HOPPER_ROWS[spec.head_dim]
+        tiles, fused = INTERPRETED, INTERPRETED_FUSED
     else:
         row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
         variant = (*row, mode_of(spec))
-        tiles = VARIANTS.get(variant) or ROWS[row]
-        tiles = tiles._replace(backward_fused=FUSED_VARIANTS.get(variant) or FUSED[row])
-    return tiles if backend.endswith("_fused") else tiles._replace(backward_fused=None)
+        tiles, fused = VARIANTS.get(variant) or ROWS[row], FUSED_VARIANTS.get(variant) or FUSED[row]
+    return tiles._replace(backward_fused=fused) if backward == "fused" else tiles
+
+
+@cache
+def _look_up_hopper_tiles(head_dim: int, backward: str) -> Tiles:
+    tiles = HOPPER_ROWS[head_dim]
+    return tiles if backward == "fused" else tiles._replace(backward_fused=None)

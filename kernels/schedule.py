@@ -15,13 +15,16 @@ of them make one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
@@ -29,27 +32,44 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.operands import Strides, as_bytes
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["Schedule", "build_schedule", "schedule_layout", "transposed_lists"]
+__all__ = ["Schedule", "build_schedule", "empty_packed", "schedule_layout", "transposed_lists"]
 
 BITS_PER_WORD = tl.constexpr(32)
 HEADER = tl.constexpr(4)
 EMPTY = tl.constexpr(0)
 PARTIAL = tl.constexpr(1)
 FULL = tl.constexpr(2)
+SPARE = (0, 0, 1)  # columns that a packed schedule has beyond its own: of states there may be a single one
 BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
 
 
 class Schedule(NamedTuple):
     """What the kernels read of a mask: all None without one. int32, but for `visible` next to float64: int64."""
 
-    visible: Tensor | None  # KEY: (planes, key_blocks * block); DENSE: (planes, query_blocks * block, words of 32 bits)
-    lists: Tensor | None  # KEY: (planes, length) int32; DENSE: (planes, query_blocks, length)
-    states: Tensor | None  # DENSE: (planes, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
+    # KEY: (planes, key_blocks * block); DENSE: (planes, query_blocks * block, words of 32 bits)
+    visible: Tensor | None = None
+    lists: Tensor | None = None  # KEY: (planes, length) int32; DENSE: (planes, query_blocks, length)
+    states: Tensor | None = None  # DENSE: (planes, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
 
     @property
     def planes(self) -> int:
         """How many planes the mask has; 0 without one."""
         return 0 if self.visible is None else self.visible.shape[0]
+
+    def packed(self) -> list[Tensor]:
+        """The tensors as operators hand them over: `(planes, n)` with `n > 1`.
+
+        A compiler makes a graph of its own of every size that is 1, and so of short sequences, which are one block.
+        """
+        present = ((tensor, spare) for tensor, spare in zip(self, SPARE, strict=True) if tensor is not None)
+        return [pad(tensor.flatten(1), (0, spare)) for tensor, spare in present]
+
+    @staticmethod
+    def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+        """The schedule again, whatever became of its strides."""
+        shapes = [shape for shape, _ in schedule_layout(mask, spec, tiles)]
+        pairs = zip(packed, shapes, strict=True)
+        return Schedule(*(x.contiguous().narrow(1, 0, prod(shape[1:])).reshape(shape) for x, shape in pairs))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,15 +398,23 @@ def block_counts(spec: AttentionSpec, tiles: Tiles) -> tuple[int, int]:
     return triton.cdiv(spec.queries, block_m), triton.cdiv(spec.keys, block_n)
 
 
+def empty_packed(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
+    """What `Schedule.packed` gives, uninitialised."""
+    if mask is None:
+        return []
+    layout = zip(schedule_layout(mask, spec, tiles), SPARE, strict=False)
+    return [mask.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
+
+
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
     """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
     if mask is None:
-        return Schedule(None, None, None)
+        return Schedule()
     layout = schedule_layout(mask, spec, tiles)
     visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
     if spec.mask == MaskKind.KEY:
         launch(_prepare_keys(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, lists)
-        return Schedule(visible, lists, None)
+        return Schedule(visible, lists)
     launch(_prepare_dense(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, *states)
     _fill_lines(*states, lists)
     return Schedule(visible, lists, *states)

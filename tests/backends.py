@@ -8,34 +8,40 @@ import pytest
 import torch
 
 from flash_attend import explain
+from flash_attend.backends import BackwardName
 from flash_attend.testing.calls import Call, Case, make_call
 
-__all__ = ["BACKENDS", "CHOOSY", "FUSED", "Backend", "call_for", "skip_unless_interpretable"]
+__all__ = ["BACKENDS", "CHOOSY", "FUSED", "KERNELS_ON_A_GPU", "Backend", "call_for", "skip_unless_interpretable"]
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend on a kind of device."""
+    """A backend on a kind of device, and the backward that a test which is given it runs with (see conftest.py)."""
 
     name: str
     device: str
     interpreted: bool = False
+    backward: BackwardName = "separate"
+    choosy: bool = False  # serves few calls: tests make theirs by `call_for`
 
     def __str__(self) -> str:
-        return f"{self.name}-interpreter" if self.interpreted else f"{self.name}-{self.device}"
+        where = "interpreter" if self.interpreted else self.device
+        return f"{self.name}-{where}" + ("-fused" if self.backward == "fused" else "")
 
     @property
     def dtype(self) -> torch.dtype:
         """That of calls which could have any."""
-        return torch.float16 if self.name.startswith("hopper") else torch.float32
+        return torch.float16 if self.choosy else torch.float32
 
 
 MATH_CPU = Backend("math", "cpu")
 TRITON_INTERPRETER = Backend("triton", "cpu", interpreted=True)
 MATH_CUDA = Backend("math", "cuda")
 TRITON_CUDA = Backend("triton", "cuda")
-TRITON_FUSED_INTERPRETER = Backend("triton_fused", "cpu", interpreted=True)
-TRITON_FUSED_CUDA = Backend("triton_fused", "cuda")
+HOPPER_CUDA = Backend("hopper", "cuda", choosy=True)
+TRITON_FUSED_INTERPRETER = replace(TRITON_INTERPRETER, backward="fused")
+TRITON_FUSED_CUDA = replace(TRITON_CUDA, backward="fused")
+HOPPER_FUSED_CUDA = replace(HOPPER_CUDA, backward="fused")
 
 # For `parametrize`: conftest.py skips those that a process cannot run.
 BACKENDS = (
@@ -49,6 +55,11 @@ FUSED = (
     pytest.param(TRITON_FUSED_INTERPRETER, id=str(TRITON_FUSED_INTERPRETER), marks=pytest.mark.interpreter),
     pytest.param(TRITON_FUSED_CUDA, id=str(TRITON_FUSED_CUDA), marks=pytest.mark.gpu),
 )
+CHOOSY = (
+    pytest.param(HOPPER_CUDA, id=str(HOPPER_CUDA), marks=pytest.mark.gpu),
+    pytest.param(HOPPER_FUSED_CUDA, id=str(HOPPER_FUSED_CUDA), marks=pytest.mark.gpu),
+)
+KERNELS_ON_A_GPU = (TRITON_CUDA, TRITON_FUSED_CUDA, HOPPER_CUDA, HOPPER_FUSED_CUDA)
 
 
 def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
@@ -57,23 +68,13 @@ def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
 
 
-HOPPER_CUDA = Backend("hopper", "cuda")
-HOPPER_FUSED_CUDA = Backend("hopper_fused", "cuda")
-# Backends that serve few calls, for tests that make theirs by `call_for`.
-CHOOSY = (
-    pytest.param(HOPPER_CUDA, id=str(HOPPER_CUDA), marks=pytest.mark.gpu),
-    pytest.param(HOPPER_FUSED_CUDA, id=str(HOPPER_FUSED_CUDA), marks=pytest.mark.gpu),
-)
-
-
 def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
     """A case's call on the device of a backend, or a skip where a choosy one does not serve it, with the dispatcher's
     reason. Those take a head dim of 64 for the usual one, which they do not serve."""
-    choosy = backend.name.startswith("hopper")
-    if choosy and case.d == Case.d:
+    if backend.choosy and case.d == Case.d:
         case = replace(case, d=64)
     call = make_call(case, dtype, backend.device)
-    if choosy:
+    if backend.choosy:
         refusal = explain(call.q, call.k, call.v, **call.options, backend=backend.name).refusal
         if refusal:
             pytest.skip(f"reason: {refusal}")

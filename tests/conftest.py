@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import hypothesis
@@ -19,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # flash_attend would be found instead, without its kernels, and the folder kernels as a top-level package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
-from flash_attend.dispatch import OLDEST_CAPABILITY  # noqa: E402
+from flash_attend.backends import OLDEST_CAPABILITY  # noqa: E402
+from flash_attend.dispatch import override_backward  # noqa: E402
 from flash_attend.target import interpreting  # noqa: E402
 
 # Their assertions are the suite's own, and should fail as readably as a test's.
@@ -78,3 +81,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         marker = next((name for name in ("gpu", "interpreter") if item.get_closest_marker(name)), None)
         if reason := missing[marker]:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _backward_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that is given a backend runs with its backward."""
+    given = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    with override_backward("fused") if getattr(given, "backward", "") == "fused" else nullcontext():
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from flash_attend import flash_attention
+from flash_attend.backends import BackwardName
+from flash_attend.dispatch import override_backward
 from flash_attend.dropout import draw_seed, keep_mask
 from flash_attend.spec import normalise_inputs
 from flash_attend.testing.budget import Budget
@@ -245,12 +248,19 @@ def _to(mask: Tensor, device: str) -> Tensor:
     return small.to(device).expand(mask.shape)
 
 
-def run(call: Call, backend: str, needs: str = "qkv", attend: Callable = flash_attention) -> Answer:
+def run(
+    call: Call,
+    backend: str,
+    needs: str = "qkv",
+    attend: Callable = flash_attention,
+    backward: BackwardName | None = None,
+) -> Answer:
     """Answers a call through the public function, or what was made of it, with the gradients of the inputs named in
-    `needs`."""
+    `needs`, by the backward that is named."""
     leaves = {name: getattr(call, name).detach().requires_grad_(name in needs) for name in "qkv"}
     torch.manual_seed(call.torch_seed)
-    out, lse = attend(*leaves.values(), **call.options, return_lse=True, backend=backend)
+    with override_backward(backward) if backward else nullcontext():
+        out, lse = attend(*leaves.values(), **call.options, return_lse=True, backend=backend)
     # The LSE does not depend on v: where v alone needs a gradient, a backend may say so.
     pairs = [(x, g) for x, g in ((out, call.grad_out), (lse, call.grad_lse)) if g is not None and x.requires_grad]
     wanted = {name: leaf for name, leaf in leaves.items() if name in needs}

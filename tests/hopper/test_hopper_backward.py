@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from flash_attend.kernels.backward import LONGEST_TILE
-from flash_attend.kernels.configs import select_tiles
+from flash_attend.kernels.configs import select_hopper_tiles
 from flash_attend.kernels.hopper import backward, backward_wide, producer, products, ring
 from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.key_schedule import Schedule
@@ -29,7 +29,7 @@ from gluon_emulator import EmulationError, emulate
 from plain_schedule import block_states, lines_of
 
 H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=3, triton="3.7.1")
-BACKENDS = ("hopper_fused", "hopper")
+BACKWARDS = ("fused", "separate")
 
 
 def on_h100():
@@ -58,11 +58,11 @@ def schedule_of(mask: Tensor | None, spec: AttentionSpec, block: int) -> Schedul
     return Schedule(visible, lines_of(block_states(rows[:, None], 1, block)[:, 0]), None)
 
 
-def run(call: Call, backend: str = "hopper_fused", needed: str = "qkv", **options) -> Answer:
+def run(call: Call, kind: str = "fused", needed: str = "qkv", **options) -> Answer:
     """The gradients of a call, but for that of q where another kernel makes it; out and lse are the oracle's."""
     truth = truth_of(call)
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    tiles = select_tiles(spec, H100, backend)
+    tiles = select_hopper_tiles(spec, H100, kind)
     out, lse = truth.out.to(q.dtype), truth.lse.float()
 
     def launch(prepared, *tensors):
@@ -143,15 +143,15 @@ def test_right(case: Case, late: bool) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_right_without_the_gradient_of_q(case: Case) -> None:
     call = make_call(case, torch.bfloat16)
-    answer = run(call, "hopper", late=True)
+    answer = run(call, "separate", late=True)
     assert answer.dq is None
     check(answer, call)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_float16(backend: str) -> None:
+@pytest.mark.parametrize("kind", BACKWARDS)
+def test_float16(kind: str) -> None:
     call = make_call(Case("float16", 1, 2, queries=140, keys=200, d=128, causal=True, mask="holes"), torch.float16)
-    check(run(call, backend), call)
+    check(run(call, kind), call)
 
 
 def poisoned(call: Call) -> Call:
@@ -173,7 +173,7 @@ def poisoned(call: Call) -> Call:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", BACKWARDS)
 @pytest.mark.parametrize(
     "case",
     (
@@ -187,11 +187,11 @@ def poisoned(call: Call) -> Call:
     ),
     ids=str,
 )
-def test_what_hidden_keys_and_dead_rows_hold_changes_no_bit(case: Case, backend: str) -> None:
+def test_what_hidden_keys_and_dead_rows_hold_changes_no_bit(case: Case, kind: str) -> None:
     call = make_call(case, torch.bfloat16)
-    clean, other = run(call, backend), run(poisoned(call), backend)
+    clean, other = run(call, kind), run(poisoned(call), kind)
     assert same_bits(clean, other, ("dk", "dv"))
-    if backend == "hopper_fused":
+    if kind == "fused":
         assert bits_equal(clean.dq, other.dq)
 
 
@@ -207,56 +207,56 @@ def test_only_the_needed_gradients(needed: str) -> None:
         assert getattr(some, f"d{name}") is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_every_schedule_gives_the_same_bits(backend: str) -> None:
+@pytest.mark.parametrize("kind", BACKWARDS)
+def test_every_schedule_gives_the_same_bits(kind: str) -> None:
     """On a GPU the sum that is the gradient of q depends on the programs' order, which here is always the same."""
     call = make_call(Case("seeds", 1, 2, 1, queries=200, keys=300, d=64, mask="holes", causal=True), torch.bfloat16)
-    names = ("dq", "dk", "dv") if backend == "hopper_fused" else ("dk", "dv")
-    first = run(call, backend)
+    names = ("dq", "dk", "dv") if kind == "fused" else ("dk", "dv")
+    first = run(call, kind)
     for seed in range(1, 6):
-        assert same_bits(first, run(call, backend, seed=100 * seed, late=seed % 2 == 1), names)
+        assert same_bits(first, run(call, kind, seed=100 * seed, late=seed % 2 == 1), names)
 
 
-def launched(call: Call, backend: str, needs: str = "qkv") -> list[str]:
+def launched(call: Call, kind: str, needs: str = "qkv") -> list[str]:
     with on_h100(), recorded_launches() as launches:
-        run_publicly(call, backend, needs)
+        run_publicly(call, "hopper", needs, backward=kind)
     names = [launch.prepared.kernel.__name__.removesuffix("_kernel") for launch in launches]
     return [name for name in names if name not in ("key_schedule", "hopper_forward", "delta")]
 
 
 def test_which_kernels_a_public_call_runs() -> None:
     call = make_call(Case("public", 1, 2, queries=140, keys=300, d=64, mask="pad_right", causal=True), torch.float16)
-    assert launched(call, "hopper_fused") == ["hopper_backward"]
-    assert launched(call, "hopper") == ["hopper_backward", "hopper_backward_q"]
-    for backend in BACKENDS:
-        assert launched(call, backend, "q") == ["hopper_backward_q"]
-        assert launched(call, backend, "k") == ["hopper_backward"]
-        assert launched(call, backend, "kv") == ["hopper_backward"]
+    assert launched(call, "fused") == ["hopper_backward"]
+    assert launched(call, "separate") == ["hopper_backward", "hopper_backward_q"]
+    for kind in BACKWARDS:
+        assert launched(call, kind, "q") == ["hopper_backward_q"]
+        assert launched(call, kind, "k") == ["hopper_backward"]
+        assert launched(call, kind, "kv") == ["hopper_backward"]
     wide = make_call(Case("public", 1, 2, queries=140, keys=300, d=256), torch.float16)
-    assert launched(wide, "hopper_fused") == ["hopper_backward_wide"]
-    assert launched(wide, "hopper") == ["hopper_backward_wide", "hopper_backward_q"]
+    assert launched(wide, "fused") == ["hopper_backward_wide"]
+    assert launched(wide, "separate") == ["hopper_backward_wide", "hopper_backward_q"]
 
 
 def test_nothing_is_launched_for_nothing() -> None:
     for batch, heads, queries in ((0, 2, 5), (2, 0, 5), (2, 2, 0)):
         call = make_call(Case("empty", batch, heads, queries=queries, keys=7, d=64), torch.bfloat16)
-        for backend in BACKENDS:
-            assert not launched(call, backend)
+        for kind in BACKWARDS:
+            assert not launched(call, kind)
             with on_h100(), recorded_launches():
-                answer = run_publicly(call, backend)
+                answer = run_publicly(call, "hopper", backward=kind)
             assert not answer.dk.any()
             assert not answer.dv.any()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", BACKWARDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_right_on_a_gpu(case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_right_on_a_gpu(case: Case, dtype: torch.dtype, kind: str) -> None:
     call = make_call(case, dtype, "cuda")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("reason: the kernels are for sm_90, and the GPU is another one")
-    check(run_publicly(call, backend), call)
+    check(run_publicly(call, "hopper", backward=kind), call)
 
 
 # Mistakes. Each is a change of one function's text, or of two, and must be found under every schedule that is tried.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from flash_attend.kernels.configs import Tile, select_tiles
+from flash_attend.kernels.configs import Tile, select_hopper_tiles
 from flash_attend.kernels.hopper.backward_q import K_RING, V_RING, query_gradient
 from flash_attend.kernels.key_schedule import build_schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
@@ -27,7 +27,7 @@ def recorded(call: Call, truth: Answer, tile: Tile | None = None) -> tuple[Tenso
     """The gradient of q, NaN for now, and the launch that writes it."""
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     q, k, v, grad_out = readable(q), readable(k), readable(v), readable(call.grad_out)
-    tiles = select_tiles(spec, H100, "hopper")
+    tiles = select_hopper_tiles(spec, H100)
     if tile is not None:
         tiles = tiles._replace(backward_q=tile)
     grad_q = empty_like_heads(q, spec.heads, spec.head_dim).fill_(torch.nan)

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="compiling needs Triton")
 
-from flash_attend.dispatch import judge
+from flash_attend.dispatch import choose, override_backward
 from flash_attend.kernels import aot
 from flash_attend.kernels.configs import (
     FUSED,
@@ -69,7 +69,11 @@ def test_problems(change, problem):
 def test_every_row_is_compiled():
     """Each row of the table, and each of its variants, stands behind some case of its part."""
     for arch in aot.CHECKED:
-        compiled = {(row_of(case.spec), case.tiles) for case in aot.cases([arch]) if case.backend == "triton"}
+        compiled = {
+            (row_of(case.spec), case.tiles)
+            for case in aot.cases([arch])
+            if (case.backend, case.backward) == ("triton", "separate")
+        }
         rows = {((kind, width), tiles) for (of, kind, width), tiles in ROWS.items() if of == arch}
         variants = {((kind, width), tiles) for (of, kind, width, _), tiles in VARIANTS.items() if of == arch}
         assert compiled == rows | variants
@@ -77,7 +81,7 @@ def test_every_row_is_compiled():
 
 def test_every_tile_of_the_fused_backward_is_compiled():
     """In the costliest of the modes that it serves."""
-    cases = [case for case in aot.cases(aot.CHECKED) if case.backend == "triton_fused"]
+    cases = [case for case in aot.cases(aot.CHECKED) if (case.backend, case.backward) == ("triton", "fused")]
     compiled = {((case.arch, *row_of(case.spec)), mode_of(case.spec), case.tiles.backward_fused) for case in cases}
     rows = {(row, "", tile) for row, tile in FUSED.items()}
     variants = {((*row,), mode, tile) for (*row, mode), tile in FUSED_VARIANTS.items()}
@@ -85,36 +89,38 @@ def test_every_tile_of_the_fused_backward_is_compiled():
 
 
 def test_smaller_scopes_leave_out_no_row():
-    def compiled(scope, backends, kinds=("half",)):
+    def compiled(scope, backend, kinds=("half",)):
         cases = aot.cases(aot.CHECKED, scope)
-        return {case for case in cases if case.backend in backends and kind_of(case.spec) in kinds}
+        return {case for case in cases if case.backend == backend and kind_of(case.spec) in kinds}
 
-    hopper, triton, others = ("hopper", "hopper_fused"), ("triton",), ("tf32", "tf32x3", "double")
-    half = {scope: {case.tiles for case in compiled(scope, triton)} for scope in (aot.ALL, aot.COMMON)}
-    assert half[aot.COMMON] == half[aot.ALL]
-    every = compiled(aot.ALL, (*triton, "triton_fused"), others)
-    common = compiled(aot.COMMON, (*triton, "triton_fused"), others)
+    def separate(scope):
+        return {case.tiles for case in compiled(scope, "triton") if case.backward == "separate"}
+
+    assert separate(aot.COMMON) == separate(aot.ALL)
+    every, common = (compiled(scope, "triton", ("tf32", "tf32x3", "double")) for scope in (aot.ALL, aot.COMMON))
     assert common < every
     assert {(case.arch, *row_of(case.spec)) for case in common} == {(case.arch, *row_of(case.spec)) for case in every}
     for scope, modes in ((aot.COMMON, {"key+causal", "plain"}), (aot.SUBSET, {"key+causal"})):
-        cases = {(case.backend, case.spec.head_dim, case.mode) for case in compiled(scope, hopper)}
-        assert cases == set(product(hopper, HOPPER_ROWS, modes))
+        cases = {(case.backward, case.spec.head_dim, case.mode) for case in compiled(scope, "hopper")}
+        assert cases == set(product(("separate", "fused"), HOPPER_ROWS, modes))
 
 
-@pytest.mark.parametrize("backend", ["hopper", "hopper_fused"])
-def test_every_kernel_for_hopper_is_compiled_in_every_mode(backend):
-    cases = [case for case in aot.cases(["sm_80", "sm_90"]) if case.backend == backend]
+@pytest.mark.parametrize("backward", ["separate", "fused"])
+def test_every_kernel_for_hopper_is_compiled_in_every_mode(backward):
+    cases = [case for case in aot.cases(["sm_80", "sm_90"]) if (case.backend, case.backward) == ("hopper", backward)]
     compiled = {(case.arch, case.spec.head_dim, case.spec.mask, case.spec.causal) for case in cases}
     modes = product(HOPPER_ROWS, (MaskKind.NONE, MaskKind.KEY), (False, True))
     assert compiled == {("sm_90", *mode) for mode in modes}
     for case in cases:
-        (verdict,) = (verdict for verdict in judge(case.spec, aot.PARTS["sm_90"]) if verdict.backend == backend)
-        assert verdict.serves
+        with override_backward(backward):
+            assert choose(case.spec, aot.PARTS["sm_90"], "hopper").backward == backward
 
 
 def test_cases_take_the_tiles_that_a_call_would_take():
     for case in aot.cases(["sm_90"], aot.SUBSET):
-        assert case.tiles is select_tiles(case.spec, aot.PARTS["sm_90"], case.backend)
+        with override_backward(case.backward):
+            plan = choose(case.spec, aot.PARTS["sm_90"], case.backend)
+        assert case.tiles is plan.backend.tiles(case.spec, aot.PARTS["sm_90"], plan.backward)
 
 
 def test_a_call_launches_every_kernel_of_its_mask():
@@ -130,8 +136,8 @@ def test_a_call_launches_every_kernel_of_its_mask():
 
 
 def test_the_fused_backward_takes_the_place_of_two_kernels():
-    tiles = select_tiles(SPEC, aot.PARTS["sm_80"], "triton_fused")
-    names = [aot.kernel_name(launch) for launch in aot.record_call(SPEC, tiles, "triton_fused")]
+    tiles = select_tiles(SPEC, aot.PARTS["sm_80"], "fused")
+    names = [aot.kernel_name(launch) for launch in aot.record_call(SPEC, tiles)]
     assert names == ["forward", "delta", "backward_fused"]
 
 
@@ -190,7 +196,9 @@ def test_problems_of_the_backward_for_hopper(change, problem):
 
 def test_the_backward_for_hopper_compiles_well(ready_to_compile):
     """With dQ in the same pass, and a key mask under causality: where it has fewest registers to spare."""
-    case = next(case for case in aot.cases(["sm_90"], aot.SUBSET) if case.backend == "hopper_fused")
+    case = next(
+        case for case in aot.cases(["sm_90"], aot.SUBSET) if (case.backend, case.backward) == ("hopper", "fused")
+    )
     (report,) = aot.compile_case(case, ["hopper_backward_fused"])
     assert not report.problems()
     assert [loop.exponentials for loop in report.loops] == [64, 64]

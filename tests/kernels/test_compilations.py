@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flash_attend.kernels import aot
 from flash_attend.kernels.backward import attention_backward
-from flash_attend.kernels.configs import Tile, Tiles, select_tiles
+from flash_attend.kernels.configs import Tile, Tiles, select_hopper_tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, recorded_launches
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
@@ -109,7 +109,7 @@ def test_fifty_lengths_compile_the_fused_backward_once(variants: Callable, mode:
     launches = []
     for number, (queries, keys) in enumerate(PAIRS):
         of_call = replace(spec, queries=queries, keys=keys, batch=1 + number % 4, scale=spec.scale * (number + 1))
-        launches += aot.record_call(of_call, tiles, "triton_fused")
+        launches += aot.record_call(of_call, tiles)
     expected = (*OF_MASK[spec.mask], "forward_kernel", "delta_kernel", "backward_kv_kernel")
     assert variants(launches) == dict.fromkeys(expected, 1)
 
@@ -117,7 +117,7 @@ def test_fifty_lengths_compile_the_fused_backward_once(variants: Callable, mode:
 @pytest.mark.parametrize("mask", (MaskKind.NONE, MaskKind.KEY), ids=("plain", "key_mask"))
 def test_fifty_lengths_compile_the_forward_for_hopper_once(variants: Callable, mask: MaskKind) -> None:
     spec = replace(SPEC, head_dim=128, value_dim=128, dtype=torch.bfloat16, mask=mask)
-    tiles = select_tiles(spec, aot.PARTS["sm_90"], "hopper")
+    tiles = select_hopper_tiles(spec, aot.PARTS["sm_90"])
     launches = []
     for number, (queries, keys) in enumerate(PAIRS):
         heads = spec.heads * (1 + number % 3)

@@ -163,7 +163,7 @@ from flash_attend import BackendUnavailable, explain
 from flash_attend.target import triton_version
 
 assert triton_version() is None
-assert explain(q, k, v).plan.backend == "math"
+assert explain(q, k, v).plan.name == "math"
 try:
     flash_attention(q, k, v, backend="triton")
 except BackendUnavailable as refusal:

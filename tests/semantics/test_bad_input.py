@@ -247,7 +247,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "backend_unknown": (
         dict(backend="cudnn"),
         ValueError,
-        ("backend must be one of", "'auto', 'hopper_fused', 'hopper', 'triton_fused', 'triton', 'math'", "'cudnn'"),
+        ("backend must be one of", "'auto', 'hopper', 'triton', 'math'", "'cudnn'"),
     ),
     "backend_none": (dict(backend=None), ValueError, ("backend must be one of", "None")),
     "backend_list": (dict(backend=["math"]), ValueError, ("backend must be one of", "['math']")),

@@ -65,7 +65,7 @@ seeds = st.integers(0, 2**16)
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *FUSED))
 def test_any_call_is_within_the_error_budget(backend: Backend) -> None:
-    @_examples(backend, 0.4 if backend.name.endswith("_fused") else 1.0)
+    @_examples(backend, 0.4 if backend.backward == "fused" else 1.0)
     @given(case=cases(_longest(backend), 48), dtype=_dtypes(backend), seed=seeds)
     def answers(case: Case, dtype: torch.dtype, seed: int) -> None:
         call = make_call(case, dtype, backend.device, seed)

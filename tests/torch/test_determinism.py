@@ -1,5 +1,5 @@
-"""Gradients that are asked to be repeatable are the same bits every time, however they are asked; or they are refused,
-where nobody can promise that."""
+"""Gradients that are asked to be repeatable are the same bits every time, however they are asked, by the separate
+backward where the fused one would serve."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from backends import BACKENDS, FUSED, Backend
-from flash_attend import flash_attention
-from flash_attend.dispatch import BackendUnavailable
+from flash_attend import explain, flash_attention
 from flash_attend.testing.calls import Case, assert_same_bits, make_call, run
 
 CASES = (
@@ -37,13 +36,17 @@ def test_twenty_runs_give_the_same_bits(switch: str, case: Case, backend: Backen
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("switch", ("option", "torch"))
-def test_the_fused_backward_is_refused(switch: str, backend: Backend) -> None:
-    call = make_call(Case("plain"), torch.float32, backend.device)
+def test_the_separate_backward_serves_in_place_of_the_fused_one(switch: str, backend: Backend) -> None:
+    call = make_call(CASES[0], torch.float32, backend.device)
+    options = dict(**call.options, deterministic=True if switch == "option" else None)
+    assert explain(call.q, call.k, call.v, **call.options, backend=backend.name).plan.backward == "fused"
     torch.use_deterministic_algorithms(switch == "torch")
     try:
-        with pytest.raises(BackendUnavailable, match="it adds up those of q in any order"):
-            flash_attention(
-                call.q, call.k, call.v, deterministic=True if switch == "option" else None, backend=backend.name
-            )
+        plan = explain(call.q, call.k, call.v, **options, backend=backend.name).plan
+        assert plan.backward == "separate"
+        assert "deterministic gradients are asked for" in plan.backward_reason
+        attend = partial(flash_attention, deterministic=options["deterministic"])
+        first = run(call, backend.name, attend=attend)
+        assert_same_bits(run(call, backend.name, attend=attend, backward="separate"), first)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram, export, load, save
 
 from backends import BACKENDS, Backend
 from flash_attend import Attend
-from flash_attend.operators import FORWARD
+from flash_attend.ops import FORWARD
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 strict_or_not = pytest.mark.parametrize("strict", (True, False), ids=("strict", "non_strict"))

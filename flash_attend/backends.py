@@ -1,0 +1,226 @@
+"""The backends, an object each: what one refuses and why, and what runs it. A new one is one more object here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attend.operands import Operands
+from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.target import DeviceTarget, release
+from flash_attend.tracing import constant_when_compiled
+
+if TYPE_CHECKING:
+    from flash_attend.kernels.configs import Tiles
+
+__all__ = ["BACKENDS", "OLDEST_CAPABILITY", "TRITON_VERSIONS", "Backend", "BackwardName", "Functions"]
+
+LARGEST_HEAD_DIM = 256
+LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
+# The fused backward holds more: with dropout, no tile of wide operands has enough beyond these, by `spec.precision`.
+LARGEST_FUSED_DROPOUT = {"tf32": 128, "tf32x3": 64, "ieee": 64}
+OLDEST_CAPABILITY = (8, 0)
+HOPPER_ARCH = "sm_90"
+HOPPER_DTYPES = (torch.float16, torch.bfloat16)
+HOPPER_HEAD_DIMS = (64, 128, 256)
+TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
+
+Refusal = Callable[[AttentionSpec, DeviceTarget], str]  # why a call cannot be served; empty where it can
+# Two kernels, one for the gradients of k and v and one for that of q; one kernel for all of them; or the einsum path.
+BackwardName = Literal["separate", "fused", "einsum"]
+
+
+class Functions(NamedTuple):
+    """What runs a backend."""
+
+    forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, schedule
+    backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed) -> gradients
+    tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to compute attention."""
+
+    name: str
+    refuse: Refusal = field(repr=False)
+    refuse_fused: Refusal | None = field(repr=False)  # for calls that it serves; None where it has no fused backward
+    load: Callable[[], Functions] = field(repr=False)  # imports them
+    usual_backward: BackwardName = field(default="separate", repr=False)  # what serves where fused does not
+    # What a run on a part has to have shown of it before "auto" takes it there.
+    proof: Literal["none", "right", "faster"] = field(default="right", repr=False)
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """`(operands, spec, tiles) -> (out, lse, schedule)`."""
+        return self.load().forward
+
+    @property
+    def backward(self) -> Callable[..., Any]:
+        """`(grad_out | None, grad_lse | None, operands, out, lse, schedule, spec, tiles, needed) -> (dq, dk, dv)`,
+        None where `needed`, a bool for each, says so."""
+        return self.load().backward
+
+    def tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
+        """The tiles of a call whose gradients come by `backward`; None where a backend has none."""
+        return self.load().tiles(spec, target, backward)
+
+    def fault(self) -> str:
+        """Why what runs it cannot be imported; empty where it can. The first call imports it."""
+        return _import_fault(self.name)
+
+
+@constant_when_compiled  # which a compiler looks for on the function itself, not on what keeps its results
+def _import_fault(name: str) -> str:
+    return _try_import(name)
+
+
+@cache
+def _try_import(name: str) -> str:
+    try:
+        BACKENDS[name].load()
+    except Exception as error:  # a broken installation raises anything
+        return f"its kernels cannot be imported ({type(error).__name__}: {error})"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton, for every NVIDIA GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if target.triton is None:
+        return "Triton is not installed"
+    oldest = TRITON_VERSIONS[0]
+    version = release(target.triton)
+    if version is not None and version < oldest:
+        return f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
+    for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
+        if size > LARGEST_HEAD_DIM:
+            return f"{letter} = {size} is beyond the kernels' {LARGEST_HEAD_DIM}"
+    if target.interpreted:
+        if target.device_type not in ("cpu", "cuda"):
+            return f"the interpreter serves CPU and CUDA tensors, not {target.device_type}"
+        return ""
+    if target.device_type != "cuda":
+        return f"{target.device_type} tensors; the kernels need a CUDA device"
+    if target.absent:
+        return "this machine has no such CUDA device"
+    if target.capability is None:
+        return "the device has no CUDA compute capability (ROCm is not supported)"
+    if target.capability < OLDEST_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (target.capability, OLDEST_CAPABILITY))
+        return f"compute capability {have} is below {need}"
+    accurate = {torch.float64: "float64", torch.float32: "float32-accurate"}.get(spec.dtype)
+    if accurate and spec.precision != "tf32":
+        for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
+            if size > LARGEST_ACCURATE_HEAD_DIM:
+                return f"{letter} = {size} is beyond the kernels' {LARGEST_ACCURATE_HEAD_DIM} in {accurate} mode"
+    return ""
+
+
+def _refuse_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if spec.deterministic:
+        return "deterministic gradients are asked for, and it adds up those of q in any order"
+    if spec.dropout_p > 0 and spec.dtype in (torch.float32, torch.float64) and not target.interpreted:
+        widest, limit = max(spec.head_dim, spec.value_dim), LARGEST_FUSED_DROPOUT[spec.precision]
+        if widest > limit:
+            wide = f"{spec.dtype}, {spec.precision} products".removeprefix("torch.")
+            return f"d or dv = {widest} is beyond its {limit} with dropout ({wide})"
+    return ""
+
+
+@cache
+def _load_triton() -> Functions:
+    from flash_attend.kernels.backward import attention_backward
+    from flash_attend.kernels.configs import select_tiles
+    from flash_attend.kernels.forward import attention_forward
+
+    return Functions(attention_forward, attention_backward, select_tiles)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gluon, for Hopper alone: what it leaves, Triton's kernels do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if reason := _refuse_triton(spec, target):
+        return reason
+    if target.interpreted:
+        return "Triton's interpreter runs no Gluon"
+    if target.arch != HOPPER_ARCH:
+        return f"the kernels are for {HOPPER_ARCH}, the part is {target.arch}"
+    if spec.dtype not in HOPPER_DTYPES:
+        return f"{spec.dtype} is not float16 or bfloat16".replace("torch.", "")
+    if spec.head_dim != spec.value_dim or spec.head_dim not in HOPPER_HEAD_DIMS:
+        dims = ", ".join(map(str, HOPPER_HEAD_DIMS))
+        return f"d = {spec.head_dim} and dv = {spec.value_dim} are not the same one of {dims}"
+    if spec.mask == MaskKind.DENSE:
+        return "the mask varies over queries"
+    if spec.mask_per_head and spec.group > 1:
+        return "query heads that share a kv head have key masks of their own"
+    if spec.dropout_p > 0:
+        return "dropout is on"
+    if spec.keys == 0:
+        return "there are no keys"
+    return ""
+
+
+@cache
+def _load_hopper() -> Functions:
+    from flash_attend.kernels.configs import select_hopper_tiles
+    from flash_attend.kernels.hopper.backward import attention_backward
+    from flash_attend.kernels.hopper.forward import attention_forward
+
+    return Functions(attention_forward, attention_backward, select_hopper_tiles)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The einsum path
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return ""
+
+
+def _load_math() -> Functions:
+    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None)
+
+
+def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:
+    return *attention_reference(operands, spec, return_lse=True), ()
+
+
+def _einsum_backward(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    schedule: Sequence[Tensor],
+    spec: AttentionSpec,
+    tiles: None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
+    return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
+
+
+# In the order in which "auto" asks them: from what should be fastest to what serves everything.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("hopper", _refuse_hopper, _refuse_fused, _load_hopper, proof="faster"),
+        Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
+        Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
+    )
+}

@@ -1,0 +1,70 @@
+"""What would serve a call, and why, for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flash_attend.backends import BACKENDS
+from flash_attend.dispatch import Plan, Verdict, check_backend, choose, judge
+from flash_attend.functional import autocast
+from flash_attend.spec import normalise_inputs
+from flash_attend.target import DeviceTarget
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; print it."""
+
+    plan: Plan | None
+    refusal: str  # why the backend asked for by name cannot serve; empty where a plan exists
+    verdicts: tuple[Verdict, ...]
+    target: DeviceTarget
+
+    def __str__(self) -> str:
+        where = self.target.name or self.target.device_type
+        lines = [f"on {where}: " + (f"{self.plan.name} serves" if self.plan else self.refusal)]
+        if self.plan:
+            lines.append(f"  its backward  {self.plan.backward}: {self.plan.backward_reason}")
+        width = max(map(len, BACKENDS))
+        for verdict in self.verdicts:
+            state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"
+            lines.append(f"  {verdict.backend:<{width}}  {state:<7}  {verdict.reason}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend would serve `flash_attention` with these arguments, by which backward, and what each one says of
+    the call: "yes" where "auto" may choose it, "by name" where it can serve but was not shown right and faster on this
+    part, or "no".
+
+    Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
+    """
+    q, k, v = autocast(q, k, v)
+    q, k, v, mask, spec = normalise_inputs(
+        q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
+    )
+    target = DeviceTarget.of(q.device)
+    check_backend(backend)
+    verdicts = judge(spec, target)
+    asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
+    if asked is not None and not asked.serves:
+        return Explanation(None, f"{backend} cannot serve: {asked.reason}", verdicts, target)
+    return Explanation(choose(spec, target, backend), "", verdicts, target)
