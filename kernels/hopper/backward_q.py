@@ -111,7 +111,7 @@ def _masked_block(step, shared, scores, mask, rows, block, CONSUMER: gl.constexp
     if mask.KIND == KEY:
         k.await_full()
         # Every block so far was cleared, as this one is now. Later ones are full.
-        clear_hidden(k.buffer(), mask, block * BLOCK_N, step, shared.cleared, CONSUMER)
+        clear_hidden(k.buffer(), mask.counted_from(0, block * BLOCK_N), step, shared.cleared, CONSUMER)
     products_token = issue_product(shared.q.of(CONSUMER, 0).buffer(), k)
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
     products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
@@ -162,8 +162,6 @@ def _consume(outputs, shared, tiles, tile, scores, CONSUMER: gl.constexpr):
     rows = Rows(row, gl.load(outputs.lse_log2 + at), gl.load(outputs.delta + at))
     n_masked = tile.walk.masked_count()
     n_full = tile.full_count()
-    if n_masked == 0:
-        n_full -= 1  # the first block is one of them
 
     out.await_full()
     shared.grad.of(CONSUMER, 0).await_full()

@@ -44,11 +44,13 @@ class QueryTile:
 
     @gluon.jit
     def full_count(self):
-        """How many full blocks there are."""
+        """How many full blocks come after the first block."""
         count = 0
         for run in range(0, self.walk.run_count()):
             start, end = self.walk.run_bounds(run)
             count += gl.maximum(end - start, 0)
+        if self.walk.masked_count() == 0:
+            count -= 1  # it is one of them
         return count
 
 

@@ -86,7 +86,9 @@ def test_consumers_issue_their_products_in_turns() -> None:
 
     def issued(seed: int, **mistake) -> list[int]:
         order = []
-        hand_on = {"Turns.hand_on": lambda right: lambda turns, consumer: (order.append(consumer), right(turns, consumer))}
+        hand_on = {
+            "Turns.hand_on": lambda right: lambda turns, consumer: (order.append(consumer), right(turns, consumer))
+        }
         with override(tiles):
             run_forward(call, seed=seed, mistake=hand_on | mistake, part=replace(H100, multiprocessors=1))
         return order
