@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.hopper.ring import SLOTS
 from flash_attend.kernels.hopper.versions import load_tile
-from flash_attend.kernels.key_schedule import Schedule
+from flash_attend.kernels.schedule import Schedule
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case
@@ -80,7 +80,7 @@ def fill_schedule(schedule: Schedule, mask: Tensor | None, spec: AttentionSpec, 
 
 
 def prepared_rows(call: Call, truth: Answer) -> tuple[Tensor, Tensor]:
-    """The LSE to the base 2 and the deltas as `prepare_rows` gives them: of whole tiles of 128 queries."""
+    """The LSE to the base 2 and the deltas as `prepare_statistics` gives them: of whole tiles of 128 queries."""
     delta = (truth.out.to(call.q.dtype).float() * call.grad_out.float()).sum(dim=3)
     if call.grad_lse is not None:
         delta -= call.grad_lse

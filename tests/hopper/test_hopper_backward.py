@@ -17,9 +17,9 @@ from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.hopper import backward, backward_wide, producer, products, ring
 from flash_attend.kernels.hopper.backward import attention_backward
-from flash_attend.kernels.key_schedule import Schedule
+from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
-from flash_attend.kernels.softmax import LOG2E
+from flash_attend.kernels.scores import LOG2E
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call, truth_of
@@ -40,7 +40,7 @@ def on_h100():
 def rows_of(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, spec: AttentionSpec, tiles: object
 ) -> tuple[Tensor, Tensor]:
-    """What `prepare_rows` gives, which a kernel makes that is no Gluon."""
+    """What `prepare_statistics` gives, which a kernel makes that is no Gluon."""
     dead = lse == -torch.inf
     delta = (out.float() * grad_out.float()).sum(3)
     if grad_lse is not None:
@@ -70,7 +70,7 @@ def run(call: Call, backend: str = "hopper_fused", needed: str = "qkv", **option
             grad.fill_(torch.nan)
         emulate(Launch(prepared, tensors), **options)
 
-    with mock.patch.multiple(backward, launch=launch, prepare_rows=rows_of), recorded_launches() as launches:
+    with mock.patch.multiple(backward, launch=launch, prepare_statistics=rows_of), recorded_launches() as launches:
         dq, dk, dv = attention_backward(
             call.grad_out, call.grad_lse, q, k, v, out, lse, None,
             schedule_of(mask, spec, tiles.schedule_block[1]), spec, tiles, [name in needed for name in "qkv"],
