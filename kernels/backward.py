@@ -315,7 +315,7 @@ def backward_kv_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    masks = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
+    masks = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
     scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
@@ -459,7 +459,7 @@ def backward_q_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    mask = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
+    mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
     scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
@@ -523,7 +523,9 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
+    # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     q, k, v, out = (readable(tensor) for tensor in (operands.q, operands.k, operands.v, out))
+    schedule = schedule.contiguous()
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
@@ -554,9 +556,9 @@ def prepare_statistics(
     length = triton.cdiv(spec.queries, LONGEST_TILE.value) * LONGEST_TILE.value
     delta, lse_log2 = (lse.new_empty(spec.batch, spec.heads, length) for _ in range(2))
     if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
+        grad_lse = readable(grad_lse).contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
+    launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
     return delta, lse_log2
 
 

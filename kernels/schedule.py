@@ -51,6 +51,10 @@ class Schedule(NamedTuple):
         """How many planes the mask has; 0 without one."""
         return 0 if self.visible is None else self.visible.shape[0]
 
+    def contiguous(self) -> Schedule:
+        """The same as kernels read it, whatever its strides have become."""
+        return Schedule(*(None if tensor is None else tensor.contiguous() for tensor in self))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a schedule, on the device
