@@ -161,7 +161,7 @@ class Mask:
 
     @triton.jit
     def hide(self, x, query, key, shown, fill):
-        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, weights with 0.
+        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, weights and gradients with 0.
 
         `query`, `key` and `shown` broadcast to x, so that one function serves scores and transposed scores. Selects,
         never sums: what a hidden key held, NaN included, must vanish. Two selects, not one `&`, which makes the

@@ -55,7 +55,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import readable
 from flash_attend.kernels.schedule import Schedule
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
@@ -269,7 +269,7 @@ def hopper_backward_kernel(
     )
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
     # Made here: an argument would be loaded anew in every round.
-    scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()

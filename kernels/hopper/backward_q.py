@@ -46,7 +46,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section
 from flash_attend.kernels.schedule import Schedule
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -225,7 +225,7 @@ def hopper_backward_q_kernel(
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
     # Made here: an argument would be loaded anew in every round.
-    scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
     outputs = Outputs(grad_q_descriptor, LSE_LOG2, DELTA)
     shared = Shared(q, grad, k, v, cleared)
