@@ -45,7 +45,9 @@ class Mask:
             visible = self.planes.pairs(plane)
         elif self.KIND == KEY:
             visible = self.planes.keys(plane)
-        return Mask(self.planes, plane, visible, words, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+        return Mask(
+            self.planes, plane, visible, words, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS
+        )
 
     @triton.jit
     def counted_from(self, first_query, first_key):
