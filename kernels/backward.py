@@ -315,9 +315,7 @@ def backward_kv_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    masks = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
-    dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
+    masks = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
     # Keys that are hidden from all come as zeros, once; what gathers in their rows is cleared at the end.
@@ -327,6 +325,8 @@ def backward_kv_kernel(
     if not MASKS_DIFFER:
         shown = masks.of_head(batch, kv_head * group).key_shown(key)
     key_tile = _load_keys(k_rows, v_rows, first_key, shown, tile)
+    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
     grads = KeyGradients(
         zeros(BLOCK_N, HEAD0, HEAD1, ACCUMULATOR), zeros(BLOCK_N, VALUE0, VALUE1, ACCUMULATOR), NEEDS_K, NEEDS_V
     )
@@ -345,16 +345,18 @@ def backward_kv_kernel(
             grads, key_tile, query_heads.of_head(batch, kv_head, queries), masks.of_head(batch, kv_head), scores,
             dropout.of_head(batch, kv_head), tile, STAGES,
         )  # fmt: skip
+    # As tensors: with factors that are scalars, the assembler moves addresses about in the loops before.
+    nothing = tl.zeros([1, 1], ACCUMULATOR)
     if NEEDS_K:
         grad_k_rows = Heads(GRAD_K, grad_k_batch, grad_k_head, grad_k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
             batch, kv_head
         )
-        grad_k_rows.store(first_key, clear_rows(scaled(grads.k, scores.magnitude), shown), exists, BLOCK_N)
+        grad_k_rows.store(first_key, clear_rows(scaled(grads.k, nothing + scores.magnitude), shown), exists, BLOCK_N)
     if NEEDS_V:
         grad_v_rows = Heads(
             GRAD_V, grad_v_batch, grad_v_head, grad_v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False
         ).rows(batch, kv_head)
-        grad_v_rows.store(first_key, clear_rows(scaled(grads.v, dropout.factor), shown), exists, BLOCK_N)
+        grad_v_rows.store(first_key, clear_rows(scaled(grads.v, nothing + dropout.factor), shown), exists, BLOCK_N)
 
 
 @triton.jit
@@ -377,8 +379,8 @@ def _query_gradient_tile(
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
     weights = recomputed_weights(seen, lse_log2[:, None], scores.factor_log2)
     v = v_rows.load(first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
-    kept = dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N)
-    grad_weights = dropout.gradient(tile.inner_products(grad, v), kept)
+    grad_weights = tile.inner_products(grad, v)
+    grad_weights = dropout.gradient(grad_weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
     grad_scores = scores.gradient(weights * (grad_weights - delta[:, None]))
     return tile.accumulate(grad_q, grad_scores, k)
 
@@ -459,7 +461,7 @@ def backward_q_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    mask = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
+    mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
     scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
@@ -523,7 +525,9 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
+    # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     q, k, v, out = (readable(tensor) for tensor in (operands.q, operands.k, operands.v, out))
+    schedule = schedule.contiguous()
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
@@ -554,9 +558,9 @@ def prepare_statistics(
     length = triton.cdiv(spec.queries, LONGEST_TILE.value) * LONGEST_TILE.value
     delta, lse_log2 = (lse.new_empty(spec.batch, spec.heads, length) for _ in range(2))
     if grad_lse is not None:
-        grad_lse = settled(grad_lse).contiguous()
+        grad_lse = readable(grad_lse).contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
+    launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
     return delta, lse_log2
 
 

@@ -70,8 +70,11 @@ class Dropout:
                 query = _without_bit_3(first_query, BLOCK_M)[:, None]
                 key = _without_bit_3(first_key, BLOCK_N)[None, :]
             zero = tl.zeros([ROWS // 2, COLUMNS // 2], tl.uint32)
-            head, batch = zero + self.head.to(tl.uint32), zero + self.batch.to(tl.uint32)
-            word0, word1, word2, word3 = tl.philox(self.seed, zero + query, zero + key, head, batch, PHILOX_ROUNDS)
+            head = self.head.to(tl.uint32)
+            batch = self.batch.to(tl.uint32)
+            word0, word1, word2, word3 = tl.philox(
+                self.seed, zero + query, zero + key, zero + head, zero + batch, PHILOX_ROUNDS
+            )
             # Word 2 * (query bit 3) + (key bit 3); below, the last two dimensions are [column bit, row bit].
             if TRANSPOSED:
                 words = tl.join(tl.join(word0, word2), tl.join(word1, word3))

@@ -137,7 +137,7 @@ def forward_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    mask = Mask(planes, 0, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
+    mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
     scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)

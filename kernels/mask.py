@@ -28,6 +28,7 @@ class Mask:
     planes: object
     plane: object
     visible: object  # where the words of the plane begin
+    words_per_query: object  # of a dense mask
     queries: tl.tensor
     keys: tl.tensor
     KIND: tl.constexpr
@@ -39,11 +40,14 @@ class Mask:
         """The same for a head."""
         plane = self.planes.index(batch, head)
         visible = None
+        words = self.planes.words_per_query()
         if self.KIND == DENSE:
             visible = self.planes.pairs(plane)
         elif self.KIND == KEY:
             visible = self.planes.keys(plane)
-        return Mask(self.planes, plane, visible, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+        return Mask(
+            self.planes, plane, visible, words, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS
+        )
 
     @triton.jit
     def counted_from(self, first_query, first_key):
@@ -54,7 +58,7 @@ class Mask:
             visible = visible + first_key
         queries = self.queries - first_query
         keys = self.keys - first_key
-        return Mask(self.planes, self.plane, visible, queries, keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+        return Mask(self.planes, self.plane, visible, None, queries, keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
 
     # Which blocks a tile visits
 
@@ -135,7 +139,7 @@ class Mask:
         Each word is loaded once and spread over its bits: a load for each pair would hold a pointer for each pair.
         """
         BITS: tl.constexpr = min(BLOCK_N, BITS_PER_WORD)
-        query = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64) * self.planes.words_per_query()
+        query = (first_query + tl.arange(0, BLOCK_M)).to(tl.int64) * self.words_per_query
         word = first_key // BITS_PER_WORD + tl.arange(0, BLOCK_N // BITS)
         bit = first_key % BITS_PER_WORD + tl.arange(0, BITS)
         if TRANSPOSED:
@@ -159,7 +163,7 @@ class Mask:
 
     @triton.jit
     def hide(self, x, query, key, shown, fill):
-        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, weights with 0.
+        """`x` with `fill` in the place of every pair that may not meet: scores with -inf, weights and gradients with 0.
 
         `query`, `key` and `shown` broadcast to x, so that one function serves scores and transposed scores. Selects,
         never sums: what a hidden key held, NaN included, must vanish. Two selects, not one `&`, which makes the

@@ -44,7 +44,8 @@ def readable(tensor: Tensor) -> Tensor:
     """The tensor itself if its last dimension is contiguous and its memory holds its values, else a copy.
 
     Any other stride is read as it is. A copy is cheaper than a strided last dimension, which every query block would
-    read again, element by element.
+    read again, element by element. What torch has negated only by a mark, such as the imaginary part of a conjugate,
+    lies in memory with the other sign.
     """
     tensor = settled(tensor)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

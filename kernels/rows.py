@@ -118,7 +118,9 @@ class Heads:
         """The rows of a head."""
         source = self.source
         if not self.DESCRIPTOR:
-            source += batch.to(tl.int64) * self.ALIGN * self.stride_batch
-            source += head.to(tl.int64) * self.ALIGN * self.stride_head
+            # One sum: of two, the compiler would take the second into every loop.
+            batch64 = batch.to(tl.int64) * self.ALIGN
+            head64 = head.to(tl.int64) * self.ALIGN
+            source += batch64 * self.stride_batch + head64 * self.stride_head
         stride = self.stride_row * self.ALIGN
         return Rows(source, stride, batch, head, self.DIM, self.PART0, self.PART1, self.DESCRIPTOR)

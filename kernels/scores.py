@@ -43,8 +43,14 @@ class Scores:
 
 @triton.jit
 def scaled_scores(scale, NEGATIVE: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """The scores under a scale, a float64 scalar, which is NEGATIVE or not."""
-    magnitude = scale.to(tl.float64)
+    """The scores under a scale, a float64 argument of a kernel, which is NEGATIVE or not."""
+    return scores_under(tl.full([], scale, tl.float64), NEGATIVE, ACCUMULATOR)  # the interpreter hands over a float
+
+
+@triton.jit
+def scores_under(scale, NEGATIVE: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """The same for a scale that is a tensor, as Gluon has it."""
+    magnitude = scale
     if NEGATIVE:
         magnitude = -magnitude
     factor_log2 = tl.maximum(magnitude * LOG2E, SMALLEST_SCALE).to(ACCUMULATOR)

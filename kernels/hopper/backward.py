@@ -32,7 +32,7 @@ from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.hopper.backward_q import query_gradient
 from flash_attend.kernels.hopper.backward_wide import WIDE, prepare_wide
-from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described, log2_factor
+from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
     CONSUMERS,
@@ -55,7 +55,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import readable
 from flash_attend.kernels.schedule import Schedule
-from flash_attend.kernels.scores import Scores
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
@@ -85,7 +85,7 @@ class Exchange:
 
 @aggregate
 class Shared:
-    """What the partitions have in shared memory; the last four only where the gradient of q is made here too."""
+    """What the partitions have in shared memory; the last three only where the gradient of q is made here too."""
 
     k: Ring  # a slot is a consumer's, and filled once
     v: Ring  # likewise
@@ -245,8 +245,7 @@ def hopper_backward_kernel(
     sum_descriptor,
     VISIBLE,
     LISTS,
-    magnitude: gl.float32,
-    factor_log2: gl.float32,
+    scale: gl.float64,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -269,7 +268,8 @@ def hopper_backward_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=FUSED
     )
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
-    scores = Scores(factor_log2, magnitude, NEGATIVE_SCALE)
+    # Made here: an argument would be loaded anew in every round.
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()
@@ -326,6 +326,8 @@ def attention_backward(
     needs_q, needs_k, needs_v = needed
     q, k, v, out = (readable(tensor) for tensor in (operands.q, operands.k, operands.v, out))
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
+    # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
+    schedule = schedule.contiguous()
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     needs_keys = needs_k or needs_v
@@ -369,7 +371,7 @@ def _prepare(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fused: 
     return Prepared(
         hopper_backward_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        (abs(spec.scale), log2_factor(spec), *call_numbers(spec, planes)),
+        (float(spec.scale), *call_numbers(spec, planes)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -46,7 +46,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section
 from flash_attend.kernels.schedule import Schedule
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -111,7 +111,7 @@ def _masked_block(step, shared, scores, mask, rows, block, CONSUMER: gl.constexp
     if mask.KIND == KEY:
         k.await_full()
         # Every block so far was cleared, as this one is now. Later ones are full.
-        clear_hidden(k.buffer(), mask, block * BLOCK_N, step, shared.cleared, CONSUMER)
+        clear_hidden(k.buffer(), mask.counted_from(0, block * BLOCK_N), step, shared.cleared, CONSUMER)
     products_token = issue_product(shared.q.of(CONSUMER, 0).buffer(), k)
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
     products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
@@ -162,8 +162,6 @@ def _consume(outputs, shared, tiles, tile, scores, CONSUMER: gl.constexpr):
     rows = Rows(row, gl.load(outputs.lse_log2 + at), gl.load(outputs.delta + at))
     n_masked = tile.walk.masked_count()
     n_full = tile.full_count()
-    if n_masked == 0:
-        n_full -= 1  # the first block is one of them
 
     out.await_full()
     shared.grad.of(CONSUMER, 0).await_full()
@@ -227,7 +225,7 @@ def hopper_backward_q_kernel(
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
     # Made here: an argument would be loaded anew in every round.
-    scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
     outputs = Outputs(grad_q_descriptor, LSE_LOG2, DELTA)
     shared = Shared(q, grad, k, v, cleared)

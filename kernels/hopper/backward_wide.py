@@ -46,7 +46,7 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ri
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -247,7 +247,7 @@ def hopper_backward_wide_kernel(
     )
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
     # Made here: an argument would be loaded anew in every round.
-    scores = scaled_scores(scale, NEGATIVE_SCALE, gl.float32)
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()

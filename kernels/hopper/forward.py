@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.forward import empty_outputs
-from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described, log2_factor
+from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
     CONSUMERS,
@@ -47,7 +47,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section, readable
 from flash_attend.kernels.schedule import Schedule, build_schedule
-from flash_attend.kernels.scores import Scores
+from flash_attend.kernels.scores import LOG2E, SMALLEST_SCALE, Scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, Softmax
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -133,8 +133,8 @@ def _step(state, q, shared, scores, mask, row, block, CONSUMER: gl.constexpr, MA
     weights = as_operand(weights, state.weights.dtype, WIDTH)
     before.release()
     if MASKED and mask.KIND == KEY:
-        block_of_v = v.buffer()
-        clear_hidden(block_of_v, mask, block * block_of_v.shape[0], cleared, shared.cleared, CONSUMER)
+        rows = v.buffer()
+        clear_hidden(rows, mask.counted_from(0, block * rows.shape[0]), cleared, shared.cleared, CONSUMER)
         cleared += 1
     total = total * gl.convert_layout(correction, per_row(WIDTH))[:, None]
     return State(total, softmax, weights, step, cleared)
@@ -155,8 +155,6 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         n_masked = tile.walk.masked_count()
         n_full = tile.full_count()
         block = tile.first_block()
-        if n_masked == 0:
-            n_full -= 1  # the first block is one of them
         first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
         row = first_row + gl.arange(0, CONSUMER_ROWS, layout=of_rows)
         softmax = Softmax(
@@ -177,7 +175,7 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         weights = as_operand(weights, q.dtype, WIDTH)
         v.await_full()
         if mask.KIND == KEY:
-            clear_hidden(v.buffer(), mask, block * BLOCK_N, cleared, shared.cleared, CONSUMER)
+            clear_hidden(v.buffer(), mask.counted_from(0, block * BLOCK_N), cleared, shared.cleared, CONSUMER)
             cleared += 1
         total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
         state = State(total, softmax, weights, step, cleared)
@@ -285,12 +283,13 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: in
     tile = tiles.forward
     dim = spec.head_dim
     heads_total = spec.batch * spec.heads
+    factor_log2 = max(abs(spec.scale) * LOG2E.value, SMALLEST_SCALE.value)
     n_tiles = heads_total * triton.cdiv(spec.queries, tile.block_m)
     rows, keys = (CONSUMER_ROWS.value, dim), (tile.block_n, dim)
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
-        (log2_factor(spec), *call_numbers(spec, planes), heads_total, query_section(spec)),
+        (factor_log2, *call_numbers(spec, planes), heads_total, query_section(spec)),
         dict(
             PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v

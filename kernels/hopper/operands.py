@@ -13,10 +13,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
 from flash_attend.kernels.operands import mask_strides
-from flash_attend.kernels.scores import LOG2E, SMALLEST_SCALE
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["bulk_readable", "call_choices", "call_numbers", "described", "log2_factor"]
+__all__ = ["bulk_readable", "call_choices", "call_numbers", "described"]
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -50,11 +49,6 @@ def _describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
 @cache
 def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], DTYPES[dtype])
-
-
-def log2_factor(spec: AttentionSpec) -> float:
-    """What `Scores` multiplies by, as `scaled_scores` works it out."""
-    return max(abs(spec.scale) * LOG2E.value, SMALLEST_SCALE.value)
 
 
 def call_numbers(spec: AttentionSpec, planes: int) -> tuple[int, ...]:

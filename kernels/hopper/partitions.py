@@ -127,14 +127,15 @@ def clear_hidden_rows(rows, mask):
 
 
 @gluon.jit
-def clear_hidden(block, mask, first_key, cleared, meeting, CONSUMER: gl.constexpr):
+def clear_hidden(block, mask, cleared, meeting, CONSUMER: gl.constexpr):
     """Zeroes this consumer's half of those rows of a block of k or v that are hidden, and waits for the other half.
 
-    A hidden key's weight is 0, but what it holds may be NaN, and 0 * NaN is no 0.
+    A hidden key's weight is 0, but what it holds may be NaN, and 0 * NaN is no 0. The mask counts keys from the block's
+    first one.
     """
     HALF: gl.constexpr = block.shape[0] // CONSUMERS
     FIRST: gl.constexpr = CONSUMER * HALF
-    clear_hidden_rows(block.slice(FIRST, HALF), mask.counted_from(0, first_key + FIRST))
+    clear_hidden_rows(block.slice(FIRST, HALF), mask.counted_from(0, FIRST))
     meeting.meet(cleared)
 
 

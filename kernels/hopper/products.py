@@ -11,9 +11,9 @@ from flash_attend.kernels.hopper.partitions import CONSUMER_ROWS, product_layout
 def issue_product(rows, slot):
     """Starts the product of rows [CONSUMER_ROWS, WIDTH] with those of a slot's block, once that is there: every row
     with every row, [CONSUMER_ROWS, BLOCK]."""
+    slot.await_full()
     block = slot.buffer()
     BLOCK: gl.constexpr = block.shape[0]
-    slot.await_full()
     nothing = gl.zeros([CONSUMER_ROWS, BLOCK], gl.float32, product_layout(BLOCK))
     return warpgroup_mma(rows, block.permute((1, 0)), nothing, use_acc=False, is_async=True)
 

@@ -16,7 +16,7 @@ def make_mask(
 ):  # fmt: skip
     """Who may see whom, of no head yet. No dense mask comes here, so that blocks of queries do not matter."""
     planes = Planes(VISIBLE, LISTS, stride_batch, stride_head, 0, gl.cdiv(keys, SCHEDULE_N), 0, SCHEDULE_N)
-    return Mask(planes, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS)
+    return Mask(planes, None, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS)
 
 
 @aggregate
@@ -44,11 +44,13 @@ class QueryTile:
 
     @gluon.jit
     def full_count(self):
-        """How many full blocks there are."""
+        """How many full blocks come after the first block."""
         count = 0
         for run in range(0, self.walk.run_count()):
             start, end = self.walk.run_bounds(run)
             count += gl.maximum(end - start, 0)
+        if self.walk.masked_count() == 0:
+            count -= 1  # it is one of them
         return count
 
 

@@ -46,8 +46,8 @@ DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float3
 TAKE_ANOTHER = 0.3  # how often the turn passes to another, though the last one could go on: some run far ahead
 
 
-# Functions and methods ("Class.method") by name, each with what makes another one of it, to be called in its place. Of a
-# method so replaced the right one is there too, as `right_method`.
+# Functions and methods ("Class.method") by name, each with what makes another one of it, to be called in its place.
+# Beside a method that is replaced the right one is there too, as `right_method`.
 Mistake = Mapping[str, Callable[[Any], Any]]
 NO_MISTAKE: Mistake = {}
 Extent = tuple[int, int]  # bytes, from the first to one past the last
@@ -338,7 +338,8 @@ class _Machine:
         ]
 
     def bind(self, kernel: Any, instead: Mistake) -> Callable[..., None]:
-        """A kernel as a Python function whose global names mean what they do on this machine. Aggregates are classes."""
+        """A kernel as a Python function whose global names mean what they do on this machine. Aggregates are classes
+        there."""
         bound: dict[int, Any] = {}
 
         def right(value: Any) -> Any:
@@ -566,8 +567,8 @@ def _as_seen_by_kernel(given: TensorDescriptor | Tensor | None) -> _Descriptor |
 def emulate(launch: Launch, *, seed: int = 0, late: bool = False, mistake: Mistake = NO_MISTAKE) -> None:
     """Runs a recorded launch of a Gluon kernel, program after program.
 
-    `late`: products read their operands where they are waited for. `mistake`: what the kernel does wrong, to see that it
-    is found.
+    `late`: products read their operands where they are waited for. `mistake`: what the kernel does wrong, to see that
+    it is found.
     """
     prepared = launch.prepared
     for program in range(prepared.programs):

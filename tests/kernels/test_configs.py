@@ -25,7 +25,7 @@ from flash_attend.kernels.configs import (
     row_of,
     select_tiles,
 )
-from flash_attend.kernels.key_schedule import BLOCKS_PER_STEP
+from flash_attend.kernels.schedule import BLOCKS_PER_STEP
 from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 

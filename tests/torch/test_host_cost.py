@@ -19,7 +19,7 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
 from flash_attend import BackendUnavailable, flash_attention, spec
-from flash_attend.kernels import backward, forward, key_schedule
+from flash_attend.kernels import backward, forward, schedule
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "host_cost.py"
 
@@ -133,7 +133,7 @@ def nothing_prepared() -> Iterator[None]:
         backward._prepare_delta,
         backward._prepare_kv,
         backward._prepare_q,
-        key_schedule._prepare_keys,
+        schedule._prepare_keys,
     )
     for function in prepare:
         function.cache_clear()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tile, Tiles
-from flash_attend.kernels.key_schedule import BLOCKS_PER_STEP, Schedule, build_schedule, transposed_lists
+from flash_attend.kernels.schedule import BLOCKS_PER_STEP, Schedule, build_schedule, transposed_lists
 from flash_attend.spec import MaskKind, normalise_inputs
 from flash_attend.testing.oracle import visible_pairs
 from plain_schedule import EMPTY, FULL, PARTIAL, UNUSED, block_states, lines_of

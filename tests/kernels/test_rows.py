@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
 from flash_attend.kernels.operands import (
     CACHED_BYTES,
@@ -20,18 +21,9 @@ from flash_attend.kernels.operands import (
     query_section,
     readable,
 )
-from flash_attend.kernels.tiles import (
-    accumulate,
-    clear_rows,
-    inner_products,
-    load_block,
-    load_rows,
-    negate,
-    row_products,
-    scale_rows,
-    store_rows,
-    zeros,
-)
+from flash_attend.kernels.rows import Heads
+from flash_attend.kernels.tiles import Tile as DeviceTile
+from flash_attend.kernels.tiles import clear_rows, row_products, scaled, zeros
 from flash_attend.spec import AttentionSpec
 from flash_attend.testing.calls import Case, check, make_call, run, truth_of
 
@@ -106,7 +98,7 @@ def test_parts_of_the_common_head_dimensions() -> None:
     assert {dim: head_parts(dim, "half") for dim in parts} == parts
 
 
-@triton.jit(do_not_specialize=["stride_x", "stride_out", "first", "rows"])
+@kernel
 def copy_kernel(
     OUT,
     SQUARES,
@@ -124,9 +116,10 @@ def copy_kernel(
     """Copies the rows `first .. rows` through a tile; SQUARES shows what the whole tile holds, padding too."""
     row = tl.arange(0, SIZE)
     valid = (row >= first) & (row < rows)
-    tile = load_rows(X, stride_x, valid, SIZE, DIM, PART0, PART1, MASKED)
+    zero = tl.program_id(0)
+    tile = Heads(X, zero, zero, stride_x, 1, DIM, PART0, PART1, False).rows(zero, zero).load(zero, valid, SIZE, MASKED)
     tl.store(SQUARES + row, row_products(tile, tile, tl.float64))
-    store_rows(OUT, stride_out, tile, valid, SIZE, DIM, PART0, PART1)
+    Heads(OUT, zero, zero, stride_out, 1, DIM, PART0, PART1, False).rows(zero, zero).store(zero, tile, valid, SIZE)
 
 
 @on_every_device
@@ -154,29 +147,35 @@ def test_rows_of_every_head_dimension(device: str, masked: bool) -> None:
         torch.testing.assert_close(squares, wanted, rtol=1e-13, atol=0, msg=f"d = {dim}")
 
 
-@triton.jit
+@kernel
 def block_kernel(
     OUT,
     SOURCE,
-    stride,
-    head,
-    first,
-    rows,
-    hidden,
+    stride_batch: tl.int64,
+    stride_head: tl.int64,
+    stride_row: tl.int64,
+    head: tl.int32,
+    first: tl.int32,
+    rows: tl.int32,
+    hidden: tl.int32,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
     MASKED: tl.constexpr,
     WITHIN: tl.constexpr,
 ):
-    """OUT (SIZE, WIDTH) = a block of the head, of whose rows one is hidden, if any is WITHIN."""
+    """OUT (SIZE, WIDTH) = a block of the second batch entry's head, of whose rows one is hidden, if any is WITHIN.
+    Strides are in units of two elements."""
     row = first + tl.arange(0, SIZE)
     valid = row < rows
     if WITHIN:
         valid = valid & (row != hidden)
-    block = load_block(SOURCE, 1, head, first, stride, valid, SIZE, DIM, WIDTH, 0, DESCRIPTORS, MASKED, WITHIN)
-    store_rows(OUT, WIDTH, block, row >= first, SIZE, WIDTH, WIDTH, 0)
+    zero = tl.program_id(0)
+    heads = Heads(SOURCE, stride_batch, stride_head, stride_row, 2, DIM, WIDTH, 0, DESCRIPTOR)
+    block = heads.rows(zero + 1, head).load(first, valid, SIZE, MASKED, WITHIN)
+    whole = Heads(OUT, zero, zero, zero + WIDTH, 1, WIDTH, WIDTH, 0, False)
+    whole.rows(zero, zero).store(zero, block, row >= first, SIZE)
 
 
 @on_every_device
@@ -200,13 +199,13 @@ def test_blocks_are_the_same_by_pointers_and_by_descriptors(
     expected[: len(seen), :dim] = seen
     source = memory.to(device)
     out = torch.empty(size, width, dtype=torch.float64, device=device)
+    given = source
     if by_descriptors:
         given = TensorDescriptor(source, [*source.shape], [*source.stride()], [1, 1, size, width])
-    else:
-        given = source[1, head]
+    strides = [stride // 2 for stride in source.stride()[:3]]
     block_kernel[(1,)](
-        out, given, dim, head, first, rows, hidden, size, dim, width,
-        DESCRIPTORS=by_descriptors, MASKED=mode != "full", WITHIN=mode == "hidden_within",
+        out, given, *strides, head, first, rows, hidden, size, dim, width,
+        DESCRIPTOR=by_descriptors, MASKED=mode != "full", WITHIN=mode == "hidden_within",
     )  # fmt: skip
     assert torch.equal(out.cpu(), expected)
 
@@ -224,15 +223,16 @@ def product_kernel(
     PART0: tl.constexpr,
     PART1: tl.constexpr,
 ):
-    """OUT (M, DIM) = the kept rows of -(A B^T B) * factor."""
+    """OUT (M, DIM) = the kept rows of (A B^T B) * factor."""
     m = tl.arange(0, M)
     n = tl.arange(0, N)
-    a = load_rows(A, DIM, m < M, M, DIM, PART0, PART1, False)
-    b = load_rows(B, DIM, n < N, N, DIM, PART0, PART1, False)
-    products = inner_products(negate(a), b, "ieee", tl.float64)
-    total = accumulate(zeros(M, PART0, PART1, tl.float64), products, b, "ieee", tl.float64)
-    total = clear_rows(scale_rows(total, tl.load(FACTOR + m)), tl.load(KEPT + m) != 0)
-    store_rows(OUT, DIM, total, m < M, M, DIM, PART0, PART1)
+    zero = tl.program_id(0)
+    tile = DeviceTile(M, N, "ieee", tl.float64)
+    a = Heads(A, zero, zero, zero + DIM, 1, DIM, PART0, PART1, False).rows(zero, zero).load(zero, m < M, M, False)
+    b = Heads(B, zero, zero, zero + DIM, 1, DIM, PART0, PART1, False).rows(zero, zero).load(zero, n < N, N, False)
+    total = tile.accumulate(zeros(M, PART0, PART1, tl.float64), tile.inner_products(a, b), b)
+    total = clear_rows(scaled(total, tl.load(FACTOR + m)[:, None]), tl.load(KEPT + m) != 0)
+    Heads(OUT, zero, zero, zero + DIM, 1, DIM, PART0, PART1, False).rows(zero, zero).store(zero, total, m < M, M)
 
 
 @on_every_device
@@ -249,7 +249,7 @@ def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
     product_kernel[(1,)](
         out, a.to(device), b.to(device), kept.int().to(device), factor.to(device), m, n, dim, *head_parts(dim, "half")
     )
-    expected = torch.where(kept[:, None], -(a @ b.T) @ b * factor[:, None], 0.0)
+    expected = torch.where(kept[:, None], (a @ b.T) @ b * factor[:, None], 0.0)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-13 * dim * n)
 
 

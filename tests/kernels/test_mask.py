@@ -18,17 +18,9 @@ import triton.language as tl
 from einops import repeat
 from torch import Tensor
 
-from flash_attend.kernels.key_schedule import (
-    key_line,
-    masked_block,
-    masked_count,
-    query_line,
-    run_bounds,
-    run_count,
-    walk_over_keys,
-    walk_over_queries,
-)
-from flash_attend.kernels.masking import hide, pair_visibility, tile_of_program, tile_visibility
+from flash_attend.kernels.mask import Mask
+from flash_attend.kernels.programs import tile_of_program
+from flash_attend.kernels.schedule import Planes
 from flash_attend.spec import MaskKind
 from plain_schedule import EMPTY, FULL, PARTIAL, block_counts, block_states, lines_of
 
@@ -46,50 +38,32 @@ MOST = 16  # blocks of a line
 @triton.jit
 def _walk(
     LINES,
+    NUMBERS,
     at,
     BY_KEYS: tl.constexpr,
-    FIRST,
-    QUERIES,
-    KEYS,
-    OFFSET,
-    ANY_KEY,
-    HIDES_KEYS,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCHEDULE: tl.constexpr,
-    MASK: tl.constexpr,
+    KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """The walk number `at`, as the kernels set it out."""
-    first = tl.load(FIRST + at)
-    queries = tl.load(QUERIES + at)
-    keys = tl.load(KEYS + at)
-    n_query_blocks = tl.cdiv(queries, SCHEDULE)
-    n_key_blocks = tl.cdiv(keys, SCHEDULE)
-    lists = LINES + tl.load(OFFSET + at)
+    """The walk number `at`, as the kernels set it out. NUMBERS (walks, 6) are what `take_walks` says."""
+    numbers = NUMBERS + 6 * at
+    first = tl.load(numbers).to(tl.int32)
+    queries = tl.load(numbers + 1).to(tl.int32)
+    keys = tl.load(numbers + 2).to(tl.int32)
+    lists = LINES + tl.load(numbers + 3)
+    zero = tl.zeros_like(first)
+    planes = Planes(
+        None, lists, zero, zero, tl.cdiv(queries, SCHEDULE), tl.cdiv(keys, SCHEDULE), BLOCK_M=SCHEDULE, BLOCK_N=SCHEDULE
+    )
+    mask = Mask(planes, zero, None, None, queries, keys, KIND, CAUSAL, HIDES_KEYS=True)
     if BY_KEYS:
-        line = key_line(lists, tl.zeros_like(first), first, n_query_blocks, n_key_blocks, SCHEDULE, MASK)
-        return walk_over_keys(
-            line, n_key_blocks, first, queries, keys, BLOCK_M, BLOCK_N, SCHEDULE // BLOCK_N, MASK, CAUSAL
-        )
+        return mask.walk_over_keys(first, BLOCK_M, BLOCK_N)
     else:
-        line = query_line(lists, tl.zeros_like(first), first, n_query_blocks, n_key_blocks, SCHEDULE, MASK)
-        any_key = tl.load(ANY_KEY + at) != 0
-        hides_keys = tl.load(HIDES_KEYS + at) != 0
-        return walk_over_queries(
-            line,
-            n_query_blocks,
-            any_key,
-            hides_keys,
-            first,
-            queries,
-            keys,
-            BLOCK_M,
-            BLOCK_N,
-            SCHEDULE // BLOCK_M,
-            MASK,
-            CAUSAL,
-        )
+        any_key = tl.load(numbers + 4) != 0
+        hides_keys = tl.load(numbers + 5) != 0
+        return mask.walk_over_queries(first, any_key, hides_keys, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -99,38 +73,28 @@ def trace_kernel(
     MASKED,
     COUNTS,
     LINES,
-    FIRST,
-    QUERIES,
-    KEYS,
-    OFFSET,
-    ANY_KEY,
-    HIDES_KEYS,
+    NUMBERS,
     BY_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCHEDULE: tl.constexpr,
-    MASK: tl.constexpr,
+    KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
-    SIZE: tl.constexpr,
     MOST: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
     """`SIZE` walks at once: their counts of runs and of masked blocks, and the first `MOST` of each."""
-    RATIO: tl.constexpr = SCHEDULE // BLOCK_N if BY_KEYS else SCHEDULE // BLOCK_M
-    LISTED: tl.constexpr = MASK == 2 or (MASK == 1 and BY_KEYS)
     at = (tl.program_id(0) * SIZE + tl.arange(0, SIZE))[:, None]
-    walk = _walk(
-        LINES, at, BY_KEYS, FIRST, QUERIES, KEYS, OFFSET, ANY_KEY, HIDES_KEYS, BLOCK_M, BLOCK_N, SCHEDULE,
-        MASK, CAUSAL,
-    )  # fmt: skip
+    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL)
     index = tl.arange(0, MOST)[None, :]
     zero = tl.zeros([SIZE, MOST], tl.int32)
-    start, end = run_bounds(walk, index, RATIO, LISTED)
+    start, end = walk.run_bounds(index)
     place = at * MOST + index
     tl.store(STARTS + place, zero + start)
     tl.store(ENDS + place, zero + end)
-    tl.store(MASKED + place, zero + masked_block(walk, index, RATIO, LISTED))
-    tl.store(COUNTS + at * 2, tl.zeros([SIZE, 1], tl.int32) + run_count(walk))
-    tl.store(COUNTS + at * 2 + 1, tl.zeros([SIZE, 1], tl.int32) + masked_count(walk))
+    tl.store(MASKED + place, zero + walk.masked_block(index))
+    tl.store(COUNTS + at * 2, tl.zeros([SIZE, 1], tl.int32) + walk.run_count())
+    tl.store(COUNTS + at * 2 + 1, tl.zeros([SIZE, 1], tl.int32) + walk.masked_count())
 
 
 @triton.jit
@@ -138,35 +102,25 @@ def loop_kernel(
     FULLS,
     MASKED,
     LINES,
-    FIRST,
-    QUERIES,
-    KEYS,
-    OFFSET,
-    ANY_KEY,
-    HIDES_KEYS,
+    NUMBERS,
     BY_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SCHEDULE: tl.constexpr,
-    MASK: tl.constexpr,
+    KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """One walk, in the loops of the kernels: counts how often it comes to each block, as full and as masked."""
-    RATIO: tl.constexpr = SCHEDULE // BLOCK_N if BY_KEYS else SCHEDULE // BLOCK_M
-    LISTED: tl.constexpr = MASK == 2 or (MASK == 1 and BY_KEYS)
     at = tl.program_id(0)
-    walk = _walk(
-        LINES, at, BY_KEYS, FIRST, QUERIES, KEYS, OFFSET, ANY_KEY, HIDES_KEYS, BLOCK_M, BLOCK_N, SCHEDULE,
-        MASK, CAUSAL,
-    )  # fmt: skip
-    for run in tl.range(0, run_count(walk), num_stages=1):
-        start, end = run_bounds(walk, run, RATIO, LISTED)
+    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL)
+    for run in tl.range(0, walk.run_count(), num_stages=1):
+        start, end = walk.run_bounds(run)
         for block in tl.range(start, end):
             place = FULLS + at * MOST + block
             tl.store(place, tl.load(place) + 1)
-    for index in tl.range(0, masked_count(walk), num_stages=1):
-        place = MASKED + at * MOST + masked_block(walk, index, RATIO, LISTED)
+    for index in tl.range(0, walk.masked_count(), num_stages=1):
+        place = MASKED + at * MOST + walk.masked_block(index)
         tl.store(place, tl.load(place) + 1)
 
 
@@ -244,28 +198,27 @@ def take_walks(
 
     at_once = 1 if only_every else 4096 if device == "cpu" else 256
     programs = -(-len(shape) // at_once)
-    numbers = [lines.to(device)]
-    for number in (tile * size, shapes.queries[shape], shapes.keys[shape], offsets[shape], shown > 0, hides):
-        whole = torch.nn.functional.pad(number[None].double(), (0, programs * at_once - len(number)), mode="replicate")
-        numbers.append(whole[0].to(device, torch.int64 if number is offsets else torch.int32))
+    numbers = torch.stack((tile * size, shapes.queries[shape], shapes.keys[shape], offsets[shape], shown > 0, hides), 1)
+    last = numbers[-1:].expand(programs * at_once - len(shape), -1)  # again, in the last program
+    read = lines.to(device), torch.cat((numbers, last)).to(device)
     choices = dict(
         BY_KEYS=by_keys,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         SCHEDULE=BLOCK,
-        MASK=int(shapes.kind),
+        KIND=int(shapes.kind),
         CAUSAL=shapes.causal and shapes.kind != MaskKind.DENSE,
         MOST=MOST,
     )
     new = dict(dtype=torch.int32, device=device)
     if only_every is not None:
         fulls, masked = torch.zeros(programs, MOST, **new), torch.zeros(programs, MOST, **new)
-        loop_kernel[(programs,)](fulls, masked, *numbers, **choices)
+        loop_kernel[(programs,)](fulls, masked, *read, **choices)
         return Walks(shape, tile, fulls.cpu(), masked.cpu())
 
     starts, ends, blocks = (torch.empty(programs * at_once, MOST, **new) for _ in range(3))
     counts = torch.empty(programs * at_once, 2, **new)
-    trace_kernel[(programs,)](starts, ends, blocks, counts, *numbers, **choices, SIZE=at_once)
+    trace_kernel[(programs,)](starts, ends, blocks, counts, *read, **choices, SIZE=at_once)
     starts, ends, blocks, counts = (x.cpu()[: len(shape)] for x in (starts, ends, blocks, counts))
     assert counts.min() >= 0
     assert counts.max() <= MOST
@@ -449,34 +402,34 @@ def hide_kernel(
     OUT,
     X,
     VISIBLE,
-    fill,
     first_query,
     first_key,
-    queries,
-    keys,
-    words_per_query,
+    queries: tl.int32,
+    keys: tl.int32,
+    fill: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASK: tl.constexpr,
+    KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
-    HIDE_KEYS: tl.constexpr,
+    HIDES_KEYS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Hides pairs of a tile X (BLOCK_M, BLOCK_N), or of its transpose, and says which keys are readable at all."""
+    batch = tl.program_id(0)
+    planes = Planes(VISIBLE, None, batch, batch, batch, tl.cdiv(keys, 32), BLOCK_M=32, BLOCK_N=32)
+    mask = Mask(planes, 0, None, None, queries, keys, KIND, CAUSAL, HIDES_KEYS).of_head(batch, batch)
     query = first_query + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)
-    shown, readable = tile_visibility(VISIBLE, first_query, first_key, keys, words_per_query, BLOCK_M, BLOCK_N, MASK)
+    shown, readable = mask.shown(first_query, first_key, BLOCK_M, BLOCK_N)
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     if TRANSPOSED:
-        if MASK == 2:
-            shown = pair_visibility(VISIBLE, first_query, first_key, words_per_query, BLOCK_M, BLOCK_N, True)
+        if KIND == 2:
+            shown = mask.pairs_shown(first_query, first_key, BLOCK_M, BLOCK_N, True)
         else:
             shown = readable[:, None]
-        x = hide(tl.load(X + at.T), fill, query[None, :], key[:, None], shown, keys - queries, MASK, CAUSAL, HIDE_KEYS)
-        tl.store(OUT + at.T, x)
+        tl.store(OUT + at.T, mask.hide(tl.load(X + at.T), query[None, :], key[:, None], shown, fill))
     else:
-        x = hide(tl.load(X + at), fill, query[:, None], key[None, :], shown, keys - queries, MASK, CAUSAL, HIDE_KEYS)
-        tl.store(OUT + at, x)
+        tl.store(OUT + at, mask.hide(tl.load(X + at), query[:, None], key[None, :], shown, fill))
     tl.store(OUT + BLOCK_M * BLOCK_N + tl.arange(0, BLOCK_N), readable.to(tl.float32))
 
 
@@ -516,9 +469,9 @@ def test_hide(
         pairs = pairs[:1].expand(64, 64)
     visible = {MaskKind.NONE: torch.zeros(1), MaskKind.KEY: pairs[0].int(), MaskKind.DENSE: words_of(pairs)}[kind]
     out = torch.empty(x.numel() + tiles[1], device=device)
-    numbers = (first_query, first_key, queries, keys, visible.shape[-1])
+    numbers = first_query, first_key, queries, keys
     hide_kernel[(1,)](
-        out, x.to(device), visible.to(device), -7.0, *numbers, *tiles, int(kind), causal, hide_keys, transposed
+        out, x.to(device), visible.to(device), *numbers, -7.0, *tiles, int(kind), causal, hide_keys, transposed
     )
 
     query, key = first_query + torch.arange(tiles[0]), first_key + torch.arange(tiles[1])
@@ -527,8 +480,8 @@ def test_hide(
     kept = tile if kind == MaskKind.DENSE else torch.ones(tiles, dtype=torch.bool)
     if causal and kind != MaskKind.DENSE:
         kept = kept & (key <= query[:, None] + (keys - queries))
-    if hide_keys and kind != MaskKind.DENSE:
-        kept = kept & shown
+    if hide_keys and (kind == MaskKind.KEY or (kind == MaskKind.NONE and not causal)):
+        kept = kept & shown  # else causality hides the keys past the end from all queries before it
     assert kept.any()
     assert not shown.all()
     result, readable = out.cpu().split((x.numel(), tiles[1]))

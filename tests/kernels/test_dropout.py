@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flash_attend import flash_attention
 from flash_attend.dropout import draw_seed, keep_mask, keep_threshold, philox
+from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tile, Tiles, override
-from flash_attend.kernels.dropout import kept_by_dropout
+from flash_attend.kernels.dropout import dropout_by
 from flash_attend.spec import LARGEST_LENGTH, normalise_inputs
 from flash_attend.testing.oracle import visible_pairs
 
@@ -21,7 +21,7 @@ DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cud
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 
 
-@triton.jit(do_not_specialize=["first_query", "first_key", "batch", "head", "threshold"])
+@kernel
 def keep_kernel(
     OUT,
     SEED,
@@ -35,7 +35,8 @@ def keep_kernel(
     TRANSPOSED: tl.constexpr,
 ):
     """OUT (QUERIES, KEYS) int32, from the tile or from its transpose."""
-    kept = kept_by_dropout(first_query, first_key, batch, head, tl.load(SEED), threshold, QUERIES, KEYS, TRANSPOSED)
+    dropout = dropout_by(SEED, threshold, 1.0, True, tl.float32).of_head(batch, head)
+    kept = dropout.kept(first_query, first_key, QUERIES, KEYS, TRANSPOSED)
     at = tl.arange(0, QUERIES)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
     if TRANSPOSED:
         at = at.T
