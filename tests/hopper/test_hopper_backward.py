@@ -17,8 +17,8 @@ from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.hopper import backward, backward_wide, producer, products, ring
 from flash_attend.kernels.hopper.backward import attention_backward
-from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.scores import LOG2E
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
 from flash_attend.target import DeviceTarget

@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from flash_attend.kernels.configs import Tile, select_tiles
 from flash_attend.kernels.hopper.backward_q import K_RING, V_RING, query_gradient
-from flash_attend.kernels.schedule import build_schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.operands import empty_like_heads, readable
+from flash_attend.kernels.schedule import build_schedule
 from flash_attend.spec import normalise_inputs
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call, truth_of
 from flash_attend.testing.oracle import Answer
