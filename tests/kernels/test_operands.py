@@ -1,4 +1,4 @@
-"""How tensors are handed to kernels: which layouts they read as they are, strides in aligned units, whose turn it is."""
+"""How tensors are handed to kernels: which layouts they read, strides in aligned units, and whose turn it is."""
 
 from __future__ import annotations
 
