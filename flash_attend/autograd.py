@@ -8,7 +8,7 @@ correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,7 +151,7 @@ def _differentiate(
     """The gradients by name, of those of q, k and v that are `needed`."""
     if forward_mode() or mapped(*grads):
         said = Options.read(options)
-        whole = Operands(**dict(zip(said.operands, operands, strict=True)))
+        whole = said.operands_of(operands)
         recompute = _pull_back if mapped(*grads) else attention_reference_gradients
         found = recompute(*grads, whole, ops.spec_of(whole, numbers, said))
         return {name: grad for name, grad in zip(INPUTS, found, strict=True) if name in needed}
@@ -208,7 +208,7 @@ def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[li
 
     def gradients(*tensors: Tensor) -> list[Tensor]:
         given = {**saved, **dict(zip(inputs, tensors, strict=True))}
-        operands = Operands(**{name: given[name] for name in options.operands})
+        operands = options.operands_of([given[name] for name in options.operands])
         spec = ops.spec_of(operands, ctx.numbers, options)
         found = attention_reference_gradients(*map(given.get, OUTPUTS), operands, spec)
         return [grad for name, grad in zip(INPUTS, found, strict=True) if name in options.needed]
@@ -283,19 +283,65 @@ def _parts(options: str, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], S
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def operator_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+def forward_formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
     return _gradients(ctx, grads, ctx.needs_input_grad[0]), None, None
 
 
-def operator_second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
+def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
     return *_second_gradients(ctx, cotangents), ctx.unused, None, None
 
 
+def forward_composite(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
+    said = Options.read(options)
+    whole = said.operands_of(operands)
+    return [x for x in attention_reference(whole, ops.spec_of(whole, numbers, said), return_lse=True) if x is not None]
+
+
+def backward_composite(
+    grads: Sequence[Tensor], operands: Sequence[Tensor], outputs: Sequence[Tensor], numbers: Sequence[float], options: str
+) -> list[Tensor]:
+    said = Options.read(options)
+    whole, given = said.operands_of(operands), dict(zip(said.grads, grads, strict=True))
+    found = attention_reference_gradients(*map(given.get, OUTPUTS), whole, ops.spec_of(whole, numbers, said))
+    return [grad for name, grad in zip(INPUTS, found, strict=True) if name in said.needed]
+
+
+def forward_vmap(info: Any, in_dims: tuple, operands: list[Tensor], numbers: list[float], options: str) -> tuple:
+    def apply(numbers: list[float], options: str, *operands: Tensor) -> list[Tensor]:
+        return ops.FORWARD(operands, numbers, options)
+
+    return tuple(map(list, map_forward(apply, info.batch_size, numbers, options, operands, in_dims[0])))
+
+
+def backward_vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+    def apply(numbers: list[float], options: str, *tensors: Tensor) -> list[Tensor]:
+        return ops.BACKWARD(*_parts(options, tensors), numbers, options)
+
+    *lists, numbers, options = arguments
+    tensors, dims = ([*chain(*each)] for each in (lists, in_dims[:3]))
+    return tuple(map(list, map_backward(apply, info.batch_size, numbers, options, tensors, dims)))
+
+
+class _WithComposite(torch.library.Library):
+    """Where formulas are registered that give way to the einsum path where they have none: in forward mode, which they
+    do not know, and at a level of torch.func, which does not know them."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        composite = ops.current(__name__, f"{op_name}_composite")
+
+        def either(keyset: Any, *arguments: Any) -> Any:
+            return composite(*arguments) if forward_mode() or transformed() else fn(keyset, *arguments)
+
+        either.library = self  # type: ignore[attr-defined]  # which ends what is registered when nobody holds it
+        super().impl(op_name, either, dispatch_key, **options)
+
+
 if ops.NEW:
-    for _name, _formula, _keeping in (
-        ("forward", "operator_gradients", "_keep"),
-        ("backward", "operator_second_gradients", "_keep_for_second"),
-    ):
+    for _name, _keeping in (("forward", "_keep"), ("backward", "_keep_for_second")):
         torch.library.register_autograd(
-            f"flash_attend::{_name}", ops.current(__name__, _formula), setup_context=ops.current(__name__, _keeping)
+            f"flash_attend::{_name}",
+            ops.current(__name__, f"{_name}_formula"),
+            setup_context=ops.current(__name__, _keeping),
+            lib=_WithComposite("flash_attend", "FRAGMENT"),
         )
+        torch.library.register_vmap(f"flash_attend::{_name}", ops.current(__name__, f"{_name}_vmap"))

@@ -55,6 +55,10 @@ class Options(NamedTuple):
         said |= {name: tuple(filter(None, said[name].split(","))) for name in said.keys() & {"operands", "grads", "needed"}}
         return Options(**said)
 
+    def operands_of(self, tensors: Sequence[Tensor]) -> Operands:
+        """The operands of a call, from those that there are."""
+        return Operands(**dict(zip(self.operands, tensors, strict=True)))
+
 
 def options_of(operands: Operands, spec: AttentionSpec, plan: Plan, return_lse: bool) -> tuple[list[float], str]:
     """The numbers and the options of a call; in words that a compiler follows."""
@@ -102,7 +106,7 @@ class _Call(NamedTuple):
     @staticmethod
     def of(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> _Call:
         options = Options.read(text)
-        operands = Operands(**dict(zip(options.operands, tensors, strict=True)))
+        operands = options.operands_of(tensors)
         spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
         # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
         reduced = AttentionSpec(
