@@ -20,8 +20,8 @@ from flash_attend.tracing import constant_when_compiled, sharded, traced
 __all__ = ["flash_attention"]
 
 NO_JIT_TRACE = (
-    "torch.jit.trace cannot record flash_attend, because lengths and masks decide what is computed, and a trace keeps those"
-    " of its example for all calls; use torch.export.export or torch.compile"
+    "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
+    " its example for all calls; use torch.export.export or torch.compile"
 )
 
 
@@ -126,7 +126,7 @@ def flash_attention(
     if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, traced=seen)
+    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, opaque=seen)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 

@@ -1,5 +1,8 @@
-"""Who else takes part in a call: compilers, transforms, tensor subclasses. Of torch's private names, all that the package
-uses are here, each with its reason; `tests/torch/test_private_names.py` says which torch broke one."""
+"""Who else takes part in a call: compilers, transforms, tensor subclasses.
+
+All of torch's private names that the package uses are here, each with its reason, but for what DTensor needs;
+`tests/torch/test_private_names.py` says which torch broke one.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +72,8 @@ def forward_mode() -> bool:
 
 
 def mapped(*tensors: Tensor | None) -> bool:
-    """Whether a tensor is mapped over as `torch.autograd.grad(..., is_grads_batched=True)` does it, apart from torch.func
-    and with no rule for operators like ours. No public function tells."""
+    """Whether a tensor is mapped over as `torch.autograd.grad(..., is_grads_batched=True)` does it: apart from
+    torch.func, and with no rule for operators like ours. No public function tells."""
     return any(tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
@@ -87,7 +90,7 @@ def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether it has no memory, and stands for zeros: torch's own derivatives make such tensors. No public name tells."""
+    """Whether it stands for zeros and has no memory: torch's derivatives make such tensors. No public name tells."""
     return tensor._is_zerotensor()
 
 

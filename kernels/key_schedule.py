@@ -27,8 +27,8 @@ from torch.nn.functional import pad
 
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import settled
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
+from flash_attend.kernels.operands import settled
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["Schedule", "build_schedule", "empty_packed", "schedule_layout", "transposed_lists"]
@@ -44,10 +44,12 @@ BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
 class Schedule(NamedTuple):
     """What the kernels read of a mask, by `rows` of it: one for each batch entry and head that differ.
 
-    All None without a mask; int32, but for `visible` next to float64, which is int64.
+    All None without a mask; int32, but for `visible` next to float64, which is int64. A word has 32 bits.
     """
 
-    visible: Tensor | None = None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
+    visible: Tensor | None = (
+        None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
+    )
     lists: Tensor | None = None  # KEY: (rows, length) int32; DENSE: (rows, query_blocks, length)
     states: Tensor | None = None  # DENSE: (rows, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
 
@@ -61,14 +63,16 @@ class Schedule(NamedTuple):
 
         A compiler makes a graph of its own of every size that is 1, and so of short sequences, which are one block.
         """
-        return [pad(tensor.flatten(1), (0, spare)) for tensor, spare in zip(self, SPARE, strict=True) if tensor is not None]
+        return [
+            pad(tensor.flatten(1), (0, spare)) for tensor, spare in zip(self, SPARE, strict=True) if tensor is not None
+        ]
 
     @staticmethod
     def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
         """The schedule again, whatever became of its strides."""
-        layout = schedule_layout(mask, spec, tiles)
-        whole = (tensor.contiguous().narrow(1, 0, math.prod(shape[1:])) for tensor, (shape, _) in zip(packed, layout, strict=True))
-        return Schedule(*(tensor.reshape(shape) for tensor, (shape, _) in zip(whole, layout, strict=True)))
+        shapes = [shape for shape, _ in schedule_layout(mask, spec, tiles)]
+        whole = (x.contiguous()[:, : math.prod(shape[1:])] for x, shape in zip(packed, shapes, strict=True))
+        return Schedule(*(x.reshape(shape) for x, shape in zip(whole, shapes, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

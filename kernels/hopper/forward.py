@@ -317,9 +317,7 @@ def hopper_forward_kernel(
     )  # fmt: skip
 
 
-def attention_forward(
-    operands: Operands, spec: AttentionSpec, tiles: Tiles
-) -> tuple[Tensor, Tensor, Schedule]:
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
     """What `kernels.forward.attention_forward` gives, for the calls that the dispatcher lets through.
 
     Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, and a mask of keys or none.
