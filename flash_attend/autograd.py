@@ -22,10 +22,11 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
-    differentiated,
     directly,
     forward_mode,
+    lazy,
     mapped,
+    settled,
     traced,
     transformed,
     watched,
@@ -52,11 +53,14 @@ def attend(
     if einsum:
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
-    tiles = plan.backend.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
+    functions = plan.backend.load()
+    tiles = functions.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
+    if lazy(*operands):
+        operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
     q, k, v, *_ = operands
-    if differentiated(q, k, v):
-        return _attend_eagerly(q, k, v, (operands, spec, plan, tiles))
-    return plan.backend.forward(operands, spec, tiles)[:2]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _attend_eagerly(q, k, v, (functions, operands, spec, plan, tiles))
+    return functions.forward(operands, spec, tiles)[:2]
 
 
 def _by_operators(
@@ -93,16 +97,16 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
-        operands, spec, plan, tiles = call
-        out, lse, schedule = plan.backend.forward(operands, spec, tiles)
+        functions, operands, spec, plan, tiles = call
+        out, lse, schedule = functions.forward(operands, spec, tiles)
         ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
         ctx.set_materialize_grads(False)
-        ctx.call = spec, plan, tiles, type(schedule)  # with the tiles: a backward runs in another thread
+        ctx.call = functions, spec, plan, tiles, type(schedule)  # with the tiles: a backward runs in another thread
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        spec, plan, tiles, schedule_of = ctx.call
+        functions, spec, plan, tiles, schedule_of = ctx.call
         q, k, v, mask, seed, out, lse, *schedule = ctx.saved_tensors
         operands, needed = Operands(q, k, v, mask, seed), ctx.needs_input_grad[:3]
         # Hooks of what is saved may have changed strides; of q, k, v and out the kernels read them.
@@ -115,7 +119,9 @@ class Attention(torch.autograd.Function):
             names = list(compress(INPUTS, needed))
             found = _differentiate(grads, present, [out, lse, *schedule.packed()], numbers, options, names)
             return *map(found.get, INPUTS), None
-        return *plan.backend.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
+        if lazy(*grads):
+            grads = tuple(map(settled, grads))
+        return *functions.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
 
 
 class Kept(torch.autograd.Function):

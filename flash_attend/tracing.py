@@ -17,11 +17,12 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "constant_when_compiled",
-    "differentiated",
     "directly",
     "forward_mode",
-    "is_zero_tensor",
+    "jit_traced",
+    "lazy",
     "mapped",
+    "settled",
     "sharded",
     "traced",
     "transformed",
@@ -42,6 +43,11 @@ def constant_when_compiled(function: _F) -> _F:
     return function
 
 
+def jit_traced() -> bool:
+    """Whether torch.jit.trace is recording: `torch.jit.is_tracing`, in one call instead of three."""
+    return torch._C._get_tracing_state() is not None
+
+
 def traced(*tensors: Tensor | None) -> bool:
     """Whether the call is being compiled or exported, or a tensor is of a class that sees operators: fake, functional,
     DTensor."""
@@ -50,7 +56,7 @@ def traced(*tensors: Tensor | None) -> bool:
 
 def sharded(*tensors: Tensor | None) -> bool:
     """Whether a tensor is a DTensor. Where nobody has imported their module, which takes a second, there are none."""
-    if _PLAIN.issuperset(map(type, tensors)) or "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor
 
@@ -89,11 +95,17 @@ def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether it stands for zeros and has no memory: torch's derivatives make such tensors. No public name tells."""
-    return tensor._is_zerotensor()
+def lazy(*tensors: Tensor | None) -> bool:
+    """Whether memory does not hold what a tensor stands for: its negative, or zeros, for which torch's derivatives make
+    tensors without memory. Of those no public name tells."""
+    for tensor in tensors:  # noqa: SIM110  in a third of the time
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return True
+    return False
 
 
-def differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a backward may be asked for."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def settled(tensor: Tensor | None) -> Tensor | None:
+    """The same tensor in memory."""
+    if tensor is None or not tensor._is_zerotensor():
+        return tensor if tensor is None else tensor.resolve_neg()
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) + tensor

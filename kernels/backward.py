@@ -54,7 +54,6 @@ from flash_attend.kernels.operands import (
     query_section,
     query_sizes,
     readable,
-    settled,
 )
 from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, recomputed_weights, to_log2_scale
 from flash_attend.kernels.tiles import (
@@ -758,7 +757,7 @@ def attention_backward(
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
-        grad_lse = settled(grad_lse).contiguous()
+        grad_lse = grad_lse.contiguous()
 
     delta, lse_log2 = prepare_rows(grad_out, grad_lse, out, lse, spec, tiles)
 

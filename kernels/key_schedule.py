@@ -28,7 +28,6 @@ from torch.nn.functional import pad
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
-from flash_attend.kernels.operands import settled
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["Schedule", "build_schedule", "empty_packed", "schedule_layout", "transposed_lists"]
@@ -423,7 +422,6 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
     if mask is None:
         return Schedule()
-    mask = settled(mask)
     layout = schedule_layout(mask, spec, tiles)
     visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
     batch, heads, _, keys = mask.shape

@@ -14,7 +14,6 @@ from torch import Tensor
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
-from flash_attend.tracing import is_zero_tensor
 
 __all__ = [
     "Strides",
@@ -30,7 +29,6 @@ __all__ = [
     "query_section",
     "query_sizes",
     "readable",
-    "settled",
 ]
 
 Strides = tuple[int, ...]
@@ -45,15 +43,7 @@ def readable(tensor: Tensor) -> Tensor:
     Any other stride is read as it is. A copy is cheaper than a strided last dimension, which every query block would
     read again, element by element.
     """
-    tensor = settled(tensor)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def settled(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where memory does not hold what it stands for: its negative, or zeros, in none."""
-    if tensor.is_neg():
-        return tensor.resolve_neg()
-    return torch.zeros_like(tensor) if is_zero_tensor(tensor) else tensor
 
 
 def query_sizes(spec: AttentionSpec) -> tuple[int, int, int]:

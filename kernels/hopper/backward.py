@@ -60,7 +60,7 @@ from flash_attend.kernels.hopper.walk import first_live_query
 from flash_attend.kernels.key_schedule import Schedule, mask_row
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, hide, key_visibility, query_blocks
-from flash_attend.kernels.operands import mask_strides, readable, settled
+from flash_attend.kernels.operands import mask_strides, readable
 from flash_attend.kernels.softmax import LOG2E, SMALLEST_SCALE, recomputed_weights
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
@@ -381,7 +381,7 @@ def attention_backward(
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
-        grad_lse = settled(grad_lse).contiguous()
+        grad_lse = grad_lse.contiguous()
     delta, lse_log2 = prepare_rows(grad_out, grad_lse, out, lse, spec, tiles)
 
     needs_keys = needs_k or needs_v
