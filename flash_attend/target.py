@@ -65,7 +65,7 @@ class DeviceTarget:
     absent: bool = False  # a CUDA device that this machine lacks: of tensors without data, while a program is traced
     # "sm_90" and the like; None where there is no CUDA compute capability. No property: a compiler that traces a call
     # takes only a field for a constant.
-    arch: str | None = field(init=False)
+    arch: str | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
         arch = None if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"

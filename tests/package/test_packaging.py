@@ -225,6 +225,22 @@ def test_nothing_imports_triton_before_a_kernel_is_needed(code, installed, tmp_p
     assert run_python(f"{code}\n{count}", tmp_path, path=installed) == plain == "[]"
 
 
+def test_the_kernels_for_every_gpu_are_imported_without_those_for_hopper(installed, tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    code = """
+import sys
+from flash_attend.backends import BACKENDS
+for name in ("math", "triton", "hopper"):
+    assert BACKENDS[name].fault() == ""
+    print(name, *(part for part in ("triton", "flash_attend.kernels.hopper") if part in sys.modules))
+"""
+    assert run_python(code, tmp_path, path=installed).splitlines() == [
+        "math",
+        "triton triton",
+        "hopper triton flash_attend.kernels.hopper",
+    ]
+
+
 # Only site.addsitedir reads the .pth file of an editable install. -S keeps out whatever this environment has installed,
 # torch too, so that a stand-in for the package itself lets the import system look for what lies in it.
 FIND_KERNELS = """
