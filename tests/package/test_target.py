@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attend import Attend, BackendUnavailable, backends, explain, flash_attention, target
 from flash_attend.target import DeviceTarget, release
+from flash_attend.tracing import constant_when_compiled
 from flash_attend.validation import EVIDENCE, Evidence
 
 
@@ -96,6 +97,12 @@ def test_a_gpu_is_described_by_its_properties(hip, capability, arch, described_a
     )
 
 
+def test_the_current_gpu_of_a_machine_without_one(described_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert DeviceTarget.of(torch.device("cuda")).absent
+
+
 def test_a_release() -> None:
     versions = dict.fromkeys(("3.7.1", "3.7", "3.7.0+git0123"), (3, 7)) | {"unknown": None, "": None, "3": None}
     assert {version: release(version) for version in versions} == versions
@@ -105,7 +112,7 @@ def test_a_release() -> None:
 def test_a_compiler_takes_what_is_known_of_a_part_for_constants(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is made while a call is traced, from evidence by arch, and stands in the graph."""
     part = DeviceTarget("cuda", "a part", (9, 0), triton="3.7.1")
-    monkeypatch.setattr(DeviceTarget, "of", staticmethod(lambda device: part))
+    monkeypatch.setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: part)))
     monkeypatch.setattr(backends, "_import_once", lambda name: "")
     for backward in ("separate", "fused"):
         row = Evidence("a part", "3.7.1", "2026-01-31", "results.json", faster=True)
