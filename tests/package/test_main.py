@@ -17,32 +17,15 @@ from flash_attend import target
 from flash_attend.validation import Evidence
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def gpu(name: str, major: int, gib: int, multiprocessors: int, shared: int) -> SimpleNamespace:
+    sizes = dict(total_memory=gib * 2**30, multi_processor_count=multiprocessors, shared_memory_per_block_optin=shared)
+    return SimpleNamespace(name=name, major=major, minor=0, **sizes)
 
 
 @pytest.fixture
 def fake_gpus(monkeypatch):
     """A machine with an A100 and an H100, as far as torch tells."""
-    parts = [
-        SimpleNamespace(
-            name="NVIDIA A100-SXM4-80GB",
-            major=8,
-            minor=0,
-            total_memory=80 * 2**30,
-            multi_processor_count=108,
-            shared_memory_per_block_optin=166912,
-        ),
-        SimpleNamespace(
-            name="NVIDIA H100 80GB HBM3",
-            major=9,
-            minor=0,
-            total_memory=79 * 2**30,
-            multi_processor_count=132,
-            shared_memory_per_block_optin=232448,
-        ),
-    ]
+    parts = gpu("NVIDIA A100-SXM4-80GB", 8, 80, 108, 166912), gpu("NVIDIA H100 80GB HBM3", 9, 79, 132, 232448)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(parts))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: parts[device.index])
@@ -80,7 +63,8 @@ def test_versions():
     assert value_of("triton", text).split()[0] == (target.triton_version() or "not")
 
 
-def test_without_a_gpu(no_gpu):
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     text = bug_report.report({})
     assert value_of("GPU", text) == "none"
     backends = section("backends for", text)

@@ -46,7 +46,7 @@ REASONS = {
     "blocked": "Triton is not installed",
     "stub": r"its kernels cannot be imported \(\w+: .*triton",
     "stub_module": r"its kernels cannot be imported \(ModuleNotFoundError: No module named 'triton\.language'",
-    "raises": r"its kernels cannot be imported \(RuntimeError: no driver here\)",
+    "raises": r"its kernels cannot be imported \(RuntimeError: no driver, try 1\)",
     "sources_missing": r"its kernels cannot be imported \(\w+: .*defined in a Python file",
 }
 
@@ -176,7 +176,8 @@ def damaged(installed, tmp_path_factory) -> Path:
     """A folder with a Triton that raises and with this package without its sources."""
     folder = tmp_path_factory.mktemp("damaged")
     (folder / "broken" / "triton").mkdir(parents=True)
-    (folder / "broken" / "triton" / "__init__.py").write_text("raise RuntimeError('no driver here')\n")
+    counting = "import sys; sys.tries = getattr(sys, 'tries', 0) + 1; raise RuntimeError(f'no driver, try {sys.tries}')"
+    (folder / "broken" / "triton" / "__init__.py").write_text(counting)
     shutil.copytree(installed / "flash_attend", folder / "compiled" / "flash_attend")
     assert compileall.compile_dir(folder / "compiled", quiet=1, legacy=True)
     for source in (folder / "compiled").rglob("*.py"):
