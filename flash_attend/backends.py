@@ -73,16 +73,16 @@ class Backend:
 
     def fault(self) -> str:
         """Why what runs it cannot be imported; empty where it can. The first call imports it."""
-        return _find_fault(self.name)
+        return _import_fault(self.name)
 
 
-@constant_when_compiled
-def _find_fault(name: str) -> str:
-    return _import_once(name)
+@constant_when_compiled  # which a compiler looks for on the function itself, not on what keeps its results
+def _import_fault(name: str) -> str:
+    return _try_import(name)
 
 
 @cache
-def _import_once(name: str) -> str:
+def _try_import(name: str) -> str:
     try:
         BACKENDS[name].load()
     except Exception as error:  # a broken installation raises anything

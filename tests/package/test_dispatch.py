@@ -34,7 +34,7 @@ WON = {(backend, way, "sm_90"): FASTER for backend in ("hopper", "triton") for w
 def faults(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Why a backend cannot be imported: nothing is here."""
     found: dict[str, str] = {}
-    monkeypatch.setattr(backends, "_import_once", lambda name: found.get(name, ""))
+    monkeypatch.setattr(backends, "_try_import", lambda name: found.get(name, ""))
     return found
 
 
@@ -333,7 +333,7 @@ def test_what_cannot_be_imported_does_not_serve(faults: dict[str, str]) -> None:
 
 def test_what_auto_would_not_take_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        backends, "_import_once", lambda name: "" if name == "math" else pytest.fail(f"{name} imported")
+        backends, "_try_import", lambda name: "" if name == "math" else pytest.fail(f"{name} imported")
     )
     assert choose(SPEC, CPU, evidence=WON).name == choose(SPEC, INTERPRETER, evidence=WON).name == "math"
     assert choose(SPEC, H100, evidence={}).name == "math"

@@ -33,7 +33,7 @@ def on(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(autouse=True)
 def nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_import_once", lambda name: "")
+    monkeypatch.setattr(backends, "_try_import", lambda name: "")
 
 
 def lines_of(**options) -> list[str]:

@@ -113,7 +113,7 @@ def test_a_compiler_takes_what_is_known_of_a_part_for_constants(backend: str, mo
     """The plan is made while a call is traced, from evidence by arch, and stands in the graph."""
     part = DeviceTarget("cuda", "a part", (9, 0), triton="3.7.1")
     monkeypatch.setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: part)))
-    monkeypatch.setattr(backends, "_import_once", lambda name: "")
+    monkeypatch.setattr(backends, "_try_import", lambda name: "")
     for backward in ("separate", "fused"):
         row = Evidence("a part", "3.7.1", "2026-01-31", "results.json", faster=True)
         monkeypatch.setitem(EVIDENCE, ("triton", backward, "sm_90"), row)
