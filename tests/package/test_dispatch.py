@@ -55,6 +55,8 @@ def refusal(spec: AttentionSpec, target: DeviceTarget, backend: str) -> str:
     return reason
 
 
+ACCURATE = replace(SPEC, dtype=torch.float32, precision="tf32x3")
+WIDE, INTERPRETED = "is beyond the kernels' 128", "the interpreter serves"
 REFUSALS = {
     "no_triton": (SPEC, replace(H100, triton=None), "Triton is not installed"),
     "no_triton_on_a_cpu": (SPEC, replace(CPU, triton=None), "Triton is not installed"),
@@ -70,26 +72,11 @@ REFUSALS = {
     "cpu": (SPEC, CPU, "cpu tensors; the kernels need a CUDA device"),
     "mps": (SPEC, DeviceTarget("mps", triton="3.7.1"), "mps tensors; the kernels need a CUDA device"),
     "rocm": (SPEC, replace(H100, capability=None), "the device has no CUDA compute capability (ROCm is not supported)"),
-    "accurate_d": (
-        replace(SPEC, dtype=torch.float32, precision="tf32x3", head_dim=200),
-        H100,
-        "d = 200 is beyond the kernels' 128 in float32-accurate mode",
-    ),
-    "accurate_dv": (
-        replace(SPEC, dtype=torch.float32, precision="tf32x3", value_dim=129),
-        H100,
-        "dv = 129 is beyond the kernels' 128 in float32-accurate mode",
-    ),
-    "double_d": (
-        replace(SPEC, dtype=torch.float64, precision="ieee", head_dim=129),
-        H100,
-        "d = 129 is beyond the kernels' 128 in float64 mode",
-    ),
-    "mps_interpreted": (
-        SPEC,
-        DeviceTarget("mps", triton="3.7.1", interpreted=True),
-        "the interpreter serves CPU and CUDA tensors, not mps",
-    ),
+    "accurate_d": (replace(ACCURATE, head_dim=200), H100, f"d = 200 {WIDE} in float32-accurate mode"),
+    "accurate_dv": (replace(ACCURATE, value_dim=129), H100, f"dv = 129 {WIDE} in float32-accurate mode"),
+    "double_d": (replace(SPEC, dtype=torch.float64, head_dim=129), H100, f"d = 129 {WIDE} in float64 mode"),
+    "mps_interpreted": (SPEC, replace(INTERPRETER, device_type="mps"), f"{INTERPRETED} CPU and CUDA tensors, not mps"),
+    "absent": (SPEC, DeviceTarget("cuda", triton="3.7.1", absent=True), "this machine has no such CUDA device"),
 }
 
 
@@ -332,9 +319,7 @@ def test_what_cannot_be_imported_does_not_serve(faults: dict[str, str]) -> None:
 
 
 def test_what_auto_would_not_take_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        backends, "_try_import", lambda name: "" if name == "math" else pytest.fail(f"{name} imported")
-    )
+    monkeypatch.setattr(backends, "_try_import", lambda name: "" if name == "math" else pytest.fail(f"{name} imported"))
     assert choose(SPEC, CPU, evidence=WON).name == choose(SPEC, INTERPRETER, evidence=WON).name == "math"
     assert choose(SPEC, H100, evidence={}).name == "math"
 
