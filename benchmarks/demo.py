@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import flash_attend
 from flash_attend.backends import BACKENDS
-from flash_attend.functional import Explanation
+from flash_attend.explanation import Explanation
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("own", "ours")

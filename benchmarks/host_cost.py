@@ -124,7 +124,9 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
     with recorded_launches() as of_forward:
         out, lse, schedule = prepare()
     needed = (True, True, True)
-    prepare_backward = partial(backward.attention_backward, out, None, operands, out, lse, schedule, spec, tiles, needed)
+    prepare_backward = partial(
+        backward.attention_backward, out, None, operands, out, lse, schedule, spec, tiles, needed
+    )
     with recorded_launches() as of_backward:
         prepare_backward()
     return {

@@ -124,7 +124,9 @@ class Attend(nn.Module):
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise TypeError(f"torch.jit.script cannot compile {type(self).__name__}; use torch.export.export or torch.compile")
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}; use torch.export.export or torch.compile"
+        )
 
     def extra_repr(self) -> str:
         """What is not at its default; the dropout is shown by its submodule."""

@@ -1,5 +1,5 @@
-"""Attention as a differentiable function, in three ways: a backend's own functions for plain eager calls, the opaque
-operators under the transforms of torch.func, and formulas of the operators themselves for compiled and exported programs.
+"""Attention as a differentiable function: a backend's own functions for plain eager calls, the opaque operators under
+the transforms of torch.func, and formulas of the operators themselves for compiled and exported programs.
 
 First derivatives come from the backend. Further ones, and all that are pushed forward, are those of the einsum path:
 correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
@@ -16,11 +16,21 @@ from torch import Tensor
 
 from flash_attend import ops
 from flash_attend.operands import Operands
-from flash_attend.ops import INPUTS, OUTPUTS, Options
-from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
+from flash_attend.reference import attention_reference
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, differentiated, directly, forward_mode, mapped, traced, transformed, watched
+from flash_attend.tracing import (
+    constant_when_compiled,
+    directly,
+    forward_mode,
+    lazy,
+    mapped,
+    settled,
+    traced,
+    transformed,
+    watched,
+)
 from flash_attend.vmap import map_backward, map_forward
 
 if TYPE_CHECKING:
@@ -28,55 +38,52 @@ if TYPE_CHECKING:
 
 __all__ = ["attend"]
 
-OPERANDS = len(Operands._fields)
-
 
 def attend(
-    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool, traced: bool
+    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool, opaque: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, as a plan has them computed; without `return_lse` the lse may be None.
 
-    `traced` says whether operators are called for: by a compiler, which would make of the einsum path's loop over chunks
-    as many graphs as there are lengths, or by the class of a tensor.
+    `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
+    lengths, and some tensors know operators alone.
     """
     einsum = plan.backward == "einsum"
-    if traced or (not einsum and watched()):
-        return _through_operators(operands, spec, plan, return_lse)
+    if opaque or (not einsum and watched()):
+        return _by_operators(operands, spec, plan, return_lse)
     if einsum:
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
-        return _keep_outputs(out, lse) if out.requires_grad and not watched() else (out, lse)
-    tiles = plan.backend.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
-    if not differentiated(*operands[:3]):
-        return plan.backend.forward(operands, spec, tiles)[:2]
-    return _attend_eagerly(*operands[:3], (operands, spec, plan, tiles))
+        return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
+    functions = plan.backend.load()
+    tiles = functions.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
+    if lazy(*operands):
+        operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
+    q, k, v, *_ = operands
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _attend_eagerly(q, k, v, (functions, operands, spec, plan, tiles))
+    return functions.forward(operands, spec, tiles)[:2]
 
 
-def _through_operators(
+def _by_operators(
     operands: Operands, spec: AttentionSpec, plan: Plan, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     if forward_mode():
         return attention_reference(operands, spec, return_lse=return_lse)
-    if not torch.compiler.is_compiling():
+    compiled = torch.compiler.is_compiling()
+    if not compiled:
         operands = operands._replace(mask=_savable(operands.mask))
-    numbers, options = ops.options_of(operands, spec, plan, return_lse)
+    numbers, options = ops.options_of(operands, spec, plan, return_lse=return_lse)
     present = [tensor for tensor in operands if tensor is not None]
     if transformed():
-        if torch.compiler.is_compiling():
-            _keep_in_graph()
+        if compiled:
+            _leave_to_the_tracer()
         out, *others = _transformable(numbers, options, *present)
     else:
         out, *others = ops.FORWARD(present, numbers, options)
     return out, others[0] if others else None
 
 
-@constant_when_compiled
-def _keep_in_graph() -> None:
-    """Has a compiler that traces Python leave this function to what traces below it, where the transforms are on."""
-    torch.compiler.allow_in_graph(_transformable)
-
-
 def _savable(mask: Tensor | None) -> Tensor | None:
-    """A mask made in inference mode may not be saved for a backward, which reads no values but those saved."""
+    """The mask, or a copy of one made in inference mode, which may not be saved for a backward."""
     return mask.clone() if mask is not None and mask.is_inference() else mask
 
 
@@ -90,29 +97,31 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
-        operands, spec, plan, tiles = call
-        out, lse, schedule = plan.backend.forward(operands, spec, tiles)
+        functions, operands, spec, plan, tiles = call
+        out, lse, schedule = functions.forward(operands, spec, tiles)
         ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
         ctx.set_materialize_grads(False)
-        ctx.call = spec, plan, tiles, type(schedule)
+        ctx.call = functions, spec, plan, tiles, type(schedule)  # with the tiles: a backward runs in another thread
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        spec, plan, tiles, schedule_of = ctx.call
-        operands, (out, lse, *schedule) = Operands(*ctx.saved_tensors[:OPERANDS]), ctx.saved_tensors[OPERANDS:]
-        needed = ctx.needs_input_grad[:3]
-        # Whoever saved them may have changed their strides, of which the kernels take those of q, k, v and out as they are.
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        functions, spec, plan, tiles, schedule_of = ctx.call
+        q, k, v, mask, seed, out, lse, *schedule = ctx.saved_tensors
+        operands, needed = Operands(q, k, v, mask, seed), ctx.needs_input_grad[:3]
+        # Hooks of what is saved may have changed strides; of q, k, v and out the kernels read them.
         lse = lse.contiguous()
         schedule = schedule_of(*(tensor if tensor is None else tensor.contiguous() for tensor in schedule))
         # A backward may be differentiated, and transformed where its forward was not.
-        if torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse):
-            numbers, options = ops.options_of(operands, spec, plan, True)
+        if torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads):
+            numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
-            outputs = [out, lse, *schedule.packed()]
-            found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, [*compress(INPUTS, needed)])
+            names = list(compress(INPUTS, needed))
+            found = _differentiate(grads, present, [out, lse, *schedule.packed()], numbers, options, names)
             return *map(found.get, INPUTS), None
-        return *plan.backend.backward(grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed), None
+        if lazy(*grads):
+            grads = tuple(map(settled, grads))
+        return *functions.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
 
 
 class Kept(torch.autograd.Function):
@@ -132,7 +141,7 @@ class Kept(torch.autograd.Function):
         return grads
 
 
-_attend_eagerly, _keep_outputs = directly(Attention), directly(Kept)
+_attend_eagerly, _keep_eagerly = directly(Attention), directly(Kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,81 +149,86 @@ _attend_eagerly, _keep_outputs = directly(Attention), directly(Kept)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _differentiate(
-    grads: Sequence[Tensor | None],
-    operands: Sequence[Tensor],
-    outputs: Sequence[Tensor],
-    numbers: Sequence[float],
-    options: str,
-    needed: Sequence[str],
-) -> dict[str, Tensor]:
-    """The gradients by name, of those of q, k and v that are `needed`."""
-    if forward_mode() or mapped(*grads):
-        said = Options.read(options)
-        whole = Operands(**dict(zip(said.operands, operands, strict=True)))
-        recompute = _pull_back if mapped(*grads) else attention_reference_gradients
-        found = recompute(*grads, whole, ops.spec_of(whole, numbers, said))
-        return {name: grad for name, grad in zip(INPUTS, found, strict=True) if name in needed}
-    given = [name for name, grad in zip(OUTPUTS, grads, strict=False) if grad is not None]
-    present = [grad for grad in grads if grad is not None]
-    options = ops.with_gradients(options, given, needed)
-    if transformed():
-        gradients = TransformableGradients.apply(numbers, options, *present, *operands, *outputs)
-    else:
-        gradients = ops.BACKWARD(present, operands, outputs, numbers, options)
-    return dict(zip(needed, gradients, strict=True))
-
-
-def _pull_back(
-    grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, spec: AttentionSpec
-) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v by torch's own formulas, which alone have a rule for many gradients at once."""
-    inputs = [x if x.requires_grad else x.detach().requires_grad_() for x in operands[:3]]
-    with torch.enable_grad():
-        outputs = attention_reference(Operands(*inputs, *operands[3:]), spec, return_lse=True)
-    pairs = [(x, grad) for x, grad in zip(outputs, (grad_out, grad_lse), strict=True) if grad is not None]
-    roots, incoming = zip(*pairs, strict=True)
-    again = torch.is_grad_enabled()
-    return torch.autograd.grad(roots, inputs, incoming, create_graph=again, allow_unused=True, materialize_grads=True)
-
-
-def _keep(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
+def _keep_for_first(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     operands, ctx.numbers, ctx.options = inputs
     ctx.save_for_backward(*operands, *output)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+def _first_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
     """Of every operand that there is."""
     names = Options.read(ctx.options).operands
     operands, outputs = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
-    found = _differentiate((*grads, None)[:2], operands, outputs, ctx.numbers, ctx.options, [*compress(names, needs)])
+    found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, list(compress(names, needs)))
     return [found.get(name) for name in names]
+
+
+def _differentiate(
+    grads: Sequence[Tensor | None],
+    operands: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    numbers: list[float],
+    options: str,
+    needed: list[str],
+) -> dict[str, Tensor]:
+    """The gradients by name, of those of q, k and v that are `needed`."""
+    given = {name: grad for name, grad in zip(OUTPUTS, grads, strict=False) if grad is not None}
+    options = ops.with_gradients(options, list(given), needed)
+    present = list(given.values())
+    if mapped(*present):
+        found = _pull_back(given, operands, numbers, options)
+    elif forward_mode():
+        found = ops.backward_composite(present, operands, outputs, numbers, options)
+    elif transformed():
+        found = TransformableGradients.apply(numbers, options, *present, *operands, *outputs)
+    else:
+        found = ops.BACKWARD(present, operands, outputs, numbers, options)
+    return dict(zip(needed, found, strict=True))
+
+
+def _pull_back(
+    grads: dict[str, Tensor], operands: Sequence[Tensor], numbers: list[float], options: str
+) -> Sequence[Tensor]:
+    """The gradients that are needed by torch's own formulas, which alone have rules for many gradients at once."""
+    said = Options.read(options)
+    whole = said.operands_of(operands)
+    pairs = zip(INPUTS, whole[:3], strict=True)
+    leaves = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in pairs}
+    whole = whole._replace(**leaves)
+    with torch.enable_grad():
+        results = attention_reference(whole, ops.spec_of(whole, numbers, said), return_lse=True)
+    roots: dict[str, Any] = dict(zip(OUTPUTS, results, strict=True))
+    return torch.autograd.grad(
+        [roots[name] for name in grads],
+        [leaves[name] for name in said.needed],
+        list(grads.values()),
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+        materialize_grads=True,
+    )
 
 
 def _keep_for_second(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     grads, operands, outputs, ctx.numbers, ctx.options = inputs
     ctx.save_for_backward(*grads, *operands)
     ctx.set_materialize_grads(False)
-    ctx.unused = [None] * len(outputs)  # out, lse and the schedule follow from q, k and v
+    ctx.of_outputs = [None] * len(outputs)  # out, lse and the schedule follow from the operands
 
 
 def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Of the gradients that were given, and of every operand that there is."""
     options = Options.read(ctx.options)
-    names = (*options.grads, *options.operands)
-    saved = dict(zip(names, ctx.saved_tensors, strict=True))
+    saved = dict(zip((*options.grads, *options.operands), ctx.saved_tensors, strict=True))
     inputs = {name: saved[name] for name in (*options.grads, *INPUTS)}
 
     def gradients(*tensors: Tensor) -> list[Tensor]:
         given = {**saved, **dict(zip(inputs, tensors, strict=True))}
-        operands = Operands(**{name: given[name] for name in options.operands})
-        spec = ops.spec_of(operands, ctx.numbers, options)
-        found = attention_reference_gradients(*map(given.get, OUTPUTS), operands, spec)
-        return [grad for name, grad in zip(INPUTS, found, strict=True) if name in options.needed]
+        grads, operands = ([given[name] for name in names] for names in (options.grads, options.operands))
+        return ops.backward_composite(grads, operands, (), ctx.numbers, ctx.options)
 
     found, pull_back, *_ = torch.func.vjp(gradients, *inputs.values())
-    pulled = pull_back([torch.zeros_like(x) if grad is None else grad for x, grad in zip(found, cotangents, strict=True)])
+    pairs = zip(found, cotangents, strict=True)
+    pulled = pull_back([torch.zeros_like(x) if cotangent is None else cotangent for x, cotangent in pairs])
     by_name = dict(zip(inputs, pulled, strict=True))
     return [by_name[name] for name in options.grads], [by_name.get(name) for name in options.operands]
 
@@ -234,19 +248,15 @@ class TransformableAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         numbers, options, *operands = inputs
-        _keep(ctx, (operands, numbers, options), output)
+        _keep_for_first(ctx, (operands, numbers, options), output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *_gradients(ctx, grads, ctx.needs_input_grad[2:])
+        return None, None, *_first_gradients(ctx, grads, ctx.needs_input_grad[2:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, numbers: list[float], options: str, *operands: Tensor) -> tuple[tuple, tuple]:
         return map_forward(_transformable, info.batch_size, numbers, options, operands, in_dims[2:])
-
-
-def _transformable(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
-    return TransformableAttention.apply(numbers, options, *operands)
 
 
 class TransformableGradients(torch.autograd.Function):
@@ -254,28 +264,31 @@ class TransformableGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(numbers: list[float], options: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ops.BACKWARD(*_parts(options, tensors), numbers, options))
+        return tuple(ops.BACKWARD(*Options.read(options).parts(tensors), numbers, options))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         numbers, options, *tensors = inputs
-        _keep_for_second(ctx, (*_parts(options, tensors), numbers, options), output)
+        _keep_for_second(ctx, (*Options.read(options).parts(tensors), numbers, options), output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         of_grads, of_operands = _second_gradients(ctx, cotangents)
-        return None, None, *of_grads, *of_operands, *ctx.unused
+        return None, None, *of_grads, *of_operands, *ctx.of_outputs
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, numbers: list[float], options: str, *tensors: Tensor) -> tuple[tuple, tuple]:
         return map_backward(TransformableGradients.apply, info.batch_size, numbers, options, tensors, in_dims[2:])
 
 
-def _parts(options: str, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-    """Grads, operands and outputs, which stand one after another."""
-    said = Options.read(options)
-    first, last = len(said.grads), len(said.grads) + len(said.operands)
-    return tensors[:first], tensors[first:last], tensors[last:]
+def _transformable(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
+    return TransformableAttention.apply(numbers, options, *operands)
+
+
+@constant_when_compiled
+def _leave_to_the_tracer() -> None:
+    """Has a compiler take `_transformable` as it is, for what traces operators: there the transforms are at work."""
+    torch.compiler.allow_in_graph(_transformable)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,19 +296,42 @@ def _parts(options: str, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], S
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def operator_gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
-    return _gradients(ctx, grads, ctx.needs_input_grad[0]), None, None
+def forward_formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    return _first_gradients(ctx, grads, ctx.needs_input_grad[0]), None, None
 
 
-def operator_second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
-    return *_second_gradients(ctx, cotangents), ctx.unused, None, None
+def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
+    return *_second_gradients(ctx, cotangents), ctx.of_outputs, None, None
 
 
-if ops.NEW:
-    for _name, _formula, _keeping in (
-        ("forward", "operator_gradients", "_keep"),
-        ("backward", "operator_second_gradients", "_keep_for_second"),
-    ):
+def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
+    """What `ops.forward` gives, whose schedule then nobody reads."""
+    found = ops.forward_composite(operands, numbers, options)
+    return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
+
+
+backward_in_parts = ops.backward_composite
+
+
+class _InParts(torch.library.Library):
+    """Where formulas are registered that give way to the einsum path: in forward mode, which they do not know, and at a
+    level of torch.func, which does not know them."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        in_parts = latest(__name__, f"{op_name}_in_parts")
+
+        def either(keyset: Any, *arguments: Any) -> Any:
+            return in_parts(*arguments) if forward_mode() or transformed() else fn(keyset, *arguments)
+
+        either.library = self  # type: ignore[attr-defined]  # what is registered ends when nobody holds it
+        super().impl(op_name, either, dispatch_key, **options)
+
+
+if ops.FIRST_IMPORT:
+    for _name, _keep in (("forward", "_keep_for_first"), ("backward", "_keep_for_second")):
         torch.library.register_autograd(
-            f"flash_attend::{_name}", ops.current(__name__, _formula), setup_context=ops.current(__name__, _keeping)
+            f"flash_attend::{_name}",
+            latest(__name__, f"{_name}_formula"),
+            setup_context=latest(__name__, _keep),
+            lib=_InParts("flash_attend", "FRAGMENT"),
         )

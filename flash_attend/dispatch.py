@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget, release
-from flash_attend.validation import EVIDENCE, EvidenceTable
+from flash_attend.validation import EVIDENCE, Evidence, EvidenceTable
 
 __all__ = ["BackendUnavailable", "Plan", "Verdict", "check_backend", "choose", "judge", "override_backward"]
 
@@ -72,16 +72,12 @@ def choose(
         return _plan(asked, spec, target, evidence, "asked for by name")
     passed_over: dict[str, list[str]] = {}  # by reason, which backends often share
     for candidate in BACKENDS.values():
-        # What "auto" would not take in any case is not imported.
-        reason = candidate.refuse(spec, target)
-        by_default, standing = (False, reason) if reason else _stand(candidate, target, evidence)
-        if by_default and (fault := candidate.fault()):
-            by_default, standing = False, fault
+        by_default, reason = _stand(candidate, spec, target, evidence)
         if by_default:
             others = [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
-            return _plan(candidate, spec, target, evidence, "; ".join([*others, standing]))
-        passed_over.setdefault(standing, []).append(candidate.name)
-    raise AssertionError("the math backend serves every call")
+            return _plan(candidate, spec, target, evidence, "; ".join([*others, reason]))
+        passed_over.setdefault(reason, []).append(candidate.name)
+    raise AssertionError("the last backend serves every call")
 
 
 def _refuse(backend: Backend, spec: AttentionSpec, target: DeviceTarget) -> str:
@@ -91,16 +87,25 @@ def _refuse(backend: Backend, spec: AttentionSpec, target: DeviceTarget) -> str:
 def _judge_one(backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable) -> Verdict:
     if reason := _refuse(backend, spec, target):
         return Verdict(backend.name, False, False, reason)
-    return Verdict(backend.name, True, *_stand(backend, target, evidence))
+    return Verdict(backend.name, True, *_stand(backend, spec, target, evidence))
 
 
-def _stand(backend: Backend, target: DeviceTarget, evidence: EvidenceTable) -> tuple[bool, str]:
-    """Whether "auto" may choose a backend for a call that it serves, and why."""
+def _stand(backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable) -> tuple[bool, str]:
+    """Whether "auto" may choose a backend for a call, and why. Imports what runs it only where it may."""
+    if reason := backend.refuse(spec, target):
+        return False, reason
+    trusted, reason = _trust(backend, target, evidence)
+    fault = backend.fault() if trusted else ""
+    return (False, fault) if fault else (trusted, reason)
+
+
+def _trust(backend: Backend, target: DeviceTarget, evidence: EvidenceTable) -> tuple[bool, str]:
+    """Whether a part has shown of a backend what "auto" goes by, and what."""
     if backend.proof == "none":
-        return True, "the einsum path serves every call"
+        return True, "it needs no evidence"
     if target.interpreted:
         return False, f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}"
-    found = evidence.get((backend.name, backend.usual_backward, f"{target.arch}"))
+    found = _find(evidence, backend, backend.usual_backward, target)
     if found is None:
         return False, f"not validated on {target.arch} yet; {BY_NAME}"
     version, newest = release(target.triton or ""), TRITON_VERSIONS[1]
@@ -110,6 +115,11 @@ def _stand(backend: Backend, target: DeviceTarget, evidence: EvidenceTable) -> t
         return False, f"validated on {target.arch}, but not shown to be faster there; {BY_NAME}"
     faster = ", and faster there" if found.faster else ""
     return True, f"validated on {target.arch} ({found.gpu}, Triton {found.triton}, {found.date}){faster}"
+
+
+def _find(evidence: EvidenceTable, backend: Backend, backward: BackwardName, target: DeviceTarget) -> Evidence | None:
+    arch = target.arch
+    return None if arch is None else evidence.get((backend.name, backward, arch))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +160,7 @@ def _choose_backward(
         return usual, f"fused is refused: {refusal}"
     if _override is not None:
         return ("fused" if _override == "fused" else usual), "asked for by override_backward"
-    found = evidence.get((backend.name, "fused", f"{target.arch}"))
+    found = _find(evidence, backend, "fused", target)
     if found is None or not found.faster:
         where = "in Triton's interpreter" if target.interpreted else f"on {target.arch}"
         return usual, f"the fused one was not measured faster {where}"

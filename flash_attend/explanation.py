@@ -28,7 +28,7 @@ class Explanation:
         where = self.target.name or self.target.device_type
         lines = [f"on {where}: " + (f"{self.plan.name} serves" if self.plan else self.refusal)]
         if self.plan:
-            lines.append(f"  its backward  {self.plan.backward}: {self.plan.backward_reason}")
+            lines.append(f"  backward: {self.plan.backward}, {self.plan.backward_reason}")
         width = max(map(len, BACKENDS))
         for verdict in self.verdicts:
             state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"

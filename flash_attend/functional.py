@@ -15,13 +15,13 @@ from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, sharded, traced
+from flash_attend.tracing import constant_when_compiled, jit_traced, sharded, traced
 
 __all__ = ["flash_attention"]
 
 NO_JIT_TRACE = (
-    "torch.jit.trace cannot record flash_attend, because lengths and masks decide what is computed, and a trace keeps those"
-    " of its example for all calls; use torch.export.export or torch.compile"
+    "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
+    " its example for all calls; use torch.export.export or torch.compile"
 )
 
 
@@ -101,9 +101,10 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
-    if torch.jit.is_tracing():
+    if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
-    if sharded(q, k, v, mask):
+    opaque = traced(q, k, v, mask)
+    if opaque and sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
         here = partial(
@@ -121,12 +122,11 @@ def flash_attention(
     )
     target = DeviceTarget.of(q.device)
     check_backend(backend)
-    seen = traced(q, k, v, mask)
-    plan = choose(spec, target, backend) if seen else _choose_once(spec, target, backend, overridden_backward())
+    plan = choose(spec, target, backend) if opaque else _choose_once(spec, target, backend, overridden_backward())
     if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, traced=seen)
+    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, opaque=opaque)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 

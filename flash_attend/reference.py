@@ -31,9 +31,7 @@ HELD_SCORES = 2**25
 FEWEST_QUERIES = 64
 
 
-def attention_reference(
-    operands: Operands, spec: AttentionSpec, *, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Attention as the contract has it, differentiable any number of times.
 
     Returns:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -63,11 +63,13 @@ class DeviceTarget:
     triton: str | None = None  # Triton's version, None where it is not installed
     interpreted: bool = False
     absent: bool = False  # a CUDA device that this machine lacks: of tensors without data, while a program is traced
+    # "sm_90" and the like; None where there is no CUDA compute capability. No property: a compiler that traces a call
+    # takes only a field for a constant.
+    arch: str | None = field(init=False, compare=False)
 
-    @property
-    def arch(self) -> str | None:
-        """ "sm_90" and the like; None where there is no CUDA compute capability."""
-        return None if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
+    def __post_init__(self) -> None:
+        arch = None if self.capability is None else f"sm_{self.capability[0]}{self.capability[1]}"
+        object.__setattr__(self, "arch", arch)
 
     @staticmethod
     @constant_when_compiled

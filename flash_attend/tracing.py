@@ -1,5 +1,8 @@
-"""Who else takes part in a call: compilers, transforms, tensor subclasses. Of torch's private names, all that the package
-uses are here, each with its reason; `tests/torch/test_private_names.py` says which torch broke one."""
+"""Who else takes part in a call: compilers, transforms, tensor subclasses.
+
+All of torch's private names that the package uses are here, each with its reason, but for what DTensor needs;
+`tests/torch/test_private_names.py` says which torch broke one.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "constant_when_compiled",
-    "differentiated",
     "directly",
     "forward_mode",
-    "is_zero_tensor",
+    "jit_traced",
+    "lazy",
     "mapped",
+    "settled",
     "sharded",
     "traced",
     "transformed",
@@ -39,6 +43,11 @@ def constant_when_compiled(function: _F) -> _F:
     return function
 
 
+def jit_traced() -> bool:
+    """Whether torch.jit.trace is recording: `torch.jit.is_tracing`, in one call instead of three."""
+    return torch._C._get_tracing_state() is not None
+
+
 def traced(*tensors: Tensor | None) -> bool:
     """Whether the call is being compiled or exported, or a tensor is of a class that sees operators: fake, functional,
     DTensor."""
@@ -47,7 +56,7 @@ def traced(*tensors: Tensor | None) -> bool:
 
 def sharded(*tensors: Tensor | None) -> bool:
     """Whether a tensor is a DTensor. Where nobody has imported their module, which takes a second, there are none."""
-    if _PLAIN.issuperset(map(type, tensors)) or "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules:
         return False
     from torch.distributed.tensor import DTensor
 
@@ -69,8 +78,8 @@ def forward_mode() -> bool:
 
 
 def mapped(*tensors: Tensor | None) -> bool:
-    """Whether a tensor is mapped over as `torch.autograd.grad(..., is_grads_batched=True)` does it, apart from torch.func
-    and with no rule for operators like ours. No public function tells."""
+    """Whether a tensor is mapped over as `torch.autograd.grad(..., is_grads_batched=True)` does it: apart from
+    torch.func, and with no rule for operators like ours. No public function tells."""
     return any(tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
@@ -86,11 +95,17 @@ def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
-def is_zero_tensor(tensor: Tensor) -> bool:
-    """Whether it has no memory, and stands for zeros: torch's own derivatives make such tensors. No public name tells."""
-    return tensor._is_zerotensor()
+def lazy(*tensors: Tensor | None) -> bool:
+    """Whether memory does not hold what a tensor stands for: its negative, or zeros, for which torch's derivatives make
+    tensors without memory. Of those no public name tells."""
+    for tensor in tensors:  # noqa: SIM110  in a third of the time
+        if tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()):
+            return True
+    return False
 
 
-def differentiated(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a backward may be asked for."""
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+def settled(tensor: Tensor | None) -> Tensor | None:
+    """The same tensor in memory."""
+    if tensor is None or not tensor._is_zerotensor():
+        return tensor if tensor is None else tensor.resolve_neg()
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) + tensor

@@ -1,4 +1,4 @@
-"""Rules for `torch.vmap`: the dimension that is mapped over is folded into the batch, so that one launch serves all of it.
+"""Rules for `torch.vmap`: the dimension that is mapped over is folded into the batch, so that one launch serves all.
 
 With dropout and randomness="different" each entry has drawn a seed; the first serves the folded batch, whose entries
 differ by their place. With randomness="same" they share a seed, and each takes a launch of its own.
@@ -7,28 +7,26 @@ differ by their place. With randomness="same" they share a seed, and each takes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flash_attend import ops
 from flash_attend.ops import Options
 
-__all__ = ["map_forward", "map_backward"]
+__all__ = ["backward_vmap", "forward_vmap", "map_backward", "map_forward"]
 
+Apply = Callable[..., Sequence[Tensor]]
 Dims = Sequence[int | None]
 Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # results, and where the mapped dimension is in each
 
 
 def map_forward(
-    apply: Callable[..., Sequence[Tensor]],
-    size: int,
-    numbers: list[float],
-    options: str,
-    operands: Sequence[Tensor],
-    dims: Dims,
+    apply: Apply, size: int, numbers: list[float], options: str, operands: Sequence[Tensor], dims: Dims
 ) -> Mapped:
-    """`apply(numbers, options, *operands)` for `size` entries, which operand has along its dimension in `dims`."""
+    """`apply(numbers, options, *operands)` for `size` entries, which are along the dimensions `dims`."""
     call = _Folded(size, options, operands, dims)
     if call.one_by_one:
         return call.each(apply, numbers, options, operands, dims)
@@ -41,25 +39,17 @@ def map_forward(
 
 
 def map_backward(
-    apply: Callable[..., Sequence[Tensor]],
-    size: int,
-    numbers: list[float],
-    options: str,
-    tensors: Sequence[Tensor],
-    dims: Dims,
+    apply: Apply, size: int, numbers: list[float], options: str, tensors: Sequence[Tensor], dims: Dims
 ) -> Mapped:
     """`apply(numbers, options, *tensors)` for `size` entries; the tensors are grads, operands and outputs."""
     said = Options.read(options)
-    first, last = len(said.grads), len(said.grads) + len(said.operands)
-    call = _Folded(size, options, tensors[first:last], dims[first:last])
+    (grads, operands, outputs), (of_grads, of_operands, of_outputs) = said.parts(tensors), said.parts(dims)
+    call = _Folded(size, options, operands, of_operands)
     if call.one_by_one:
         return call.each(apply, numbers, options, tensors, dims)
-    grads = map(call.fold, tensors[:first], dims[:first])
-    outputs = map(call.fold, tensors[last : last + 2], dims[last : last + 2])
-    schedule = tensors[last + 2 :]
-    if not call.shared_mask:
-        schedule = tuple(map(call.fold, schedule, dims[last + 2 :]))
-    results = apply(numbers, options, *grads, *call.operands, *outputs, *schedule)
+    schedule = outputs[2:] if call.shared_mask else map(call.fold, outputs[2:], of_outputs[2:])
+    folded = *map(call.fold, grads, of_grads), *call.operands, *map(call.fold, outputs[:2], of_outputs[:2]), *schedule
+    results = apply(numbers, options, *folded)
     return tuple(call.unfold(grad, call.batch) for grad in results), tuple(0 for _ in results)
 
 
@@ -73,7 +63,7 @@ class _Folded:
         mask = given.get("mask")
         # Whether the mask, and so its schedule, is the same for the whole of the folded batch.
         self.shared_mask = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
-        # What shares a seed drops the same weights, which depend on the place in the batch.
+        # Those that share a seed drop the same weights, which depend on the place in the batch.
         self.one_by_one = size > 0 and "seed" in given and dim_of["seed"] is None
         self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
         if mask is not None and not self.shared_mask:
@@ -81,8 +71,9 @@ class _Folded:
             self.mask_rows = self.batch * mask.shape[2]
             given["mask"] = mask.flatten(0, 1)
         if "seed" in given and not self.one_by_one:
-            given["seed"] = _first(given["seed"], dim_of["seed"])
-        given |= {name: self.fold(given[name], dim_of[name]) for name in ("q", "k", "v")}
+            seeds = self.entries(given["seed"], dim_of["seed"])
+            given["seed"] = seeds[0] if size else seeds.new_zeros(1)
+        given |= {name: self.fold(given[name], dim_of[name]) for name in ops.INPUTS}
         self.operands = tuple(given.values())
 
     def entries(self, tensor: Tensor, dim: int | None) -> Tensor:
@@ -97,9 +88,7 @@ class _Folded:
         """`(size * rows, ...)` as `(size, rows, ...)`."""
         return tensor.unflatten(0, (self.size, rows))
 
-    def each(
-        self, apply: Callable[..., Sequence[Tensor]], numbers: list[float], options: str, tensors: Sequence[Tensor], dims: Dims
-    ) -> Mapped:
+    def each(self, apply: Apply, numbers: list[float], options: str, tensors: Sequence[Tensor], dims: Dims) -> Mapped:
         def entry(index: int) -> Sequence[Tensor]:
             parts = (x if dim is None else x.select(dim, index) for x, dim in zip(tensors, dims, strict=True))
             return apply(numbers, options, *parts)
@@ -108,8 +97,27 @@ class _Folded:
         return stacked, tuple(0 for _ in stacked)
 
 
-def _first(seed: Tensor, dim: int | None) -> Tensor:
-    """Of the seeds of all entries, one; any, where there are none."""
-    if dim is None:
-        return seed
-    return seed.select(dim, 0) if seed.shape[dim] else seed.new_zeros(1)
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the operators themselves, in exported programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def forward_vmap(info: Any, in_dims: tuple, operands: list[Tensor], numbers: list[float], options: str) -> tuple:
+    def apply(numbers: list[float], options: str, *operands: Tensor) -> list[Tensor]:
+        return ops.FORWARD(operands, numbers, options)
+
+    return tuple(map(list, map_forward(apply, info.batch_size, numbers, options, operands, in_dims[0])))
+
+
+def backward_vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+    def apply(numbers: list[float], options: str, *tensors: Tensor) -> list[Tensor]:
+        return ops.BACKWARD(*Options.read(options).parts(tensors), numbers, options)
+
+    *lists, numbers, options = arguments
+    tensors, dims = ([*chain(*each)] for each in (lists, in_dims[:3]))
+    return tuple(map(list, map_backward(apply, info.batch_size, numbers, options, tensors, dims)))
+
+
+if ops.FIRST_IMPORT:
+    for _name in ("forward", "backward"):
+        torch.library.register_vmap(f"flash_attend::{_name}", ops.latest(__name__, f"{_name}_vmap"))

@@ -14,7 +14,6 @@ from torch import Tensor
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
-from flash_attend.tracing import is_zero_tensor
 
 __all__ = [
     "Strides",
@@ -31,7 +30,6 @@ __all__ = [
     "query_section",
     "query_sizes",
     "readable",
-    "settled",
 ]
 
 Strides = tuple[int, ...]
@@ -41,26 +39,17 @@ CACHED_BYTES = 32 * 2**20  # in use at once: what an L2 cache of 40 or 50 MB hol
 
 
 def readable(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last dimension is contiguous and its memory holds its values, else a copy.
+    """The tensor itself if its last dimension is contiguous, else a copy.
 
     Any other stride is read as it is. A copy is cheaper than a strided last dimension, which every query block would
-    read again, element by element. What torch has negated only by a mark, such as the imaginary part of a conjugate,
-    lies in memory with the other sign.
+    read again, element by element.
     """
-    tensor = settled(tensor)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def settled(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where memory does not hold what it stands for: its negative, or zeros, in none."""
-    if tensor.is_neg():
-        return tensor.resolve_neg()
-    return torch.zeros_like(tensor) if is_zero_tensor(tensor) else tensor
-
-
 def as_bytes(mask: Tensor) -> Tensor:
-    """A mask as kernels read it, without a copy where its memory holds its values."""
-    return settled(mask).view(torch.uint8)
+    """A mask as kernels read it, without a copy."""
+    return mask.view(torch.uint8)
 
 
 def query_sizes(spec: AttentionSpec) -> tuple[int, int, int]:

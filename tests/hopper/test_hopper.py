@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from flash_attend import BackendUnavailable, operators
+from flash_attend import BackendUnavailable
 from flash_attend.kernels import operands, programs
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.hopper import forward

@@ -73,8 +73,8 @@ def launches_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dro
     """What a forward and a backward launch for tensors on the meta device, through their strides."""
     q, k, v, mask, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+    operands = Operands(q, k, v, mask, seed)
     with recorded_launches() as launches:
-        operands = Operands(q, k, v, mask, seed)
         out, lse, schedule = attention_forward(operands, spec, TILES)
         attention_backward(torch.empty_like(out), None, operands, out, lse, schedule, spec, TILES, (True,) * 3)
     return launches

@@ -23,6 +23,7 @@ from flash_attend.kernels.configs import (
     mode_of,
     override,
     row_of,
+    select_hopper_tiles,
     select_tiles,
 )
 from flash_attend.kernels.schedule import BLOCKS_PER_STEP
@@ -154,6 +155,13 @@ def test_the_interpreter_has_tiles_of_its_own() -> None:
     assert len({tile[:2] for tile in fused}) == 4, "or a test cannot tell one kernel's tiles from another's"
 
 
+@pytest.mark.parametrize("dim", HOPPER_ROWS)
+def test_the_kernels_for_hopper_have_rows_by_head_dimension(dim: int) -> None:
+    spec, target = replace(SPEC, head_dim=dim, value_dim=dim), part((9, 0))
+    assert select_hopper_tiles(spec, target, "fused") == HOPPER_ROWS[dim]
+    assert select_hopper_tiles(spec, target) == HOPPER_ROWS[dim]._replace(backward_fused=None)
+
+
 def test_override_holds_within_and_not_beyond() -> None:
     one, two = Tiles(SMALL, SMALL, SMALL), Tiles(SMALL, SMALL, Tile(32, 16, 4, 1))
     target = part((9, 0))
@@ -161,6 +169,7 @@ def test_override_holds_within_and_not_beyond() -> None:
     with override(one):
         assert select_tiles(SPEC, target) is one
         assert select_tiles(SPEC, replace(target, interpreted=True)) is one
+        assert select_hopper_tiles(SPEC, target) is one
         with pytest.raises(RuntimeError, match="inside"), override(two):
             assert select_tiles(SPEC, target) is two
             raise RuntimeError("inside")

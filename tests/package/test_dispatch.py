@@ -1,4 +1,4 @@
-"""Which backend serves and why, from descriptions alone: no GPU, no tensors."""
+"""Which backend serves by which backward and why, from descriptions alone: no GPU, no tensors, nothing imported."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_attend.dispatch import BACKENDS, UNMEASURED, BackendUnavailable, Plan, Verdict, choose, judge
+from flash_attend import backends
+from flash_attend.backends import BACKENDS
+from flash_attend.dispatch import BackendUnavailable, Verdict, choose, judge, override_backward
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import FASTER, VALIDATED, Calls, Measurement, Validation
+from flash_attend.validation import EVIDENCE, Evidence
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = AttentionSpec(
@@ -21,22 +23,40 @@ H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multipr
 CPU = DeviceTarget("cpu", triton="3.7.1")
 INTERPRETER = replace(CPU, interpreted=True)
 
-RUN = dict(gpu="NVIDIA H100", torch="2.13.0", triton="3.7.1", date="2026-01-31", commit="abc", results="results.json")
-ROW = Validation(**RUN)
-PROVEN = {("triton", arch): ROW for arch in ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")}
-ALL_PROVEN = PROVEN | {(backend, "sm_90"): ROW for backend in ("hopper_fused", "hopper", "triton_fused")}
+RIGHT = Evidence(gpu="NVIDIA H100", triton="3.7.1", date="2026-01-31", results="results.json")
+FASTER = replace(RIGHT, faster=True)
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+PROVEN = {("triton", "separate", arch): RIGHT for arch in ARCHS}
+WON = {(backend, way, "sm_90"): FASTER for backend in ("hopper", "triton") for way in ("separate", "fused")}
 
 
-def faster(*backends: str, arch: str = "sm_90", **calls) -> dict[tuple[str, str], Measurement]:
-    """A table in which backends were faster in calls like SPEC, but for what is changed."""
-    row = Measurement(**RUN, calls=(Calls(**dict(kind="half", head_dim=64, value_dim=64, mask=MaskKind.NONE) | calls),))
-    return {(backend, arch): row for backend in backends}
+@pytest.fixture(autouse=True)
+def faults(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Why a backend cannot be imported: nothing is here."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(backends, "_try_import", lambda name: found.get(name, ""))
+    return found
 
 
-def verdict_of(backend: str, *asked, **tables) -> Verdict:
-    return next(verdict for verdict in judge(*asked, **tables) if verdict.backend == backend)
+def chosen(*asked, **more) -> tuple[str, str]:
+    plan = choose(*asked, **more)
+    return plan.name, plan.backward
 
 
+def verdict_of(backend: str, *asked) -> Verdict:
+    return next(verdict for verdict in judge(*asked) if verdict.backend == backend)
+
+
+def refusal(spec: AttentionSpec, target: DeviceTarget, backend: str) -> str:
+    with pytest.raises(BackendUnavailable) as caught:
+        choose(spec, target, backend, WON)
+    start, _, reason = str(caught.value).partition(": ")
+    assert start == f"backend {backend!r} cannot serve this call"
+    return reason
+
+
+ACCURATE = replace(SPEC, dtype=torch.float32, precision="tf32x3")
+WIDE, INTERPRETED = "is beyond the kernels' 128", "the interpreter serves"
 REFUSALS = {
     "no_triton": (SPEC, replace(H100, triton=None), "Triton is not installed"),
     "no_triton_on_a_cpu": (SPEC, replace(CPU, triton=None), "Triton is not installed"),
@@ -52,26 +72,11 @@ REFUSALS = {
     "cpu": (SPEC, CPU, "cpu tensors; the kernels need a CUDA device"),
     "mps": (SPEC, DeviceTarget("mps", triton="3.7.1"), "mps tensors; the kernels need a CUDA device"),
     "rocm": (SPEC, replace(H100, capability=None), "the device has no CUDA compute capability (ROCm is not supported)"),
-    "accurate_d": (
-        replace(SPEC, dtype=torch.float32, precision="tf32x3", head_dim=200),
-        H100,
-        "d = 200 is beyond the kernels' 128 in float32-accurate mode",
-    ),
-    "accurate_dv": (
-        replace(SPEC, dtype=torch.float32, precision="tf32x3", value_dim=129),
-        H100,
-        "dv = 129 is beyond the kernels' 128 in float32-accurate mode",
-    ),
-    "double_d": (
-        replace(SPEC, dtype=torch.float64, precision="ieee", head_dim=129),
-        H100,
-        "d = 129 is beyond the kernels' 128 in float64 mode",
-    ),
-    "mps_interpreted": (
-        SPEC,
-        DeviceTarget("mps", triton="3.7.1", interpreted=True),
-        "the interpreter serves CPU and CUDA tensors, not mps",
-    ),
+    "accurate_d": (replace(ACCURATE, head_dim=200), H100, f"d = 200 {WIDE} in float32-accurate mode"),
+    "accurate_dv": (replace(ACCURATE, value_dim=129), H100, f"dv = 129 {WIDE} in float32-accurate mode"),
+    "double_d": (replace(SPEC, dtype=torch.float64, head_dim=129), H100, f"d = 129 {WIDE} in float64 mode"),
+    "mps_interpreted": (SPEC, replace(INTERPRETER, device_type="mps"), f"{INTERPRETED} CPU and CUDA tensors, not mps"),
+    "absent": (SPEC, DeviceTarget("cuda", triton="3.7.1", absent=True), "this machine has no such CUDA device"),
 }
 
 
@@ -79,19 +84,13 @@ REFUSALS = {
 def test_refusals(name: str) -> None:
     """No kernel can serve: "auto" takes the einsum path and says why, by name there is no fallback."""
     spec, target, reason = REFUSALS[name]
-    *kernels, math = judge(spec, target, PROVEN)
-    for verdict in kernels:
-        assert (verdict.serves, verdict.by_default, verdict.reason) == (False, False, reason)
-    assert (math.backend, math.serves, math.by_default) == ("math", True, True)
-
-    names = "hopper_fused, hopper, triton_fused, triton"
-    expected = f"{names}: {reason}; the einsum path serves every call"
-    assert choose(spec, target, validated=PROVEN) == Plan("math", expected)
-    assert choose(spec, target, "math", PROVEN).backend == "math"
-    for backend in BACKENDS[:-1]:
-        with pytest.raises(BackendUnavailable) as caught:
-            choose(spec, target, backend, PROVEN)
-        assert str(caught.value) == f"backend {backend!r} cannot serve this call: {reason}"
+    *kernels, math = judge(spec, target, WON)
+    assert kernels == [Verdict(backend, False, False, reason) for backend in ("hopper", "triton")]
+    assert math == Verdict("math", True, True, "it needs no evidence")
+    plan = choose(spec, target, evidence=WON)
+    assert (plan.name, plan.backward) == chosen(spec, target, "math") == ("math", "einsum")
+    assert (plan.reason, plan.backward_reason) == (f"hopper, triton: {reason}; it needs no evidence", "it has no other")
+    assert {refusal(spec, target, backend) for backend in ("hopper", "triton")} == {reason}
 
 
 HOPPER_REFUSALS = {
@@ -113,18 +112,13 @@ HOPPER_REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("backend", ("hopper", "hopper_fused"))
 @pytest.mark.parametrize("name", HOPPER_REFUSALS)
-def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str, backend: str) -> None:
+def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str) -> None:
     spec, target, reason = HOPPER_REFUSALS[name]
-    verdict = verdict_of(backend, spec, target, ALL_PROVEN)
-    assert (verdict.serves, verdict.by_default, verdict.reason) == (False, False, reason)
+    assert verdict_of("hopper", spec, target, WON) == Verdict("hopper", False, False, reason)
+    assert refusal(spec, target, "hopper") == reason
     assert verdict_of("triton", spec, target).serves
-    tables = dict(validated=ALL_PROVEN, faster=faster("hopper", "hopper_fused"))
-    assert choose(spec, target, **tables).backend == ("math" if target.interpreted else "triton")
-    with pytest.raises(BackendUnavailable) as caught:
-        choose(spec, target, backend, **tables)
-    assert str(caught.value) == f"backend {backend!r} cannot serve this call: {reason}"
+    assert choose(spec, target, evidence=PROVEN | WON).name == ("math" if target.interpreted else "triton")
 
 
 @pytest.mark.parametrize(
@@ -140,117 +134,45 @@ def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str, backe
     ),
     ids=str,
 )
-@pytest.mark.parametrize("backend", ("hopper", "hopper_fused"))
-def test_the_kernels_for_hopper_are_a_default_only_where_they_are_right_and_faster(backend: str, changes: dict) -> None:
-    spec = replace(SPEC, **changes)
-    won = faster(backend, head_dim=spec.head_dim, value_dim=spec.value_dim, mask=spec.mask)
-    unproven, unmeasured = dict(validated=PROVEN, faster=won), dict(validated=ALL_PROVEN, faster={})
-    for tables, reason in (
-        (unproven, "not validated on sm_90 yet; ask for it by name"),
-        (unmeasured, "validated on sm_90, but not shown to be faster there in such calls; ask for it by name"),
+def test_the_kernels_for_hopper_are_a_default_only_where_they_are_right_and_faster(changes: dict) -> None:
+    spec, key = replace(SPEC, **changes), ("hopper", "separate", "sm_90")
+    for found, reason in (
+        ({}, "not validated on sm_90 yet; ask for it by name"),
+        ({key: RIGHT}, "validated on sm_90, but not shown to be faster there; ask for it by name"),
     ):
-        verdict = verdict_of(backend, spec, H100, **tables)
-        assert (verdict.serves, verdict.by_default, verdict.reason) == (True, False, reason)
-        assert choose(spec, H100, **tables).backend == "triton"
-        assert choose(spec, H100, backend, **tables) == Plan(backend, "asked for by name")
-    plan = choose(spec, H100, validated=ALL_PROVEN, faster=won)
-    assert plan.backend == backend
-    where = "validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31), and faster there (2026-01-31)"
-    assert plan.reason.split("; ")[-1] == where
+        assert verdict_of("hopper", spec, H100, PROVEN | found) == Verdict("hopper", True, False, reason)
+        assert choose(spec, H100, evidence=PROVEN | found).name == "triton"
+        assert choose(spec, H100, "hopper", found).reason == "asked for by name"
+    plan = choose(spec, H100, evidence=PROVEN | {key: FASTER})
+    assert (plan.name, plan.backward) == ("hopper", "separate")
+    assert plan.reason == "validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31), and faster there"
 
 
-@pytest.mark.parametrize(
-    ("changes", "holds"),
-    (
-        (dict(), True),
-        (dict(dtype=torch.bfloat16), True),
-        (dict(causal=True, dropout_p=0.1, queries=7, kv_heads=8, scale=2.0), True),
-        (dict(dtype=torch.float32, precision="tf32"), False),
-        (dict(dtype=torch.float64), False),
-        (dict(head_dim=128), False),
-        (dict(head_dim=40, value_dim=40), False),
-        (dict(value_dim=128), False),
-        (dict(mask=MaskKind.KEY), False),
-        (dict(mask=MaskKind.DENSE), False),
-    ),
-    ids=str,
-)
-def test_a_measurement_holds_for_the_calls_that_were_measured(changes: dict, holds: bool) -> None:
-    tables = dict(validated=ALL_PROVEN, faster=faster("triton_fused"))
-    plan = choose(replace(SPEC, **changes), H100, **tables)
-    assert plan.backend == ("triton_fused" if holds else "triton")
-
-
-def test_the_first_that_is_right_and_faster_serves() -> None:
-    everything = faster("hopper_fused", "hopper", "triton_fused")
-    rights = dict(ALL_PROVEN)
-    for backend in ("hopper_fused", "hopper", "triton_fused", "triton", "math"):
-        assert choose(SPEC, H100, validated=rights, faster=everything).backend == backend
-        rights.pop((backend, "sm_90"), None)
-
-
-def test_the_plain_kernels_need_no_measurement() -> None:
-    assert choose(SPEC, H100, validated=PROVEN, faster={}).backend == "triton"
-    assert set(UNMEASURED) == {"triton", "math"}
-
-
-@pytest.mark.parametrize("backend", ("hopper_fused", "triton_fused"))
-def test_a_fused_backward_gives_way_to_deterministic_gradients(backend: str) -> None:
-    spec = replace(SPEC, deterministic=True)
-    reason = "deterministic gradients are asked for, and it adds up those of q in any order"
-    tables = dict(validated=ALL_PROVEN, faster=faster(backend))
-    assert choose(SPEC, H100, **tables).backend == backend
-    verdict = verdict_of(backend, spec, H100, **tables)
-    assert (verdict.serves, verdict.by_default, verdict.reason) == (False, False, reason)
-    assert choose(spec, H100, **tables).backend == "triton"
-    with pytest.raises(BackendUnavailable, match=reason):
-        choose(spec, H100, backend)
-
-
-@pytest.mark.parametrize("capability", ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)))
-def test_a_part_is_a_default_only_where_it_was_validated(capability: tuple[int, int]) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_part_is_a_default_only_where_it_was_validated(arch: str) -> None:
+    """By evidence of its own, for the backend that it is about."""
+    capability = int(arch[3:-1]), int(arch[-1])
     target = replace(H100, capability=capability, name="a part")
-    arch = f"sm_{capability[0]}{capability[1]}"
     assert target.arch == arch
-
-    triton = verdict_of("triton", SPEC, target, {})
     reason = f"not validated on {arch} yet; ask for it by name"
-    assert (triton.serves, triton.by_default, triton.reason) == (True, False, reason)
-    refused = "" if arch == "sm_90" else f"hopper_fused, hopper: the kernels are for sm_90, the part is {arch}; "
-    names = "hopper_fused, hopper, triton_fused, triton" if arch == "sm_90" else "triton_fused, triton"
-    expected = f"{refused}{names}: {reason}; the einsum path serves every call"
-    assert choose(SPEC, target, validated={}) == Plan("math", expected)
-    assert choose(SPEC, target, "triton", {}) == Plan("triton", "asked for by name")
+    on_hopper = reason if arch == "sm_90" else f"the kernels are for sm_90, the part is {arch}"
+    of_others = {key: row for key, row in PROVEN.items() if key[-1] != arch} | {("triton", "fused", arch): FASTER}
+    assert verdict_of("triton", SPEC, target, of_others) == Verdict("triton", True, False, reason)
+    both = f"hopper, triton: {reason}" if arch == "sm_90" else f"hopper: {on_hopper}; triton: {reason}"
+    plan = choose(SPEC, target, evidence=of_others)
+    assert (plan.name, plan.reason) == ("math", f"{both}; it needs no evidence")
+    assert choose(SPEC, target, "triton", {}).reason == "asked for by name"
 
-    triton = verdict_of("triton", SPEC, target, PROVEN)
     right = f"validated on {arch} (NVIDIA H100, Triton 3.7.1, 2026-01-31)"
-    assert (triton.serves, triton.by_default, triton.reason) == (True, True, right)
-    names = names.removesuffix(", triton")
-    assert choose(SPEC, target, validated=PROVEN) == Plan("triton", f"{refused}{names}: {reason}; {right}")
-    assert choose(SPEC, target, "math", PROVEN) == Plan("math", "asked for by name")
-
-
-def test_wide_heads_are_served_in_every_other_mode() -> None:
-    for spec in (
-        replace(SPEC, head_dim=256, value_dim=256, dtype=torch.bfloat16, precision="ieee"),
-        replace(SPEC, head_dim=256, value_dim=256, dtype=torch.float32, precision="tf32"),
-        replace(SPEC, head_dim=128, value_dim=128, dtype=torch.float32, precision="tf32x3"),
-        replace(SPEC, head_dim=128, value_dim=128, dtype=torch.float64, precision="ieee"),
-    ):
-        assert choose(spec, H100, validated=PROVEN).backend == "triton"
-
-
-def test_evidence_counts_for_its_own_part_and_backend_only() -> None:
-    other_part = {("triton", "sm_80"): ROW}
-    other_backend = {("hopper", "sm_90"): ROW}
-    assert choose(SPEC, H100, validated=other_part).backend == "math"
-    assert choose(replace(SPEC, dropout_p=0.1), H100, validated=other_backend).backend == "math"
-    assert choose(SPEC, replace(H100, capability=(8, 0)), validated=other_part).backend == "triton"
+    assert verdict_of("triton", SPEC, target, PROVEN) == Verdict("triton", True, True, right)
+    plan = choose(SPEC, target, evidence=PROVEN)
+    assert (plan.name, plan.reason) == ("triton", f"hopper: {on_hopper}; {right}")
+    assert choose(SPEC, target, "math", PROVEN).reason == "asked for by name"
 
 
 @pytest.mark.parametrize(
     ("version", "by_default"),
-    (("3.6.0", True), ("3.9.0", True), ("3.9.1+git", True), ("3.10.0", False), ("4.0", False)),
+    (("3.6.0", True), ("3.9.0", True), ("3.9.1+git", True), ("unknown", True), ("3.10.0", False), ("4.0", False)),
 )
 def test_triton_versions(version: str, by_default: bool) -> None:
     triton = verdict_of("triton", SPEC, replace(H100, triton=version), PROVEN)
@@ -259,24 +181,24 @@ def test_triton_versions(version: str, by_default: bool) -> None:
         assert triton.reason == f"Triton {version} is newer than the tested 3.9; ask for it by name"
 
 
-def test_a_triton_of_unknown_version_serves() -> None:
-    assert choose(SPEC, replace(H100, triton="unknown"), validated=PROVEN).backend == "triton"
-
-
 @pytest.mark.parametrize("device_type", ("cpu", "cuda"))
-@pytest.mark.parametrize("backend", ("triton", "triton_fused"))
-def test_the_interpreter_serves_by_name_only(backend: str, device_type: str) -> None:
+def test_the_interpreter_serves_by_name_only(device_type: str) -> None:
     target = replace(INTERPRETER, device_type=device_type)
-    verdict = verdict_of(backend, SPEC, target, ALL_PROVEN, faster(backend))
-    assert (verdict.serves, verdict.by_default) == (True, False)
-    assert "TRITON_INTERPRET=1" in verdict.reason
-    assert choose(SPEC, target, validated=ALL_PROVEN, faster=faster(backend)).backend == "math"
-    assert choose(SPEC, target, backend, ALL_PROVEN).backend == backend
+    reason = "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
+    assert verdict_of("triton", SPEC, target, WON) == Verdict("triton", True, False, reason)
+    assert choose(SPEC, target, evidence=WON).name == "math"
+    plan = choose(SPEC, target, "triton", WON)
+    expected = "triton", "separate", "the fused one was not measured faster in Triton's interpreter"
+    assert (plan.name, plan.backward, plan.backward_reason) == expected
 
 
 @pytest.mark.parametrize(
     "changes",
     (
+        dict(head_dim=256, value_dim=256, dtype=torch.float32, precision="tf32"),
+        dict(head_dim=128, value_dim=128, dtype=torch.float32, precision="tf32x3"),
+        dict(head_dim=128, value_dim=128, dtype=torch.float64),
+        dict(head_dim=256, value_dim=256, dtype=torch.bfloat16),
         dict(head_dim=256, value_dim=256),
         dict(head_dim=1, value_dim=1),
         dict(head_dim=40, value_dim=80),
@@ -301,50 +223,54 @@ def test_the_interpreter_serves_by_name_only(backend: str, device_type: str) -> 
 )
 def test_everything_in_the_contract_is_served_by_the_kernels(changes: dict) -> None:
     spec = replace(SPEC, **changes)
-    assert choose(spec, H100, validated=PROVEN).backend == "triton"
-    assert choose(spec, CPU).backend == "math"
+    assert choose(spec, H100, evidence=PROVEN).name == "triton"
+    assert choose(spec, CPU).name == "math"
 
 
-@pytest.mark.parametrize("name", ("cudnn", "", "Triton", "flash", None, 3))
-def test_an_unknown_backend(name: object) -> None:
-    names = "'auto', 'hopper_fused', 'hopper', 'triton_fused', 'triton', 'math'"
-    with pytest.raises(ValueError, match=f"backend must be one of {names}, got ") as caught:
-        choose(SPEC, H100, name)
-    assert repr(name) in str(caught.value)
-    assert not isinstance(caught.value, BackendUnavailable)
+# ---------------------------------------------------------------------------------------------------------------------
+# Which backward
+# ---------------------------------------------------------------------------------------------------------------------
+
+KERNELS = pytest.mark.parametrize("backend", ("hopper", "triton"))
 
 
-def test_a_refusal_is_a_value_error() -> None:
-    assert issubclass(BackendUnavailable, ValueError)
+@KERNELS
+def test_the_fused_backward_serves_where_it_was_measured_faster(backend: str) -> None:
+    usual = {(backend, "separate", "sm_90"): FASTER}
+    for found in ({}, {(backend, "fused", "sm_90"): RIGHT}, {(backend, "fused", "sm_80"): FASTER}):
+        plan = choose(SPEC, H100, evidence=usual | found)
+        assert (plan.name, plan.backward) == (backend, "separate")
+        assert plan.backward_reason == "the fused one was not measured faster on sm_90"
+    plan = choose(SPEC, H100, evidence=usual | {(backend, "fused", "sm_90"): FASTER})
+    assert (plan.name, plan.backward) == (backend, "fused")
+    assert plan.backward_reason == "measured faster on sm_90 (NVIDIA H100, 2026-01-31)"
 
 
-def test_choosing_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same answer every time, from the arguments alone: the machine is not looked at."""
-    for name in ("is_available", "current_device", "get_device_properties", "get_device_capability"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("dispatch asked the machine"))
-    before = dict(VALIDATED), dict(FASTER)
-    plans = [choose(SPEC, H100, validated=ALL_PROVEN, faster=faster("hopper")) for _ in range(3)]
-    assert plans[0] == plans[1] == plans[2]
-    assert before == (VALIDATED, FASTER)
-    assert hash(SPEC) == hash(replace(SPEC))
-    assert hash(H100) == hash(replace(H100))
+@KERNELS
+def test_deterministic_gradients_come_by_the_separate_backward(backend: str) -> None:
+    """Whatever else asks for the fused one."""
+    spec, reason = replace(SPEC, deterministic=True), "deterministic gradients are asked for, and it adds up those of q"
+    for name in ("auto", backend):
+        with override_backward("fused"):
+            plan = choose(spec, H100, name, {key: row for key, row in WON.items() if key[0] == backend})
+        assert (plan.name, plan.backward) == (backend, "separate")
+        assert plan.backward_reason == f"fused is refused: {reason} in any order"
 
 
-def test_verdicts_come_in_the_order_in_which_auto_asks() -> None:
-    assert BACKENDS == ("hopper_fused", "hopper", "triton_fused", "triton", "math")
-    assert tuple(verdict.backend for verdict in judge(SPEC, H100)) == BACKENDS
+def test_an_override_holds_within_and_not_beyond() -> None:
+    def ways() -> list[tuple[str, str]]:
+        return [chosen(SPEC, H100, name, WON) for name in BACKENDS]
 
-
-def test_every_row_of_evidence_names_it() -> None:
-    for (backend, arch), row in (*VALIDATED.items(), *FASTER.items()):
-        assert backend in BACKENDS
-        assert arch.startswith("sm_")
-        assert all((row.gpu, row.torch, row.triton, row.date, row.commit, row.results))
-        assert (ROOT / row.results).is_file()
-    for (backend, _), row in FASTER.items():
-        assert backend not in UNMEASURED
-        assert row.calls
-        assert len(set(row.calls)) == len(row.calls)
+    served, forced = ([("hopper", way), ("triton", way), ("math", "einsum")] for way in ("fused", "separate"))
+    assert ways() == served
+    with override_backward("separate"):
+        assert ways() == forced
+        with pytest.raises(RuntimeError, match="inside"), override_backward("fused"):
+            assert chosen(SPEC, H100, "triton", {}) == ("triton", "fused")
+            assert choose(SPEC, INTERPRETER, "triton", {}).backward_reason == "asked for by override_backward"
+            raise RuntimeError("inside")
+        assert ways() == forced
+    assert ways() == served
 
 
 @pytest.mark.parametrize(
@@ -358,11 +284,69 @@ def test_every_row_of_evidence_names_it() -> None:
 )
 def test_the_fused_backward_of_wide_operands_ends_earlier_with_dropout(changes: dict, limit: int, wide: str) -> None:
     served = replace(SPEC, dropout_p=0.1, head_dim=limit, value_dim=limit, **changes)
-    assert choose(served, H100, "triton_fused").backend == "triton_fused"
-    for dim in ("head_dim", "value_dim"):
-        spec = replace(served, **{dim: limit + 1})
-        with pytest.raises(BackendUnavailable) as caught:
-            choose(spec, H100, "triton_fused")
-        reason = f"d or dv = {limit + 1} is beyond the fused backward's {limit} with dropout ({wide})"
-        assert reason in str(caught.value)
-        assert choose(replace(spec, dropout_p=0.0), H100, "triton_fused").backend == "triton_fused"
+    with override_backward("fused"):
+        assert choose(served, H100, "triton").backward == "fused"
+        for dim in ("head_dim", "value_dim"):
+            spec = replace(served, **{dim: limit + 1})
+            plan = choose(spec, H100, "triton")
+            reason = f"d or dv = {limit + 1} is beyond its {limit} with dropout ({wide})"
+            assert (plan.backward, plan.backward_reason) == ("separate", f"fused is refused: {reason}")
+            assert choose(replace(spec, dropout_p=0.0), H100, "triton").backward == "fused"
+            assert choose(spec, INTERPRETER, "triton").backward == "fused"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("cudnn", "", "Triton", "triton_fused", "hopper_fused", None, 3))
+def test_an_unknown_backend(name: object) -> None:
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'hopper', 'triton', 'math', got ") as caught:
+        choose(SPEC, H100, name)
+    assert repr(name) in str(caught.value)
+    assert not isinstance(caught.value, BackendUnavailable)
+
+
+def test_what_cannot_be_imported_does_not_serve(faults: dict[str, str]) -> None:
+    faults["hopper"] = "broken"
+    assert choose(SPEC, H100, evidence=PROVEN | WON).name == "triton"
+    faults["triton"] = "broken"
+    assert choose(SPEC, H100, evidence=PROVEN | WON).reason == "hopper, triton: broken; it needs no evidence"
+    for backend in faults:
+        assert verdict_of(backend, SPEC, H100, WON) == Verdict(backend, False, False, "broken")
+        assert refusal(SPEC, H100, backend) == "broken"
+
+
+def test_what_auto_would_not_take_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_try_import", lambda name: "" if name == "math" else pytest.fail(f"{name} imported"))
+    assert choose(SPEC, CPU, evidence=WON).name == choose(SPEC, INTERPRETER, evidence=WON).name == "math"
+    assert choose(SPEC, H100, evidence={}).name == "math"
+
+
+def test_choosing_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answer every time, from the arguments alone: the machine is not looked at."""
+    for name in ("is_available", "current_device", "get_device_properties", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("dispatch asked the machine"))
+    before = dict(EVIDENCE)
+    assert len({choose(SPEC, H100, evidence=WON) for _ in range(3)}) == 1
+    assert before == EVIDENCE
+    assert (hash(SPEC), hash(H100)) == (hash(replace(SPEC)), hash(replace(H100)))
+    assert issubclass(BackendUnavailable, ValueError)
+
+
+def test_verdicts_come_in_the_order_in_which_auto_asks() -> None:
+    rows = dict(WON)
+    assert [verdict.backend for verdict in judge(SPEC, H100)] == list(BACKENDS) == ["hopper", "triton", "math"]
+    for backend in BACKENDS:
+        assert choose(SPEC, H100, evidence=rows).name == backend
+        rows.pop((backend, "separate", "sm_90"), None)
+
+
+def test_every_row_of_evidence_names_it() -> None:
+    for (backend, backward, arch), row in EVIDENCE.items():
+        assert backend in BACKENDS
+        assert backward in ("separate", "fused")
+        assert arch in ARCHS
+        assert all((row.gpu, row.triton, row.date))
+        assert (ROOT / row.results).is_file()

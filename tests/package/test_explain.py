@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flash_attend import BackendUnavailable, explain, flash_attention, functional
-from flash_attend.dispatch import BACKENDS, Plan
-from flash_attend.spec import MaskKind
+from flash_attend import BackendUnavailable, backends, explain, flash_attention, functional, validation
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import FASTER, VALIDATED, Calls, Measurement, Validation
+from flash_attend.validation import Evidence
 
 H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=132, triton="3.7.1")
 T4 = DeviceTarget("cuda", "Tesla T4", (7, 5), shared_memory=65536, multiprocessors=40, triton="3.7.1")
@@ -32,65 +31,47 @@ def on(monkeypatch: pytest.MonkeyPatch):
     return set_target
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_try_import", lambda name: "")
+
+
+def lines_of(**options) -> list[str]:
+    return str(explain(*_tensors(), **options)).splitlines()
+
+
 def test_one_line_for_every_backend(on) -> None:
     on(DeviceTarget("cpu", triton="3.7.1"))
-    assert str(explain(*_tensors())).splitlines() == [
+    assert lines_of() == [
         "on cpu: math serves",
-        "  hopper_fused  no       cpu tensors; the kernels need a CUDA device",
-        "  hopper        no       cpu tensors; the kernels need a CUDA device",
-        "  triton_fused  no       cpu tensors; the kernels need a CUDA device",
-        "  triton        no       cpu tensors; the kernels need a CUDA device",
-        "  math          yes      the einsum path serves every call",
+        "  backward: einsum, it has no other",
+        "  hopper  no       cpu tensors; the kernels need a CUDA device",
+        "  triton  no       cpu tensors; the kernels need a CUDA device",
+        "  math    yes      it needs no evidence",
     ]
 
 
-RUN = dict(gpu="NVIDIA H100", torch="2.13.0", triton="3.7.1", date="2026-01-31", commit="abc", results="results.json")
-
-
-@pytest.fixture
-def no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (VALIDATED, FASTER):
-        for key in list(table):
-            monkeypatch.delitem(table, key)
-
-
-def test_a_part_without_evidence(on, no_evidence: None) -> None:
+def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch) -> None:
     on(H100)
-    assert str(explain(*_tensors())).splitlines() == [
-        "on NVIDIA H100: math serves",
-        "  hopper_fused  no       float32 is not float16 or bfloat16",
-        "  hopper        no       float32 is not float16 or bfloat16",
-        "  triton_fused  by name  not validated on sm_90 yet; ask for it by name",
-        "  triton        by name  not validated on sm_90 yet; ask for it by name",
-        "  math          yes      the einsum path serves every call",
-    ]
-    assert str(explain(*_tensors(), backend="triton")).startswith("on NVIDIA H100: triton serves\n")
+    no_hopper, math = "  hopper  no       float32 is not float16 or bfloat16", "  math    yes      it needs no evidence"
+    separate = "  backward: separate, the fused one was not measured faster on sm_90"
+    by_name = "  triton  by name  not validated on sm_90 yet; ask for it by name"
+    for key in list(validation.EVIDENCE):
+        monkeypatch.delitem(validation.EVIDENCE, key)
+    einsum = "  backward: einsum, it has no other"
+    assert lines_of() == ["on NVIDIA H100: math serves", einsum, no_hopper, by_name, math]
+    assert lines_of(backend="triton") == ["on NVIDIA H100: triton serves", separate, no_hopper, by_name, math]
 
+    found = Evidence(gpu="NVIDIA H100", triton="3.7.1", date="2026-01-31", results="results.json", faster=True)
+    monkeypatch.setitem(validation.EVIDENCE, ("triton", "separate", "sm_90"), replace(found, faster=False))
+    yes = "  triton  yes      validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)"
+    assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, yes, math]
 
-def test_a_part_with_evidence(on, no_evidence: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right is enough for the plain kernels; all others were faster too where "auto" takes them."""
-    on(H100)
-    for backend in ("triton", "triton_fused"):
-        monkeypatch.setitem(VALIDATED, (backend, "sm_90"), Validation(**RUN))
-    right = "validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)"
-    assert str(explain(*_tensors())).splitlines() == [
-        "on NVIDIA H100: triton serves",
-        "  hopper_fused  no       float32 is not float16 or bfloat16",
-        "  hopper        no       float32 is not float16 or bfloat16",
-        "  triton_fused  by name  validated on sm_90, but not shown to be faster there in such calls; "
-        "ask for it by name",
-        f"  triton        yes      {right}",
-        "  math          yes      the einsum path serves every call",
-    ]
-    measured = Measurement(**RUN | {"date": "2026-02-01"}, calls=(Calls("tf32x3", 8, 8, MaskKind.NONE),))
-    monkeypatch.setitem(FASTER, ("triton_fused", "sm_90"), measured)
-    found = explain(*_tensors())
-    assert found.plan == Plan(
-        "triton_fused",
-        f"hopper_fused, hopper: float32 is not float16 or bfloat16; {right}, and faster there (2026-02-01)",
-    )
-    assert f"  triton_fused  yes      {right}, and faster there (2026-02-01)" in str(found).splitlines()
-    assert explain(*_tensors(), deterministic=True).plan.backend == "triton"
+    monkeypatch.setitem(validation.EVIDENCE, ("triton", "fused", "sm_90"), found)
+    fused = "  backward: fused, measured faster on sm_90 (NVIDIA H100, 2026-01-31)"
+    assert lines_of() == ["on NVIDIA H100: triton serves", fused, no_hopper, yes, math]
+    refused = "  backward: separate, fused is refused: deterministic gradients are asked for, and it adds up those of q"
+    assert lines_of(deterministic=True)[1] == f"{refused} in any order"
 
 
 def test_a_backend_by_name_that_cannot_serve_is_told_not_raised(on) -> None:
@@ -112,7 +93,7 @@ def test_a_head_dim_beyond_the_kernels(on) -> None:
 def test_repr_is_what_print_shows() -> None:
     found = explain(*_tensors())
     assert repr(found) == str(found)
-    assert [verdict.backend for verdict in found.verdicts] == list(BACKENDS)
+    assert [verdict.backend for verdict in found.verdicts] == ["hopper", "triton", "math"]
 
 
 def test_takes_the_arguments_of_flash_attention() -> None:
@@ -121,7 +102,7 @@ def test_takes_the_arguments_of_flash_attention() -> None:
     options = dict(
         mask=mask, causal=True, scale=0.5, dropout_p=0.1, return_lse=True, deterministic=True, backend="math"
     )
-    assert explain(*_tensors(), **options).plan == Plan("math", "asked for by name")
+    assert explain(*_tensors(), **options).plan.reason == "asked for by name"
 
 
 def test_draws_nothing_from_the_generator() -> None:
@@ -152,8 +133,7 @@ def test_a_cuda_fallback_warns_once_for_every_reason(on, fresh_warnings: None) -
     caught = _collect([{}, {}, {"causal": True}])
     assert [str(warning.message) for warning in caught] == [
         "flash_attend serves a CUDA call by its einsum path: "
-        "hopper_fused, hopper, triton_fused, triton: compute capability 7.5 is below 8.0; "
-        "the einsum path serves every call"
+        "hopper, triton: compute capability 7.5 is below 8.0; it needs no evidence"
     ]
     assert caught[0].filename == __file__  # it points at the caller
     assert len(_collect([{}, {}], d=300)) == 1  # another reason

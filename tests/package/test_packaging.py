@@ -1,6 +1,7 @@
 """The wheel and the sdist hold the package and nothing else, and what is installed needs no more than it says."""
 
 import ast
+import compileall
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ import flash_attend
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Replaces every finder by one that does not know Triton, as on a machine without it: `find_spec` answers None there.
-HIDE_TRITON = """
+# What may stand where Triton should, as code to run before anything else.
+TRITONS = {
+    # Every finder is replaced by one that does not know it, as on a machine without it.
+    "absent": """
 import sys
 
 class WithoutTriton:
@@ -30,9 +33,22 @@ class WithoutTriton:
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
-assert not any(name.split(".")[0] == "triton" for name in sys.modules)
 sys.meta_path[:] = [WithoutTriton(finder) for finder in sys.meta_path]
-"""
+""",
+    "blocked": "import sys; sys.modules['triton'] = None",
+    "stub": "import sys, types; sys.modules['triton'] = types.SimpleNamespace()",
+    "stub_module": "import sys, types; sys.modules['triton'] = types.ModuleType('triton')",
+    "raises": "import sys; sys.path.insert(0, 'broken')",
+    "sources_missing": "import sys; sys.path.insert(0, 'compiled')",
+}
+REASONS = {
+    "absent": "Triton is not installed",
+    "blocked": "Triton is not installed",
+    "stub": r"its kernels cannot be imported \(\w+: .*triton",
+    "stub_module": r"its kernels cannot be imported \(ModuleNotFoundError: No module named 'triton\.language'",
+    "raises": r"its kernels cannot be imported \(RuntimeError: no driver, try 1\)",
+    "sources_missing": r"its kernels cannot be imported \(\w+: .*defined in a Python file",
+}
 
 CPU_CALL = """
 import torch
@@ -155,21 +171,52 @@ print(kernels.OWNER, kernels.__file__, flash_attend.__file__, flash_attend.kerne
     assert files == [str(installed / name) for name in expected]
 
 
-def test_without_triton(installed, tmp_path):
-    code = f"""
-{HIDE_TRITON}
-{CPU_CALL}
-from flash_attend import BackendUnavailable, explain
-from flash_attend.target import triton_version
+@pytest.fixture(scope="module")
+def damaged(installed, tmp_path_factory) -> Path:
+    """A folder with a Triton that raises and with this package without its sources."""
+    folder = tmp_path_factory.mktemp("damaged")
+    (folder / "broken" / "triton").mkdir(parents=True)
+    counting = "import sys; sys.tries = getattr(sys, 'tries', 0) + 1; raise RuntimeError(f'no driver, try {sys.tries}')"
+    (folder / "broken" / "triton" / "__init__.py").write_text(counting)
+    shutil.copytree(installed / "flash_attend", folder / "compiled" / "flash_attend")
+    assert compileall.compile_dir(folder / "compiled", quiet=1, legacy=True)
+    for source in (folder / "compiled").rglob("*.py"):
+        source.unlink()
+    return folder
 
-assert triton_version() is None
+
+@pytest.mark.parametrize("triton", TRITONS)
+def test_without_a_triton_that_works(triton, installed, damaged):
+    """A CPU call needs none; a GPU's is told why, once it has tried, and falls back where it may."""
+    code = f"""
+{TRITONS[triton]}
+{CPU_CALL}
+import runpy
+from flash_attend import BackendUnavailable, explain
+from flash_attend.target import DeviceTarget
+from flash_attend.validation import EVIDENCE, Evidence
+
 assert explain(q, k, v).plan.name == "math"
-try:
-    flash_attention(q, k, v, backend="triton")
-except BackendUnavailable as refusal:
-    print(refusal)
+assert "math serves" in str(explain(q, k, v))
+version = DeviceTarget.of(q.device).triton
+part = DeviceTarget("cuda", "a part", (9, 0), triton=version)
+DeviceTarget.of = lambda device: part
+EVIDENCE["triton", "separate", "sm_90"] = Evidence("a part", "3.7.1", "2026-01-31", "results.json")
+assert flash_attention(q, k, v).shape == v.shape
+for _ in range(2):
+    try:
+        flash_attention(q, k, v, backend="triton")
+    except BackendUnavailable as refusal:
+        print(refusal)
+print(explain(q, k, v))
+runpy.run_module("flash_attend", run_name="__main__")
 """
-    assert "Triton is not installed" in run_python(code, tmp_path, path=installed)
+    refusal, again, *told = run_python(code, damaged, path=installed).splitlines()
+    assert re.fullmatch(rf"backend 'triton' cannot serve this call: {REASONS[triton]}.*", refusal)
+    assert again == refusal
+    assert re.match(rf"  triton  no       {REASONS[triton]}", told[3])
+    reported = "not installed" if "not installed" in REASONS[triton] else rf".*, but {REASONS[triton]}"
+    assert any(re.match(rf"triton +{reported}", line) for line in told)
 
 
 @pytest.mark.parametrize("code", ["import flash_attend", CPU_CALL], ids=["import", "call"])
@@ -177,6 +224,22 @@ def test_nothing_imports_triton_before_a_kernel_is_needed(code, installed, tmp_p
     count = "import sys; print(sorted(name for name in sys.modules if name.split('.')[0] == 'triton'))"
     plain = run_python(f"import torch\n{count}", tmp_path)
     assert run_python(f"{code}\n{count}", tmp_path, path=installed) == plain == "[]"
+
+
+def test_the_kernels_for_every_gpu_are_imported_without_those_for_hopper(installed, tmp_path):
+    pytest.importorskip("triton", reason="the kernels need Triton")
+    code = """
+import sys
+from flash_attend.backends import BACKENDS
+for name in ("math", "triton", "hopper"):
+    assert BACKENDS[name].fault() == ""
+    print(name, *(part for part in ("triton", "flash_attend.kernels.hopper") if part in sys.modules))
+"""
+    assert run_python(code, tmp_path, path=installed).splitlines() == [
+        "math",
+        "triton triton",
+        "hopper triton flash_attend.kernels.hopper",
+    ]
 
 
 # Only site.addsitedir reads the .pth file of an editable install. -S keeps out whatever this environment has installed,

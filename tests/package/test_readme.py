@@ -1,14 +1,12 @@
-"""What README.md and CONTRIBUTING.md show runs, prints what they say, and leads where they say. LOG.md has its form."""
+"""What README.md and CONTRIBUTING.md show runs, prints what they say, and leads where they say."""
 
 import importlib.util
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md")
@@ -90,38 +88,3 @@ def test_files_named_exist():
     assert [path for path in paths if not (ROOT / path).exists()] == []
     folders = [ROOT, *(ROOT / name for name in ("flash_attend", "kernels", "benchmarks"))]
     assert [name for name in modules if not any((folder / name).exists() for folder in folders)] == []
-
-
-LOG = (ROOT / "benchmarks" / "LOG.md").read_text(encoding="utf-8")
-PARTS_OF_A_STEP = ["Change", "Prediction", "Measured by", "Measurement", "Outcome"]
-
-
-def test_every_step_of_the_log_says_what_was_expected_and_what_came_of_it():
-    steps = re.split(r"^### ", LOG, flags=re.MULTILINE)[1:]
-    assert [int(step.split(".")[0]) for step in steps] == list(range(1, len(steps) + 1))
-    for step in steps:
-        parts = dict(re.findall(r"^- \*\*([\w ]+)\*\*: (.+?)(?=^- |\Z)", step, re.MULTILINE | re.DOTALL))
-        assert list(parts) == PARTS_OF_A_STEP, step
-        measurement, outcome = parts["Measurement"].strip(), parts["Outcome"].strip()
-        assert (measurement == "not measured") == (outcome == "open"), step
-        results = re.findall(r"`(benchmarks/results/[^`]+)`", measurement)
-        assert measurement == "not measured" or results, step
-        assert all((ROOT / path).is_file() for path in results), step
-
-
-def test_the_commands_of_the_log_are_understood(monkeypatch):
-    """Those of the grid name cases and peers that there are, those of the tuner a call that is served."""
-    pytest.importorskip("triton", reason="tuning needs Triton")
-    import run
-    import tune
-
-    commands = [shlex.split(line) for line in re.findall(r"`(python benchmarks/[^`]+)`", LOG)]
-    assert len(commands) == LOG.count("**Measured by**: `")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for _, script, *arguments in commands:
-        if script.endswith("run.py"):
-            options = run.parse(arguments)
-            assert options.cases and options.chosen_peers
-        else:
-            assert script == "benchmarks/tune.py"
-            assert tune.parse([*arguments, "--arch", "sm_90"]).question.current is not None

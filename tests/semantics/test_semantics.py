@@ -13,7 +13,7 @@ import torch
 
 from backends import BACKENDS, CHOOSY, FUSED, TRITON_CUDA, Backend, call_for, skip_unless_interpretable
 from flash_attend import flash_attention, reference
-from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM
+from flash_attend.backends import LARGEST_ACCURATE_HEAD_DIM
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run, truth_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

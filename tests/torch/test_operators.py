@@ -49,7 +49,7 @@ def arguments_of(case: Case, backend: Backend, dtype: torch.dtype = torch.float3
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     operands = Operands(q, k, v, mask, draw_seed(q.device) if case.dropout_p else None)
     plan = choose(spec, DeviceTarget.of(q.device), backend.name)
-    numbers, options = options_of(operands, spec, plan, True)
+    numbers, options = options_of(operands, spec, plan, return_lse=True)
     present = [x for x in operands if x is not None]
     outputs = FORWARD(present, numbers, options)
     grads = {name: grad for name, grad in (("out", call.grad_out), ("lse", call.grad_lse)) if grad is not None}
@@ -84,12 +84,13 @@ def layout_of(x: Tensor) -> object:
 def test_the_fake_operators_say_what_the_real_ones_give(layout: str, backend: Backend) -> None:
     for dtype, mask, grads in ((torch.float16, "bhij", "out"), (torch.float64, "pad_left", "both")):
         case = Case("x", **{**SMALL, "kv_heads": 2}, mask=mask, layout=layout, grad_layout=layout, grads=grads)
-        for negate in (lambda x: x, torch._neg_view):
-            for operator, arguments in zip((FORWARD, BACKWARD), arguments_of(case, backend, dtype), strict=True):
-                given = tree_map_only(Tensor, lambda x: negate(x) if x.is_floating_point() else x, arguments)
+        plain = arguments_of(case, backend, dtype)
+        negated = tree_map_only(Tensor, lambda x: torch._neg_view(x) if x.is_floating_point() else x, plain)
+        for operator, *given in zip((FORWARD, BACKWARD), plain, negated, strict=True):
+            for arguments in given:
                 with FakeTensorMode() as mode:
-                    fake = operator(*tree_map_only(Tensor, mode.from_tensor, given))
-                assert [*map(layout_of, fake)] == [*map(layout_of, operator(*given))]
+                    fake = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
+                assert [*map(layout_of, fake)] == [*map(layout_of, operator(*arguments))]
 
 
 @each_case
@@ -99,7 +100,7 @@ def test_options_say_what_the_tensors_do_not(case: Case) -> None:
     for options in (call.options, {**call.options, "scale": -1e-300, "deterministic": True}):
         q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **options)
         plan = choose(spec, DeviceTarget.of(q.device))
-        numbers, text = options_of(Operands(q, k, v, mask), spec, plan, True)
+        numbers, text = options_of(Operands(q, k, v, mask), spec, plan, return_lse=True)
         read = Options.read(with_gradients(text, ["lse"], ["q", "v"]))
         assert spec_of(Operands(q, k, v, mask), numbers, read) == spec
         assert (read.backend, read.backward, read.return_lse) == ("math", "einsum", True)
@@ -157,7 +158,8 @@ def said_by(code: str) -> str:
 
 def test_importing_brings_neither_triton_nor_a_compiler() -> None:
     heavy = {"triton", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
-    assert said_by(f"import torch, sys; old = {{*sys.modules}}; import flash_attend; print({heavy} & ({{*sys.modules}} - old))") == "set()\n"
+    code = f"import torch, sys; old = {{*sys.modules}}; import flash_attend; print({heavy} & ({{*sys.modules}} - old))"
+    assert said_by(code) == "set()\n"
 
 
 AGAIN = """

@@ -117,8 +117,20 @@ def mapped() -> list[object]:
     return found
 
 
+def jit_traces() -> list[object]:
+    found = [tracing.jit_traced()]
+
+    def note(x: Tensor) -> Tensor:
+        found.append(tracing.jit_traced())
+        return x
+
+    torch.jit.trace(note, X, check_trace=False)
+    return found
+
+
 def zeros() -> list[object]:
-    return [tracing.is_zero_tensor(torch._efficientzerotensor((2,))), tracing.is_zero_tensor(torch.zeros(2))]
+    none = torch._efficientzerotensor((2,))
+    return [tracing.lazy(torch.zeros(2), none), tracing.lazy(torch.zeros(2)), tracing.settled(none).data_ptr() != 0]
 
 
 @pytest.fixture(autouse=True)
@@ -130,11 +142,12 @@ def _nothing_compiled_before() -> Iterator[None]:
 RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "torch._C._are_functorch_transforms_active": (transforms, [False, True, False, True]),
     "torch._C._functorch.get_interpreter_stack, forward_ad._current_level": (forward_modes, [False, True, True]),
+    "torch._C._get_tracing_state": (jit_traces, [False, True]),
     "torch._C._len_torch_dispatch_stack": (watchers, [True, True, True, True, True, False]),
     "torch._C._functorch.is_legacy_batchedtensor": (mapped, [False, True]),
     "the attribute _dynamo_marked_constant": (constants, [2.0, 2.0]),
     "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
-    "Tensor._is_zerotensor": (zeros, [True, False]),
+    "Tensor._is_zerotensor": (zeros, [True, False, True]),
 }
 
 
