@@ -16,7 +16,7 @@ from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
+from flash_attend.tracing import constant_when_compiled, has_autocast, intercepted, sharded, traced
 
 __all__ = ["Explanation", "explain", "flash_attention"]
 
@@ -145,7 +145,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors

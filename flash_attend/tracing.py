@@ -12,7 +12,15 @@ from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-__all__ = ["constant_when_compiled", "differentiated", "forward_mode", "intercepted", "sharded", "traced"]
+__all__ = [
+    "constant_when_compiled",
+    "differentiated",
+    "forward_mode",
+    "has_autocast",
+    "intercepted",
+    "sharded",
+    "traced",
+]
 
 _F = TypeVar("_F", bound=Callable)
 
@@ -26,6 +34,12 @@ def constant_when_compiled(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+@constant_when_compiled
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast knows this type of device. The compiler of torch 2.10 cannot trace the question itself."""
+    return torch.amp.is_autocast_available(device_type)
 
 
 def traced(*tensors: Tensor | None) -> bool:
