@@ -39,7 +39,7 @@ def constant_when_compiled(function: _F) -> _F:
 @constant_when_compiled
 def has_autocast(device_type: str) -> bool:
     """Whether autocast knows this type of device. The compiler of torch 2.10 cannot trace the question itself."""
-    return torch.amp.is_autocast_available(device_type)
+    return device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
 
 
 def traced(*tensors: Tensor | None) -> bool:
