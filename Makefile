@@ -110,6 +110,21 @@ $(VENV)/triton-%/.installed: $(VENV)/.made
 	@$(PIP) install --quiet --no-deps --target $(@D) triton==$*
 	@touch $@
 
+# A torch with the Triton that it brings. numpy 2.4 is too new for the interpreter of the oldest one.
+test-torch-%: $(VENV)/torch-%/.installed ## the plain tests and a part of the interpreter's with another torch (test-torch-2.10.0)
+	@$(VENV)/torch-$*/bin/pytest -q -n 2 -m 'not gpu and not interpreter'
+	@TRITON_INTERPRET=1 $(VENV)/torch-$*/bin/pytest -q -n 2 -m interpreter tests/semantics
+
+.PRECIOUS: $(VENV)/torch-%/.installed
+$(VENV)/torch-%/.installed: $(VENV)/.made setup.py pyproject.toml
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@sed -E 's/^(torch|triton)==.*//; s/^numpy==.*/numpy<2.4/' $(CONSTRAINTS) > $(@D)/constraints.txt
+	@$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt setuptools
+	@$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-build-isolation \
+		--editable '.[triton,demo,bench,test]' torch==$*
+	@touch $@
+
 clean: ## removes the environment, the builds and the caches
 	@rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

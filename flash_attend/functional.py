@@ -15,7 +15,7 @@ from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, jit_traced, sharded, traced
+from flash_attend.tracing import constant_when_compiled, has_autocast, jit_traced, sharded, traced
 
 __all__ = ["flash_attention"]
 
@@ -140,7 +140,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(tensors[0], Tensor):
         return tensors
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors

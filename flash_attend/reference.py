@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec
-from flash_attend.tracing import transformed
+from flash_attend.tracing import has_autocast, transformed
 
 __all__ = ["attention_reference", "attention_reference_gradients"]
 
@@ -229,6 +229,6 @@ def _unread_keys(mask: Tensor, spec: AttentionSpec, chunks: list[tuple[int, int]
 
 def _no_autocast(device: torch.device) -> torch.autocast | nullcontext:
     """Autocast would take the products to half precision, whatever dtype the call asked for."""
-    if torch.amp.is_autocast_available(device.type):
+    if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -52,13 +52,13 @@ def attend_locally(
         if placement not in (Replicate(), BATCH, HEADS):
             raise _misplaced("q", q, at, "replicated or sharded on batch or heads")
 
-    inputs = [q.to_local()]
+    inputs = [_part("q", q)]
     for name, tensor in (("k", k), ("v", v)):
         wanted = _places_of_heads(name, tensor, q)
         # Where every rank has heads of its own for the same k and v, each finds a part of their gradients.
         parts = [Partial() if ours != theirs else ours for ours, theirs in zip(wanted, placements, strict=True)]
-        inputs.append(tensor.to_local(grad_placements=parts))
-    local_mask = None if mask is None else mask.redistribute(placements=_places_of_mask(mask, q)).to_local()
+        inputs.append(_part(name, tensor, parts))
+    local_mask = None if mask is None else _part("mask", mask.redistribute(placements=_places_of_mask(mask, q)))
     found = call(*inputs, mask=local_mask)
 
     even = all(q.shape[one.dim] % mesh.size(at) == 0 for at, one in enumerate(placements) if isinstance(one, Shard))
@@ -85,6 +85,21 @@ def _checked(name: str, tensor: Tensor, mesh: DeviceMesh | None = None) -> DTens
     if mesh is not None and tensor.device_mesh != mesh:
         raise ValueError(f"{name} must be on q's mesh {mesh}, got {tensor.device_mesh}")
     return tensor
+
+
+def _part(name: str, tensor: DTensor, grad_placements: Sequence[Placement] | None = None) -> Tensor:
+    """What this rank holds; raises unless that is as much as the placements say."""
+    part = tensor.to_local(grad_placements=grad_placements)
+    # The compiler knows the lengths of a part and of the whole by different symbols: comparing them ties one to the
+    # other. Left alone, torch finds out what they have in common while it counts a graph's outputs, and miscounts.
+    for dim, dimension in enumerate(DIMENSIONS[name][tensor.ndim]):
+        held, length = part.shape[dim], tensor.shape[dim]
+        ranks = 1
+        for at, placement in enumerate(tensor.placements):
+            ranks *= tensor.device_mesh.size(at) if placement == Shard(dim) else 1
+        if length % ranks == 0 and held * ranks != length:
+            raise ValueError(f"{name} must hold {length // ranks} of {length} {dimension} on each rank, got {held}")
+    return part
 
 
 def _places_of_heads(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:
@@ -135,8 +150,12 @@ def _misplaced(name: str, tensor: DTensor, at: int, wanted: str) -> ValueError:
 
 def _strides(shape: Sequence[int], part: Tensor) -> tuple[int, ...]:
     """The strides of a dense tensor whose dimensions lie in memory in the order of a part's."""
-    strides, step = [0] * len(shape), 1
-    for dim in sorted(range(len(shape)), key=lambda dim: (part.stride(dim), -dim)):
-        strides[dim] = step
-        step *= max(shape[dim], 1)
+    strides = []
+    for dim, stride in enumerate(part.stride()):
+        step = 1
+        # Strides may be symbols of a compiler, which it can compare, but neither sort nor compare inside a tuple.
+        for other, inner in enumerate(part.stride()):
+            if inner < stride or (inner == stride and other > dim):
+                step *= max(shape[other], 1)
+        strides.append(step)
     return tuple(strides)

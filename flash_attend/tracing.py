@@ -19,6 +19,7 @@ __all__ = [
     "constant_when_compiled",
     "directly",
     "forward_mode",
+    "has_autocast",
     "jit_traced",
     "lazy",
     "mapped",
@@ -46,6 +47,12 @@ def constant_when_compiled(function: _F) -> _F:
 def jit_traced() -> bool:
     """Whether torch.jit.trace is recording: `torch.jit.is_tracing`, in one call instead of three."""
     return torch._C._get_tracing_state() is not None
+
+
+@constant_when_compiled
+def has_autocast(device_type: str) -> bool:
+    """Whether autocast knows this type of device. The compiler of torch 2.10 cannot trace the question itself."""
+    return device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
 
 
 def traced(*tensors: Tensor | None) -> bool:

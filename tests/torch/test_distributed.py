@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,9 +104,17 @@ def test_sharded_tensors_stay_where_they_are(ranks: Ranks, call: Call, device: s
         torch.testing.assert_close(together, whole.detach(), **SAME_SUMS)
 
 
-@pytest.mark.parametrize("name", ("batch_key_mask", "heads_shared"))
-def test_sharded_tensors_compile(ranks: Ranks, name: str) -> None:
-    ranks.run(attend_compiled, SERVED[name])
+COMPILED = {
+    "other_heads": (SERVED["batch_key_mask"], SERVED["heads_shared"]),
+    "other_placements": (SERVED["batch_key_mask"], SERVED["heads_key_mask"], SERVED["batch_replicated_key_mask"]),
+    "uneven": (SERVED["uneven_heads"], replace(SERVED["uneven_heads"], heads=9, kv_heads=9), SERVED["uneven_batch"]),
+}
+
+
+@pytest.mark.parametrize("calls", COMPILED.values(), ids=COMPILED)
+def test_sharded_tensors_compile(ranks: Ranks, calls: tuple[Call, ...]) -> None:
+    """Each in a graph of its own, and from the second on the lengths that differ are symbols."""
+    ranks.run(attend_compiled, calls)
 
 
 REFUSED = {
@@ -145,6 +154,12 @@ def test_a_wrong_placement_is_refused(ranks: Ranks, call: Call, message: str) ->
 def test_plain_tensors_do_not_mix_with_sharded_ones(ranks: Ranks, plain: str) -> None:
     for told in ranks.run(refusal, Call([BATCH], [BATCH], [BATCH]), plain):
         assert told.startswith(f"TypeError: {plain} must be a DTensor")
+
+
+@pytest.mark.parametrize("cut", ("q", "k", "v", "mask"))
+def test_a_part_that_is_not_what_its_placement_says_is_refused(ranks: Ranks, cut: str) -> None:
+    for told in ranks.run(refusal, Call([HEADS], [HEADS], [HERE]), "", cut):
+        assert told == f"ValueError: {cut} must hold 4 of 4 batch on each rank, got 1"
 
 
 def test_nobody_else_pays_for_it() -> None:
