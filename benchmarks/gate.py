@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cases import BACKWARD, BOTH, DETERMINISTIC, Inputs
+from flash_attend.checks import normalise_inputs
 from flash_attend.dropout import draw_seed, keep_mask
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.budget import NAMES, Budget
 from flash_attend.testing.oracle import Answer, attention_oracle
 from measure import numerics

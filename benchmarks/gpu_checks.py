@@ -33,6 +33,7 @@ import triton.language as tl
 
 from cases import DTYPES
 from flash_attend.__main__ import REPRESENTATIVE, report
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import (
     BACKENDS,
     LARGEST_ACCURATE_HEAD_DIM,
@@ -41,7 +42,7 @@ from flash_attend.dispatch import (
     choose,
 )
 from flash_attend.kernels.launch import recorded_launches
-from flash_attend.spec import AttentionSpec, normalise_inputs
+from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import LAYOUTS, MASKS, Call, Case, assert_same_bits, budget_of, check, make_call, run
 from flash_attend.testing.oracle import Answer

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flash_attend import operators
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import BACKENDS, Plan, Verdict, check_backend, choose, judge
 from flash_attend.dropout import draw_seed
 from flash_attend.reference import attention_reference
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
 
@@ -111,7 +112,7 @@ def flash_attention(
         )
         return attend_locally(here, q, k, v, mask, dropout_p)
     q, k, v = _autocast(q, k, v)
-    q, k, v, mask, spec = normalise_inputs(
+    (q, k, v, mask, _), spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
@@ -204,7 +205,7 @@ def explain(
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """
     q, k, v = _autocast(q, k, v)
-    q, k, v, mask, spec = normalise_inputs(
+    (q, k, v, mask, _), spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)

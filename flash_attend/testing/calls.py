@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flash_attend import flash_attention
+from flash_attend.checks import normalise_inputs
 from flash_attend.dropout import draw_seed, keep_mask
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer, attention_oracle
 

@@ -11,8 +11,9 @@ import torch
 import advantages
 from advantages import Advantage, calls_of, row_source
 from cases import BACKWARD, BOTH, DETERMINISTIC, DTYPES, FORWARD, PRESETS, Case, make_inputs, select_cases
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import BACKENDS
-from flash_attend.spec import MaskKind, kind_of, normalise_inputs
+from flash_attend.spec import MaskKind, kind_of
 from flash_attend.validation import Calls, Measurement
 from measure import numerics
 from results import Results, Row

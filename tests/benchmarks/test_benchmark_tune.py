@@ -15,10 +15,10 @@ pytest.importorskip("triton", reason="tuning needs Triton")
 
 import tune
 from cases import DTYPES, Case, make_inputs
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import HOPPER_HEAD_DIMS
 from flash_attend.kernels import aot
 from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, VARIANTS, Tile, Tiles, mode_of, override, row_of
-from flash_attend.spec import normalise_inputs
 from gate import Check, Gate
 from measure import numerics, stopwatch_for, summarise
 from tune import Candidate, Question, Trial, Tuning

@@ -18,10 +18,11 @@ import torch
 import gpu_checks
 import validate
 from cases import DTYPES
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import LARGEST_ACCURATE_HEAD_DIM
 from flash_attend.kernels import aot
 from flash_attend.kernels.configs import select_tiles
-from flash_attend.spec import MaskKind, normalise_inputs
+from flash_attend.spec import MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import LAYOUTS, MASKS, Case, make_call
 from flash_attend.testing.calls import run as run_call

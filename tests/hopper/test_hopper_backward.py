@@ -13,6 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.hopper import backward, backward_wide, producer, products, ring
@@ -20,7 +21,7 @@ from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.softmax import LOG2E
-from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
+from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call, truth_of
 from flash_attend.testing.calls import run as run_publicly
@@ -61,7 +62,7 @@ def schedule_of(mask: Tensor | None, spec: AttentionSpec, block: int) -> Schedul
 def run(call: Call, backend: str = "hopper_fused", needed: str = "qkv", **options) -> Answer:
     """The gradients of a call, but for that of q where another kernel makes it; out and lse are the oracle's."""
     truth = truth_of(call)
-    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     tiles = select_tiles(spec, H100, backend)
     out, lse = truth.out.to(q.dtype), truth.lse.float()
 

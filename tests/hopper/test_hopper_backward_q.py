@@ -11,12 +11,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import Tile, select_tiles
 from flash_attend.kernels.hopper.backward_q import K_RING, V_RING, query_gradient
 from flash_attend.kernels.key_schedule import build_schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.operands import empty_like_heads, readable
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call, truth_of
 from flash_attend.testing.oracle import Answer
 from gluon_emulator import EmulationError, emulate
@@ -25,7 +25,7 @@ from hopper_calls import CASES, H100, RING_MISTAKES, await_all_but, clear_nothin
 
 def recorded(call: Call, truth: Answer, tile: Tile | None = None) -> tuple[Tensor, Launch]:
     """The gradient of q, NaN for now, and the launch that writes it."""
-    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     q, k, v, grad_out = readable(q), readable(k), readable(v), readable(call.grad_out)
     tiles = select_tiles(spec, H100, "hopper")
     if tile is not None:

@@ -14,12 +14,12 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flash_attend import BackendUnavailable, operators
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels import operands
 from flash_attend.kernels.configs import Tile, Tiles, override, select_tiles
 from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
-from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call
 from flash_attend.testing.calls import run as run_publicly
@@ -30,7 +30,7 @@ from hopper_calls import CASES, H100, RING_MISTAKES, await_all_but, clear_nothin
 
 def recorded(call: Call, part: DeviceTarget = H100) -> tuple[Tensor, Tensor, Launch]:
     """Out and lse of a call, NaN for now, and the launch that writes them."""
-    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     tiles = select_tiles(spec, part, "hopper")
     with on(part), recorded_launches() as launches:
         out, lse, schedule = attention_forward(q, k, v, mask, None, spec, tiles)
@@ -170,7 +170,7 @@ def test_the_longest_tiles_of_a_section_come_first_and_heads_are_neighbours() ->
 def test_nothing_is_launched_for_nothing() -> None:
     for shape in ((0, 2, 5), (2, 0, 5), (2, 2, 0)):
         q, k = torch.empty(*shape, 64, dtype=torch.bfloat16), torch.empty(*shape[:2], 7, 64, dtype=torch.bfloat16)
-        q, k, _, _, spec = normalise_inputs(q, k, k)
+        (q, k, *_), spec = normalise_inputs(q, k, k)
         with on(H100), recorded_launches() as launches:
             out, _, _ = attention_forward(q, k, k, None, None, spec, select_tiles(spec, H100, "hopper"))
         assert out.shape == q.shape
@@ -190,7 +190,7 @@ def test_the_public_call_runs_it(mask: str) -> None:
 
 def test_as_an_operator_it_is_the_same_launch() -> None:
     call = make_call(Case("operator", 1, 2, queries=140, keys=300, d=64, mask="pad_right"), torch.float16)
-    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     with on(H100), recorded_launches() as launches:
         operators.attend(q, k, v, mask, None, spec, "hopper")
     *_, expected = recorded(call, H100)

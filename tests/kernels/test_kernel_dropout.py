@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend import flash_attention
+from flash_attend.checks import normalise_inputs
 from flash_attend.dropout import draw_seed, keep_mask, keep_threshold, philox
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.dropout import kept_by_dropout
-from flash_attend.spec import LARGEST_LENGTH, normalise_inputs
+from flash_attend.spec import LARGEST_LENGTH
 from flash_attend.testing.oracle import visible_pairs
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flash_attend import dropout, reference
-from flash_attend.spec import normalise_inputs
+from flash_attend.checks import normalise_inputs
 
 SEED = torch.tensor([2**35 + 11])
 
@@ -34,7 +34,7 @@ def use(monkeypatch: pytest.MonkeyPatch, regime: str) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = True, **options) -> tuple[Tensor, Tensor | None]:
-    *tensors, spec = normalise_inputs(q, k, v, **options)
+    (*tensors, _), spec = normalise_inputs(q, k, v, **options)
     return reference.attention_reference(*tensors, SEED, spec, return_lse=return_lse)
 
 
@@ -121,7 +121,7 @@ def test_the_gradients_that_are_written_out_are_those_of_autograd(regime, mask, 
         assert unread.any()
         inputs = inputs[0], *(x.detach().masked_fill(unread, torch.nan) for x in inputs[1:])
     use(monkeypatch, regime)
-    *tensors, spec = normalise_inputs(*inputs, **options)
+    (*tensors, _), spec = normalise_inputs(*inputs, **options)
     both = [a + b for a, b in zip(of_out, of_lse, strict=True)]
     for given, expected in (((grads[0], None), of_out), ((None, grads[1]), of_lse), (grads, both)):
         found = reference.attention_reference_gradients(*given, *tensors, SEED, spec)
@@ -214,7 +214,7 @@ MEMORY = """
 import sys
 import torch
 from flash_attend.reference import attention_reference
-from flash_attend.spec import normalise_inputs
+from flash_attend.checks import normalise_inputs
 
 def status(name):
     with open("/proc/self/status") as lines:
@@ -223,7 +223,7 @@ def status(name):
 def run(length):
     q, k, v = (torch.randn(1, 2, length, 64, requires_grad=True) for _ in range(3))
     mask = torch.arange(length)[None] < length - 5
-    *tensors, spec = normalise_inputs(q, k, v, mask=mask, causal=True)
+    (*tensors, _), spec = normalise_inputs(q, k, v, mask=mask, causal=True)
     out, lse = attention_reference(*tensors, None, spec, return_lse=True)
     out.square().sum().backward()
     return q.grad, k.grad, v.grad, q, k, v, out, lse

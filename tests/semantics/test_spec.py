@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
+from flash_attend.checks import normalise_inputs
+from flash_attend.spec import AttentionSpec, MaskKind
 
 B, H, QUERIES, KEYS, D, DV = 2, 4, 5, 7, 8, 6
 
@@ -28,7 +29,7 @@ def _bool(*shape: int) -> torch.Tensor:
 
 
 def test_the_description_of_a_plain_call() -> None:
-    _, (_, _, _, mask, spec) = _normalise()
+    _, ((*_, mask, _), spec) = _normalise()
     assert mask is None
     assert spec == AttentionSpec(
         batch=B, heads=H, kv_heads=H, queries=QUERIES, keys=KEYS, head_dim=D, value_dim=DV, dtype=torch.float32,
@@ -39,7 +40,7 @@ def test_the_description_of_a_plain_call() -> None:
 
 
 def test_tensors_come_back_as_views() -> None:
-    came, (*back, _, spec) = _normalise(kv_heads=None)
+    came, ((*back, _, _), spec) = _normalise(kv_heads=None)
     assert [x.data_ptr() for x in back] == [x.data_ptr() for x in came]
     assert [tuple(x.shape) for x in back] == [(B, H, QUERIES, D), (B, 1, KEYS, D), (B, 1, KEYS, DV)]
     assert (spec.kv_heads, spec.group) == (1, H)
@@ -48,7 +49,7 @@ def test_tensors_come_back_as_views() -> None:
 def test_strides_are_kept() -> None:
     q = torch.randn(B, QUERIES, H, D, 2)[..., 0].transpose(1, 2)
     k, v = torch.randn(B, 1, KEYS, D).expand(B, H, KEYS, D), torch.randn(B, H, DV, KEYS).mT
-    back = normalise_inputs(q, k, v)[:3]
+    back = normalise_inputs(q, k, v)[0][:3]
     assert [x.stride() for x in back] == [q.stride(), k.stride(), v.stride()]
     assert [x.data_ptr() for x in back] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
 
@@ -130,7 +131,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_read_where_they_lie(name: str) -> None:
     given, kind, per_head, shape, strides = MASKS[name]
-    _, (_, _, _, mask, spec) = _normalise(mask=given)
+    _, ((*_, mask, _), spec) = _normalise(mask=given)
     assert (spec.mask, spec.mask_per_head) == (kind, per_head)
     assert mask.dtype == torch.bool
     assert tuple(mask.shape) == shape
@@ -145,7 +146,7 @@ def test_masks_are_read_where_they_lie(name: str) -> None:
 def test_a_mask_of_one_head_and_one_query_is_no_key_mask_by_accident() -> None:
     """With a single query every mask is the same for all queries, which is the cheaper kind."""
     q, k, v = torch.randn(B, 1, 1, D), torch.randn(B, 1, KEYS, D), torch.randn(B, 1, KEYS, DV)
-    *_, mask, spec = normalise_inputs(q, k, v, mask=_bool(B, 1, 1, KEYS))
+    (*_, mask, _), spec = normalise_inputs(q, k, v, mask=_bool(B, 1, 1, KEYS))
     assert (spec.mask, spec.mask_per_head, tuple(mask.shape)) == (MaskKind.KEY, False, (B, 1, 1, KEYS))
 
 

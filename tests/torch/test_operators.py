@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from backends import BACKENDS, Backend
 from flash_attend import flash_attention
+from flash_attend.checks import normalise_inputs
 from flash_attend.dropout import draw_seed
 from flash_attend.operators import BACKWARD, FORWARD
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run
 
 SMALL = dict(heads=2, kv_heads=1, queries=5, keys=7, d=3, dv=4)
@@ -41,7 +41,7 @@ def memory_is_filled() -> Iterator[None]:
 
 def forward_arguments(case: Case, backend: Backend, requires_grad: bool = False) -> tuple:
     call = make_call(case, torch.float32, backend.device)
-    q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     seed = draw_seed(q.device) if case.dropout_p else None
     inputs = (x.requires_grad_(requires_grad) for x in (q, k, v))
     return *inputs, mask, seed, *spec.options, backend.name, True
@@ -85,7 +85,7 @@ def test_the_fake_operators_say_what_the_real_ones_give(layout: str, backend: Ba
     for dtype in (torch.float16, torch.float64):
         case = Case(layout, heads=2, queries=5, keys=7, d=3, dv=4, mask="bhij", layout=layout, grad_layout=layout)
         call = make_call(case, dtype, backend.device)
-        q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+        (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
         arguments = (q, k, v, mask, None, *spec.options, backend.name, True)
         out, lse, schedule = results = FORWARD(*arguments)
         last = ([True] * 3, call.grad_out, None, q, k, v, mask, None, out, lse, schedule, *spec.options, backend.name)
