@@ -3,74 +3,22 @@ exception that names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from flash_attend.operands import Operands
+from flash_attend.options import check_flag, check_number, check_probability, shown
 from flash_attend.spec import CALLS_KEPT, LARGEST_LENGTH, AttentionSpec, describe
 from flash_attend.tracing import constant_when_compiled, traced
 
-__all__ = ["check_flag", "check_number", "check_probability", "normalise_inputs"]
+__all__ = ["is_dense", "normalise_inputs"]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMS = {"q": "(b, h, i, d)", "k": "(b, hk, j, d) or (b, j, d)", "v": "(b, hk, j, dv) or (b, j, dv)"}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_flag(name: str, value: object) -> bool:
-    """`value`, a bool of Python's or of numpy's, as Python's. Raises `TypeError` for anything else, 0 and 1 too."""
-    flag = _unwrapped(value)
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name} must be a bool, got {_told(value)}")
-    return flag
-
-
-def check_number(name: str, value: object) -> float:
-    """`value`, any real number but a bool or a tensor (which would have to be read, and would lose its gradient), as a
-    float. Raises `TypeError` for anything else, and `ValueError` where it is not finite."""
-    number = _unwrapped(value)
-    if isinstance(number, bool) or not isinstance(number, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {_told(value)}")
-    try:
-        number = float(number)
-    except OverflowError:
-        raise ValueError(f"{name} must be finite in float64, got {_told(value)}") from None
-    if not -math.inf < number < math.inf:  # in words that a compiler follows where the number is a symbol
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
-
-
-def check_probability(name: str, value: object) -> float:
-    """`value` as `check_number`, in [0, 1)."""
-    probability = check_number(name, value)
-    if not 0.0 <= probability < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {probability}")
-    return probability
-
-
-def _unwrapped(value: object) -> object:
-    """Python's own number for a scalar or a 0-dim array of another library; whatever else, a tensor too, as it is."""
-    if isinstance(value, (bool, int, float, Tensor)) or getattr(value, "shape", None) != ():
-        return value
-    return value.item()  # type: ignore[attr-defined]
-
-
-def _told(value: object) -> str:
-    """What came, for a message: its type, and a short value."""
-    kind = type(value).__name__
-    if isinstance(value, int) and value.bit_length() > 64:
-        return f"{kind} of {value.bit_length()} bits"
-    return f"{kind} {value!r}"[:80] if isinstance(value, (bool, int, float, str)) else kind
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tensors
@@ -90,15 +38,18 @@ class _Facts(NamedTuple):
         return str(tuple(self.shape))
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has sizes and strides to be read by."""
+    initialized = type(tensor) is Tensor or not isinstance(tensor, (UninitializedBuffer, UninitializedParameter))
+    return initialized and not tensor.is_nested and tensor.layout == torch.strided
+
+
 def _facts(name: str, tensor: object) -> _Facts:
-    """Raises `TypeError` for what is no tensor, or one that has no strides to be read by."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {_told(tensor)}")
-    if type(tensor) is not Tensor and is_lazy(tensor):
-        raise TypeError(f"{name} must be a tensor with a shape, got {type(tensor).__name__}: initialize it first")
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name} must be a dense strided tensor, got {kind}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {shown(tensor)}")
+    if not is_dense(tensor):
+        kind = "nested " if tensor.is_nested else "" if tensor.layout == torch.strided else f"{tensor.layout} "
+        raise TypeError(f"{name} must be a dense strided tensor, got a {kind}{type(tensor).__name__}")
     return _Facts(tensor.shape, tensor.dtype, tensor.device, tensor.stride() if name == "mask" else None)
 
 

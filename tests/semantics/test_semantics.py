@@ -416,6 +416,19 @@ def test_scores_far_below_zero(backend: Backend, mask: str) -> None:
     check(run(call, backend.name), call)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv", ((), (1,), (2,), (0,)), ids=("3d", "one_head", "two_heads", "no_heads"))
+def test_queries_without_heads(backend: Backend, kv: tuple[int, ...]) -> None:
+    """Any number divides none, and nobody reads k and v: their gradients are 0."""
+    shapes = {"q": (2, 0, 5, 8), "k": (2, *kv, 7, 8), "v": (2, *kv, 7, 6)}
+    leaves = {name: torch.randn(shape, device=backend.device, requires_grad=True) for name, shape in shapes.items()}
+    out, lse = flash_attention(**leaves, causal=True, return_lse=True, backend=backend.name)
+    assert (out.shape, lse.shape) == ((2, 0, 5, 6), (2, 0, 5))
+    for name, gradient in zip("qkv", torch.autograd.grad((out.sum(), lse.sum()), leaves.values()), strict=True):
+        assert gradient.shape == shapes[name]
+        assert not gradient.any()
+
+
 @pytest.mark.parametrize("held", (0, 2**60), ids=("recomputed", "kept"))
 @pytest.mark.parametrize(
     "case",

@@ -150,18 +150,6 @@ def test_a_mask_of_one_head_and_one_query_is_no_key_mask_by_accident() -> None:
     assert (spec.mask, spec.mask_per_head, tuple(mask.shape)) == (MaskKind.KEY, False, (B, 1, 1, KEYS))
 
 
-@pytest.mark.parametrize(("matmul", "precision"), (("highest", "tf32x3"), ("high", "tf32"), ("medium", "tf32")))
-def test_float32_follows_torch(matmul: str, precision: str) -> None:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(matmul)
-    try:
-        assert _normalise()[1][-1].precision == precision
-        for dtype in (torch.float16, torch.bfloat16, torch.float64):
-            assert _normalise(dtype=dtype)[1][-1].precision == "ieee"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def test_deterministic_follows_torch_unless_said() -> None:
     assert not _normalise()[1][-1].deterministic
     assert _normalise(deterministic=True)[1][-1].deterministic
