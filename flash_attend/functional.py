@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from flash_attend import operators
-from flash_attend.checks import normalise_inputs
+from flash_attend.checks import is_dense, normalise_inputs
 from flash_attend.dispatch import BACKENDS, Plan, Verdict, check_backend, choose, judge
 from flash_attend.dropout import draw_seed
+from flash_attend.options import check_flag
 from flash_attend.reference import attention_reference
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
@@ -99,6 +100,7 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    return_lse = check_flag("return_lse", return_lse)
     if sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
@@ -151,7 +153,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    castable = [tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors]
+    castable = [is_dense(x) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
     return tuple(tensor.to(dtype) if cast else tensor for tensor, cast in zip(tensors, castable, strict=True))
 
 
@@ -205,6 +207,8 @@ def explain(
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """
     q, k, v = _autocast(q, k, v)
+    check_flag("return_lse", return_lse)
+    check_backend(backend)
     (q, k, v, mask, _), spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
