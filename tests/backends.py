@@ -10,7 +10,7 @@ import torch
 from flash_attend import explain
 from flash_attend.testing.calls import Call, Case, make_call
 
-__all__ = ["BACKENDS", "CHOOSY", "FUSED", "Backend", "call_for", "skip_unless_interpretable"]
+__all__ = ["BACKENDS", "CHOOSY", "FUSED", "Backend", "call_for", "skip_unless_interpretable", "skip_unless_quick"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,11 @@ def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
         if refusal:
             pytest.skip(f"reason: {refusal}")
     return call
+
+
+def skip_unless_quick(backend: Backend, dtype: torch.dtype) -> None:
+    """For tests of many calls, of which half precision learns nothing more in the interpreter."""
+    if backend.interpreted and dtype != torch.float32:
+        pytest.skip(
+            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
+        )
