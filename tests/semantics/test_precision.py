@@ -65,8 +65,8 @@ from flash_attend import flash_attention
 
 def backend(graph, inputs):
     told = str([node.args for node in graph.graph.nodes if node.op == "call_function"])
-    print("tf32x3" if "tf32x3" in told else "tf32" if "tf32" in told else told)
-    return graph
+    precision = "tf32x3" if "tf32x3" in told else "tf32" if "tf32" in told else told
+    return lambda *inputs: (print(precision), graph(*inputs))[1]
 
 q = torch.randn(1, 2, 3, 8)
 attend = torch.compile(lambda q: flash_attention(q, q, q), backend=backend, fullgraph=True)
@@ -93,5 +93,5 @@ def test_float32_follows_torch() -> None:
 
 
 def test_a_graph_does_not_outlive_the_setting_that_it_was_made_for() -> None:
-    """One for each precision, whichever setting says it."""
-    assert _printed(COMPILED) == ["tf32x3", "tf32"]
+    """Whichever setting says it, and before as after another."""
+    assert _printed(COMPILED) == ["tf32x3", "tf32", "tf32x3", "tf32x3", "tf32", "tf32", "tf32x3"]
