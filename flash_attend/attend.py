@@ -129,12 +129,11 @@ class Attend(nn.Module):
 
     def extra_repr(self) -> str:
         """What is not at its default; the dropout is shown by its submodule."""
-        parts = [f"causal={self.causal}"]
-        parts += [f"{name}={value}" for name in ("heads", "scale") if (value := getattr(self, name)) is not None]
-        parts += ["flash=False"] if self.flash is False else []
-        parts += [] if self.backend == "auto" else [f"backend={self.backend!r}"]
-        parts += [] if self.deterministic is None else [f"deterministic={self.deterministic}"]
-        return ", ".join(parts)
+        defaults = {"heads": None, "scale": None, "flash": True, "backend": "auto", "deterministic": None}
+        told = [
+            f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
+        ]
+        return ", ".join([f"causal={self.causal}", *told])
 
 
 def _probability_of(name: str, layer: object) -> float:
