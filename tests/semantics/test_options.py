@@ -292,3 +292,7 @@ def test_numpy_s_options_under_a_compiler() -> None:
         assert torch.equal(found, flash_attention(Q, K, V, causal=True, scale=scale))
     with pytest.raises(ValueError, match=r"^scale must be finite"):
         compiled(Q, 10**400, True)
+    for scale, causal in ((np.float32(0.25), True), (np.array(0.25), True), (0.25, np.True_)):
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="pass Python's own"):
+            torch.compile(call, backend="eager", fullgraph=True)(Q, scale, causal)
