@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from cases import BACKWARD, BOTH, DETERMINISTIC, Inputs
+from flash_attend.checks import normalise_inputs
 from flash_attend.dropout import draw_seed, keep_mask
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.budget import NAMES, Budget
 from flash_attend.testing.oracle import Answer, attention_oracle
 from measure import numerics
@@ -72,7 +72,7 @@ class Gate:
 
     def _keep(self) -> Tensor:
         inputs, case = self.inputs, self.case
-        *_, spec = normalise_inputs(
+        _, spec = normalise_inputs(
             inputs.q, inputs.k, inputs.v, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p
         )
         torch.manual_seed(SEED)

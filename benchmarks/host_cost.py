@@ -30,12 +30,12 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from flash_attend import flash_attention
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import choose
 from flash_attend.kernels import aot, backward, forward, schedule
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
 from flash_attend.operands import Operands
-from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
 
 ARCH = "sm_90"
@@ -116,7 +116,7 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
     sdpa = partial(F.scaled_dot_product_attention, *tiny, **same)
     call = partial(flash_attention, q, k, v, backend="triton", **options)
 
-    *inputs, mask, spec = normalise_inputs(q.detach(), k.detach(), v.detach(), **options)
+    (*inputs, mask, _), spec = normalise_inputs(q.detach(), k.detach(), v.detach(), **options)
     tiles = select_tiles(spec, PART)
     seed = torch.zeros(1, dtype=torch.int64) if spec.dropout_p else None
     operands = Operands(*inputs, mask, seed)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from flash_attend.dispatch import check_backend
 from flash_attend.functional import flash_attention
+from flash_attend.options import check_count, check_flag, check_number, check_probability, optional
 
 __all__ = ["Attend"]
 
@@ -31,12 +31,13 @@ class Attend(nn.Module):
         backend: "auto" or a backend by name, as in `flash_attention`; one asked for by name never falls back.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
 
-    `dropout`, `causal`, `scale`, `flash`, `backend` and `deterministic` may be assigned later and hold from the next
-    call on. `dropout` is the probability of the submodule `attn_dropout`, whose train/eval state decides whether
-    anything is dropped, so that code which walks over a model's `nn.Dropout` modules reaches this one too.
+    Every option may be assigned later, is checked then as here, and holds from the next call on; numbers and flags of
+    numpy's become Python's. `dropout` is the probability of the submodule `attn_dropout`, an `nn.Dropout` or, for none,
+    an `nn.Identity`, whose train/eval state decides whether anything is dropped, so that code which walks over a
+    model's `nn.Dropout` modules reaches this one too. Of that submodule nothing else is used: it is never called.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or two contradict each other.
+        TypeError, ValueError: an option is wrong, or two contradict each other.
     """
 
     def __init__(
@@ -52,38 +53,35 @@ class Attend(nn.Module):
         deterministic: bool | None = None,
     ) -> None:
         super().__init__()
-        for name, flag in (("use_flash", use_flash), ("flash", flash), ("deterministic", deterministic)):
-            if flag is not None and not isinstance(flag, bool):
-                raise TypeError(f"{name} must be True, False or None, got {flag!r}")
-        if not isinstance(causal, bool):
-            raise TypeError(f"causal must be True or False, got {causal!r}")
-        if flash is not None and use_flash is not None and flash != use_flash:
+        names = {"flash": flash, "use_flash": use_flash}
+        asked = {check_flag(name, flag) for name, flag in names.items() if flag is not None}
+        if len(asked) > 1:
             raise ValueError(f"flash and use_flash are two names of one flag, got flash={flash}, use_flash={use_flash}")
-        if heads is not None and (isinstance(heads, bool) or not isinstance(heads, numbers.Integral)):
-            raise TypeError(f"heads must be an integer or None, got {heads!r}")
-        if heads is not None and heads < 1:
-            raise ValueError(f"heads must be at least 1, got {heads}")
-        check_backend(backend)
-
-        self.flash = flash is not False and use_flash is not False
-        if not self.flash and backend not in ("auto", "math"):
-            raise ValueError(f"flash=False asks for the einsum path, backend={backend!r} for another one")
-
-        self.attn_dropout = nn.Dropout(_probability(dropout))
+        self.attn_dropout = nn.Dropout(_check_dropout("dropout", dropout))
         self.causal = causal
-        self.heads = None if heads is None else int(heads)
-        self.scale = None if scale is None else _finite("scale", scale)
+        self.flash = asked != {False}
+        self.heads = heads
+        self.scale = scale
         self.backend = backend
         self.deterministic = deterministic
+        self._asked_backend()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            value = _CHECKS[name](name, value)
+        super().__setattr__(name, value)
 
     @property
     def dropout(self) -> float:
         """The probability of dropping a weight."""
-        return self.attn_dropout.p
+        return _probability_of("attn_dropout", self.attn_dropout)
 
     @dropout.setter
     def dropout(self, probability: float) -> None:
-        self.attn_dropout.p = _probability(probability)
+        if isinstance(self.attn_dropout, nn.Dropout):
+            self.attn_dropout.p = probability
+        else:
+            self.attn_dropout = nn.Dropout(probability).train(self.attn_dropout.training)
 
     @property
     def use_flash(self) -> bool:
@@ -111,6 +109,8 @@ class Attend(nn.Module):
         """
         if isinstance(q, Proxy):  # torch.fx records a call of this module, which keeps its options and its dropout
             return q.tracer.create_proxy("call_module", q.tracer.path_of_module(self), (q, k, v, mask), {})
+        layer = self.attn_dropout
+        dropout_p = _probability_of("attn_dropout", layer)
         return flash_attention(
             q,
             k,
@@ -118,9 +118,9 @@ class Attend(nn.Module):
             mask=mask,
             causal=self.causal,
             scale=self.scale,
-            dropout_p=self.dropout if self.attn_dropout.training else 0.0,
+            dropout_p=dropout_p if layer.training else 0.0,
             deterministic=self.deterministic,
-            backend="math" if self.flash is False else self.backend,
+            backend=self._asked_backend(),
         )
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -128,26 +128,59 @@ class Attend(nn.Module):
             f"torch.jit.script cannot compile {type(self).__name__}; use torch.export.export or torch.compile"
         )
 
+    def _asked_backend(self) -> str:
+        if self.flash:
+            return self.backend
+        if self.backend not in ("auto", "math"):
+            raise ValueError(f"flash=False asks for the einsum path, backend={self.backend!r} for another one")
+        return "math"
+
     def extra_repr(self) -> str:
         """What is not at its default; the dropout is shown by its submodule."""
-        parts = [f"causal={self.causal}"]
-        parts += [f"{name}={value}" for name in ("heads", "scale") if (value := getattr(self, name)) is not None]
-        parts += ["flash=False"] if self.flash is False else []
-        parts += [] if self.backend == "auto" else [f"backend={self.backend!r}"]
-        parts += [] if self.deterministic is None else [f"deterministic={self.deterministic}"]
-        return ", ".join(parts)
+        defaults = {"heads": None, "scale": None, "flash": True, "backend": "auto", "deterministic": None}
+        told = [
+            f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
+        ]
+        return ", ".join([f"causal={self.causal}", *told])
 
 
-def _finite(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a Python number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+def _probability_of(name: str, layer: object) -> float:
+    """What a submodule that stands for dropout drops."""
+    if isinstance(layer, nn.Dropout):
+        return check_probability(f"{name}.p", layer.p)
+    if isinstance(layer, nn.Identity):
+        return 0.0
+    raise TypeError(f"{name} must be an nn.Dropout, or an nn.Identity for none, got {type(layer).__name__}")
 
 
-def _probability(dropout: object) -> float:
-    dropout = _finite("dropout", dropout)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    return dropout
+def _check_layer(name: str, layer: object) -> object:
+    _probability_of(name, layer)
+    return layer
+
+
+def _check_dropout(name: str, dropout: object) -> float:
+    if isinstance(dropout, nn.Module):
+        raise TypeError(f"{name} must be a Python number, got {dropout}; the submodule's name is attn_dropout")
+    return check_probability(name, dropout)
+
+
+def _check_flash(name: str, flash: object) -> bool:
+    return flash is None or check_flag(name, flash)
+
+
+def _check_backend(_: str, backend: str) -> str:
+    check_backend(backend)
+    return backend
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "attn_dropout": _check_layer,
+    "dropout": _check_dropout,
+    "causal": check_flag,
+    "flash": _check_flash,
+    "use_flash": _check_flash,
+    "heads": optional(check_count),
+    "scale": optional(check_number),
+    "backend": _check_backend,
+    "deterministic": optional(check_flag),
+}

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flash_attend.backends import BACKENDS
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import Plan, Verdict, check_backend, choose, judge
 from flash_attend.functional import autocast
-from flash_attend.spec import normalise_inputs
+from flash_attend.options import check_flag
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Explanation", "explain"]
@@ -57,12 +58,13 @@ def explain(
 
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """
+    check_flag("return_lse", return_lse)
+    check_backend(backend)
     q, k, v = autocast(q, k, v)
-    q, k, v, mask, spec = normalise_inputs(
+    (q, k, v, mask, _), spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    check_backend(backend)
     verdicts = judge(spec, target)
     asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
     if asked is not None and not asked.serves:

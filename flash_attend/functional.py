@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from flash_attend.autograd import attend
+from flash_attend.checks import is_dense, normalise_inputs
 from flash_attend.dispatch import Plan, check_backend, choose, overridden_backward
 from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
+from flash_attend.options import check_flag
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, has_autocast, jit_traced, sharded, traced
 
@@ -103,6 +105,7 @@ def flash_attention(
     """
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
+    return_lse = check_flag("return_lse", return_lse)
     opaque = traced(q, k, v, mask)
     if opaque and sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
@@ -117,7 +120,7 @@ def flash_attention(
         )
         return attend_locally(here, q, k, v, mask, dropout_p)
     q, k, v = autocast(q, k, v)
-    q, k, v, mask, spec = normalise_inputs(
+    (q, k, v, mask, _), spec = normalise_inputs(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
@@ -145,7 +148,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    castable = [tensor.is_floating_point() and tensor.dtype != torch.float64 for tensor in tensors]
+    castable = [is_dense(x) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
     return tuple(tensor.to(dtype) if cast else tensor for tensor, cast in zip(tensors, castable, strict=True))
 
 

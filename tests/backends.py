@@ -79,3 +79,11 @@ def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
         if refusal:
             pytest.skip(f"reason: {refusal}")
     return call
+
+
+def skip_unless_quick(backend: Backend, dtype: torch.dtype) -> None:
+    """For tests of many calls, of which half precision learns nothing more in the interpreter."""
+    if backend.interpreted and dtype != torch.float32:
+        pytest.skip(
+            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
+        )

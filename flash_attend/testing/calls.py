@@ -12,9 +12,9 @@ from torch import Tensor
 
 from flash_attend import flash_attention
 from flash_attend.backends import BackwardName
+from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import override_backward
 from flash_attend.dropout import draw_seed, keep_mask
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer, attention_oracle
 
@@ -279,7 +279,7 @@ def keep_of(call: Call) -> Tensor | None:
     """The keep mask `(b, h, i, j)` that a run of this call will use, from the seed that it will draw."""
     if not call.dropout_p:
         return None
-    *_, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    _, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     torch.manual_seed(call.torch_seed)
     return keep_mask(draw_seed(call.q.device), spec, 0, spec.queries)
 

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels import launch as launching
 from flash_attend.kernels.configs import Tiles, select_tiles
 from flash_attend.kernels.hopper.backward import attention_backward
@@ -20,7 +21,7 @@ from flash_attend.kernels.hopper.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared
 from flash_attend.kernels.schedule import build_schedule
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, normalise_inputs
+from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.testing import calls
 from flash_attend.testing.calls import Call, bits_equal
@@ -125,7 +126,7 @@ truth_of = lru_cache(maxsize=4)(calls.truth_of)
 
 def tiles_of(call: Call, backend: str = "hopper", part: DeviceTarget = H100) -> tuple[Operands, AttentionSpec, Tiles]:
     """A call as the kernels take it."""
-    *tensors, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (*tensors, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     return Operands(*tensors, seed=None), spec, select_tiles(spec, part, backend)
 
 

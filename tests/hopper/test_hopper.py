@@ -11,11 +11,13 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from flash_attend import BackendUnavailable
+from flash_attend.dispatch import choose
 from flash_attend.kernels import operands, programs
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.hopper import forward
 from flash_attend.kernels.hopper.forward import attention_forward
 from flash_attend.kernels.launch import recorded_launches
+from flash_attend.ops import FORWARD, options_of
 from flash_attend.testing.calls import Call, Case, assert_same_bits, bits_equal, check, make_call, run
 from gluon_emulator import EmulationError, Mistake, bound
 from hopper_calls import (
@@ -314,7 +316,8 @@ def test_as_an_operator_it_is_the_same_launch() -> None:
     call = make_call(Case("operator", 1, 2, queries=140, keys=300, d=64, mask="pad_right"), torch.float16)
     tensors, spec, tiles = tiles_of(call)
     with on_h100(), recorded_launches() as launches:
-        operators.attend(*tensors, spec, "hopper")
+        numbers, options = options_of(tensors, spec, choose(spec, H100, "hopper"), return_lse=True)
+        FORWARD([x for x in tensors if x is not None], numbers, options)
         attention_forward(tensors, spec, tiles)
     as_operator, directly = (launch.prepared for launch in launches if "forward" in launch.prepared.kernel.__name__)
     assert as_operator is directly

@@ -12,13 +12,14 @@ import torch
 import triton
 from torch import Tensor
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels import aot
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles, select_hopper_tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, recorded_launches
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
+from flash_attend.spec import AttentionSpec, MaskKind
 
 # One, odd, even, and multiples of 8, 16 and 128: what Triton makes variants of where it is let.
 PAIRS = tuple(product((1, 2, 7, 16, 100, 128, 333), (1, 3, 16, 24, 64, 77, 128, 1000)))
@@ -71,7 +72,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[Launch]], di
 
 def launches_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> list[Launch]:
     """What a forward and a backward launch for tensors on the meta device, through their strides."""
-    q, k, v, mask, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p)
+    (q, k, v, mask, _), spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
     operands = Operands(q, k, v, mask, seed)
     with recorded_launches() as launches:

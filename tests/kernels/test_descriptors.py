@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.operands import Operands
-from flash_attend.spec import normalise_inputs
 from flash_attend.testing.calls import LAYOUTS
 
 IN_BULK = Tile(32, 64, 4, 2, descriptors=True)
@@ -54,7 +54,7 @@ def launched(
     """The forward's launch for k and v that were changed so."""
     q = torch.zeros(2, 2, 40, head_dim, dtype=torch.float16)
     k = v = change(torch.zeros(2, 2, 70, head_dim, dtype=torch.float16))
-    q, k, v, mask, spec = normalise_inputs(q, k, v)
+    (q, k, v, mask, _), spec = normalise_inputs(q, k, v)
     with recorded_launches() as launches:
         attention_forward(Operands(q, k, v, mask), spec, tiles)
     return launches[0]

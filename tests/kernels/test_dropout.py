@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend import flash_attention
+from flash_attend.checks import normalise_inputs
 from flash_attend.dropout import draw_seed, keep_mask, keep_threshold, philox
 from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.dropout import dropout_by
-from flash_attend.spec import LARGEST_LENGTH, normalise_inputs
+from flash_attend.spec import LARGEST_LENGTH
 from flash_attend.testing.oracle import visible_pairs
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
@@ -92,7 +93,7 @@ def test_a_tile_equals_the_definition(
 
 def test_the_definition_is_that_of_the_mask() -> None:
     q = torch.zeros(2, 3, 21, 4)
-    *_, spec = normalise_inputs(q, q, q, dropout_p=0.4)
+    _, spec = normalise_inputs(q, q, q, dropout_p=0.4)
     seed = torch.tensor([11])
     position = torch.arange(21)
     expected = [[definition(seed, 0.4, batch, head, position, position) for head in range(3)] for batch in range(2)]
@@ -111,7 +112,7 @@ SHAPE = (2, 2, 21, 37)
 
 def kept_of_call(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     """What the next call, after `torch.manual_seed(5)`, keeps; and who sees whom."""
-    *_, spec = normalise_inputs(q, k, v, causal=causal, dropout_p=P)
+    _, spec = normalise_inputs(q, k, v, causal=causal, dropout_p=P)
     torch.manual_seed(5)
     kept = keep_mask(draw_seed(q.device), spec, 0, spec.queries)
     pairs = visible_pairs(*kept.shape, None, causal, q.device)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, launch, recorded_launches
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, normalise_inputs
+from flash_attend.spec import AttentionSpec
 from flash_attend.testing.calls import Case, check, make_call, run
 
 X = torch.zeros(1)
@@ -140,7 +141,7 @@ def launches_of(b: int, h: int, i: int, j: int, mask_rows: int | None = None) ->
     """What a call and its backward launch, on the meta device. `mask_rows`: 1 for a key mask, i for a dense one."""
     q, k = (torch.empty(b, h, n, 16, device="meta", dtype=torch.float16) for n in (i, j))
     mask = None if mask_rows is None else torch.empty(b, h, mask_rows, j, device="meta", dtype=torch.bool)
-    q, k, v, mask, spec = normalise_inputs(q, k, k, mask=mask)
+    (q, k, v, mask, _), spec = normalise_inputs(q, k, k, mask=mask)
     with recorded_launches() as launches:
         operands = Operands(q, k, v, mask)
         out, lse, schedule = attention_forward(operands, spec, TILES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
@@ -20,7 +21,7 @@ from flash_attend.kernels.operands import (
     readable,
 )
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, normalise_inputs
+from flash_attend.spec import AttentionSpec
 from flash_attend.testing.calls import Case, check, make_call, run
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
@@ -135,7 +136,7 @@ def test_the_backward_reads_values_whatever_their_strides(device: str, change, m
     """Hooks on saved tensors give back what they like, and gradients come as autograd makes them."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (21, 37, 37))
-    *inputs, spec = normalise_inputs(q, k, v, mask=torch.rand(mask, device=device) < 0.7, causal=True)
+    (*inputs, _), spec = normalise_inputs(q, k, v, mask=torch.rand(mask, device=device) < 0.7, causal=True)
     grads = torch.randn(2, 2, 21, 16, device=device), torch.randn(2, 2, 21, device=device)
     found = gradients(Operands(*inputs), spec, *grads, change)
     for one, other in zip(found, gradients(Operands(*inputs), spec, *grads, torch.clone), strict=True):
@@ -148,7 +149,7 @@ def test_a_mask_made_for_inference_serves_training(device: str, shape: tuple[int
     q, k = (torch.randn(2, 2, n, 16, device=device, requires_grad=True) for n in (21, 37))
     with torch.inference_mode():
         mask = torch.rand(shape, device=device) < 0.7
-    *inputs, spec = normalise_inputs(q, k, k, mask=mask)
+    (*inputs, _), spec = normalise_inputs(q, k, k, mask=mask)
     tile = Tile(32, 32, 4, 1)
     _, lse, schedule = attention_forward(Operands(*inputs), spec, Tiles(tile, tile, tile))
     assert not any(tensor.is_inference() for tensor in (lse, *schedule) if tensor is not None)

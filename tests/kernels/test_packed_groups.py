@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.operands import as_queries, packed_group
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
+from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.testing.calls import Case, check, make_call, run
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
@@ -77,7 +78,7 @@ def launch_of(spec: AttentionSpec) -> Launch:
             (spec.kv_heads, spec.keys, spec.value_dim),
         )
     )
-    *inputs, spec = normalise_inputs(q, k, v, causal=spec.causal)
+    (*inputs, _), spec = normalise_inputs(q, k, v, causal=spec.causal)
     with recorded_launches() as launches:
         attention_forward(Operands(*inputs), spec, Tiles(TILE, TILE, TILE))
     return launches[0]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.schedule import BLOCKS_PER_STEP, Schedule, build_schedule, transposed_lists
-from flash_attend.spec import MaskKind, normalise_inputs
+from flash_attend.spec import MaskKind
 from flash_attend.testing.oracle import visible_pairs
 from plain_schedule import EMPTY, FULL, PARTIAL, UNUSED, block_states, lines_of
 
@@ -30,7 +31,7 @@ def schedule_of(mask: Tensor, shape: Sequence[int], tiles: Tiles, device: str, c
     b, h, i, j = shape
     q, k = torch.empty(b, h, i, 16, device=device), torch.empty(b, h, j, 16, device=device)
     mask = mask.to(device)
-    _, _, _, view, spec = normalise_inputs(q, k, k, mask=mask, causal=causal)
+    (_, _, _, view, _), spec = normalise_inputs(q, k, k, mask=mask, causal=causal)
     return build_schedule(view, spec, tiles), spec
 
 

@@ -147,6 +147,9 @@ def test_the_threshold():
     assert keep_threshold(0.1) == round(0.1 * 2**32)
     assert keep_threshold(1 - 2**-53) == WORD
     assert keep_mask(make_seed(1), make_spec(p=0.0), 0, 64).all()
+    word, *_ = plain_philox((0, 0, 0, 0), (1, 0), ROUNDS)  # an element whose word is the threshold is kept
+    kept = [keep_mask(make_seed(1), make_spec(p=(word + more) / 2**32), 0, 1)[0, 0, 0, 0] for more in (-1, 0, 1)]
+    assert kept == [True, True, False]
 
 
 def test_the_seed_comes_from_torch_s_generator():

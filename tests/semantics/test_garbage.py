@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, CHOOSY, FUSED, Backend, call_for, skip_unless_interpretable
+from backends import BACKENDS, CHOOSY, FUSED, Backend, call_for, skip_unless_interpretable, skip_unless_quick
 from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run, truth_of
 from flash_attend.testing.oracle import Answer, visible_pairs
 
@@ -282,10 +282,7 @@ POISONED = (
 @each_dtype
 @pytest.mark.parametrize("case", POISONED, ids=str)
 def test_poisoned_allocations(backend: Backend, case: Case, dtype: torch.dtype, poisoned: list[int]) -> None:
-    if backend.interpreted and dtype != torch.float32:
-        pytest.skip(
-            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
-        )
+    skip_unless_quick(backend, dtype)
     call = make_call(case, dtype, backend.device)
     truth = truth_of(call)
     poisoned.clear()

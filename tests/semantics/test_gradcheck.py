@@ -11,53 +11,41 @@ from flash_attend import flash_attention
 from flash_attend.testing.calls import Case, make_call
 from flash_attend.testing.oracle import visible_pairs
 
-SMALL = dict(batch=1, heads=2, queries=4, keys=5, d=3)
+
+def _small(name: str, **changes: object) -> Case:
+    return Case(name, **{**dict(batch=1, heads=2, queries=4, keys=5, d=3), **changes})
+
 
 CASES = (
-    Case("no_mask", **SMALL),
-    Case("value_dim_differs", **{**SMALL, "dv": 5}),
-    Case("twice_the_value_dim", **{**SMALL, "d": 2, "dv": 4, "causal": True}),
-    Case("causal", **SMALL, causal=True),
-    Case("causal_dead_rows", **{**SMALL, "queries": 6, "keys": 3}, causal=True),
-    Case("padding", **{**SMALL, "batch": 2}, mask="pad_right"),
-    Case("padding_causal_dead_rows", **{**SMALL, "batch": 2, "keys": 4}, mask="pad_left", causal=True),
-    Case("dead_batch", **{**SMALL, "batch": 2}, mask="dead_batch"),
-    Case("per_head_mask", **SMALL, mask="bh1j"),
-    Case("dense_mask", **{**SMALL, "queries": 5}, mask="bhij"),
-    Case("dense_mask_causal", **{**SMALL, "queries": 5}, mask="11ij", causal=True),
-    Case("rows_off", **SMALL, mask="bhi1"),
-    Case("grouped", **{**SMALL, "heads": 4, "kv_heads": 2}, causal=True),
-    Case("grouped_per_head_mask", **{**SMALL, "heads": 4, "kv_heads": 2}, mask="1h1j"),
-    Case("one_kv_head_3d", **{**SMALL, "kv_heads": 0}, mask="b11j", causal=True),
-    Case("negative_scale", **SMALL, scale=-0.8, causal=True),
-    Case("zero_scale", **SMALL, scale=0.0),
-    Case("several_tiles", batch=1, heads=1, queries=18, keys=35, d=1, dv=1, causal=True, mask="holes"),
-    Case("dropout", **SMALL, dropout_p=0.4),
-    Case(
-        "dropout_grouped_padding_causal",
-        **{**SMALL, "heads": 4, "kv_heads": 2},
-        dropout_p=0.3,
-        mask="pad_left",
-        causal=True,
-    ),
-    Case("dropout_dense_mask", **{**SMALL, "queries": 5}, dropout_p=0.3, mask="bhij"),
+    _small("no_mask"),
+    _small("value_dim_differs", dv=5),
+    _small("twice_the_value_dim", d=2, dv=4, causal=True),
+    _small("causal", causal=True),
+    _small("causal_dead_rows", queries=6, keys=3, causal=True),
+    _small("padding", batch=2, mask="pad_right"),
+    _small("padding_causal_dead_rows", batch=2, keys=4, mask="pad_left", causal=True),
+    _small("dead_batch", batch=2, mask="dead_batch"),
+    _small("per_head_mask", mask="bh1j"),
+    _small("dense_mask", queries=5, mask="bhij"),
+    _small("dense_mask_causal", queries=5, mask="11ij", causal=True),
+    _small("rows_off", mask="bhi1"),
+    _small("grouped", heads=4, kv_heads=2, causal=True),
+    _small("grouped_per_head_mask", heads=4, kv_heads=2, mask="1h1j"),
+    _small("one_kv_head_3d", kv_heads=0, mask="b11j", causal=True),
+    _small("negative_scale", scale=-0.8, causal=True),
+    _small("zero_scale", scale=0.0),
+    _small("several_tiles", heads=1, queries=18, keys=35, d=1, dv=1, causal=True, mask="holes"),
+    _small("dropout", dropout_p=0.4),
+    _small("dropout_grouped_padding_causal", heads=4, kv_heads=2, dropout_p=0.3, mask="pad_left", causal=True),
+    _small("dropout_dense_mask", queries=5, dropout_p=0.3, mask="bhij"),
 )
-
 
 # The fused backward: dead rows, every way of hiding keys, and the signs of the scale.
-FUSED_CASES = tuple(
-    case
-    for case in CASES
-    if case.name
-    in (
-        "padding_causal_dead_rows",
-        "grouped_per_head_mask",
-        "dense_mask_causal",
-        "negative_scale",
-        "several_tiles",
-        "dropout_grouped_padding_causal",
-    )
+OF_FUSED = (
+    *("padding_causal_dead_rows", "grouped_per_head_mask", "dense_mask_causal", "negative_scale", "several_tiles"),
+    "dropout_grouped_padding_causal",
 )
+FUSED_CASES = tuple(case for case in CASES if case.name in OF_FUSED)
 
 # Under the interpreter the whole Jacobian of these, and of the others a random projection of it.
 WHOLE = ("value_dim_differs", "causal_dead_rows", "dropout")

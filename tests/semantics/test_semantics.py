@@ -11,7 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from backends import BACKENDS, CHOOSY, FUSED, TRITON_CUDA, Backend, call_for, skip_unless_interpretable
+from backends import (
+    BACKENDS,
+    CHOOSY,
+    FUSED,
+    TRITON_CUDA,
+    Backend,
+    call_for,
+    skip_unless_interpretable,
+    skip_unless_quick,
+)
 from flash_attend import flash_attention, reference
 from flash_attend.backends import LARGEST_ACCURATE_HEAD_DIM
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run, truth_of
@@ -47,22 +56,12 @@ MASKED = (
     Case("one_query_pad_left", mask="pad_left", queries=1, keys=77),
 )
 
+KEY_MASKS = ("pad_right", "pad_left", "holes", "dead_batch")
+DENSE_MASKS = ("11ij", "bhij", "bhi1", "staircase", "strided")
 MASKED_CAUSAL = (
     *(
         Case(f"{name}_causal", mask=name, causal=True, queries=50, keys=50)
-        for name in (
-            "pad_right",
-            "pad_left",
-            "holes",
-            "dead_batch",
-            "b11j",
-            "bh1j",
-            "11ij",
-            "bhij",
-            "bhi1",
-            "staircase",
-            "strided",
-        )
+        for name in (*KEY_MASKS, "b11j", "bh1j", *DENSE_MASKS)
     ),
     Case("pad_left_causal_more_keys", mask="pad_left", causal=True, queries=20, keys=90),
     Case("pad_right_causal_more_queries", mask="pad_right", causal=True, queries=90, keys=40),
@@ -84,11 +83,9 @@ GROUPED = (
     Case("gqa_strided", heads=4, kv_heads=2, layout="heads_inside"),
 )
 
+POWERS_AND_OTHERS = (1, 2, 3, 8, 16, 24, 32, 40, 64, 80, 96, 128, 160, 192, 200, 256)
 HEAD_DIMS = (
-    *(
-        Case(f"d{d}", d=d, causal=True, batch=1)
-        for d in (1, 2, 3, 8, 16, 24, 32, 40, 64, 80, 96, 128, 160, 192, 200, 256)
-    ),
+    *(Case(f"d{d}", d=d, causal=True, batch=1) for d in POWERS_AND_OTHERS),
     *(Case(f"d{d}_dv{2 * d}", d=d, dv=2 * d, batch=1, mask="holes") for d in (1, 8, 24, 40, 64, 128)),
     Case("d64_dv16", d=64, dv=16, batch=1, causal=True),
     Case("d40_dv96", d=40, dv=96, batch=1, causal=True),
@@ -113,27 +110,12 @@ EMPTY = (
     Case("no_batch_gqa", batch=0, heads=4, kv_heads=2, mask="b11j"),
 )
 
+STRIDED = ("heads_inside", "sliced", "interleaved", "transposed")
+BROADCAST = ("broadcast_heads", "broadcast_length", "broadcast_last")
 LAID_OUT = (
-    *(
-        Case(f"layout_{name}", layout=name, causal=True)
-        for name in ("heads_inside", "sliced", "interleaved", "transposed", "batch_inside")
-    ),
-    *(
-        Case(f"layout_{name}", layout=name, mask="holes")
-        for name in ("broadcast_batch", "broadcast_heads", "broadcast_length", "broadcast_last")
-    ),
-    *(
-        Case(f"grad_{name}", grad_layout=name, mask="pad_right")
-        for name in (
-            "heads_inside",
-            "sliced",
-            "interleaved",
-            "transposed",
-            "broadcast_last",
-            "broadcast_length",
-            "broadcast_heads",
-        )
-    ),
+    *(Case(f"layout_{name}", layout=name, causal=True) for name in (*STRIDED, "batch_inside")),
+    *(Case(f"layout_{name}", layout=name, mask="holes") for name in (*BROADCAST, "broadcast_batch")),
+    *(Case(f"grad_{name}", grad_layout=name, mask="pad_right") for name in (*STRIDED, *BROADCAST)),
     Case("interleaved_3d", layout="interleaved", kv_heads=0, d=8, dv=16, mask="pad_left"),
 )
 
@@ -165,42 +147,32 @@ PARTIAL_LOSS = (
 )
 
 CASES = (
-    *PLAIN,
-    *MASKED,
-    *MASKED_CAUSAL,
-    *GROUPED,
-    *HEAD_DIMS,
-    *EMPTY,
-    *LAID_OUT,
-    *SCALED,
-    *DROPPED,
-    *PARTIAL_LOSS,
+    *(*PLAIN, *MASKED, *MASKED_CAUSAL, *GROUPED, *HEAD_DIMS),
+    *(*EMPTY, *LAID_OUT, *SCALED, *DROPPED, *PARTIAL_LOSS),
 )
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 # What differs between dtypes in the kernels is the product and the rounding, not who sees whom: a selection will do.
 EVERY_DTYPE = (
-    *PLAIN[:6],
-    *MASKED_CAUSAL[:5],
-    *GROUPED[:3],
-    *HEAD_DIMS[6:9],
-    *HEAD_DIMS[-5:-2],
-    *SCALED[:3],
-    *DROPPED[:3],
+    *(*PLAIN[:6], *MASKED_CAUSAL[:5], *GROUPED[:3], *HEAD_DIMS[6:9], *HEAD_DIMS[-5:-2]),
+    *(*SCALED[:3], *DROPPED[:3]),
 )
 
 
-def _calls() -> list:
-    float32 = [pytest.param(case, torch.float32, id=f"{case}-float32") for case in CASES]
-    others = [
-        pytest.param(case, dtype, id=f"{case}-{str(dtype).removeprefix('torch.')}")
-        for dtype in DTYPES[1:]
-        for case in EVERY_DTYPE
-    ]
-    return float32 + others
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+CALLS = [
+    pytest.param(case, dtype, id=f"{case}-{_name(dtype)}")
+    for dtype in DTYPES
+    for case in (CASES if dtype == torch.float32 else EVERY_DTYPE)
+]
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
-@pytest.mark.parametrize(("case", "dtype"), _calls())
+@pytest.mark.parametrize(("case", "dtype"), CALLS)
 def test_every_result_is_within_the_error_budget(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     skip_unless_interpretable(backend, dtype)
     accurate = dtype in (torch.float32, torch.float64)
@@ -230,13 +202,10 @@ FUSED_CASES = (
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 @pytest.mark.parametrize("case", FUSED_CASES, ids=str)
 def test_the_fused_backward(backend: Backend, case: Case, dtype: torch.dtype) -> None:
-    if backend.interpreted and dtype != torch.float32:
-        pytest.skip(
-            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
-        )
+    skip_unless_quick(backend, dtype)
     call = make_call(case, dtype, backend.device)
     check(run(call, backend.name), call)
 
@@ -255,12 +224,9 @@ def test_the_fused_backward_of_the_needed_gradients(backend: Backend, needs: str
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 @pytest.mark.parametrize("case", (*MASKED, *EMPTY, *PARTIAL_LOSS), ids=str)
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=_name)
 def test_masks_in_half_precision(backend: Backend, case: Case, dtype: torch.dtype) -> None:
-    if backend.interpreted:
-        pytest.skip(
-            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
-        )
+    skip_unless_quick(backend, dtype)
     call = call_for(backend, case, dtype)
     check(run(call, backend.name), call)
 
@@ -275,7 +241,7 @@ ORDINARY = (
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
-@pytest.mark.parametrize("dtype", DTYPES[:3], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=_name)
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_ordinary_calls_need_no_floor(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     """Twice the eager path's root-mean-square error and nothing on top, where the tensors are large enough for one."""
@@ -292,7 +258,7 @@ def tf32():
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 @pytest.mark.parametrize("case", (*PLAIN[:4], *MASKED_CAUSAL[:4], *GROUPED[:2], *HEAD_DIMS[6:9]), ids=str)
 def test_float32_with_high_matmul_precision(backend: Backend, case: Case, tf32: None) -> None:
     call = make_call(case, torch.float32, backend.device)
@@ -316,7 +282,7 @@ def test_only_the_needed_gradients(backend: Backend, needs: str, case: Case) -> 
     assert torch.equal(some.out, everything.out)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_no_gradient_is_needed(backend: Backend) -> None:
     call = make_call(Case("causal", causal=True, mask="pad_right"), torch.float32, backend.device)
     out, lse = flash_attention(call.q, call.k, call.v, **call.options, return_lse=True, backend=backend.name)
@@ -327,7 +293,7 @@ def test_no_gradient_is_needed(backend: Backend) -> None:
     torch.testing.assert_close(lse.double(), truth.lse, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_without_lse_the_output_alone_comes_back(backend: Backend) -> None:
     call = make_call(Case("causal", causal=True, mask="holes", grads="out"), torch.float32, backend.device)
     leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
@@ -338,7 +304,7 @@ def test_without_lse_the_output_alone_comes_back(backend: Backend) -> None:
     assert all(torch.equal(x, y) for x, y in zip(grads, (answer.dq, answer.dk, answer.dv), strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_a_loss_through_the_sum_and_backward(backend: Backend) -> None:
     """The way users call it: `.backward()` of a scalar, into `.grad` of leaves that have other uses as well."""
     call = make_call(Case("causal", causal=True), torch.float32, backend.device)
@@ -367,7 +333,7 @@ def test_repeats_bit_for_bit(backend: Backend, dropout_p: float) -> None:
         torch.use_deterministic_algorithms(previous)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_dropout_follows_torch_manual_seed(backend: Backend) -> None:
     call = make_call(Case("dropout", dropout_p=0.5), torch.float32, backend.device)
     first, again, other = (run(call.with_(torch_seed=seed), backend.name) for seed in (7, 7, 8))
@@ -376,7 +342,7 @@ def test_dropout_follows_torch_manual_seed(backend: Backend) -> None:
     assert torch.equal(first.lse, other.lse)  # dropout acts on normalised weights
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_calls_in_a_row_draw_different_dropout(backend: Backend) -> None:
     call = make_call(Case("dropout", dropout_p=0.5), torch.float32, backend.device)
     torch.manual_seed(3)
@@ -384,7 +350,7 @@ def test_calls_in_a_row_draw_different_dropout(backend: Backend) -> None:
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@each_backend
 def test_without_dropout_the_generator_is_left_alone(backend: Backend) -> None:
     call = make_call(Case("plain"), torch.float32, backend.device)
     state = torch.get_rng_state() if backend.device == "cpu" else torch.cuda.get_rng_state()
@@ -393,8 +359,8 @@ def test_without_dropout_the_generator_is_left_alone(backend: Backend) -> None:
     assert torch.equal(state, after)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=("float32", "float16"))
+@each_backend
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=_name)
 def test_huge_scores_stay_finite(backend: Backend, dtype: torch.dtype) -> None:
     """Scores of some ten thousand, far past where exp overflows: weights are one-hot and everything stays finite."""
     call = make_call(Case("huge", mask="holes", causal=True, d=32), dtype, backend.device)
@@ -414,6 +380,19 @@ def test_scores_far_below_zero(backend: Backend, mask: str) -> None:
     call = make_call(Case("far_below", batch=2, kv_heads=1, mask=mask), torch.float32, backend.device)
     call = call.with_(q=call.q.abs() + 1, k=-10 * (call.k.abs() + 1), scale=1.0)
     check(run(call, backend.name), call)
+
+
+@each_backend
+@pytest.mark.parametrize("kv", ((), (1,), (2,), (0,)), ids=("3d", "one_head", "two_heads", "no_heads"))
+def test_queries_without_heads(backend: Backend, kv: tuple[int, ...]) -> None:
+    """Any number divides none, and nobody reads k and v: their gradients are 0."""
+    shapes = {"q": (2, 0, 5, 8), "k": (2, *kv, 7, 8), "v": (2, *kv, 7, 6)}
+    leaves = {name: torch.randn(shape, device=backend.device, requires_grad=True) for name, shape in shapes.items()}
+    out, lse = flash_attention(**leaves, causal=True, return_lse=True, backend=backend.name)
+    assert (out.shape, lse.shape) == ((2, 0, 5, 6), (2, 0, 5))
+    for name, gradient in zip("qkv", torch.autograd.grad((out.sum(), lse.sum()), leaves.values()), strict=True):
+        assert gradient.shape == shapes[name]
+        assert not gradient.any()
 
 
 @pytest.mark.parametrize("held", (0, 2**60), ids=("recomputed", "kept"))
