@@ -19,8 +19,9 @@ __all__ = ["Judge", "Judgement", "flash_name"]
 _FLASH_NAMES = ("flash", "use_flash", "use_flash_attn")
 _FORM_OPTIONS = frozenset({"dropout", "causal", "heads", "scale", *_FLASH_NAMES})
 # What lucidrains' classes hold beside their options: the layer, a causal mask that they keep, PyTorch's kernels that
-# they allow, a function that they call. The last is transformers', which marks every submodule.
-_USUAL = frozenset({"attn_dropout", "mask", "cpu_config", "cuda_config", "create_causal_mask", "_is_hf_initialized"})
+# they allow, a function that they call.
+_USUAL = frozenset({"attn_dropout", "mask", "cpu_config", "cuda_config", "create_causal_mask"})
+_MARKS = frozenset({"_is_hf_initialized", "_is_torch_compile"})  # that transformers and torch.compile leave on modules
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def _refuse_changes(attend: nn.Module, kind: type[nn.Module], row: KnownAttend |
         raise _Refused(f"its forward was replaced by one from {kind.forward.__module__}")
     if overridden := [name for name in vars(attend) if inspect.isfunction(getattr(kind, name, None))]:
         raise _Refused(f"its {', '.join(overridden)} was replaced on this instance")
-    known = MODULE_STATE | _USUAL | ({*row.options, row.flash, *row.attributes} if row else _FORM_OPTIONS)
+    known = MODULE_STATE | _USUAL | _MARKS | ({*row.options, row.flash, *row.attributes} if row else _FORM_OPTIONS)
     held = [*vars(attend), *attend._parameters, *attend._buffers, *attend._modules]
     if unknown := [name for name in held if name not in known]:
         raise _Refused(f"it holds {', '.join(unknown)}, of which flash_attend does not know the meaning")

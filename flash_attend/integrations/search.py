@@ -67,7 +67,8 @@ def _inside(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         if not issubclass(kind, torch.jit.ScriptModule):
             held = _contents(value)
             yield from _named(dot, held.get("_modules", {}))
-            yield from _named(dot, {name: held[name] for name in held if name not in MODULE_STATE})
+            own = (name for name in held if name not in MODULE_STATE and not name.startswith("_torchdynamo"))
+            yield from _named(dot, {name: held[name] for name in own})
     elif issubclass(kind, dict):
         yield from _indexed(path, dict.items(value))
     elif issubclass(kind, (list, tuple, deque)):
@@ -121,4 +122,4 @@ def _is_helper(kind: type) -> bool:
         return True
     if issubclass(kind, type) or kind.__module__.partition(".")[0] in _FOREIGN:
         return False
-    return hasattr(kind, "__call__") or dataclasses.is_dataclass(kind)  # noqa: B004  # of instances, not of the class
+    return any("__call__" in vars(base) for base in kind.__mro__) or dataclasses.is_dataclass(kind)
