@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flash_attend.integrations import KNOWN, PatchHandle, patch
+import flash_attend
+from flash_attend.integrations import KNOWN, PatchHandle, patch, served
 
 COMPLEX = "complex_valued_transformer.attend.Attend"
 NATURALSPEECH2 = "naturalspeech2_pytorch.attend.Attend"
@@ -139,3 +140,16 @@ def refused(model: nn.Module, **options: Any) -> PatchHandle:
 def refusal(attend: nn.Module, **options: Any) -> str:
     """The reason why an Attend is refused."""
     return refused(Holder(attend), **options).outcomes[0].reason
+
+
+def serve_by(monkeypatch: pytest.MonkeyPatch, attention: Callable[..., Tensor]) -> None:
+    """Has every Attend computed by `attention` once it is patched: what `patch` compares is ours."""
+    right = served.flash_attention
+
+    def patch_first(*model, **options):
+        monkeypatch.setattr(served, "flash_attention", right)
+        handle = patch(*model, **options)
+        monkeypatch.setattr(served, "flash_attention", attention)
+        return handle
+
+    monkeypatch.setattr(flash_attend, "patch", patch_first)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import flash_attend
 from flash_attend import Attend, patch
 from flash_attend.integrations import PatchError, ServedAttend, served
+from flash_attend.integrations.lucidrains import BroadcastMaskAttend, NoBiasAttend, TiledHeadsAttend
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
 
@@ -205,12 +206,15 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_copy_is_served_as_well(way):
+@pytest.mark.parametrize("reading", [ServedAttend, BroadcastMaskAttend, TiledHeadsAttend, NoBiasAttend])
+def test_a_copy_is_served_as_well(way, reading):
     attend = ClientAttend(causal=True)
-    patch(attend, backend="math", deterministic=True)
+    service = served.Service(backend="math", deterministic=True)
+    attend.__class__ = served.served_class(served.Serving(ClientAttend, reading, "flash", (service,)))
     again = WAYS[way](attend)
     assert repr(again) == repr(attend)
     assert isinstance(again, ClientAttend)
+    assert isinstance(again, reading)
     assert vars(again).keys() == vars(attend).keys()
     again.causal = False
     assert attend.causal
