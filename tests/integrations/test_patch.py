@@ -35,8 +35,14 @@ from torch import Tensor, nn
 
 import flash_attend
 from flash_attend import Attend, patch
-from flash_attend.integrations import PatchError, ServedAttend, served
-from flash_attend.integrations.lucidrains import BroadcastMaskAttend, NoBiasAttend, TiledHeadsAttend
+from flash_attend.integrations import (
+    BroadcastMaskAttend,
+    NoBiasAttend,
+    PatchError,
+    ServedAttend,
+    TiledHeadsAttend,
+    served,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
 
