@@ -26,9 +26,6 @@ class Service:
         """Whether nothing would change if the other one took its place."""
         return dataclasses.astuple(self) == dataclasses.astuple(other)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Service:
-        return self
-
 
 class Serving(NamedTuple):
     """How Attends are served. The class that they get keeps it, so that they themselves hold nothing new."""

@@ -351,7 +351,7 @@ REFUSED = {
     "dropout of 1": (lambda: changed(dropout=1.0, flash=True), r"dropout must be in [0, 1), got 1.0"),
     "learned scale": (lambda: changed(scale=torch.ones(())), "scale must be a Python number, got tensor(1.)"),
     "infinite scale": (lambda: changed(scale=float("inf")), "scale must be finite, got inf"),
-    "endless scale": (lambda: changed(scale=10**400), ""),
+    "endless scale": (lambda: changed(scale=10**400), "float"),
     "causal that is no bool": (lambda: changed(causal=None), "causal must be True or False, got None"),
     "scale that raises": (lambda: raising("scale"), "it cannot be examined: RuntimeError: not yet known"),
     "causal that raises": (lambda: raising("causal"), "it cannot be examined: RuntimeError: not yet known"),
@@ -389,8 +389,9 @@ REFUSED = {
 def test_is_refused_with_a_reason(case):
     make, told = REFUSED[case]
     handle = refused(Holder(make()))
-    assert told in handle.outcomes[0].reason
-    assert handle.outcomes[0].reason
+    reason = handle.outcomes[0].reason
+    assert told in reason
+    assert ("examined" in reason) == ("examined" in told)
     assert all(len(line) < 400 for line in str(handle).splitlines())
 
 
