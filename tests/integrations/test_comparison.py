@@ -409,6 +409,7 @@ def test_what_is_on_around_a_call_of_patch_does_not_matter(around):
     with around():
         attend = ClientAttend(causal=True, flash=True)
         assert patch(attend, strict=True).replaced == 1
+        assert patch(fake(single_only)(), strict=True).replaced == 1
         assert "large scores" in refusal(fake(clamped)())
 
 
