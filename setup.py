@@ -37,7 +37,13 @@ setup(
     ],
     # A top-level package named `kernels` would shadow the one on PyPI, which transformers imports.
     package_dir={"flash_attend.kernels": "kernels"},
-    packages=["flash_attend", "flash_attend.kernels", "flash_attend.kernels.hopper", "flash_attend.testing"],
+    packages=[
+        "flash_attend",
+        "flash_attend.integrations",
+        "flash_attend.kernels",
+        "flash_attend.kernels.hopper",
+        "flash_attend.testing",
+    ],
     python_requires=">=3.10",
     install_requires=["einops>=0.7", "torch>=2.10", "tqdm"],
     extras_require={

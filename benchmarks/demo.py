@@ -24,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,8 +178,12 @@ class Arm:
         if kind == "ours":
             backend, self.explanation = self._choose_backend()
             self.handle = flash_attend.patch(self.model, backend=backend, keep_flash=settings.keep_flash, strict=True)
+        else:
+            # What patching compares takes memory, which should be at rest in both arms or in neither.
+            flash_attend.patch(self.model).restore()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
         _load_optimizer()
+        _forget_peak()
         self.resting_bytes = _peak_resident_bytes()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(settings.device)
@@ -292,6 +297,12 @@ def _load_optimizer() -> None:
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.Adam([parameter]).step()
+
+
+def _forget_peak() -> None:
+    """Has the peak so far forgotten where the system can: training is measured, and not what came before it."""
+    with suppress(OSError):  # no Linux, or not allowed
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_resident_bytes() -> int | None:

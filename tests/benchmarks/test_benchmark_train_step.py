@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
+from clients import serve_by
 from matplotlib import image
 
-import flash_attend.attend
 import train_step
 from flash_attend import flash_attention
 from measure import summarise
@@ -128,7 +128,7 @@ def test_all_arms_agree(monkeypatch, model, options, shape):
         seen.add((batch, heads, k.shape[1], queries, k.shape[2], dim, v.shape[3]))
         return flash_attention(q, k, v, **rest)
 
-    monkeypatch.setattr(flash_attend.attend, "flash_attention", watched)
+    serve_by(monkeypatch, watched)
     rows = measure(model=model, **options)
     assert list(rows) == ARMS
     assert {row.error for row in rows.values()} == {""}
@@ -156,7 +156,7 @@ def test_autocast_reaches_our_attend(monkeypatch):
         seen.append(q.dtype)
         return flash_attention(q, k, v, **rest)
 
-    monkeypatch.setattr(flash_attend.attend, "flash_attention", watched)
+    serve_by(monkeypatch, watched)
     Training(workload(dtype="bfloat16"), arms_for(CPU)[-1]).step()
     assert seen == 2 * [torch.bfloat16]
 
@@ -212,7 +212,7 @@ WRONG = [wrong_scale, wrong_causal, wrong_mask, wrong_gradient, not_a_number]
 @pytest.mark.parametrize("kind", [dict(), dict(dtype="bfloat16"), dict(model="complex"), dict(complete_complex=True)])
 def test_a_wrong_attend_is_told_and_not_timed(monkeypatch, kind, wrong):
     kind = kind | {"model": "complex"} if "complete_complex" in kind else kind
-    monkeypatch.setattr(flash_attend.attend, "flash_attention", wrong)
+    serve_by(monkeypatch, wrong)
     rows = measure(**kind)
     row = rows.pop(OURS)
     assert row.error.startswith("wrong: the ")
@@ -222,7 +222,7 @@ def test_a_wrong_attend_is_told_and_not_timed(monkeypatch, kind, wrong):
 
 
 def test_a_wrong_arm_of_ours_fails_the_command(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(flash_attend.attend, "flash_attention", not_a_number)
+    serve_by(monkeypatch, not_a_number)
     path = tmp_path / "x.json"
     assert train_step.main([*SMALL, "--model=padded", "--out", str(path)]) == 1
     assert f"{OURS}: wrong: the loss of the tokens has NaN or infinity" in capsys.readouterr().out
@@ -234,7 +234,7 @@ def test_only_the_padding_shows_that_the_mask_is_heeded(monkeypatch):
     """Hence the arm without a mask, and the second loss for the others."""
     made = workload()
     gate = Gate(made)
-    monkeypatch.setattr(flash_attend.attend, "flash_attention", wrong_mask)
+    serve_by(monkeypatch, wrong_mask)
     masked = arms_for(CPU)[-1]
     assert "with the padding counted" in gate.check(Training(made, masked)).error
     assert gate.check(Training(made, replace(masked, masked=False))).error == ""

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from clients import serve_by
 
-import flash_attend.attend
 from flash_attend import flash_attention
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
@@ -153,7 +153,7 @@ def not_a_number(q, k, v, **options):
 
 @pytest.mark.parametrize("wrong", [wrong_scale, wrong_causal, wrong_mask, wrong_gradient, not_a_number])
 def test_a_wrong_attend_fails(run, monkeypatch, wrong):
-    monkeypatch.setattr(flash_attend.attend, "flash_attention", wrong)
+    serve_by(monkeypatch, wrong)
     code, printed = run()
     assert code == 1
     losses = [line for line in printed.splitlines() if line.startswith("FAILED") and "the losses of step" in line]

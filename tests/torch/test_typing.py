@@ -14,7 +14,7 @@ from typing_extensions import assert_type
 import flash_attend
 from flash_attend import Attend, explain, flash_attention, patch
 from flash_attend.dispatch import Plan
-from flash_attend.patch import PatchHandle
+from flash_attend.integrations import PatchHandle
 
 
 def test_what_comes_back() -> None:
