@@ -560,7 +560,7 @@ def prepare_statistics(
     if grad_lse is not None:
         grad_lse = readable(grad_lse).contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
+    launch(prepared, out, grad_out, readable(lse).contiguous(), grad_lse, delta, lse_log2)
     return delta, lse_log2
 
 

@@ -423,10 +423,9 @@ def hide_kernel(
     shown, readable = mask.shown(first_query, first_key, BLOCK_M, BLOCK_N)
     at = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     if TRANSPOSED:
+        shown = readable[:, None]
         if KIND == 2:
             shown = mask.pairs_shown(first_query, first_key, BLOCK_M, BLOCK_N, True)
-        else:
-            shown = readable[:, None]
         tl.store(OUT + at.T, mask.hide(tl.load(X + at.T), query[None, :], key[:, None], shown, fill))
     else:
         tl.store(OUT + at, mask.hide(tl.load(X + at), query[:, None], key[None, :], shown, fill))
