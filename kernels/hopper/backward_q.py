@@ -151,11 +151,12 @@ def _step(total, grad_scores, step, shared, scores, rows, CONSUMER: gl.constexpr
 
 
 @gluon.jit
-def _consume(outputs, shared, tiles, tile, scores, CONSUMER: gl.constexpr):
+def _consume(outputs, shared, tiles, tile, scale, NEGATIVE_SCALE: gl.constexpr, CONSUMER: gl.constexpr):
     """A consumer."""
     out = shared.q.of(CONSUMER, 0)
     WIDTH: gl.constexpr = out.buffer().shape[1]
     mask = tile.mask
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)  # here: handed over, it would take another register
     first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
     row = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(tiles.BLOCK_N))
     at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * padded_length(mask.queries) + row
@@ -191,7 +192,7 @@ def hopper_backward_q_kernel(
     DELTA,
     VISIBLE,
     LISTS,
-    scale: gl.float64,
+    scale: gl.float32,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -224,15 +225,13 @@ def hopper_backward_q_kernel(
     )
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
-    # Made here: an argument would be loaded anew in every round.
-    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
     outputs = Outputs(grad_q_descriptor, LSE_LOG2, DELTA)
     shared = Shared(q, grad, k, v, cleared)
     gl.warp_specialize(
         [
-            (_consume, (outputs, shared, tiles, tile, scores, 0)),
-            (_consume, (outputs, shared, tiles, tile, scores, 1)),
+            (_consume, (outputs, shared, tiles, tile, scale, NEGATIVE_SCALE, 0)),
+            (_consume, (outputs, shared, tiles, tile, scale, NEGATIVE_SCALE, 1)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],

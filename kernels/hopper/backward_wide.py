@@ -138,8 +138,9 @@ def _after(head, block, n_blocks):
 
 
 @gluon.jit
-def _consume_for_v(outputs, shared, tile, scores, FUSED: gl.constexpr):
+def _consume_for_v(outputs, shared, tile, scale, NEGATIVE_SCALE: gl.constexpr, FUSED: gl.constexpr):
     """The consumer that makes the gradient of v, and what these keys add to that of q."""
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)  # here: handed over, it would take another register
     mask = tile.mask
     k = shared.keys.of(0, 0)
     dtype: gl.constexpr = k.buffer().dtype
@@ -172,8 +173,9 @@ def _consume_for_v(outputs, shared, tile, scores, FUSED: gl.constexpr):
 
 
 @gluon.jit
-def _consume_for_k(outputs, shared, tile, scores, FUSED: gl.constexpr):
+def _consume_for_k(outputs, shared, tile, scale, NEGATIVE_SCALE: gl.constexpr, FUSED: gl.constexpr):
     """The consumer that makes the gradient of k."""
+    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)  # here: handed over, it would take another register
     mask = tile.mask
     k = shared.keys.of(0, 0)
     v = shared.keys.of(1, 0)
@@ -225,7 +227,7 @@ def hopper_backward_wide_kernel(
     TOTAL,
     VISIBLE,
     LISTS,
-    scale: gl.float64,
+    scale: gl.float32,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -246,8 +248,6 @@ def hopper_backward_wide_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=FUSED
     )
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
-    # Made here: an argument would be loaded anew in every round.
-    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()
@@ -265,8 +265,8 @@ def hopper_backward_wide_kernel(
     shared = Shared(key_rows, q, grad, grad_scores, cleared)
     gl.warp_specialize(
         [
-            (_consume_for_k, (outputs, shared, tile, scores, FUSED)),
-            (_consume_for_v, (outputs, shared, tile, scores, FUSED)),
+            (_consume_for_k, (outputs, shared, tile, scale, NEGATIVE_SCALE, FUSED)),
+            (_consume_for_v, (outputs, shared, tile, scale, NEGATIVE_SCALE, FUSED)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],

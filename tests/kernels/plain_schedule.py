@@ -1,4 +1,4 @@
-"""The schedule of a mask worked out the slow way: what the kernels in key_schedule.py have to come to."""
+"""The schedule of a mask worked out the slow way: what the kernels in schedule.py have to come to."""
 
 from __future__ import annotations
 
