@@ -114,7 +114,7 @@ class _Call(NamedTuple):
     @staticmethod
     def of(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> _Call:
         options = Options.read(text)
-        # PyTorch gives no lazily negated tensor to what computes, but does to what says how the results are laid out.
+        # PyTorch resolves lazy negation for what computes, and not for what says how the results are laid out.
         operands = options.operands_of([tensor.resolve_neg() for tensor in tensors])
         spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
         # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
