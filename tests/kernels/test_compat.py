@@ -115,3 +115,12 @@ def test_device_functions_are_handed_objects(name: str) -> None:
     for where, function in functions.items():
         if not where.endswith("_kernel"):
             assert len(inspect.signature(function.fn).parameters) <= MOST_ARGUMENTS, where
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter compiles nothing")
+def test_aggregates_compile() -> None:
+    from flash_attend.kernels import aot
+
+    with aot.compiled_for("sm_80"):
+        compiled = lines_kernel.warmup(torch.float32, torch.float32, 3, SIZE=6, grid=(1,))
+    assert compiled.asm["cubin"]
