@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from flash_attend.backends import BackwardName
 from flash_attend.checks import normalise_inputs
 from flash_attend.kernels import launch as launching
-from flash_attend.kernels.configs import Tiles, select_tiles
+from flash_attend.kernels.configs import Tiles, select_hopper_tiles
 from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.hopper.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared
@@ -124,10 +125,12 @@ STAND_INS = dict(key_schedule_kernel=_schedule, delta_kernel=_delta)
 truth_of = lru_cache(maxsize=4)(calls.truth_of)
 
 
-def tiles_of(call: Call, backend: str = "hopper", part: DeviceTarget = H100) -> tuple[Operands, AttentionSpec, Tiles]:
+def tiles_of(
+    call: Call, backward: BackwardName = "separate", part: DeviceTarget = H100
+) -> tuple[Operands, AttentionSpec, Tiles]:
     """A call as the kernels take it."""
     (*tensors, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    return Operands(*tensors, seed=None), spec, select_tiles(spec, part, backend)
+    return Operands(*tensors, seed=None), spec, select_hopper_tiles(spec, part, backward)
 
 
 def run_forward(call: Call, **options) -> Answer:
@@ -137,10 +140,10 @@ def run_forward(call: Call, **options) -> Answer:
     return Answer(out, lse, None, None, None)
 
 
-def run_backward(call: Call, backend: str = "hopper_fused", needed: str = "qkv", **options) -> Answer:
+def run_backward(call: Call, backward: BackwardName = "fused", needed: str = "qkv", **options) -> Answer:
     """The needed gradients of a call; out and lse are the oracle's."""
     truth = truth_of(call)
-    operands, spec, tiles = tiles_of(call, backend)
+    operands, spec, tiles = tiles_of(call, backward)
     with emulated(**options):
         dq, dk, dv = attention_backward(
             call.grad_out, call.grad_lse, operands, truth.out.to(spec.dtype), truth.lse.float(),

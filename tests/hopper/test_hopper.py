@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from flash_attend import BackendUnavailable
+from flash_attend.backends import BackwardName
 from flash_attend.dispatch import choose
 from flash_attend.kernels import operands, programs
 from flash_attend.kernels.configs import Tile, Tiles, override
@@ -39,11 +40,11 @@ from hopper_calls import (
 # What a run of each kernel is: those for keys make the gradients of k and v, and that of q too if they are fused.
 RUNS = dict(
     forward=run_forward,
-    q=partial(run_backward, backend="hopper", needed="q"),
-    keys=partial(run_backward, backend="hopper", needed="kv"),
-    fused=partial(run_backward, backend="hopper_fused", needed="qkv"),
+    q=partial(run_backward, backward="separate", needed="q"),
+    keys=partial(run_backward, backward="separate", needed="kv"),
+    fused=partial(run_backward, backward="fused", needed="qkv"),
 )
-BACKENDS = ("hopper_fused", "hopper")
+BACKWARDS: tuple[BackwardName, ...] = ("fused", "separate")
 # For the kernels that go over keys, and for those that go over queries.
 CASES = (
     Case("plain", 1, 2, queries=256, keys=384, d=128),
@@ -134,14 +135,14 @@ def test_right(kernel: str, case: Case, late: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", (*CASES, *KEY_CASES), ids=str)
-def test_right_on_a_gpu(case: Case, dtype: torch.dtype, backend: str) -> None:
+def test_right_on_a_gpu(case: Case, dtype: torch.dtype, backward: BackwardName) -> None:
     call = make_call(case, dtype, "cuda")
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("reason: the kernels are for sm_90, and the GPU is another one")
-    check(run(call, backend), call)
+    check(run(call, "hopper", backward=backward), call)
 
 
 @pytest.mark.parametrize("d", (64, 128, 256))
@@ -190,15 +191,15 @@ def test_every_schedule_gives_the_same_bits(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("needed", ("q", "k", "v", "kv", "qk"))
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_only_the_needed_gradients(backend: str, needed: str) -> None:
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_only_the_needed_gradients(backward: BackwardName, needed: str) -> None:
     call = make_call(Case("needed", 1, 2, queries=140, keys=140, d=64, causal=True), torch.bfloat16)
-    everything, some = run_backward(call, backend), run_backward(call, backend, needed)
+    everything, some = run_backward(call, backward), run_backward(call, backward, needed)
     for name in "qkv":
         grad = getattr(some, f"d{name}")
         assert (grad is None) == (name not in needed)
         # By itself the gradient of q comes from a kernel that sums in another order.
-        if name in needed and (backend, needed) != ("hopper_fused", "q"):
+        if name in needed and (backward, needed) != ("fused", "q"):
             assert bits_equal(grad, getattr(everything, f"d{name}"))
 
 
@@ -279,9 +280,9 @@ def test_the_longest_tiles_of_a_section_come_first_and_heads_are_neighbours() ->
     assert second_section == [(row, head // 2, head % 2) for row in (256, 128, 0) for head in (3, 4)]
 
 
-def launched(call: Call, backend: str, needs: str = "qkv") -> list[str]:
+def launched(call: Call, backward: BackwardName, needs: str = "qkv") -> list[str]:
     with on_h100(), recorded_launches() as launches:
-        run(call, backend, needs)
+        run(call, "hopper", needs, backward=backward)
     return [launch.prepared.kernel.__name__.removesuffix("_kernel") for launch in launches]
 
 
@@ -289,23 +290,23 @@ def test_which_kernels_a_public_call_runs() -> None:
     call = make_call(Case("public", 1, 2, queries=140, keys=300, d=64, mask="pad_right", causal=True), torch.float16)
     wide = make_call(Case("public", 1, 2, queries=140, keys=300, d=256), torch.float16)
     before = ["hopper_forward", "delta"]
-    assert launched(call, "hopper_fused") == ["key_schedule", *before, "hopper_backward"]
-    assert launched(call, "hopper") == ["key_schedule", *before, "hopper_backward", "hopper_backward_q"]
-    assert launched(wide, "hopper_fused") == [*before, "hopper_backward_wide"]
-    assert launched(wide, "hopper") == [*before, "hopper_backward_wide", "hopper_backward_q"]
-    for backend in BACKENDS:
-        assert launched(wide, backend, "q") == [*before, "hopper_backward_q"]
-        assert launched(wide, backend, "k") == [*before, "hopper_backward_wide"]
-        assert launched(call, backend, "kv")[-1] == "hopper_backward"
+    assert launched(call, "fused") == ["key_schedule", *before, "hopper_backward"]
+    assert launched(call, "separate") == ["key_schedule", *before, "hopper_backward", "hopper_backward_q"]
+    assert launched(wide, "fused") == [*before, "hopper_backward_wide"]
+    assert launched(wide, "separate") == [*before, "hopper_backward_wide", "hopper_backward_q"]
+    for backward in BACKWARDS:
+        assert launched(wide, backward, "q") == [*before, "hopper_backward_q"]
+        assert launched(wide, backward, "k") == [*before, "hopper_backward_wide"]
+        assert launched(call, backward, "kv")[-1] == "hopper_backward"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("sizes", ((0, 2, 5), (2, 0, 5), (2, 2, 0)))
-def test_nothing_is_launched_for_nothing(sizes: tuple[int, int, int], backend: str) -> None:
+def test_nothing_is_launched_for_nothing(sizes: tuple[int, int, int], backward: BackwardName) -> None:
     batch, heads, queries = sizes
     call = make_call(Case("empty", batch, heads, queries=queries, keys=7, d=64), torch.bfloat16)
     with on_h100(), recorded_launches() as launches:
-        answer = run(call, backend)
+        answer = run(call, "hopper", backward=backward)
     assert not launches
     assert answer.out.shape == answer.dq.shape == call.q.shape
     assert not answer.dk.any()
