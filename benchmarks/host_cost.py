@@ -34,6 +34,7 @@ from flash_attend.dispatch import choose
 from flash_attend.kernels import aot, backward, forward, key_schedule
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
+from flash_attend.operands import Operands
 from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
 
@@ -115,15 +116,16 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
     sdpa = partial(F.scaled_dot_product_attention, *tiny, **same)
     call = partial(flash_attention, q, k, v, backend="triton", **options)
 
-    *_, mask, spec = normalise_inputs(q, k, v, **options)
+    *inputs, mask, spec = normalise_inputs(q.detach(), k.detach(), v.detach(), **options)
     tiles = select_tiles(spec, PART)
     seed = torch.zeros(1, dtype=torch.int64) if spec.dropout_p else None
-    inputs = [tensor.detach() for tensor in (q, k, v)]
-    prepare = partial(forward.attention_forward, *inputs, mask, seed, spec, tiles)
+    operands = Operands(*inputs, mask, seed)
+    prepare = partial(forward.attention_forward, operands, spec, tiles)
     with recorded_launches() as of_forward:
         out, lse, schedule = prepare()
+    needed = (True, True, True)
     prepare_backward = partial(
-        backward.attention_backward, out, None, *inputs, out, lse, seed, schedule, spec, tiles, (True, True, True)
+        backward.attention_backward, out, None, operands, out, lse, schedule, spec, tiles, needed
     )
     with recorded_launches() as of_backward:
         prepare_backward()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import NoReturn
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from flash_attend.dispatch import check_backend
 from flash_attend.functional import flash_attention
@@ -107,6 +109,8 @@ class Attend(nn.Module):
         Raises:
             TypeError, ValueError: as `flash_attention`.
         """
+        if isinstance(q, Proxy):  # torch.fx records a call of this module, which keeps its options and its dropout
+            return q.tracer.create_proxy("call_module", q.tracer.path_of_module(self), (q, k, v, mask), {})
         return flash_attention(
             q,
             k,
@@ -117,6 +121,11 @@ class Attend(nn.Module):
             dropout_p=self.dropout if self.attn_dropout.training else 0.0,
             deterministic=self.deterministic,
             backend="math" if self.flash is False else self.backend,
+        )
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            f"torch.jit.script cannot compile {type(self).__name__}; use torch.export.export or torch.compile"
         )
 
     def extra_repr(self) -> str:

@@ -1,118 +1,337 @@
-"""Attention and its gradients as differentiable functions, whoever runs them. No arithmetic here.
+"""Attention as a differentiable function: a backend's own functions for plain eager calls, the opaque operators under
+the transforms of torch.func, and formulas of the operators themselves for compiled and exported programs.
 
-The first derivatives come from whoever ran the forward. Further ones come from a recomputation through the einsum path:
+First derivatives come from the backend. Further ones, and all that are pushed forward, are those of the einsum path:
 correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
-from flash_attend.reference import attention_reference_gradients
+from flash_attend import ops
+from flash_attend.operands import Operands
+from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
+from flash_attend.reference import attention_reference
 from flash_attend.spec import AttentionSpec
+from flash_attend.target import DeviceTarget
+from flash_attend.tracing import (
+    constant_when_compiled,
+    directly,
+    forward_mode,
+    lazy,
+    mapped,
+    settled,
+    traced,
+    transformed,
+    watched,
+)
+from flash_attend.vmap import map_backward, map_forward
 
-__all__ = ["Attention", "Gradients"]
+if TYPE_CHECKING:
+    from flash_attend.dispatch import Plan
+
+__all__ = ["attend"]
 
 
-class _Function(_SingleLevelFunction):
-    """What `torch.autograd.Function` is made from, and torch.func makes the single levels of a function from.
+def attend(
+    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool, opaque: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, as a plan has them computed; without `return_lse` the lse may be None.
 
-    Its `apply` goes straight to the engine. That of `Function` binds arguments and looks for torch.func first, in some
-    25 microseconds. Where torch.func is on, an operator's autograd kernel calls it, which sees one level at a time.
+    `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
+    lengths, and some tensors know operators alone.
     """
+    einsum = plan.backward == "einsum"
+    if opaque or (not einsum and watched()):
+        return _by_operators(operands, spec, plan, return_lse)
+    if einsum:
+        out, lse = attention_reference(operands, spec, return_lse=return_lse)
+        return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
+    functions = plan.backend.load()
+    tiles = functions.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
+    if lazy(*operands):
+        operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
+    q, k, v, *_ = operands
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _attend_eagerly(q, k, v, (functions, operands, spec, plan, tiles))
+    return functions.forward(operands, spec, tiles)[:2]
 
-    apply: ClassVar[Callable[..., tuple[Tensor, ...]]]
+
+def _by_operators(
+    operands: Operands, spec: AttentionSpec, plan: Plan, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    if forward_mode():
+        return attention_reference(operands, spec, return_lse=return_lse)
+    compiled = torch.compiler.is_compiling()
+    if not compiled:
+        operands = operands._replace(mask=_savable(operands.mask))
+    numbers, options = ops.options_of(operands, spec, plan, return_lse=return_lse)
+    present = [tensor for tensor in operands if tensor is not None]
+    if transformed():
+        if compiled:
+            _leave_to_the_tracer()
+        out, *others = _transformable(numbers, options, *present)
+    else:
+        out, *others = ops.FORWARD(present, numbers, options)
+    return out, others[0] if others else None
 
 
-class Attention(_Function):
-    """`(q, k, v) -> (out, lse, *schedule)`; out and lse are differentiable.
+def _savable(mask: Tensor | None) -> Tensor | None:
+    """The mask, or a copy of one made in inference mode, which may not be saved for a backward."""
+    return mask.clone() if mask is not None and mask.is_inference() else mask
 
-    `run(q, k, v, mask, seed, spec)` gives the outputs, and `differentiate(needed, grad_out, grad_lse, q, k, v, mask,
-    seed, spec, out, lse, *schedule)` the gradients of those of q, k and v that are needed. Shapes as `normalise_inputs`
-    returns them; `seed` is a one-element int64 tensor on q's device, or None.
-    """
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain eager calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Attention(torch.autograd.Function):
+    """`(q, k, v, call) -> (out, lse)` by a backend's own functions, with what a call consists of."""
 
     @staticmethod
-    def forward(
-        run: Callable[..., tuple[Tensor, ...]],
-        differentiate: Callable[..., Iterable[Tensor]],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        spec: AttentionSpec,
-    ) -> tuple[Tensor, ...]:
-        return run(q, k, v, mask, seed, spec)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _, ctx.differentiate, *tensors, ctx.spec = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.mark_non_differentiable(*output[2:])
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
+        functions, operands, spec, plan, tiles = call
+        out, lse, schedule = functions.forward(operands, spec, tiles)
+        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
         ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, seed, *outputs = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:5]
-        found = ctx.differentiate(needed, grad_out, grad_lse, q, k, v, mask, seed, ctx.spec, *outputs)
-        return None, None, *_spread(found, needed), None, None, None
-
-
-class Gradients(_Function):
-    """`(grad_out, grad_lse, q, k, v) ->` the gradients of those of q, k and v that are needed.
-
-    `run` takes all inputs after itself and gives them. Out, lse and the schedule follow from q, k and v, so that no
-    derivative goes through them.
-    """
-
-    @staticmethod
-    def forward(
-        run: Callable[..., Iterable[Tensor]],
-        needed: Sequence[bool],
-        grad_out: Tensor | None,
-        grad_lse: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        seed: Tensor | None,
-        spec: AttentionSpec,
-        *outputs: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return tuple(run(needed, grad_out, grad_lse, q, k, v, mask, seed, spec, *outputs))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        _, ctx.needed, *tensors, ctx.spec = inputs[:10]
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
+        ctx.call = functions, spec, plan, tiles, type(schedule)  # with the tiles: a backward runs in another thread
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, mask, seed = ctx.saved_tensors
-        present = [tensor is not None for tensor in tensors]
+        functions, spec, plan, tiles, schedule_of = ctx.call
+        q, k, v, mask, seed, out, lse, *schedule = ctx.saved_tensors
+        operands, needed = Operands(q, k, v, mask, seed), ctx.needs_input_grad[:3]
+        # Hooks of what is saved may have changed strides; of q, k, v and out the kernels read them.
+        lse = lse.contiguous()
+        schedule = schedule_of(*(tensor if tensor is None else tensor.contiguous() for tensor in schedule))
+        # A backward may be differentiated, and transformed where its forward was not.
+        if torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads):
+            numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
+            present = [tensor for tensor in operands if tensor is not None]
+            names = list(compress(INPUTS, needed))
+            found = _differentiate(grads, present, [out, lse, *schedule.packed()], numbers, options, names)
+            return *map(found.get, INPUTS), None
+        if lazy(*grads):
+            grads = tuple(map(settled, grads))
+        return *functions.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
 
-        def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
-            every: list[Any] = _spread(inputs, present)
-            grad_out, grad_lse, q, k, v = every
-            return attention_reference_gradients(grad_out, grad_lse, q, k, v, mask, seed, ctx.spec)
 
-        found, pull_back, *_ = torch.func.vjp(gradients, *compress(tensors, present))
-        cotangents = zip(found, _spread(grads, ctx.needed), strict=True)
-        pulled = pull_back(tuple(torch.zeros_like(x) if grad is None else grad for x, grad in cotangents))
-        others = len(ctx.needs_input_grad) - 2 - len(tensors)
-        return None, None, *_spread(pulled, present), *(None for _ in range(others))
+class Kept(torch.autograd.Function):
+    """`(out, lse) -> (out, lse)` of the einsum path, kept for the backward as those of the kernels are: whoever changes
+    them in place is told then, as with torch's own attention."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        kept = out.clone(), None if lse is None else lse.clone()
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        return kept
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors  # raises where they were changed
+        return grads
 
 
-def _spread(found: Iterable[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-    """What was found in the places where it is needed, None elsewhere."""
-    following = iter(found)
-    return [next(following) if need else None for need in needed]
+_attend_eagerly, _keep_eagerly = directly(Attention), directly(Kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formulas of the operators
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _keep_for_first(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
+    operands, ctx.numbers, ctx.options = inputs
+    ctx.save_for_backward(*operands, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _first_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Of every operand that there is."""
+    names = Options.read(ctx.options).operands
+    operands, outputs = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+    found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, list(compress(names, needs)))
+    return [found.get(name) for name in names]
+
+
+def _differentiate(
+    grads: Sequence[Tensor | None],
+    operands: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    numbers: list[float],
+    options: str,
+    needed: list[str],
+) -> dict[str, Tensor]:
+    """The gradients by name, of those of q, k and v that are `needed`."""
+    given = {name: grad for name, grad in zip(OUTPUTS, grads, strict=False) if grad is not None}
+    options = ops.with_gradients(options, list(given), needed)
+    present = list(given.values())
+    if mapped(*present):
+        found = _pull_back(given, operands, numbers, options)
+    elif forward_mode():
+        found = ops.backward_composite(present, operands, outputs, numbers, options)
+    elif transformed():
+        found = TransformableGradients.apply(numbers, options, *present, *operands, *outputs)
+    else:
+        found = ops.BACKWARD(present, operands, outputs, numbers, options)
+    return dict(zip(needed, found, strict=True))
+
+
+def _pull_back(
+    grads: dict[str, Tensor], operands: Sequence[Tensor], numbers: list[float], options: str
+) -> Sequence[Tensor]:
+    """The gradients that are needed by torch's own formulas, which alone have rules for many gradients at once."""
+    said = Options.read(options)
+    whole = said.operands_of(operands)
+    pairs = zip(INPUTS, whole[:3], strict=True)
+    leaves = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in pairs}
+    whole = whole._replace(**leaves)
+    with torch.enable_grad():
+        results = attention_reference(whole, ops.spec_of(whole, numbers, said), return_lse=True)
+    roots: dict[str, Any] = dict(zip(OUTPUTS, results, strict=True))
+    return torch.autograd.grad(
+        [roots[name] for name in grads],
+        [leaves[name] for name in said.needed],
+        list(grads.values()),
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def _keep_for_second(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
+    grads, operands, outputs, ctx.numbers, ctx.options = inputs
+    ctx.save_for_backward(*grads, *operands)
+    ctx.set_materialize_grads(False)
+    ctx.of_outputs = [None] * len(outputs)  # out, lse and the schedule follow from the operands
+
+
+def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Of the gradients that were given, and of every operand that there is."""
+    options = Options.read(ctx.options)
+    saved = dict(zip((*options.grads, *options.operands), ctx.saved_tensors, strict=True))
+    inputs = {name: saved[name] for name in (*options.grads, *INPUTS)}
+
+    def gradients(*tensors: Tensor) -> list[Tensor]:
+        given = {**saved, **dict(zip(inputs, tensors, strict=True))}
+        grads, operands = ([given[name] for name in names] for names in (options.grads, options.operands))
+        return ops.backward_composite(grads, operands, (), ctx.numbers, ctx.options)
+
+    found, pull_back, *_ = torch.func.vjp(gradients, *inputs.values())
+    pairs = zip(found, cotangents, strict=True)
+    pulled = pull_back([torch.zeros_like(x) if cotangent is None else cotangent for x, cotangent in pairs])
+    by_name = dict(zip(inputs, pulled, strict=True))
+    return [by_name[name] for name in options.grads], [by_name.get(name) for name in options.operands]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Under the transforms of torch.func
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TransformableAttention(torch.autograd.Function):
+    """`(numbers, options, *operands) -> (out, lse, *schedule)`."""
+
+    @staticmethod
+    def forward(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.FORWARD(operands, numbers, options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        numbers, options, *operands = inputs
+        _keep_for_first(ctx, (operands, numbers, options), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *_first_gradients(ctx, grads, ctx.needs_input_grad[2:])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, numbers: list[float], options: str, *operands: Tensor) -> tuple[tuple, tuple]:
+        return map_forward(_transformable, info.batch_size, numbers, options, operands, in_dims[2:])
+
+
+class TransformableGradients(torch.autograd.Function):
+    """`(numbers, options, *grads, *operands, *outputs) ->` the gradients that are needed."""
+
+    @staticmethod
+    def forward(numbers: list[float], options: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ops.BACKWARD(*Options.read(options).parts(tensors), numbers, options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        numbers, options, *tensors = inputs
+        _keep_for_second(ctx, (*Options.read(options).parts(tensors), numbers, options), output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_grads, of_operands = _second_gradients(ctx, cotangents)
+        return None, None, *of_grads, *of_operands, *ctx.of_outputs
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, numbers: list[float], options: str, *tensors: Tensor) -> tuple[tuple, tuple]:
+        return map_backward(TransformableGradients.apply, info.batch_size, numbers, options, tensors, in_dims[2:])
+
+
+def _transformable(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
+    return TransformableAttention.apply(numbers, options, *operands)
+
+
+@constant_when_compiled
+def _leave_to_the_tracer() -> None:
+    """Has a compiler take `_transformable` as it is, for what traces operators: there the transforms are at work."""
+    torch.compiler.allow_in_graph(_transformable)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In exported programs, which hold the operators alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def forward_formula(ctx: Any, grads: Sequence[Tensor | None]) -> tuple:
+    return _first_gradients(ctx, grads, ctx.needs_input_grad[0]), None, None
+
+
+def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
+    return *_second_gradients(ctx, cotangents), ctx.of_outputs, None, None
+
+
+def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
+    """What `ops.forward` gives, whose schedule then nobody reads."""
+    found = ops.forward_composite(operands, numbers, options)
+    return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
+
+
+backward_in_parts = ops.backward_composite
+
+
+class _InParts(torch.library.Library):
+    """Where formulas are registered that give way to the einsum path: in forward mode, which they do not know, and at a
+    level of torch.func, which does not know them."""
+
+    def impl(self, op_name: str, fn: Callable, dispatch_key: str = "", **options: Any) -> None:
+        in_parts = latest(__name__, f"{op_name}_in_parts")
+
+        def either(keyset: Any, *arguments: Any) -> Any:
+            return in_parts(*arguments) if forward_mode() or transformed() else fn(keyset, *arguments)
+
+        either.library = self  # type: ignore[attr-defined]  # what is registered ends when nobody holds it
+        super().impl(op_name, either, dispatch_key, **options)
+
+
+if ops.FIRST_IMPORT:
+    for _name, _keep in (("forward", "_keep_for_first"), ("backward", "_keep_for_second")):
+        torch.library.register_autograd(
+            f"flash_attend::{_name}",
+            latest(__name__, f"{_name}_formula"),
+            setup_context=latest(__name__, _keep),
+            lib=_InParts("flash_attend", "FRAGMENT"),
+        )

@@ -197,7 +197,7 @@ def _load_math() -> Functions:
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:
-    return *attention_reference(*operands, spec, return_lse=True), ()
+    return *attention_reference(operands, spec, return_lse=True), ()
 
 
 def _einsum_backward(
@@ -211,7 +211,7 @@ def _einsum_backward(
     tiles: None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    found = attention_reference_gradients(grad_out, grad_lse, *operands, spec)
+    found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
     return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
 
 

@@ -9,15 +9,20 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from flash_attend import operators
+from flash_attend.autograd import attend
 from flash_attend.dispatch import Plan, check_backend, choose, overridden_backward
 from flash_attend.dropout import draw_seed
-from flash_attend.reference import attention_reference
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, normalise_inputs
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, intercepted, sharded, traced
+from flash_attend.tracing import constant_when_compiled, jit_traced, sharded, traced
 
 __all__ = ["flash_attention"]
+
+NO_JIT_TRACE = (
+    "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
+    " its example for all calls; use torch.export.export or torch.compile"
+)
 
 
 @overload
@@ -96,7 +101,10 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
-    if sharded(q, k, v, mask):
+    if jit_traced():
+        raise RuntimeError(NO_JIT_TRACE)
+    opaque = traced(q, k, v, mask)
+    if opaque and sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
         here = partial(
@@ -113,23 +121,12 @@ def flash_attention(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    watched = traced(q, k, v, mask)
     check_backend(backend)
-    plan = choose(spec, target, backend) if watched else _choose_once(spec, target, backend, overridden_backward())
-    if plan.name == "math" and backend == "auto" and target.device_type == "cuda" and not target.absent:
+    plan = choose(spec, target, backend) if opaque else _choose_once(spec, target, backend, overridden_backward())
+    if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    lse: Tensor | None
-    # The one place that decides between an opaque operator and what is in it. In the einsum path that is operators too,
-    # and all but a compiler and a sharded tensor do better with them.
-    if watched or (plan.backward != "einsum" and intercepted()):
-        out, lse = operators.attend(q, k, v, mask, seed, spec, plan, return_lse=return_lse)
-    elif plan.backward == "einsum":
-        out, lse = attention_reference(q, k, v, mask, seed, spec, return_lse=return_lse)
-    else:
-        from flash_attend import launches  # imports Triton
-
-        out, lse = launches.attend(q, k, v, mask, seed, spec, target, plan)
+    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, opaque=opaque)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 

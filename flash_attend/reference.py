@@ -15,7 +15,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec
+from flash_attend.tracing import transformed
 
 __all__ = ["attention_reference", "attention_reference_gradients"]
 
@@ -29,27 +31,14 @@ HELD_SCORES = 2**25
 FEWEST_QUERIES = 64
 
 
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    spec: AttentionSpec,
-    *,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Attention as the contract has it, differentiable any number of times.
 
-    Args:
-        q, k, v, mask, spec: as `normalise_inputs` returns them: `(b, h, i, d)`, `(b, hk, j, d)`, `(b, hk, j, dv)` and
-            `(b|1, h|1, i|1, j)` or None.
-        seed: int64 `(1,)` from `draw_seed`; read only where `spec.dropout_p > 0`.
-        return_lse: compute the LSE too.
-
     Returns:
-        `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log, or None.
+        `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log; None unless
+        `return_lse`.
     """
+    q, k, v, mask, seed = operands
     chunks, recompute = _chunks(spec)
     if mask is not None:  # whatever an unread key holds, it must not reach a product
         unread = _unread_keys(mask, spec, chunks)
@@ -59,32 +48,26 @@ def attention_reference(
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if recompute and differentiated and not torch._C._are_functorch_transforms_active():
+    if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     with _no_autocast(q.device):
         parts = [attend(q, k, v, mask, seed, spec, first, last, return_lse) for first, last in chunks]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     if not return_lse:
         return out.to(spec.dtype), None
-    out, lse = out.split([spec.value_dim, 1], dim=-1)
-    return out.to(spec.dtype).contiguous(), lse.squeeze(-1)
+    out, lse = out[..., : spec.value_dim], out[..., spec.value_dim]
+    return out.to(spec.dtype).contiguous(), lse
 
 
 def attention_reference_gradients(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    spec: AttentionSpec,
+    grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, spec: AttentionSpec
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a backward through `attention_reference` gives for q, k and v, itself differentiable any number of times.
 
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
     forward is held.
     """
+    q, k, v, mask, seed = operands
     if grad_out is None:
         grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
     if grad_lse is None:

@@ -36,6 +36,7 @@ from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tile
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, interpreting
 
@@ -211,8 +212,9 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
         with recorded_launches() as launches:
             forward, backward, _ = BACKENDS[backend].load()
-            out, lse, schedule = forward(q, k, v, mask, seed, spec, tiles)
-            backward(torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, tiles, (True, True, True))
+            operands = Operands(q, k, v, mask, seed)
+            out, lse, schedule = forward(operands, spec, tiles)
+            backward(torch.empty_like(out), None, operands, out, lse, schedule, spec, tiles, (True, True, True))
     return launches
 
 

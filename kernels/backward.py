@@ -68,6 +68,7 @@ from flash_attend.kernels.tiles import (
     store_rows,
     zeros,
 )
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward", "empty_gradients", "prepare_rows"]
@@ -737,12 +738,9 @@ def empty_gradients(
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: Operands,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
     schedule: Schedule,
     spec: AttentionSpec,
     tiles: Tiles,
@@ -756,7 +754,7 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
-    q, k, v, out = readable(q), readable(k), readable(v), readable(out)
+    q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
@@ -774,12 +772,12 @@ def attention_backward(
         lists = transposed_lists(schedule)
         of_outputs = (None if grad is None else grad.stride() for grad in (grad_k, grad_v))
         prepared = _prepare_kv(spec, tiles, sum_q is not None, schedule.rows, *strides, *of_outputs)
-        launch(prepared, *inputs, grad_k, grad_v, sum_q, lse_log2, delta, schedule.visible, lists, seed)
+        launch(prepared, *inputs, grad_k, grad_v, sum_q, lse_log2, delta, schedule.visible, lists, operands.seed)
     if sum_q is not None:
         torch.mul(sum_q, abs(spec.scale), out=grad_q)
     elif grad_q is not None:
         prepared = _prepare_q(spec, tiles, schedule.rows, aligned(k, v), *strides, grad_q.stride())
-        launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, seed)
+        launch(prepared, *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists, operands.seed)
     return grad_q, grad_k, grad_v
 
 

@@ -49,6 +49,7 @@ from flash_attend.kernels.tiles import (
     store_rows,
     zeros,
 )
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["attention_forward", "empty_outputs"]
@@ -271,22 +272,17 @@ def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, spec: AttentionSpec, tiles: Tiles
-) -> tuple[Tensor, Tensor, Schedule]:
-    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again.
-
-    Shapes as `normalise_inputs` returns them; `seed` is a one-element int64 tensor, or None without dropout.
-    """
-    q, k, v = readable(q), readable(k), readable(v)
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
+    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again."""
+    q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
     out, lse = empty_outputs(q, spec)
-    schedule = build_schedule(mask, spec, tiles)
+    schedule = build_schedule(operands.mask, spec, tiles)
     q_rows, out_rows = q, out
     if packed := packed_group(spec):
         spec, q_rows, out_rows = packed, *(as_queries(tensor, spec.kv_heads) for tensor in (q, out))
     strides = q_rows.stride(), k.stride(), v.stride(), out_rows.stride()
     prepared = _prepare(spec, tiles, schedule.rows, aligned(k, v), *strides)
-    launch(prepared, q_rows, k, v, out_rows, lse, schedule.visible, schedule.lists, seed)
+    launch(prepared, q_rows, k, v, out_rows, lse, schedule.visible, schedule.lists, operands.seed)
     return out, lse, schedule
 
 

@@ -14,6 +14,8 @@ of them make one.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,35 +23,55 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import BITS_PER_WORD, DENSE, KEY, key_blocks, query_blocks
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["Schedule", "build_schedule", "schedule_layout", "transposed_lists"]
+__all__ = ["Schedule", "build_schedule", "empty_packed", "schedule_layout", "transposed_lists"]
 
 HEADER = tl.constexpr(4)
 EMPTY = tl.constexpr(0)
 PARTIAL = tl.constexpr(1)
 FULL = tl.constexpr(2)
+SPARE = (0, 0, 1)  # columns that a packed schedule has beyond its own: of states there may be a single one
 BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
 
 
 class Schedule(NamedTuple):
     """What the kernels read of a mask, by `rows` of it: one for each batch entry and head that differ.
 
-    All None without a mask; int32, but for `visible` next to float64, which is int64.
+    All None without a mask; int32, but for `visible` next to float64, which is int64. A word has 32 bits.
     """
 
-    visible: Tensor | None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
-    lists: Tensor | None  # KEY: (rows, length) int32; DENSE: (rows, query_blocks, length)
-    states: Tensor | None  # DENSE: (rows, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
+    visible: Tensor | None = (
+        None  # KEY: (rows, key_blocks * block); DENSE: (rows, query_blocks * block, words of 32 bits)
+    )
+    lists: Tensor | None = None  # KEY: (rows, length) int32; DENSE: (rows, query_blocks, length)
+    states: Tensor | None = None  # DENSE: (rows, query_blocks, key_blocks) int32, of EMPTY, PARTIAL, FULL
 
     @property
     def rows(self) -> int:
         """How many rows of the mask there are; 0 without one."""
         return 0 if self.visible is None else self.visible.shape[0]
+
+    def packed(self) -> list[Tensor]:
+        """The tensors as operators hand them over: `(rows, n)` with `n > 1`.
+
+        A compiler makes a graph of its own of every size that is 1, and so of short sequences, which are one block.
+        """
+        return [
+            pad(tensor.flatten(1), (0, spare)) for tensor, spare in zip(self, SPARE, strict=True) if tensor is not None
+        ]
+
+    @staticmethod
+    def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+        """The schedule again, whatever became of its strides."""
+        shapes = [shape for shape, _ in schedule_layout(mask, spec, tiles)]
+        whole = (x.contiguous()[:, : math.prod(shape[1:])] for x, shape in zip(packed, shapes, strict=True))
+        return Schedule(*(x.reshape(shape) for x, shape in zip(whole, shapes, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,10 +410,18 @@ def schedule_layout(
     ]
 
 
+def empty_packed(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
+    """What `Schedule.packed` gives, uninitialised."""
+    if mask is None:
+        return []
+    layout = zip(schedule_layout(mask, spec, tiles), SPARE, strict=False)
+    return [mask.new_empty(shape[0], math.prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
+
+
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
     """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
     if mask is None:
-        return Schedule(None, None, None)
+        return Schedule()
     layout = schedule_layout(mask, spec, tiles)
     visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
     batch, heads, _, keys = mask.shape
@@ -399,7 +429,7 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     if spec.mask == MaskKind.KEY:
         prepared = _prepare_keys(rows, heads, keys, tiles.schedule_block[1], mask.stride())
         launch(prepared, bytes_of_mask, visible, lists)
-        return Schedule(visible, lists, None)
+        return Schedule(visible, lists)
     launch(_prepare_dense(rows, heads, spec, tiles, mask.stride()), bytes_of_mask, visible, *states)
     _fill_lines(*states, lists)
     return Schedule(visible, lists, *states)

@@ -62,6 +62,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, hide, key_visibility, query_blocks
 from flash_attend.kernels.operands import mask_strides, readable
 from flash_attend.kernels.softmax import LOG2E, SMALLEST_SCALE, recomputed_weights
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward"]
@@ -367,12 +368,9 @@ def hopper_backward_kernel(
 def attention_backward(
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    operands: Operands,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
     schedule: Schedule,
     spec: AttentionSpec,
     tiles: Tiles,
@@ -380,7 +378,7 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `kernels.backward.attention_backward` gives, for the calls that the dispatcher lets through."""
     needs_q, needs_k, needs_v = needed
-    q, k, v, out = readable(q), readable(k), readable(v), readable(out)
+    q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()

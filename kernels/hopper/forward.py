@@ -57,6 +57,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.masking import KEY, NONE, hide, key_visibility
 from flash_attend.kernels.operands import mask_strides, query_section, readable
 from flash_attend.kernels.softmax import LOG2E, NEGATIVE_INFINITY, SMALLEST_SCALE, finish, online_step
+from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 
@@ -316,16 +317,14 @@ def hopper_forward_kernel(
     )  # fmt: skip
 
 
-def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: None, spec: AttentionSpec, tiles: Tiles
-) -> tuple[Tensor, Tensor, Schedule]:
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
     """What `kernels.forward.attention_forward` gives, for the calls that the dispatcher lets through.
 
     Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, and a mask of keys or none.
     """
-    q, k, v = readable(q), readable(k), readable(v)
+    q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
     out, lse = empty_outputs(q, spec)
-    schedule = build_schedule(mask, spec, tiles)
+    schedule = build_schedule(operands.mask, spec, tiles)
     prepared = _prepare(spec, tiles, schedule.rows, DeviceTarget.of(q.device).multiprocessors)
     tensors = bulk_readable(q), bulk_readable(k), bulk_readable(v), out, lse, schedule.visible, schedule.lists
     launch(prepared, *tensors)

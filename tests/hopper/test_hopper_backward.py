@@ -20,6 +20,7 @@ from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.key_schedule import Schedule
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.softmax import LOG2E
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call, truth_of
@@ -72,7 +73,7 @@ def run(call: Call, kind: str = "fused", needed: str = "qkv", **options) -> Answ
 
     with mock.patch.multiple(backward, launch=launch, prepare_rows=rows_of), recorded_launches() as launches:
         dq, dk, dv = attention_backward(
-            call.grad_out, call.grad_lse, q, k, v, out, lse, None,
+            call.grad_out, call.grad_lse, Operands(q, k, v, mask), out, lse,
             schedule_of(mask, spec, tiles.schedule_block[1]), spec, tiles, [name in needed for name in "qkv"],
         )  # fmt: skip
     return Answer(

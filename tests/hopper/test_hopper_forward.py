@@ -13,12 +13,15 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from flash_attend import BackendUnavailable, operators
+from flash_attend import BackendUnavailable
+from flash_attend.dispatch import choose
 from flash_attend.kernels import operands
 from flash_attend.kernels.configs import Tile, Tiles, override, select_hopper_tiles
 from flash_attend.kernels.hopper import forward, walk
 from flash_attend.kernels.hopper.forward import V_RING, attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.operands import Operands
+from flash_attend.ops import FORWARD, options_of
 from flash_attend.spec import normalise_inputs
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, bits_equal, check, make_call
@@ -33,7 +36,7 @@ def recorded(call: Call, part: DeviceTarget = H100) -> tuple[Tensor, Tensor, Lau
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     tiles = select_hopper_tiles(spec, part)
     with on(part), recorded_launches() as launches:
-        out, lse, schedule = attention_forward(q, k, v, mask, None, spec, tiles)
+        out, lse, schedule = attention_forward(Operands(q, k, v, mask), spec, tiles)
     out.fill_(torch.nan)
     lse.fill_(torch.nan)
     fill_schedule(schedule, mask, spec, tiles)
@@ -172,7 +175,7 @@ def test_nothing_is_launched_for_nothing() -> None:
         q, k = torch.empty(*shape, 64, dtype=torch.bfloat16), torch.empty(*shape[:2], 7, 64, dtype=torch.bfloat16)
         q, k, _, _, spec = normalise_inputs(q, k, k)
         with on(H100), recorded_launches() as launches:
-            out, _, _ = attention_forward(q, k, k, None, None, spec, select_hopper_tiles(spec, H100))
+            out, _, _ = attention_forward(Operands(q, k, k), spec, select_hopper_tiles(spec, H100))
         assert out.shape == q.shape
         assert not launches
 
@@ -192,7 +195,9 @@ def test_as_an_operator_it_is_the_same_launch() -> None:
     call = make_call(Case("operator", 1, 2, queries=140, keys=300, d=64, mask="pad_right"), torch.float16)
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     with on(H100), recorded_launches() as launches:
-        operators.attend(q, k, v, mask, None, spec, "hopper")
+        operands = Operands(q, k, v, mask)
+        numbers, options = options_of(operands, spec, choose(spec, H100, "hopper"), return_lse=True)
+        FORWARD([q, k, v, mask], numbers, options)
     *_, expected = recorded(call, H100)
     assert launches[-1].prepared is expected.prepared
 

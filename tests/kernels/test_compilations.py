@@ -17,6 +17,7 @@ from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles, select_hopper_tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, recorded_launches
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
 
 # One, odd, even, and multiples of 8, 16 and 128: what Triton makes variants of where it is let.
@@ -72,9 +73,10 @@ def launches_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dro
     """What a forward and a backward launch for tensors on the meta device, through their strides."""
     q, k, v, mask, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
+    operands = Operands(q, k, v, mask, seed)
     with recorded_launches() as launches:
-        out, lse, schedule = attention_forward(q, k, v, mask, seed, spec, TILES)
-        attention_backward(torch.empty_like(out), None, q, k, v, out, lse, seed, schedule, spec, TILES, (True,) * 3)
+        out, lse, schedule = attention_forward(operands, spec, TILES)
+        attention_backward(torch.empty_like(out), None, operands, out, lse, schedule, spec, TILES, (True,) * 3)
     return launches
 
 

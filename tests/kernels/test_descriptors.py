@@ -13,6 +13,7 @@ from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.operands import Operands
 from flash_attend.spec import normalise_inputs
 from flash_attend.testing.calls import LAYOUTS
 
@@ -55,7 +56,7 @@ def launched(
     k = v = change(torch.zeros(2, 2, 70, head_dim, dtype=torch.float16))
     q, k, v, mask, spec = normalise_inputs(q, k, v)
     with recorded_launches() as launches:
-        attention_forward(q, k, v, mask, None, spec, tiles)
+        attention_forward(Operands(q, k, v, mask), spec, tiles)
     return launches[0]
 
 

@@ -11,6 +11,7 @@ from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, launch, recorded_launches
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, normalise_inputs
 from flash_attend.testing.calls import Case, check, make_call, run
 
@@ -141,8 +142,8 @@ def launches_of(b: int, h: int, i: int, j: int, mask_rows: int | None = None) ->
     mask = None if mask_rows is None else torch.empty(b, h, mask_rows, j, device="meta", dtype=torch.bool)
     q, k, v, mask, spec = normalise_inputs(q, k, k, mask=mask)
     with recorded_launches() as launches:
-        out, lse, schedule = attention_forward(q, k, v, mask, None, spec, TILES)
-        attention_backward(out, None, q, k, v, out, lse, None, schedule, spec, TILES, (True, True, True))
+        out, lse, schedule = attention_forward(Operands(q, k, v, mask), spec, TILES)
+        attention_backward(out, None, Operands(q, k, v), out, lse, schedule, spec, TILES, (True, True, True))
     return launches, spec
 
 

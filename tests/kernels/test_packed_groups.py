@@ -11,6 +11,7 @@ from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.operands import as_queries, packed_group
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, MaskKind, normalise_inputs
 from flash_attend.testing.calls import Case, check, make_call, run
 
@@ -78,7 +79,7 @@ def launch_of(spec: AttentionSpec) -> Launch:
     )
     *inputs, spec = normalise_inputs(q, k, v, causal=spec.causal)
     with recorded_launches() as launches:
-        attention_forward(*inputs, None, spec, Tiles(TILE, TILE, TILE))
+        attention_forward(Operands(*inputs), spec, Tiles(TILE, TILE, TILE))
     return launches[0]
 
 

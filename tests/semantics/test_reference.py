@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flash_attend import dropout, reference
+from flash_attend.operands import Operands
 from flash_attend.spec import normalise_inputs
 
 SEED = torch.tensor([2**35 + 11])
@@ -35,7 +36,7 @@ def use(monkeypatch: pytest.MonkeyPatch, regime: str) -> None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = True, **options) -> tuple[Tensor, Tensor | None]:
     *tensors, spec = normalise_inputs(q, k, v, **options)
-    return reference.attention_reference(*tensors, SEED, spec, return_lse=return_lse)
+    return reference.attention_reference(Operands(*tensors, SEED), spec, return_lse=return_lse)
 
 
 def make_inputs(b, h, hk, i, j, d, dv, dtype=torch.float64, grad=True) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +125,7 @@ def test_the_gradients_that_are_written_out_are_those_of_autograd(regime, mask, 
     *tensors, spec = normalise_inputs(*inputs, **options)
     both = [a + b for a, b in zip(of_out, of_lse, strict=True)]
     for given, expected in (((grads[0], None), of_out), ((None, grads[1]), of_lse), (grads, both)):
-        found = reference.attention_reference_gradients(*given, *tensors, SEED, spec)
+        found = reference.attention_reference_gradients(*given, Operands(*tensors, SEED), spec)
         for got, want in zip(found, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
             assert torch.equal(got == 0, want == 0)  # dead rows and unread keys, exactly
@@ -213,6 +214,7 @@ def test_chunks_hold_little_at_a_time(mask, causal, differentiated, monkeypatch)
 MEMORY = """
 import sys
 import torch
+from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference
 from flash_attend.spec import normalise_inputs
 
@@ -224,7 +226,7 @@ def run(length):
     q, k, v = (torch.randn(1, 2, length, 64, requires_grad=True) for _ in range(3))
     mask = torch.arange(length)[None] < length - 5
     *tensors, spec = normalise_inputs(q, k, v, mask=mask, causal=True)
-    out, lse = attention_reference(*tensors, None, spec, return_lse=True)
+    out, lse = attention_reference(Operands(*tensors), spec, return_lse=True)
     out.square().sum().backward()
     return q.grad, k.grad, v.grad, q, k, v, out, lse
 

@@ -1,0 +1,240 @@
+"""Attention as operators of PyTorch, opaque to whatever traces or transforms a program: torch.compile, torch.export,
+torch.func, dispatch modes, tensor subclasses.
+
+`flash_attend::forward` and `flash_attend::backward` run a backend. Their schema is tensors, numbers and one string of
+options by name: what a later feature adds is a name in the string. Their derivatives are in `autograd.py`, their rules
+for `torch.vmap` in `vmap.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import compress
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from flash_attend.backends import BACKENDS, Backend, BackwardName
+from flash_attend.operands import Operands
+from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
+from flash_attend.target import DeviceTarget
+
+if TYPE_CHECKING:
+    from flash_attend.dispatch import Plan
+    from flash_attend.kernels.configs import Tiles
+
+__all__ = ["BACKWARD", "FIRST_IMPORT", "FORWARD", "INPUTS", "OUTPUTS", "Options", "latest", "options_of", "spec_of"]
+
+INPUTS = ("q", "k", "v")  # what there are gradients of
+OUTPUTS = ("out", "lse")  # what there are gradients from
+
+T = TypeVar("T")
+
+
+class Options(NamedTuple):
+    """What the tensors and the numbers of a call do not say."""
+
+    backend: str
+    backward: BackwardName
+    precision: str
+    causal: bool
+    deterministic: bool
+    return_lse: bool
+    operands: tuple[str, ...]  # the fields of `Operands` that there are, in their order
+    grads: tuple[str, ...] = ()  # of a backward: which of OUTPUTS have a gradient
+    needed: tuple[str, ...] = ()  # of a backward: which of INPUTS need one
+
+    @staticmethod
+    @lru_cache(maxsize=CALLS_KEPT)
+    def read(text: str) -> Options:
+        """What `options_of` or `with_gradients` wrote."""
+        said: dict[str, Any] = dict(item.split("=") for item in text.split())
+        said |= {name: said[name] == "1" for name in ("causal", "deterministic", "return_lse")}
+        lists = said.keys() & {"operands", "grads", "needed"}
+        return Options(**{**said, **{name: tuple(filter(None, said[name].split(","))) for name in lists}})
+
+    def operands_of(self, tensors: Sequence[Tensor]) -> Operands:
+        """The operands of a call, from those that there are."""
+        return Operands(**dict(zip(self.operands, tensors, strict=True)))
+
+    def parts(self, items: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
+        """What there is for each tensor of a backward: for the gradients, the operands and the forward's outputs."""
+        first, last = len(self.grads), len(self.grads) + len(self.operands)
+        return items[:first], items[first:last], items[last:]
+
+
+def options_of(operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool) -> tuple[list[float], str]:
+    """The numbers and the options of a call, in words that a compiler follows. Kernels return the lse in any case."""
+    present = ",".join([name for name, tensor in zip(Operands._fields, operands, strict=True) if tensor is not None])
+    served = f"backend={plan.backend.name} backward={plan.backward} precision={spec.precision}"
+    flags = f"causal={int(spec.causal)} deterministic={int(spec.deterministic)}"
+    lse = int(return_lse or plan.backward != "einsum")
+    return [spec.scale, spec.dropout_p], f"{served} {flags} return_lse={lse} operands={present}"
+
+
+def with_gradients(options: str, grads: Sequence[str], needed: Sequence[str]) -> str:
+    """The options of a backward, from those of its forward."""
+    return f"{options} grads={','.join(grads)} needed={','.join(needed)}"
+
+
+def spec_of(operands: Operands, numbers: Sequence[float], options: Options) -> AttentionSpec:
+    """The description of a call that has been checked."""
+    q, k, v, mask, _ = operands
+    kind = MaskKind.NONE if mask is None else MaskKind.KEY if mask.shape[2] == 1 else MaskKind.DENSE
+    return AttentionSpec(
+        *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype),
+        mask=kind,
+        mask_per_head=mask is not None and bool(mask.shape[1] > 1),
+        causal=options.causal,
+        scale=numbers[0],
+        dropout_p=numbers[1],
+        deterministic=options.deterministic,
+        precision=options.precision,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What they do
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Call(NamedTuple):
+    """A call again, from what an operator is given."""
+
+    operands: Operands
+    spec: AttentionSpec
+    options: Options
+    backend: Backend
+    tiles: Tiles | None  # None where the einsum path serves
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> _Call:
+        options = Options.read(text)
+        # PyTorch resolves lazy negation for what computes, and not for what says how the results are laid out.
+        operands = options.operands_of([tensor.resolve_neg() for tensor in tensors])
+        spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
+        # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
+        reduced = AttentionSpec(
+            *(1, 1, 1, 1, 1, int(spec.head_dim), int(spec.value_dim), spec.dtype, spec.mask),
+            causal=spec.causal,
+            dropout_p=spec.dropout_p,
+            deterministic=spec.deterministic,
+            precision=spec.precision,
+        )
+        tiles = backend.tiles(reduced, DeviceTarget.of(operands.q.device), options.backward)
+        return _Call(operands, spec, options, backend, tiles)
+
+    @property
+    def needed(self) -> tuple[bool, ...]:
+        return tuple(name in self.options.needed for name in INPUTS)
+
+
+def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
+    """`[out, lse, *schedule]`, without the lse where it is not asked for."""
+    operands, spec, _, backend, tiles = _Call.of(tensors, numbers, text)
+    with torch.no_grad():
+        if tiles is None:
+            return [tensor.contiguous() for tensor in forward_composite(tensors, numbers, text)]
+        out, lse, schedule = backend.forward(operands, spec, tiles)
+    return [out, lse, *schedule.packed()]
+
+
+def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
+    """What `forward` gives, uninitialised."""
+    operands, spec, options, _, tiles = _Call.of(tensors, numbers, text)
+    if tiles is None:
+        out = operands.q.new_empty(spec.batch, spec.heads, spec.queries, spec.value_dim)
+        lse = operands.q.new_empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
+        return [out, lse] if options.return_lse else [out]
+    from flash_attend.kernels.forward import empty_outputs
+    from flash_attend.kernels.key_schedule import empty_packed
+
+    return [*empty_outputs(operands.q, spec), *empty_packed(operands.mask, spec, tiles)]
+
+
+def backward(
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], outputs: Sequence[Tensor], numbers: Sequence[float], text: str
+) -> list[Tensor]:
+    """The gradients of those of q, k and v that are needed; `outputs` are those of `forward`."""
+    call = _Call.of(tensors, numbers, text)
+    operands, spec, options, backend, tiles = call
+    with torch.no_grad():
+        if tiles is None:
+            return [grad.contiguous() for grad in backward_composite(grads, tensors, outputs, numbers, text)]
+        from flash_attend.kernels.key_schedule import Schedule
+
+        out, lse, *packed = outputs
+        schedule = Schedule.unpacked(packed, operands.mask, spec, tiles)
+        grad_out, grad_lse = map(dict(zip(options.grads, grads, strict=True)).get, OUTPUTS)
+        # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
+        lse = lse.contiguous()
+        found = backend.backward(grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, call.needed)
+    return list(compress(found, call.needed))
+
+
+def like_backward(
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], outputs: Sequence[Tensor], numbers: Sequence[float], text: str
+) -> list[Tensor]:
+    """What `backward` gives, uninitialised."""
+    call = _Call.of(tensors, numbers, text)
+    q, k, v, *_ = call.operands
+    if call.tiles is None:
+        return [tensor.new_empty(tensor.shape) for tensor in compress((q, k, v), call.needed)]
+    from flash_attend.kernels.backward import empty_gradients
+
+    return [tensor for tensor in empty_gradients(q, k, v, call.spec, call.needed) if tensor is not None]
+
+
+# The same by the einsum path, whose parts can be differentiated and transformed.
+
+
+def forward_composite(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
+    options = Options.read(text)
+    operands = options.operands_of(tensors)
+    found = attention_reference(operands, spec_of(operands, numbers, options), return_lse=options.return_lse)
+    return [tensor for tensor in found if tensor is not None]
+
+
+def backward_composite(
+    grads: Sequence[Tensor], tensors: Sequence[Tensor], outputs: Sequence[Tensor], numbers: Sequence[float], text: str
+) -> list[Tensor]:
+    options = Options.read(text)
+    operands, given = options.operands_of(tensors), dict(zip(options.grads, grads, strict=True))
+    spec = spec_of(operands, numbers, options)
+    found = attention_reference_gradients(given.get("out"), given.get("lse"), operands, spec)
+    return [grad for name, grad in zip(INPUTS, found, strict=True) if name in options.needed]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their registration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def latest(module: str, name: str) -> Callable[..., Any]:
+    """A function as its module has it when it is called: operators are defined once in a process, and the package may
+    be reloaded, or imported again."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+_SCHEMAS = {
+    "forward": "(Tensor[] operands, float[] numbers, str options) -> Tensor[]",
+    "backward": "(Tensor[] grads, Tensor[] operands, Tensor[] outputs, float[] numbers, str options) -> Tensor[]",
+}
+FIRST_IMPORT = not hasattr(torch.ops.flash_attend, "forward")
+if FIRST_IMPORT:
+    for _name, _schema in _SCHEMAS.items():
+        _operator = f"flash_attend::{_name}"
+        torch.library.define(_operator, _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        torch.library.impl(_operator, "default", latest(__name__, _name))
+        torch.library.register_fake(_operator, latest(__name__, f"like_{_name}"))
+
+FORWARD = torch.ops.flash_attend.forward.default
+BACKWARD = torch.ops.flash_attend.backward.default

@@ -1,0 +1,123 @@
+"""Rules for `torch.vmap`: the dimension that is mapped over is folded into the batch, so that one launch serves all.
+
+With dropout and randomness="different" each entry has drawn a seed; the first serves the folded batch, whose entries
+differ by their place. With randomness="same" they share a seed, and each takes a launch of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attend import ops
+from flash_attend.ops import Options
+
+__all__ = ["backward_vmap", "forward_vmap", "map_backward", "map_forward"]
+
+Apply = Callable[..., Sequence[Tensor]]
+Dims = Sequence[int | None]
+Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # results, and where the mapped dimension is in each
+
+
+def map_forward(
+    apply: Apply, size: int, numbers: list[float], options: str, operands: Sequence[Tensor], dims: Dims
+) -> Mapped:
+    """`apply(numbers, options, *operands)` for `size` entries, which are along the dimensions `dims`."""
+    call = _Folded(size, options, operands, dims)
+    if call.one_by_one:
+        return call.each(apply, numbers, options, operands, dims)
+    results = apply(numbers, options, *call.operands)
+    outputs = tuple(call.unfold(tensor, call.batch) for tensor in results[:2])
+    if call.shared_mask:
+        return (*outputs, *results[2:]), (*(0 for _ in outputs), *(None for _ in results[2:]))
+    schedule = tuple(call.unfold(tensor, call.mask_rows) for tensor in results[2:])
+    return (*outputs, *schedule), tuple(0 for _ in results)
+
+
+def map_backward(
+    apply: Apply, size: int, numbers: list[float], options: str, tensors: Sequence[Tensor], dims: Dims
+) -> Mapped:
+    """`apply(numbers, options, *tensors)` for `size` entries; the tensors are grads, operands and outputs."""
+    said = Options.read(options)
+    (grads, operands, outputs), (of_grads, of_operands, of_outputs) = said.parts(tensors), said.parts(dims)
+    call = _Folded(size, options, operands, of_operands)
+    if call.one_by_one:
+        return call.each(apply, numbers, options, tensors, dims)
+    schedule = outputs[2:] if call.shared_mask else map(call.fold, outputs[2:], of_outputs[2:])
+    folded = *map(call.fold, grads, of_grads), *call.operands, *map(call.fold, outputs[:2], of_outputs[:2]), *schedule
+    results = apply(numbers, options, *folded)
+    return tuple(call.unfold(grad, call.batch) for grad in results), tuple(0 for _ in results)
+
+
+class _Folded:
+    """The operands of `size` calls as those of one call, whose batch is theirs one after another."""
+
+    def __init__(self, size: int, options: str, operands: Sequence[Tensor], dims: Dims) -> None:
+        self.size = size
+        dim_of = dict(zip(Options.read(options).operands, dims, strict=True))
+        given = dict(zip(dim_of, operands, strict=True))
+        mask = given.get("mask")
+        # Whether the mask, and so its schedule, is the same for the whole of the folded batch.
+        self.shared_mask = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
+        # Those that share a seed drop the same weights, which depend on the place in the batch.
+        self.one_by_one = size > 0 and "seed" in given and dim_of["seed"] is None
+        self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
+        if mask is not None and not self.shared_mask:
+            mask = self.entries(mask, dim_of["mask"]).expand(-1, self.batch, -1, -1, -1)
+            self.mask_rows = self.batch * mask.shape[2]
+            given["mask"] = mask.flatten(0, 1)
+        if "seed" in given and not self.one_by_one:
+            seeds = self.entries(given["seed"], dim_of["seed"])
+            given["seed"] = seeds[0] if size else seeds.new_zeros(1)
+        given |= {name: self.fold(given[name], dim_of[name]) for name in ops.INPUTS}
+        self.operands = tuple(given.values())
+
+    def entries(self, tensor: Tensor, dim: int | None) -> Tensor:
+        """`(size, b, ...)`."""
+        return tensor.expand(self.size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    def fold(self, tensor: Tensor, dim: int | None) -> Tensor:
+        """`(b, ...)`, mapped over `dim`, as `(size * b, ...)`: a view where the strides allow it."""
+        return self.entries(tensor, dim).flatten(0, 1)
+
+    def unfold(self, tensor: Tensor, rows: int) -> Tensor:
+        """`(size * rows, ...)` as `(size, rows, ...)`."""
+        return tensor.unflatten(0, (self.size, rows))
+
+    def each(self, apply: Apply, numbers: list[float], options: str, tensors: Sequence[Tensor], dims: Dims) -> Mapped:
+        def entry(index: int) -> Sequence[Tensor]:
+            parts = (x if dim is None else x.select(dim, index) for x, dim in zip(tensors, dims, strict=True))
+            return apply(numbers, options, *parts)
+
+        stacked = tuple(map(torch.stack, zip(*map(entry, range(self.size)), strict=True)))
+        return stacked, tuple(0 for _ in stacked)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of the operators themselves, in exported programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def forward_vmap(info: Any, in_dims: tuple, operands: list[Tensor], numbers: list[float], options: str) -> tuple:
+    def apply(numbers: list[float], options: str, *operands: Tensor) -> list[Tensor]:
+        return ops.FORWARD(operands, numbers, options)
+
+    return tuple(map(list, map_forward(apply, info.batch_size, numbers, options, operands, in_dims[0])))
+
+
+def backward_vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+    def apply(numbers: list[float], options: str, *tensors: Tensor) -> list[Tensor]:
+        return ops.BACKWARD(*Options.read(options).parts(tensors), numbers, options)
+
+    *lists, numbers, options = arguments
+    tensors, dims = ([*chain(*each)] for each in (lists, in_dims[:3]))
+    return tuple(map(list, map_backward(apply, info.batch_size, numbers, options, tensors, dims)))
+
+
+if ops.FIRST_IMPORT:
+    for _name in ("forward", "backward"):
+        torch.library.register_vmap(f"flash_attend::{_name}", ops.latest(__name__, f"{_name}_vmap"))
