@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from backends import BACKENDS, MATH_CPU, MATH_CUDA, TRITON_CUDA, Backend
 from flash_attend import Attend, BackendUnavailable, flash_attention, functional
-from flash_attend.operators import FORWARD
+from flash_attend.ops import FORWARD, Options
 from flash_attend.testing.calls import Case, check, make_call, run
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -165,7 +165,7 @@ def test_a_graph_does_not_outlive_the_precision_that_it_was_made_for(backend: Ba
     precisions = []
 
     def note(graph: torch.fx.GraphModule, _: list) -> Callable:
-        precisions.extend(node.args[9] for node in graph.graph.nodes if node.target is FORWARD)
+        precisions.extend(Options.read(node.args[2]).precision for node in graph.graph.nodes if node.target is FORWARD)
         return graph
 
     attend = torch.compile(flash_attention, backend=note, fullgraph=True)

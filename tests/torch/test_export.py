@@ -7,11 +7,12 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.export import Dim, ExportedProgram, export, load, save
 
 from backends import BACKENDS, Backend
 from flash_attend import Attend
-from flash_attend.operators import FORWARD
+from flash_attend.ops import FORWARD
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 strict_or_not = pytest.mark.parametrize("strict", (True, False), ids=("strict", "non_strict"))
@@ -74,3 +75,31 @@ def test_a_program_learns_like_the_module(backend: Backend) -> None:
     x = x.double().requires_grad_()
     (got,), (want,) = (torch.autograd.grad(f(x, mask).sin().sum(), x) for f in (program, model))
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-13)
+
+
+@on_every_backend
+def test_a_program_has_every_derivative_of_the_module(backend: Backend) -> None:
+    """Its operators, alone in it, know torch.func, forward mode and second derivatives."""
+    model = Model(backend).double()
+    x, mask = inputs(5, backend)
+    x = x.double()
+    program = export(model, (x, mask)).module()
+
+    def derivatives(module: nn.Module) -> dict[str, Tensor]:
+        def loss(x: Tensor) -> Tensor:
+            return module(x, mask).sin().sum()
+
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(module(forward_ad.make_dual(x, x.cos()), mask)).tangent
+        return {
+            "second": torch.autograd.grad(first.sin().sum(), leaf)[0],
+            "dual": dual,
+            "jvp": torch.func.jvp(loss, (x,), (x.cos(),))[1],
+            "grad": torch.func.grad(loss)(x),
+            "vmap": torch.vmap(module)(torch.stack([x, x.cos()]), mask.expand(2, -1, -1)),
+            "vmap_of_grad": torch.vmap(torch.func.grad(loss))(torch.stack([x, x.cos()])),
+        }
+
+    torch.testing.assert_close(derivatives(program), derivatives(model), rtol=1e-10, atol=1e-12)

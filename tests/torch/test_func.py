@@ -102,6 +102,19 @@ def test_vmap_over_other_dimensions_and_inside_itself(backend: Backend) -> None:
 
 
 @on_every_backend
+@pytest.mark.parametrize("options", ({}, {"dropout_p": 0.4}), ids=("plain", "dropout"))
+def test_vmap_over_no_entries(options: dict, backend: Backend) -> None:
+    """Empty results of the shapes that there would be, of gradients too."""
+    q, k, v, mask = (x[:0] for x in tensors(backend))
+    attend = attention(backend, **options)
+    for randomness in ("same", "different"):
+        out, lse = torch.vmap(attend, randomness=randomness)(q, k, v, mask)
+        assert (out.shape, lse.shape) == ((0, 2, 2, 3, 3), (0, 2, 2, 3))
+        grads = torch.vmap(torch.func.grad(loss_of(attend), (0, 1, 2)), randomness=randomness)(q, k, v, mask)
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+@on_every_backend
 def test_dropout_under_vmap(backend: Backend) -> None:
     """Different weights for each entry, the same ones, or an error, as torch's own random functions have it."""
     q, k, v, _ = (x[:1].expand_as(x) for x in tensors(backend, dtype=torch.float32))

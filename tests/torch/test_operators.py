@@ -17,9 +17,12 @@ from torch.utils._pytree import tree_map_only
 
 from backends import BACKENDS, Backend
 from flash_attend import flash_attention
+from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
-from flash_attend.operators import BACKWARD, FORWARD
+from flash_attend.operands import Operands
+from flash_attend.ops import BACKWARD, FORWARD, Options, options_of, spec_of, with_gradients
 from flash_attend.spec import normalise_inputs
+from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run
 
 SMALL = dict(heads=2, kv_heads=1, queries=5, keys=7, d=3, dv=4)
@@ -29,6 +32,7 @@ CASES = (
 )
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @pytest.fixture
@@ -39,62 +43,68 @@ def memory_is_filled() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def forward_arguments(case: Case, backend: Backend, requires_grad: bool = False) -> tuple:
-    call = make_call(case, torch.float32, backend.device)
+def arguments_of(case: Case, backend: Backend, dtype: torch.dtype = torch.float32) -> tuple[tuple, tuple]:
+    """Of the forward, and of a backward that needs the gradients of q and v."""
+    call = make_call(case, dtype, backend.device)
     q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    seed = draw_seed(q.device) if case.dropout_p else None
-    inputs = (x.requires_grad_(requires_grad) for x in (q, k, v))
-    return *inputs, mask, seed, *spec.options, backend.name, backend.backward, True
+    operands = Operands(q, k, v, mask, draw_seed(q.device) if case.dropout_p else None)
+    plan = choose(spec, DeviceTarget.of(q.device), backend.name)
+    numbers, options = options_of(operands, spec, plan, return_lse=True)
+    present = [x for x in operands if x is not None]
+    outputs = FORWARD(present, numbers, options)
+    grads = {name: grad for name, grad in (("out", call.grad_out), ("lse", call.grad_lse)) if grad is not None}
+    last = with_gradients(options, [*grads], ["q", "v"])
+    return (present, numbers, options), ([*grads.values()], present, outputs, numbers, last)
 
 
-def backward_arguments(case: Case, backend: Backend, requires_grad: bool = False) -> tuple:
-    arguments = forward_arguments(case, backend)
-    out, lse, schedule = FORWARD(*arguments)
-    grads = torch.randn_like(out), torch.randn_like(lse)
-    differentiable = (x.requires_grad_(requires_grad) for x in (*grads, *arguments[:3]))
-    return [True, False, True], *differentiable, *arguments[3:5], out, lse, schedule, *arguments[5:-1]
+def requiring_gradients(arguments: tuple, tensors: int) -> tuple:
+    """The arguments, whose first lists hold what is differentiated."""
+    lists = [[x.detach().requires_grad_(x.is_floating_point()) for x in each] for each in arguments[:tensors]]
+    return *lists, *arguments[tensors:]
 
 
 @on_every_backend
 @pytest.mark.usefixtures("memory_is_filled")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_of_the_forward(case: Case, backend: Backend) -> None:
-    opcheck(FORWARD, forward_arguments(case, backend, requires_grad=True))
-
-
-@on_every_backend
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck_of_the_backward(case: Case, backend: Backend) -> None:
-    opcheck(BACKWARD, backward_arguments(case, backend))
-
-
-@on_every_backend
-def test_opcheck_of_the_backward_where_it_is_differentiated(backend: Backend) -> None:
-    """All but the tracing of second derivatives with symbolic lengths, which takes half a minute."""
+@each_case
+def test_opcheck(case: Case, backend: Backend) -> None:
+    first, last = arguments_of(case, backend)
+    opcheck(FORWARD, requiring_gradients(first, 1))
+    opcheck(BACKWARD, last)
+    # All but the tracing of second derivatives with symbolic lengths, which takes half a minute.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    opcheck(BACKWARD, backward_arguments(CASES[0], backend, requires_grad=True), test_utils=tests)
+    opcheck(BACKWARD, requiring_gradients(last, 2), test_utils=tests)
 
 
-def layout_of(x: object) -> object:
-    return (x.shape, x.stride(), x.dtype, x.device.type) if isinstance(x, Tensor) else x
+def layout_of(x: Tensor) -> object:
+    return x.shape, x.stride(), x.dtype, x.device.type
 
 
 @on_every_backend
 @pytest.mark.parametrize("layout", ("contiguous", "heads_inside", "interleaved", "broadcast_batch"))
 def test_the_fake_operators_say_what_the_real_ones_give(layout: str, backend: Backend) -> None:
-    for dtype in (torch.float16, torch.float64):
-        case = Case(layout, heads=2, queries=5, keys=7, d=3, dv=4, mask="bhij", layout=layout, grad_layout=layout)
-        call = make_call(case, dtype, backend.device)
-        q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-        arguments = (q, k, v, mask, None, *spec.options, backend.name, backend.backward, True)
-        out, lse, schedule = results = FORWARD(*arguments)
-        options = arguments[5:-1]
-        last = ([True] * 3, call.grad_out, None, q, k, v, mask, None, out, lse, schedule, *options)
-        grads = BACKWARD(*last)
-        with FakeTensorMode() as mode:
-            fake, fake_last = tree_map_only(Tensor, mode.from_tensor, (arguments, last))
-            assert tree_map_only(Tensor, layout_of, FORWARD(*fake)) == tree_map_only(Tensor, layout_of, results)
-            assert tree_map_only(Tensor, layout_of, BACKWARD(*fake_last)) == tree_map_only(Tensor, layout_of, grads)
+    for dtype, mask, grads in ((torch.float16, "bhij", "out"), (torch.float64, "pad_left", "both")):
+        case = Case("x", **{**SMALL, "kv_heads": 2}, mask=mask, layout=layout, grad_layout=layout, grads=grads)
+        plain = arguments_of(case, backend, dtype)
+        negated = tree_map_only(Tensor, lambda x: torch._neg_view(x) if x.is_floating_point() else x, plain)
+        for operator, *given in zip((FORWARD, BACKWARD), plain, negated, strict=True):
+            for arguments in given:
+                with FakeTensorMode() as mode:
+                    fake = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
+                assert [*map(layout_of, fake)] == [*map(layout_of, operator(*arguments))]
+
+
+@each_case
+def test_options_say_what_the_tensors_do_not(case: Case) -> None:
+    """With the tensors and the numbers they give the description of the call again, and it is checked no more."""
+    call = make_call(case, torch.float32)
+    for options in (call.options, {**call.options, "scale": -1e-300, "deterministic": True}):
+        q, k, v, mask, spec = normalise_inputs(call.q, call.k, call.v, **options)
+        plan = choose(spec, DeviceTarget.of(q.device))
+        numbers, text = options_of(Operands(q, k, v, mask), spec, plan, return_lse=True)
+        read = Options.read(with_gradients(text, ["lse"], ["q", "v"]))
+        assert spec_of(Operands(q, k, v, mask), numbers, read) == spec
+        assert (read.backend, read.backward, read.return_lse) == ("math", "einsum", True)
+        assert (read.operands, read.grads, read.needed) == (("q", "k", "v", "mask"), ("lse",), ("q", "v"))
 
 
 class Seen(TorchDispatchMode):
@@ -110,7 +120,7 @@ class Seen(TorchDispatchMode):
 
 
 @on_every_backend
-@pytest.mark.parametrize("case", CASES, ids=str)
+@each_case
 def test_a_dispatch_mode_sees_one_operator_for_the_kernels(case: Case, backend: Backend) -> None:
     """And the result is that of the direct launch, bit for bit. Of the einsum path it sees the parts."""
     call = make_call(case, torch.float32, backend.device)
@@ -136,8 +146,53 @@ def test_fake_tensors_go_through(backend: Backend) -> None:
     assert (grad.shape, grad.dtype) == (call.q.shape, torch.float16)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Importing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def said_by(code: str) -> str:
+    """What a program prints, in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
 def test_importing_brings_neither_triton_nor_a_compiler() -> None:
     heavy = {"triton", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
     code = f"import torch, sys; old = {{*sys.modules}}; import flash_attend; print({heavy} & ({{*sys.modules}} - old))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    assert said_by(code) == "set()\n"
+
+
+AGAIN = """
+import importlib, sys, torch, flash_attend, flash_attend.ops
+
+q = torch.randn(1, 2, 3, 4, requires_grad=True)
+old = flash_attend.Attend(causal=True)
+
+def works(attend):
+    (plain,) = torch.autograd.grad(attend(q, q, q).sin().sum(), q)
+    for transform in (torch.func.grad, lambda f: torch.compile(torch.func.grad(f), backend="eager")):
+        torch.testing.assert_close(transform(lambda q: attend(q, q, q).sin().sum())(q), plain)
+    torch._dynamo.reset()
+    (compiled,) = torch.autograd.grad(torch.compile(attend, backend="aot_eager")(q, q, q).sin().sum(), q)
+    torch.testing.assert_close(compiled, plain)
+    assert torch.vmap(attend)(q[None], q[None], q[None]).shape == (1, 1, 2, 3, 4)
+
+works(old)
+if {reload}:
+    for name in ("ops", "autograd", "functional", "attend"):
+        importlib.reload(sys.modules["flash_attend." + name])
+else:
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attend"]:
+        del sys.modules[name]
+import flash_attend
+new = importlib.import_module("flash_attend.attend").Attend(causal=True)
+assert type(new) is not type(old)
+works(new)
+works(old)
+print("works")
+"""
+
+
+@pytest.mark.parametrize("reload", (True, False), ids=("reloaded", "imported_again"))
+def test_the_package_may_be_imported_more_than_once(reload: bool) -> None:
+    assert said_by(AGAIN.format(reload=reload)) == "works\n"

@@ -1,0 +1,161 @@
+"""What the package takes from torch beside its public names: that it is there, and does what is relied on.
+
+A failure here says which torch took something away; the places that use it are in `flash_attend/tracing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flash_attend import tracing
+
+X = torch.ones(2)
+
+
+def seen_in(transform: Callable, ask: Callable[[], object]) -> list[object]:
+    """What `ask` says without a transform of torch.func, and inside it."""
+    found = [ask()]
+
+    def note(x: Tensor) -> Tensor:
+        found.append(ask())
+        return x.sum()
+
+    transform(note)(X)
+    return found
+
+
+def in_dual_level(function: Callable) -> Callable:
+    def dual(x: Tensor) -> None:
+        with forward_ad.dual_level():
+            function(x)
+
+    return dual
+
+
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def in_a_mode(function: Callable) -> Callable:
+    def with_mode(x: Tensor) -> None:
+        with Passing():
+            function(x)
+
+    return with_mode
+
+
+def jvp(function: Callable) -> Callable:
+    return lambda x: torch.func.jvp(function, (x,), (x,))
+
+
+def transforms() -> list[object]:
+    return [*seen_in(torch.func.grad, tracing.transformed), *seen_in(torch.vmap, tracing.transformed)]
+
+
+def forward_modes() -> list[object]:
+    ways = (torch.func.grad, jvp, in_dual_level)
+    return [seen_in(way, tracing.forward_mode)[1] for way in ways]
+
+
+def watchers() -> list[object]:
+    ways = (torch.func.grad, torch.vmap, jvp, in_dual_level, in_a_mode, lambda f: f)
+    return [seen_in(way, tracing.watched)[1] for way in ways]
+
+
+def constants() -> list[object]:
+    """A function that the compiler could not trace, in a graph without breaks."""
+
+    @tracing.constant_when_compiled
+    def host_work() -> int:
+        return len(open(__file__).readlines()) > 0
+
+    compiled = torch.compile(lambda x: x + host_work(), backend="eager", fullgraph=True)
+    return compiled(X).tolist()
+
+
+def direct_calls() -> list[object]:
+    """The engine calls forward and backward, with what is kept between them."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, factor):
+            ctx.save_for_backward(x)
+            ctx.factor = factor
+            return x * factor
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor * ctx.saved_tensors[0], None
+
+    x = X.clone().requires_grad_()
+    return torch.autograd.grad(tracing.directly(Double)(x, 3.0).sum(), x)[0].tolist()
+
+
+def mapped() -> list[object]:
+    found = []
+
+    class Noting(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            found.append(tracing.mapped(grad))
+            return grad
+
+    x = X.clone().requires_grad_()
+    for batched in (False, True):
+        torch.autograd.grad(Noting.apply(x), x, torch.ones(2, 2) if batched else X, is_grads_batched=batched)
+    return found
+
+
+def jit_traces() -> list[object]:
+    found = [tracing.jit_traced()]
+
+    def note(x: Tensor) -> Tensor:
+        found.append(tracing.jit_traced())
+        return x
+
+    torch.jit.trace(note, X, check_trace=False)
+    return found
+
+
+def zeros() -> list[object]:
+    none = torch._efficientzerotensor((2,))
+    return [tracing.lazy(torch.zeros(2), none), tracing.lazy(torch.zeros(2)), tracing.settled(none).data_ptr() != 0]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+
+
+RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
+    "torch._C._are_functorch_transforms_active": (transforms, [False, True, False, True]),
+    "torch._C._functorch.get_interpreter_stack, forward_ad._current_level": (forward_modes, [False, True, True]),
+    "torch._C._get_tracing_state": (jit_traces, [False, True]),
+    "torch._C._len_torch_dispatch_stack": (watchers, [True, True, True, True, True, False]),
+    "torch._C._functorch.is_legacy_batchedtensor": (mapped, [False, True]),
+    "the attribute _dynamo_marked_constant": (constants, [2.0, 2.0]),
+    "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
+    "Tensor._is_zerotensor": (zeros, [True, False, True]),
+}
+
+
+@pytest.mark.parametrize("name", RELIED_ON)
+def test_torch_still_has(name: str) -> None:
+    ask, expected = RELIED_ON[name]
+    try:
+        found = ask()
+    except Exception as error:
+        pytest.fail(f"torch {torch.__version__} has no {name}, or not as it was: {type(error).__name__}: {error}")
+    assert found == expected, f"in torch {torch.__version__}, {name} does not say what it said"
