@@ -1,0 +1,1 @@
+"""The PTX that Triton compiles, executed on a CPU."""
