@@ -118,7 +118,7 @@ def _mul(item: Instruction) -> Meaning:
 def _high_product(a: Array, b: Array) -> Array:
     bits = 8 * a.dtype.itemsize
     if bits < 64:
-        wide = np.dtype(f"{a.dtype.kind.replace('u', 'uint').replace('i', 'int')}{2 * bits}")
+        wide = np.dtype(f"{a.dtype.kind}{2 * a.dtype.itemsize}")
         return (a.astype(wide) * b >> wide.type(bits)).astype(a.dtype)
     if a.dtype.kind == "i":
         raise Unsupported("mul.hi.s64")
@@ -168,12 +168,15 @@ def _neg(item: Instruction) -> Meaning:
 
 @instruction("min", "max", section=f"{INTEGER}; {FLOAT}; {HALF}")
 def _minmax(item: Instruction) -> Meaning:
-    """The number where one of two is NaN, but with `.NaN`."""
-    if len(item.arguments) != 3:
-        raise Unsupported("of three operands")
+    """The number where one of two is NaN, but with `.NaN`; with `.relu` no less than 0."""
+    if len(item.arguments) != 3 or ("relu" in item.modifiers and item.type != "s32"):
+        raise Unsupported(item.op)
     with_nan = "NaN" in item.modifiers or item.type not in (*ALL_FLOATS, *HALVES)
     functions = {"min": (np.fmin, np.minimum), "max": (np.fmax, np.maximum)}[item.parts[0]]
-    return elementwise(item, functions[with_nan], ("NaN",))
+    function = functions[with_nan]
+    if "relu" in item.modifiers:
+        return elementwise(item, lambda a, b: np.maximum(function(a, b), np.int32(0)), ("relu",))
+    return elementwise(item, function, ("NaN",))
 
 
 @instruction("ex2", section=FLOAT)

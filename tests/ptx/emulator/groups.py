@@ -70,7 +70,7 @@ class GroupProducts:
         self.reads = left
 
     def operand(self, descriptor: Array, rows: int, element: str, transposed: bool, mask: Mask) -> Array:
-        """[programs, groups, rows, depth], by a matrix descriptor (the section of wgmma: "Matrix Descriptor Format")."""
+        """[programs, groups, rows, depth], by a matrix descriptor (section of wgmma: "Matrix Descriptor Format")."""
         active, shared = self._active(mask), self.machine.shared
         size = 4 if element == "tf32" else 2
         descriptors = np.broadcast_to(descriptor, self.machine.shape).reshape(*active.shape, 128)

@@ -202,10 +202,12 @@ def _add_to_memory(item: Instruction) -> Meaning:
     *result, to, values = item.arguments
     base, offset = address(to)
 
-    def add(machine: Machine, mask: Mask, at: Array, *values: Array) -> Array | None:
+    def add(machine: Machine, mask: Mask, at: Array, *values: Array) -> Array | list[Array]:
         for n, value in enumerate(values):
             machine.space("global").add(at, offset + n * size_of(kind), value, mask)
-        return np.full((1, 1), np.nan).astype(DTYPES[kind]) if result else None
+        old = np.full((1, 1), np.nan).astype(DTYPES[kind])
+        return old if len(results) == 1 else [old] * len(results)
 
     sources = ((base, "u64"), *((value, kind) for value in _several(values)))
-    return Meaning(add, sources, tuple((register, kind) for register in result), acts=True)
+    results = tuple((register, kind) for registers in result for register in _several(registers))
+    return Meaning(add, sources, results, acts=True)

@@ -103,7 +103,7 @@ def _wgmma(item: Instruction) -> Meaning:
     if signs != [1, 1]:
         raise Unsupported("a negative operand")
     if isinstance(left, tuple):
-        transposed = [False, *transposed]
+        transposed = [False, *(transposed or [False])]
         left_source = Fragment(left, LeftOperand(element))
     else:
         left_source = (left, "u64")
