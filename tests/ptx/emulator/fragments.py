@@ -46,7 +46,7 @@ class _Operand:
         if self.element == "f64":
             return pieces
         if self.element in ("bf16", "f16"):
-            pieces = [piece.view(np.uint16) for piece in pieces]  # [.., 8, 8]
+            pieces = [np.ascontiguousarray(piece).view(np.uint16) for piece in pieces]  # [.., 8, 8]
         return [values_of(piece, self.element) for piece in pieces]
 
     def part(self, matrix: Array, index: int) -> Array:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from emulator.faults import Unsupported
-from emulator.syntax import Argument, Instruction, immediate, registers_in
+from emulator.syntax import Argument, Instruction, immediate
 
 __all__ = [
     "TABLE",
@@ -169,4 +169,4 @@ def tensor_address(text: Argument) -> tuple[str, list[str]]:
     match = TENSOR_ADDRESS.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise Unsupported(f"address {text}")
-    return match[1], registers_in(tuple(match[2].split(",")))
+    return match[1], [coordinate.strip() for coordinate in match[2].split(",")]

@@ -15,7 +15,7 @@ from functools import cached_property
 from emulator.faults import Unsupported
 from emulator.kinds import kind_of, raw, size_of
 
-__all__ = ["Argument", "Instruction", "Kernel", "immediate", "parse", "registers_in"]
+__all__ = ["Argument", "Instruction", "Kernel", "immediate", "parse"]
 
 Argument = str | tuple[str, ...]
 
@@ -82,12 +82,6 @@ class Kernel:
 def immediate(text: Argument) -> int | None:
     """The number that an operand is, if it is one."""
     return int(text.rstrip("U"), 0) if isinstance(text, str) and IMMEDIATE.fullmatch(text) else None
-
-
-def registers_in(argument: Argument) -> list[str]:
-    """The names in an operand; those of symbols and numbers too."""
-    pieces = argument if isinstance(argument, tuple) else (argument,)
-    return [name for piece in pieces for name in re.findall(r"[%$\w@]+", piece)]
 
 
 def parse(text: str) -> Kernel:

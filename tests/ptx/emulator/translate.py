@@ -24,6 +24,7 @@ from emulator.syntax import Instruction, Kernel, immediate
 __all__ = ["Program"]
 
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
+WAITS = ("mbarrier.try_wait", "mbarrier.test_wait")
 POISON = {"pred": False, "u16": 0xDEAD, "u32": 0xFFFFDEAD, "u64": 0xFFFFDEADDEADDEAD}  # in float32 and float64 a NaN
 
 
@@ -38,6 +39,8 @@ class Program:
         self.poison = [constant(POISON[kind], kind) for kind in kernel.registers.values()]
         self.groups_of_warps = any(item.parts[0] == "wgmma" for item in kernel.instructions)
         self.specialized = any(meaning_of(item).ends == "choice" for item in kernel.instructions)
+        # Blocks that ask whether a phase of an mbarrier is complete: one that leads to itself waits for that.
+        self.waits = [any(item.op.startswith(WAITS) for item in block.code) for block in self.blocks]
         self.names: dict[str, Any] = {"np": np, **{kind: dtype for kind, dtype in DTYPES.items()}}
         self._named: dict[Any, str] = {}
         self.origins: list[Instruction | None] = [None]  # of the lines of the source

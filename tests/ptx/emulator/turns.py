@@ -133,11 +133,11 @@ class Turns:
     def _branch(self, block: int, mask: Mask, target: int, following: int, condition: Array) -> None:
         if self.together is not None and (condition.all() or not condition.any()):
             to = target if condition.all() else following
-            if to != block:
+            if to != block or not self.machine.program.waits[block]:
                 self.together = to
                 return
         self._move(mask, np.where(condition, target, following))
-        if target == block:  # a loop of one block can only wait for an mbarrier
+        if target == block and self.machine.program.waits[block]:
             self._apart()
             again = self.machine.threads_of(mask) & (self.at == block)
             self.asleep = np.where(again, self.machine.barriers.changes, self.asleep)
