@@ -32,7 +32,7 @@ from flash_attend.kernels import aot
 from flash_attend.kernels import launch as launching
 from flash_attend.target import DeviceTarget
 
-__all__ = ["Launched", "Runner", "executed"]
+__all__ = ["Launched", "Runner", "compile_for", "execute", "executed", "program_of"]
 
 PARAMETERS = 0x20_0000_0000  # addresses of parameters: tensor maps are among them
 MAP_BYTES = 128
@@ -41,7 +41,7 @@ FORMATS = {"i1": "<?", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32
 _programs: dict[str, Program] = {}  # by their text
 
 
-@dataclass
+@dataclass(frozen=True)
 class Launched:
     """What came of one launch."""
 
@@ -65,29 +65,37 @@ class Runner:
     launches: list[Launched] = field(default_factory=list)
 
     def run(self, prepared: launching.Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
-        launch = launching.Launch(prepared, tensors)
         start = time.perf_counter()
-        with aot.compiled_for(self.arch):
-            compiled = aot.compile_launch(launch)
-        name = prepared.kernel.__name__
-        text = self.edit(name, compiled.asm["ptx"])
+        launch = launching.Launch(prepared, tensors)
+        compiled = compile_for(self.arch, launch)
         compiled_at = time.perf_counter()
+        text = self.edit(prepared.kernel.__name__, compiled.asm["ptx"])
         program = program_of(text)
         translated_at, cpu = time.perf_counter(), time.process_time()
-        arguments = _Arguments(compiled, launch, program.kernel)
-        executed = arguments.execute(program, self.options)
+        machines = execute(compiled, launch, program, self.options)
         self.launches.append(
             Launched(
                 aot.kernel_name(launch),
                 prepared.programs,
-                sum(machine.instructions for machine in executed),
+                sum(machine.instructions for machine in machines),
                 compiled_at - start,
                 translated_at - compiled_at,
                 time.process_time() - cpu,
-                {item.line for machine in executed for n in machine.executed for item in program.blocks[n].code},
+                {item.line for machine in machines for n in machine.executed for item in program.blocks[n].code},
                 text,
             )
         )
+
+
+def compile_for(arch: str, launch: launching.Launch) -> Any:
+    """Triton's compiled kernel, as far as the PTX."""
+    with aot.compiled_for(arch), mock.patch.object(knobs.runtime, "add_stages_inspection_hook", without_assembler):
+        return aot.compile_launch(launch)
+
+
+def execute(compiled: Any, launch: launching.Launch, program: Program, options: Options) -> list[Machine]:
+    """Executes a launch, and gives the machines that did."""
+    return _Arguments(compiled, launch, program.kernel).execute(program, options)
 
 
 def program_of(text: str) -> Program:
@@ -242,7 +250,6 @@ def executed(runner: Runner, multiprocessors: int | None = None) -> Iterator[Run
         for owner, name, new in (
             (launching, "_run", runner.run),
             (DeviceTarget, "of", staticmethod(lambda device: part)),
-            (knobs.runtime, "add_stages_inspection_hook", without_assembler),
             *((torch, name, _poisoned(getattr(torch, name))) for name in ("empty", "empty_like")),
             (Tensor, "new_empty", _poisoned(Tensor.new_empty)),
         ):
