@@ -417,6 +417,17 @@ def test_operands_must_not_be_written_before_the_product_is_waited_for() -> None
             product(**wrong)
 
 
+@pytest.mark.parametrize("touch", ("add.f32 %r20, %r10, %r10;", "mov.b32 %r13, 0f00000000;", "mov.b32 %r20, %r11;"))
+def test_sums_must_not_be_touched_before_the_product_is_waited_for(touch: str) -> None:
+    """A move stands for no access, as the assembler leaves none of it, but for its copy's."""
+    product(late=touch)
+    use = "" if touch.endswith(("%r10;", "00;")) else "add.f32 %r21, %r20, %r20;"
+    with pytest.raises(Fault, match="touched before it is waited for"):
+        product(early=f"{touch}\n{use}")
+    with pytest.raises(Fault, match="touched before it is waited for"):
+        product(late=f"{touch}\n{use}", left_over=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Registers
 # ---------------------------------------------------------------------------------------------------------------------

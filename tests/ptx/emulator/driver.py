@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -37,8 +37,6 @@ __all__ = ["Launched", "Runner", "compile_for", "execute", "executed", "program_
 PARAMETERS = 0x20_0000_0000  # addresses of parameters: tensor maps are among them
 MAP_BYTES = 128
 FORMATS = {"i1": "<?", "i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "fp64": "<d"}
-
-_programs: dict[str, Program] = {}  # by their text
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,12 @@ def execute(compiled: Any, launch: launching.Launch, program: Program, options: 
     return _Arguments(compiled, launch, program.kernel).execute(program, options)
 
 
+@lru_cache(maxsize=32)
 def program_of(text: str) -> Program:
-    key = hashlib.sha256(text.encode()).hexdigest()
-    if key not in _programs:
-        kernel = parse(text)
-        symbols = {name: _address(kernel, name) for name, _ in kernel.parameters}
-        _programs[key] = Program(kernel, {"global_smem": shared_memory.BASE, **symbols})
-    return _programs[key]
+    """The program of a text, translated once."""
+    kernel = parse(text)
+    symbols = {name: _address(kernel, name) for name, _ in kernel.parameters}
+    return Program(kernel, {"global_smem": shared_memory.BASE, **symbols})
 
 
 def _address(kernel: Kernel, parameter: str) -> int:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["GroupProducts"]
 
 LAYOUTS = (0, 128, 64, 32)  # bytes in which chunks change places, by the two highest bits of a descriptor
+DONE = -1
 DEPTH = 32  # bytes of an operand along the dimension that is summed over
 
 
@@ -37,6 +38,8 @@ class GroupProducts:
         self.machine = machine
         self.group = np.zeros((machine.shape[0], -(-machine.warps // 4)), np.int64)  # that the next product belongs to
         self.reads: list[_Reads] = []
+        # Of each register that products write: the group of the last one, until it is waited for.
+        self.pending = np.full((*self.group.shape, len(machine.program.sums)), DONE, np.int64)
 
     def _active(self, mask: Mask) -> Array:
         """Which groups of four warps take part: [programs, groups]."""
@@ -46,8 +49,18 @@ class GroupProducts:
             raise Fault("an instruction for four warps is reached by some of them")
         return warps.all(2)
 
-    def issue(self, mask: Mask) -> None:
-        self._active(mask)
+    def issue(self, registers: Array, mask: Mask) -> None:
+        """A product that writes to these begins."""
+        row, four = np.nonzero(self._active(mask))
+        self.pending[row[:, None], four[:, None], registers] = self.group[row, four][:, None]
+
+    def move(self, register: int, to: int, mask: Mask) -> None:
+        active = self.machine.groups_of(mask)
+        self.pending[active, to] = self.pending[active, register]
+
+    def check(self, registers: list[int], mask: Mask) -> None:
+        if (self.pending[:, :, registers][self.machine.groups_of(mask)] != DONE).any():
+            raise Fault("registers of a product of four warps are touched before it is waited for")
 
     def commit(self, mask: Mask) -> None:
         self.group += self._active(mask)
@@ -55,6 +68,7 @@ class GroupProducts:
     def wait(self, count: int, mask: Mask) -> None:
         """Until all but the last so many groups of products of each four warps have read their operands."""
         active, races = self._active(mask), self.machine.races
+        self.pending[active[:, :, None] & (self.pending < (self.group - count)[:, :, None])] = DONE
         done = [
             bool(active[reads.row, reads.four]) and reads.group < self.group[reads.row, reads.four] - count
             for reads in self.reads

@@ -112,7 +112,6 @@ def _wgmma(item: Instruction) -> Meaning:
 
     def compute(machine: Machine, mask: Mask, left: Array, right: Array, scale: Array, *d: Array) -> Array:
         products = machine.products
-        products.issue(mask)
         if left.ndim == 2:
             left = products.operand(left, 64, element, trans_left, mask)
         else:  # each warp has 16 rows

@@ -24,6 +24,7 @@ from emulator.syntax import Instruction, Kernel, immediate
 __all__ = ["Program"]
 
 SPECIAL = re.compile(r"%(tid|ntid|ctaid|nctaid)\.[xyz]|%laneid|%warpid")
+PRODUCT = "wgmma.mma_async"
 WAITS = ("mbarrier.try_wait", "mbarrier.test_wait")
 POISON = {"pred": False, "u16": 0xDEAD, "u32": 0xFFFFDEAD, "u64": 0xFFFFDEADDEADDEAD}  # in float32 and float64 a NaN
 
@@ -37,7 +38,7 @@ class Program:
         self.rank = {block.label: n for n, block in enumerate(self.blocks)} | {END: len(self.blocks)}
         self.slots = {register: n for n, register in enumerate(kernel.registers)}
         self.poison = [constant(POISON[kind], kind) for kind in kernel.registers.values()]
-        self.groups_of_warps = any(item.parts[0] == "wgmma" for item in kernel.instructions)
+        self.sums = sums_of_groups(kernel)
         self.specialized = any(meaning_of(item).ends == "choice" for item in kernel.instructions)
         # Blocks that ask whether a phase of an mbarrier is complete: one that leads to itself waits for that.
         self.waits = [any(item.op.startswith(WAITS) for item in block.code) for block in self.blocks]
@@ -71,6 +72,20 @@ class Program:
         return self.origins[line] if line < len(self.origins) else None
 
 
+def sums_of_groups(kernel: Kernel) -> dict[str, int]:
+    """The registers that products of four warps write, and those that these are moved to, numbered."""
+    found = {x for item in kernel.instructions if item.op.startswith("wgmma.mma") for x in meaning_of(item).written}
+    moves = [
+        item.arguments for item in kernel.instructions if item.parts[0] == "mov" and meaning_of(item).compute is same
+    ]
+    grows = True
+    while grows:
+        fresh = {to for to, of in moves if of in found} - found
+        found |= fresh
+        grows = bool(fresh)
+    return {register: n for n, register in enumerate(sorted(found))}
+
+
 class _BlockWriter:
     """Writes the function of one block."""
 
@@ -82,6 +97,7 @@ class _BlockWriter:
         self.parts: dict[str, tuple[str, int, Layout]] = {}  # register -> a matrix and its place there
         self.joined: dict[Any, str] = {}
         self.version: dict[str, int] = {}
+        self.checked: set[int] = set()  # sums of four warps that are known to have been waited for
         self.variables = 0
         self.instruction: Instruction | None = None
 
@@ -112,8 +128,12 @@ class _BlockWriter:
         if meaning.compute is same and not item.predicate and self._alias(meaning):
             return
         arguments = [self._source(source) for source in meaning.sources]
+        self._check_sums(meaning, product=item.op.startswith(PRODUCT))
         if meaning.acts:
             arguments = ["machine", self._mask(item), *arguments]
+        if item.op.startswith(PRODUCT):
+            numbers = np.array([self.program.sums[register] for register in meaning.written])
+            self._line(f"machine.products.issue({self.program.name(numbers, 'S', tuple(numbers))}, mask)")
         call = f"{self.program.name(meaning.compute, 'F')}({', '.join(arguments)})"
         if isinstance(meaning.results, Fragment):
             matrix = self._new(call, "m")
@@ -128,6 +148,20 @@ class _BlockWriter:
             for n, (register, kind) in enumerate(meaning.results):
                 self._set(register, kind, f"{value}[{n}]" if several else value)
 
+    def _check_sums(self, meaning: Meaning, product: bool) -> None:
+        """Sums of four warps are touched after they were waited for, but by the next product that adds to them."""
+        sums = meaning.results if product else None
+        touched = set() if product else set(meaning.written)
+        for source in meaning.sources:
+            if isinstance(source, Fragment):
+                touched |= set() if sums and source.registers == sums.registers else set(source.registers)
+            else:
+                touched.add(source[0])
+        numbers = {self.program.sums[x] for x in touched if x in self.program.sums} - self.checked
+        if numbers:
+            self._line(f"machine.products.check({sorted(numbers)}, mask)")
+        self.checked = set() if meaning.acts else self.checked | numbers
+
     def _alias(self, meaning: Meaning) -> bool:
         """A move from register to register: both stand for the same values."""
         ((source, _),), ((to, _),) = meaning.sources, meaning.results
@@ -136,6 +170,8 @@ class _BlockWriter:
         if source not in self.parts:
             self._read(source, self.kinds[source])
         values, part = dict(self.values.get(source, {})), self.parts.get(source)
+        if source in self.program.sums:
+            self._line(f"machine.products.move({self.program.sums[source]}, {self.program.sums[to]}, mask)")
         self._forget(to)
         self.values[to] = values
         if part:

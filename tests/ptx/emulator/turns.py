@@ -95,7 +95,7 @@ class Turns:
 
     def _some(self, mask: Array) -> Array:
         """Some of the warps, or of the groups of four that multiply together."""
-        size = 128 if self.machine.program.groups_of_warps else 32
+        size = 128 if self.machine.program.sums else 32
         groups = mask.reshape(len(mask), -1, size)
         drawn = np.array([self.machine.random.random() < 0.5 for _ in range(groups[:, :, 0].size)])
         some = groups & drawn.reshape(*groups.shape[:2], 1)
