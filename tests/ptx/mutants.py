@@ -51,6 +51,7 @@ MISTAKES: dict[str, tuple[str, Replacement]] = {
     # Barriers
     "barrier dropped": (r"^\tbar\.sync \t0;", ""),
     "barrier of some warps dropped": (r"^\s*bar(rier)?\.sync\s+(\d+, \d+|1);", ""),
+    "lanes do not wait": (r"^\s*bar\.warp\.sync\s+-1;", ""),
     # Waits and commits of copies by threads
     "wait for one group less": (r"cp\.async\.wait_group\s+(\d+);", _count_up(1, 1)),
     "commit dropped": (r"^\tcp\.async\.commit_group;", ""),

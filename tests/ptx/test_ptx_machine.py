@@ -120,6 +120,17 @@ def test_a_barrier_of_others_orders_nothing() -> None:
         run(EXCHANGE.format(barrier=barrier, after=""), out(), threads=128)
 
 
+def test_lanes_of_a_warp_wait_for_each_other() -> None:
+    body = EXCHANGE.replace("%r0, 64;", "%r0, 8;")
+    for barrier in ("bar.warp.sync -1;", "bar.sync 0;"):
+        (found,) = run(body.format(barrier=barrier, after=""), out(), threads=128)
+        np.testing.assert_array_equal(found, np.arange(128) ^ 8)
+    with pytest.raises(Fault, match="written by another of its lanes with no bar.warp.sync in between"):
+        run(body.format(barrier="", after=""), out(), threads=128)
+    (found,) = run(EXCHANGE.replace("%r0, 64;", "%r0, 0;").format(barrier="", after=""), out(), threads=128)
+    np.testing.assert_array_equal(found, np.arange(128))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     (

@@ -14,7 +14,7 @@ checks of the assembler's output.
     driver       in the place of the package's launch
 
 What it finds: accesses beyond a tensor's elements or out of alignment; numbers that nobody wrote (they are NaN); races
-on shared memory between warps and with asynchronous copies and products; reads and writes of what another program of
+on shared memory between warps, between lanes, and with asynchronous copies and products; reads and writes of what another program of
 the launch wrote; copies that are not waited for, in whichever order they come; mbarriers with wrong phases, arrivals or
 byte counts, uninitialized, or unfenced; missing proxy fences; registers of products of four warps that are touched
 before the wait; deadlocks; parts of warps at instructions for whole ones; registers that no other warp has given back.
@@ -23,7 +23,8 @@ What is not modelled:
 
 - Time, and with it speed.
 - The assembler, and what comes after it: what runs is PTX, not SASS.
-- Lanes of one warp that race with each other, and so `bar.warp.sync`; only whole warps have clocks.
+- A lane of a warp that writes what another one still reads. Reads of what another lane has written need a
+  `bar.warp.sync`, or a barrier, in between.
 - `wgmma.fence`, which orders ordinary writes to registers before the product that reads them.
 - Operands of such products without swizzle: refused, as is every instruction and form that is not in the table.
 - Global memory's order within a launch: what one program has written no other may touch, but for additions, whose old

@@ -53,8 +53,8 @@ class ThreadCopies:
         offset = machine.memory.offsets(of, of_offset, size, 1, reads, "copy")
         if reads is not None:
             offset = np.where(reads, offset, -1)
-        places, agents = machine.taking_part(place, mask)
-        machine.races.write(places, agents, size, unfinished=True)
+        places, who = machine.taking_part(place, mask)
+        machine.races.write(places, who, size, unfinished=True)
         lanes, offsets = machine.chosen(machine.all_lanes, mask), machine.chosen(offset, mask)
         copy = _Copy(lanes, places, offsets, size, self.group.ravel()[lanes])
         self.pending.append(copy)
@@ -91,8 +91,8 @@ class ThreadCopies:
             finished, left = copy.split(done)
             if done.any():
                 self._land(finished)
-                agents = self.machine.agents.ravel()[finished.lanes]
-                self.machine.races.finish_writes(finished.places, agents, copy.size)
+                who = self.machine.who.ravel()[finished.lanes]
+                self.machine.races.finish_writes(finished.places, who, copy.size)
             if not done.all():
                 rest.append(left)
         self.pending = rest

@@ -25,7 +25,7 @@ from emulator.groups import GroupProducts
 from emulator.kinds import DTYPES, raw
 from emulator.meaning import lookup
 from emulator.memory import GlobalMemory
-from emulator.races import Races
+from emulator.races import ALL_LANES, LANES, Races
 from emulator.shared import SharedMemory
 from emulator.syntax import Kernel
 from emulator.translate import Program
@@ -67,6 +67,7 @@ class Machine:
         self.random = random.Random(f"{options.seed} {int(programs[0])}")
         self.special = _special_registers(programs, threads, grid)
         self.agents = np.arange(len(programs) * self.warps).repeat(32).reshape(self.shape)
+        self.who = self.agents * LANES + np.arange(threads) % 32
         self.all_lanes = np.arange(len(programs) * threads).reshape(self.shape)
         memory.machine = self
         self.shared = SharedMemory(self, shared)
@@ -113,13 +114,13 @@ class Machine:
         return values.ravel() if mask is None else values[np.broadcast_to(mask, self.shape)]
 
     def taking_part(self, places: Array, mask: Mask) -> tuple[Array, Array]:
-        """Their places and warps, for `races`."""
-        return self.chosen(places, mask), self.chosen(self.agents, mask)
+        """Their places, and who they are, for `races`."""
+        return self.chosen(places, mask), self.chosen(self.who, mask)
 
     def of_warps(self, places: Array, warps: Array) -> tuple[Array, Array]:
-        """The same of places [programs, warps, ...]."""
-        agents = np.broadcast_to(self.agents[:, ::32].reshape(*warps.shape, *[1] * (places.ndim - 2)), places.shape)
-        return places[warps].ravel(), agents[warps].ravel()
+        """The same of places [programs, warps, ...] that belong to no single lane."""
+        who = self.who[:, ::32].reshape(*warps.shape, *[1] * (places.ndim - 2)) + ALL_LANES
+        return places[warps].ravel(), np.broadcast_to(who, places.shape)[warps].ravel()
 
     def each(self, mask: Mask, first: Array, offset: int, *values: Array) -> Iterator[list[int]]:
         """Program, thread and values of every thread that takes part, `offset` added to the first."""
@@ -171,6 +172,7 @@ class Machine:
 
     def sync_warps(self, mask: Mask) -> None:
         self.whole_warps(mask)
+        self.races.sync_lanes(np.flatnonzero(self.warps_of(mask)))
 
     def fence_async(self, mask: Mask) -> None:
         """What these warps have done to shared memory, copies in bulk and products may see from now on."""

@@ -17,9 +17,11 @@ from numpy import ndarray as Array
 
 from emulator.faults import Fault
 
-__all__ = ["Races"]
+__all__ = ["ALL_LANES", "LANES", "Races"]
 
 UNFINISHED = 2**30
+LANES = 64
+ALL_LANES = 32
 
 
 class Races:
@@ -36,6 +38,9 @@ class Races:
         self.writer = np.full(count, self.engine, np.int16)
         self.write_clock = np.zeros(count, np.int32)
         self.read_clock = np.zeros((count, warps), np.int32)
+        self.lane = np.full(count, -1, np.int64)  # the lane of the last write, as `who` has it
+        self.synced = np.zeros(len(agents), np.int32)  # how often the lanes of a warp have waited for each other
+        self.synced_at = np.zeros(count, np.int32)  # that, at the last write
         self.dirty = np.zeros(count, bool)  # stored, with no fence since: not for asynchronous eyes
 
     # Who knows what --------------------------------------------------------------------------------------------------
@@ -45,6 +50,10 @@ class Races:
         known = self.known[agents].max(axis=-2, keepdims=True)
         self.known[agents] = known
         self.known[agents, self.warp_of[agents]] += 1
+        self.synced[agents] += 1
+
+    def sync_lanes(self, agents: Array) -> None:
+        self.synced[agents] += 1
 
     def tell(self, agent: int) -> Array:
         """What a warp knows, for others; what it does from here on they will not know of."""
@@ -54,6 +63,7 @@ class Races:
 
     def learn(self, agent: int, known: Array) -> None:
         self.known[agent] = np.maximum(self.known[agent], known)
+        self.synced[agent] += 1
 
     def knows(self, agent: int, of: int, clock: int) -> bool:
         return bool(self.known[agent, self.warp_of[of]] >= clock)
@@ -61,32 +71,45 @@ class Races:
     def now(self, agents: Array) -> Array:
         return self.known[agents, self.warp_of[agents]]
 
-    # Accesses of threads ---------------------------------------------------------------------------------------------
+    # Accesses of threads: `who` has a warp's number times 64, and its lane, or `ALL_LANES` --------------------------------
 
-    def _units(self, places: Array, agents: Array, size: int) -> tuple[Array, Array]:
+    def _units(self, places: Array, who: Array, size: int) -> tuple[Array, Array]:
         units, count = places // self.unit, size // self.unit
         if count > 1:
-            return (units[:, None] + np.arange(count)).ravel(), np.repeat(agents, count)
-        return units, agents
+            return (units[:, None] + np.arange(count)).ravel(), np.repeat(who, count)
+        return units, who
 
-    def read(self, places: Array, agents: Array, size: int) -> None:
-        units, agents = self._units(places, agents, size)
+    def read(self, places: Array, who: Array, size: int) -> None:
+        units, who = self._units(places, who, size)
+        agents = who // LANES
         self._check_writer("read", units, agents)
+        self._check_lanes(units, who, agents)
         self.read_clock[units, self.warp_of[agents]] = self.now(agents)
 
-    def write(self, places: Array, agents: Array, size: int, unfinished: bool = False) -> None:
-        units, agents = self._units(places, agents, size)
+    def write(self, places: Array, who: Array, size: int, unfinished: bool = False) -> None:
+        units, who = self._units(places, who, size)
+        agents = who // LANES
         self._check_writer("write", units, agents)
         self._check_readers(units, agents)
         self.writer[units] = self.warp_of[agents]
         self.write_clock[units] = UNFINISHED if unfinished else self.now(agents)
+        self.lane[units], self.synced_at[units] = who, self.synced[agents]
         self.dirty[units] = True
         if unfinished and (self.writer[units] != self.warp_of[agents]).any():  # stores may, of one value
             raise Fault("race: two warps copy to one byte in one instruction")
 
-    def finish_writes(self, places: Array, agents: Array, size: int) -> None:
-        units, agents = self._units(places, agents, size)
-        self.write_clock[units] = self.now(agents)
+    def finish_writes(self, places: Array, who: Array, size: int) -> None:
+        units, who = self._units(places, who, size)
+        self.write_clock[units] = self.now(who // LANES)
+        self.synced_at[units] = self.synced[who // LANES]
+
+    def _check_lanes(self, units: Array, who: Array, agents: Array) -> None:
+        """A lane reads what another one of its warp has written after they have waited for each other."""
+        lane = self.lane[units]
+        bad = (lane != who) & (lane // LANES == agents) & (self.synced_at[units] == self.synced[agents])
+        if bad.any():
+            n = int(np.flatnonzero(bad)[0])
+            self._race("read", units[n], agents[n], "written by another of its lanes with no bar.warp.sync in between")
 
     def _check_writer(self, what: str, units: Array, agents: Array) -> None:
         clock = self.write_clock[units]
@@ -142,6 +165,7 @@ class Races:
         self._check_writer("bulk copy", units, np.full(len(units), agent))
         self._check_readers(units, np.full(len(units), agent))
         self.writer[units], self.write_clock[units], self.dirty[units] = self.engine, UNFINISHED, False
+        self.lane[units] = -1
 
     def finish_bulk(self, units: Array, program: int) -> Array:
         """What those know who are told that it has come."""
