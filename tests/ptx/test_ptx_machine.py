@@ -125,7 +125,7 @@ def test_lanes_of_a_warp_wait_for_each_other() -> None:
     for barrier in ("bar.warp.sync -1;", "bar.sync 0;"):
         (found,) = run(body.format(barrier=barrier, after=""), out(), threads=128)
         np.testing.assert_array_equal(found, np.arange(128) ^ 8)
-    with pytest.raises(Fault, match="written by another of its lanes with no bar.warp.sync in between"):
+    with pytest.raises(Fault, match="written by another of its lanes with no"):
         run(body.format(barrier="", after=""), out(), threads=128)
     (found,) = run(EXCHANGE.replace("%r0, 64;", "%r0, 0;").format(barrier="", after=""), out(), threads=128)
     np.testing.assert_array_equal(found, np.arange(128))

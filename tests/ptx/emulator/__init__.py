@@ -14,10 +14,11 @@ checks of the assembler's output.
     driver       in the place of the package's launch
 
 What it finds: accesses beyond a tensor's elements or out of alignment; numbers that nobody wrote (they are NaN); races
-on shared memory between warps, between lanes, and with asynchronous copies and products; reads and writes of what another program of
-the launch wrote; copies that are not waited for, in whichever order they come; mbarriers with wrong phases, arrivals or
-byte counts, uninitialized, or unfenced; missing proxy fences; registers of products of four warps that are touched
-before the wait; deadlocks; parts of warps at instructions for whole ones; registers that no other warp has given back.
+on shared memory between warps, between lanes, and with asynchronous copies and products; reads and writes of what
+another program of the launch wrote; copies that are not waited for, in whichever order they come; mbarriers with wrong
+phases, arrivals or byte counts, uninitialized, or unfenced; missing proxy fences; registers of products of four warps
+that are touched before the wait; deadlocks; parts of warps at instructions for whole ones; registers that no other warp
+has given back.
 
 What is not modelled:
 

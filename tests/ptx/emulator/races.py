@@ -71,7 +71,7 @@ class Races:
     def now(self, agents: Array) -> Array:
         return self.known[agents, self.warp_of[agents]]
 
-    # Accesses of threads: `who` has a warp's number times 64, and its lane, or `ALL_LANES` --------------------------------
+    # Accesses of threads: `who` is an agent times `LANES`, and a lane or `ALL_LANES` ----------------------------------
 
     def _units(self, places: Array, who: Array, size: int) -> tuple[Array, Array]:
         units, count = places // self.unit, size // self.unit
