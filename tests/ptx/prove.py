@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from emulator.faults import Fault, Unsupported
 from executions import EXECUTIONS, judge
-from mutants import HARMLESS, SUBJECTS, outcomes
+from mutants import HARMLESS, MISTAKES, SOMEWHERE, SUBJECTS, missed, outcomes, recorded
 
 PLACES = 3  # of each mistake in a kernel
 
@@ -51,13 +51,18 @@ def call_rows(name: str) -> list[Row]:
 
 def mutant_rows(index: str) -> list[Row]:
     subject = SUBJECTS[int(index)]
+    recording = recorded(subject)
     rows = []
-    for mistake, found in outcomes(subject, PLACES):
+    for mistake in MISTAKES:
+        found = outcomes(recording, mistake, PLACES)
+        if not found:
+            continue
         counts = [sum(outcome.found == how for outcome in found) for how in ("fault", "result", "")]
-        reason = HARMLESS.get((subject.kernel, mistake), "")
-        missed = "" if not counts[2] else reason or f"NOT FOUND in lines {[x.line for x in found if not x.found]}"
+        lines = missed(subject, mistake, found)
+        reason = HARMLESS.get((subject.kernel, mistake)) or SOMEWHERE.get(mistake, "")
+        note = f"NOT FOUND in lines {lines}" if lines else reason if counts[2] else ""
         line = f"{subject.name:<70}{mistake:<34}" + "".join(f"{count:>8}" for count in counts)
-        rows.append(Row(f"{line}  {missed}", not counts[2] or bool(reason)))
+        rows.append(Row(f"{line}  {note}", not lines))
     return rows
 
 
