@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Execution:
 
     arch: str
     backend: str
+    backward: Literal["separate", "fused"]
     dtype: str
     case: Case
     options: Options = field(default_factory=Options)
@@ -41,7 +43,8 @@ class Execution:
 
     @property
     def name(self) -> str:
-        words = [self.arch, self.backend, self.dtype, f"d{self.case.d}", self.case.name]
+        words = [self.arch, self.backend, *["fused"] * (self.backward == "fused")]
+        words += [self.dtype, f"d{self.case.d}", self.case.name]
         defaults = Options()
         words += [f"{x}" for x in (self.options.copies,) if x != defaults.copies]
         words += [self.options.order] if self.options.order else []
@@ -115,12 +118,12 @@ def _of_triton() -> Iterator[Execution]:
             for d in dims:
                 modes = MODES if dtype == "bf16" and d in (64, 128) else COMMON_MODES
                 for mode in modes:
-                    yield Execution(arch, "triton", dtype, _case(mode, dtype, d, arch))
+                    yield Execution(arch, "triton", "separate", dtype, _case(mode, dtype, d, arch))
                     if mode in FUSED_MODES and (dtype in ("bf16", "fp16") or d == 64):
-                        yield Execution(arch, "triton_fused", dtype, _case(mode, dtype, d, arch))
+                        yield Execution(arch, "triton", "fused", dtype, _case(mode, dtype, d, arch))
         for copies in ("early", "random"):
             case = _case("key causal", "bf16", 64, arch)
-            yield Execution(arch, "triton", "bf16", case, Options(copies, "random", 1))
+            yield Execution(arch, "triton", "separate", "bf16", case, Options(copies, "random", 1))
 
 
 HOPPER_MODES = {
@@ -139,19 +142,27 @@ def _of_gluon() -> Iterator[Execution]:
         for name, options in HOPPER_MODES.items():
             lengths = dict(queries=150, keys=330) if d < 256 else dict(queries=100, keys=170)
             case = Case(name, **{"batch": 1, "heads": 1, "d": d, **lengths, **options})
-            for backend in ("hopper", "hopper_fused"):
-                yield Execution("sm_90", backend, "bf16", case, Options(seed=len(name)))
+            for backward in ("separate", "fused"):
+                yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=len(name)))
             if name == "key causal":
-                yield Execution("sm_90", "hopper", "fp16", case, Options("early", seed=1))
+                yield Execution("sm_90", "hopper", "separate", "fp16", case, Options("early", seed=1))
                 for seed, copies in enumerate(("late", "early", "random", "random"), 1):
-                    yield Execution("sm_90", "hopper_fused", "bf16", case, Options(copies, seed=seed), 2)
-                    yield Execution("sm_90", "hopper", "bf16", case, Options(copies, seed=seed), 2)
+                    for backward in ("separate", "fused"):
+                        yield Execution("sm_90", "hopper", backward, "bf16", case, Options(copies, seed=seed), 2)
+
+
+def _for_mutants() -> Iterator[Execution]:
+    """Calls in which every ring of buffers goes round, and one program has several tiles."""
+    for d in (64, 256):
+        case = Case("several tiles", 1, 1, queries=300, keys=400, d=d, causal=True)
+        for backward in ("separate", "fused"):
+            yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=1), 1)
 
 
 # What `make test` has time for: together they have every kernel, every dtype and every kind of mask.
 FAST = (
     "sm_80 triton bf16 d64 key causal",
-    "sm_80 triton_fused bf16 d64 dense dropout",
+    "sm_80 triton fused bf16 d64 dense dropout",
     "sm_80 triton bf16 d128 grouped",
     "sm_80 triton bf16 d80 narrow v",
     "sm_80 triton fp16 d64 dense dropout",
@@ -160,17 +171,17 @@ FAST = (
     "sm_80 triton fp64 d64 dense dropout",
     "sm_80 triton bf16 d64 sliced",
     "sm_90 triton bf16 d64 key causal",
-    "sm_90 triton_fused bf16 d64 key causal",
+    "sm_90 triton fused bf16 d64 key causal",
     "sm_90 triton tf32 d64 grouped",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
-    "sm_90 hopper_fused bf16 d64 causal seed6",
+    "sm_90 hopper fused bf16 d64 causal seed6",
     "sm_90 hopper bf16 d128 grouped seed7",
-    "sm_90 hopper_fused bf16 d256 key seed3",
+    "sm_90 hopper fused bf16 d256 key seed3",
 )
 
 
 def _all() -> dict[str, Execution]:
-    found = {execution.name: execution for execution in (*_of_triton(), *_of_gluon())}
+    found = {execution.name: execution for execution in (*_of_triton(), *_of_gluon(), *_for_mutants())}
     for name in FAST:
         found[name] = replace(found[name], fast=True)
     return found
@@ -243,7 +254,8 @@ def execute(execution: Execution, call: Call, runner: Runner | None = None) -> t
         stack.callback(torch.set_float32_matmul_precision, before)
         torch.set_float32_matmul_precision("high" if execution.dtype == "tf32" else "highest")
         stack.enter_context(executed(runner, execution.multiprocessors))
-        return run_publicly(call, execution.backend), runner
+        backend = f"{execution.backend}_fused" if execution.backward == "fused" else execution.backend
+        return run_publicly(call, backend), runner
 
 
 def judge(execution: Execution) -> Result:

@@ -88,8 +88,7 @@ MISTAKES: dict[str, tuple[str, Replacement]] = {
     "bound off by one": (r"setp\.lt\.s32", "setp.le.s32"),
     "shuffle over another lane": (r"shfl\.sync\.bfly\.b32 \t\S+ \S+ (\d+), 31", _count_up(1, 4)),
     "no shuffle": (r"shfl\.sync\.bfly\.b32 \t(\S+), (\S+), \d+, 31, -1;", r"mov.b32 \1, \2;"),
-    # Turns
-    "turns in the other order": (r"(mbarrier\.arrive\.shared::cta\.b64 _, \[)(%r\d+)(\];)", r"\1\2+8\3"),
+    "arrival elsewhere": (r"(mbarrier\.arrive\.shared::cta\.b64 _, \[)(%r\d+)(\];)", r"\1\2+8\3"),
 }  # fmt: skip
 
 
@@ -111,10 +110,10 @@ SUBJECTS = (
     Subject("sm_80 triton bf16 d64 causal", "backward_kv_kernel"),
     Subject("sm_80 triton bf16 d64 causal", "backward_q_kernel"),
     Subject("sm_90 triton bf16 d64 causal", "forward_kernel"),
-    Subject("sm_90 hopper bf16 d64 causal seed6", "hopper_forward_kernel"),
-    Subject("sm_90 hopper bf16 d64 causal seed6", "hopper_backward_kernel"),
-    Subject("sm_90 hopper bf16 d64 causal seed6", "hopper_backward_q_kernel"),
-    Subject("sm_90 hopper_fused bf16 d64 causal seed6", "hopper_backward_kernel"),
+    Subject("sm_90 hopper bf16 d64 several tiles seed1 on1", "hopper_forward_kernel"),
+    Subject("sm_90 hopper bf16 d64 several tiles seed1 on1", "hopper_backward_q_kernel"),
+    Subject("sm_90 hopper fused bf16 d64 several tiles seed1 on1", "hopper_backward_kernel"),
+    Subject("sm_90 hopper fused bf16 d256 several tiles seed1 on1", "hopper_backward_wide_kernel"),
 )
 
 # Mistakes that are no mistakes in some places: of these one of several has to be found, of the others each.
