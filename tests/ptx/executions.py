@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emulator.driver import Launched, Runner, executed
 from emulator.machine import Options
 from flash_attend.testing.budget import Budget
-from flash_attend.testing.calls import MASKS, Call, Case, budget_of, make_call, truth_of
+from flash_attend.testing.calls import Call, Case, budget_of, make_call, truth_of
 from flash_attend.testing.calls import run as run_publicly
 from flash_attend.testing.oracle import Answer, visible_pairs
 
@@ -67,19 +67,11 @@ class Result:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _holes_and_dead_rows(shape: tuple[int, int, int, int]) -> Tensor:
-    mask = MASKS["holes"](shape)
-    mask[-1] = False
-    return mask
-
-
-MASKS["holes_and_dead_rows"] = _holes_and_dead_rows
-
 MODES = {
     "plain": dict(batch=1, heads=2),
     "causal": dict(batch=1, heads=2, causal=True),
-    "key": dict(batch=3, heads=1, mask="holes_and_dead_rows"),
-    "key causal": dict(batch=2, heads=1, mask="holes_and_dead_rows", causal=True, layout="heads_inside"),
+    "key": dict(batch=3, heads=1, mask="holes"),
+    "key causal": dict(batch=2, heads=1, mask="holes", causal=True, layout="heads_inside"),
     "dense": dict(batch=1, heads=2, mask="bhij"),
     "staircase": dict(batch=1, heads=1, mask="staircase", causal=True),
     "dropout": dict(batch=1, heads=2, dropout_p=0.25, causal=True),
@@ -129,8 +121,8 @@ def _of_triton() -> Iterator[Execution]:
 HOPPER_MODES = {
     "plain": dict(heads=2),
     "causal": dict(heads=1, causal=True),
-    "key": dict(batch=2, mask="holes_and_dead_rows"),
-    "key causal": dict(batch=2, mask="holes_and_dead_rows", causal=True),
+    "key": dict(batch=2, mask="holes"),
+    "key causal": dict(batch=2, mask="holes", causal=True),
     "grouped": dict(heads=2, kv_heads=1, causal=True, scale=-0.11),
     "dead rows": dict(heads=1, causal=True, queries=330, keys=150),
     "sliced": dict(heads=1, layout="sliced", causal=True),
@@ -196,7 +188,11 @@ EXECUTIONS = _all()  # by their names
 
 
 def call_of(execution: Execution) -> Call:
-    return make_call(execution.case, DTYPES[execution.dtype])
+    """The call of a case; of a mask with holes, the last batch has nothing visible."""
+    call = make_call(execution.case, DTYPES[execution.dtype])
+    if execution.case.mask == "holes":
+        call.mask[-1] = False
+    return call
 
 
 def poisoned(call: Call) -> Call:
