@@ -299,6 +299,23 @@ def test_mistakes_with_mbarriers(name: str, copies: str) -> None:
             bulk(copies, seed, **changes)
 
 
+@pytest.mark.parametrize("copies", ("late", "early", "random"))
+def test_a_bulk_copy_says_nothing_of_another(copies: str) -> None:
+    """Two copies on two mbarriers: who has waited for the second does not know of the first."""
+    second = """
+    @%p1 mbarrier.init.shared::cta.b64 [%r1+2064], 1;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1+2064], 512;
+    @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r1+512], [%rd5, {0, 0}], [%r1+2064];
+    """
+    other = RIGHT["wait"].replace("2048", "2064")
+    both = other + RIGHT["wait"].replace("$WAIT", "$OTHER")
+    np.testing.assert_array_equal(bulk(copies, wait=second + both), WORDS)
+    with pytest.raises(Fault, match=f"{UNORDERED}|in flight when the programs end"):
+        bulk(copies, wait=second + other)
+
+
 def test_other_fences_and_waits() -> None:
     np.testing.assert_array_equal(bulk(fence="fence.mbarrier_init.release.cluster;"), WORDS)
     np.testing.assert_array_equal(bulk(wait=RIGHT["wait"].replace("mbarrier.try_wait", "mbarrier.test_wait")), WORDS)

@@ -104,7 +104,7 @@ class BulkCopies:
         places = described.addresses(start) - BASE
         units = machine.races.units_of(places, row)
         places += row * machine.shared.stride
-        machine.races.start_bulk(units, machine.agent(row, warp))
+        machine.races.start_bulk(units, machine.agent(row, warp), barrier)
         machine.shared.bytes[places.min() : places.min() + described.bytes] = 0xFF
         self.loads.append(_Load(row, places, units, described, offsets, barrier))
         if machine.options.copies == "early":
@@ -127,7 +127,7 @@ class BulkCopies:
         view = machine.memory.views[size]
         values = view.take(np.maximum(load.offsets, 0) // size)
         machine.shared.views[size][load.places // size] = np.where(load.offsets < 0, view.dtype.type(0), values)
-        known = machine.races.finish_bulk(load.units, load.row)
+        known = machine.races.finish_bulk(load.units, load.row, load.barrier)
         machine.barriers.complete_bytes(load.row, load.barrier, load.described.bytes, known)
 
     # Out of it -------------------------------------------------------------------------------------------------------

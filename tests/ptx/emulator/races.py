@@ -5,7 +5,8 @@ knows of the others' clocks what they told it. A byte remembers who wrote it and
 who comes after must know of it.
 
 An asynchronous copy into shared memory is a write that is unfinished until it is waited for, a product or a copy out of
-it a read that is. A bulk copy is written by nobody's warp but by the copying engine, which has a clock of its own.
+it a read that is. A bulk copy is written by no warp but by the mbarrier on which it completes: that has a clock of its
+own, of which those know who have waited for a phase. So one copy says nothing of another on another mbarrier.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from emulator.faults import Fault
 __all__ = ["ALL_LANES", "LANES", "Races"]
 
 UNFINISHED = 2**30
+BARRIERS = 64  # mbarriers of a program on which bulk copies complete
 LANES = 64
 ALL_LANES = 32
 
@@ -28,14 +30,15 @@ class Races:
     """`places` are bytes of all programs' shared memory, `agents` warps: warp w of the n-th program is n warps + w."""
 
     def __init__(self, programs: int, warps: int, stride: int, unit: int) -> None:
-        self.warps, self.engine, self.stride, self.unit = warps, warps, stride, unit
+        self.warps, self.nobody, self.stride, self.unit = warps, warps, stride, unit
         count = programs * stride // unit  # units: as many bytes as the smallest access has
         agents = np.arange(programs * warps)
         self.warp_of = agents % warps
-        self.known = np.zeros((programs * warps, warps + 1), np.int32)
+        self.known = np.zeros((programs * warps, warps + 1 + BARRIERS), np.int32)
         self.known[agents, self.warp_of] = 1
-        self.engine_clock = np.zeros(programs, np.int32)
-        self.writer = np.full(count, self.engine, np.int16)
+        self.columns: dict[int, int] = {}  # of mbarriers in `known`, by their addresses
+        self.barrier_clock = np.zeros((programs, BARRIERS), np.int32)
+        self.writer = np.full(count, self.nobody, np.int16)
         self.write_clock = np.zeros(count, np.int32)
         self.read_clock = np.zeros((count, warps), np.int32)
         self.lane = np.full(count, -1, np.int64)  # the lane of the last write, as `who` has it
@@ -116,7 +119,7 @@ class Races:
         bad = clock > self.known[agents, self.writer[units]]
         if bad.any():
             n = int(np.flatnonzero(bad)[0])
-            writer = "a bulk copy" if self.writer[units[n]] == self.engine else f"warp {self.writer[units[n]]}"
+            writer = "a bulk copy" if self.writer[units[n]] > self.nobody else f"warp {self.writer[units[n]]}"
             self._race(what, units[n], agents[n], (
                 "into which an asynchronous copy is in flight" if clock[n] == UNFINISHED
                 else f"written by {writer} with nothing in between that orders them"
@@ -160,19 +163,24 @@ class Races:
         for agent in agents:
             self.read_clock[units, self.warp_of[agent]] = self.now(agent)
 
-    def start_bulk(self, units: Array, agent: int) -> None:
-        """A bulk copy into shared memory, by the engine, for a warp."""
+    def _column(self, barrier: int) -> int:
+        return self.columns.setdefault(barrier, self.nobody + 1 + len(self.columns))
+
+    def start_bulk(self, units: Array, agent: int, barrier: int) -> None:
+        """A bulk copy into shared memory, issued by a warp, that completes on an mbarrier."""
         self._check_writer("bulk copy", units, np.full(len(units), agent))
         self._check_readers(units, np.full(len(units), agent))
-        self.writer[units], self.write_clock[units], self.dirty[units] = self.engine, UNFINISHED, False
+        self.writer[units], self.write_clock[units], self.dirty[units] = self._column(barrier), UNFINISHED, False
         self.lane[units] = -1
 
-    def finish_bulk(self, units: Array, program: int) -> Array:
+    def finish_bulk(self, units: Array, program: int, barrier: int) -> Array:
         """What those know who are told that it has come."""
-        self.engine_clock[program] += 1
-        self.write_clock[units] = self.engine_clock[program]
-        known = np.zeros(self.warps + 1, np.int32)
-        known[self.engine] = self.engine_clock[program]
+        column = self._column(barrier)
+        clocks = self.barrier_clock[program]
+        clocks[column - self.nobody - 1] += 1
+        self.write_clock[units] = clocks[column - self.nobody - 1]
+        known = np.zeros(self.known.shape[1], np.int32)
+        known[column] = self.write_clock[units[0]]
         return known
 
     def fence(self, agents: Array) -> None:
