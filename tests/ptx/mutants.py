@@ -61,6 +61,8 @@ MISTAKES: dict[str, tuple[str, Replacement]] = {
     "copy to 16 bytes beside": (r"cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ (\d+) \]", _count_up(1, 16)),
     # Arrivals, phases, bytes
     "arrival dropped": (r"^\s*@%p\d+ mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];", ""),
+    "arrival twice": (r"(@%p\d+ mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\];)", r"\1\n\1"),
+    "arrival elsewhere": (r"(mbarrier\.arrive\.shared::cta\.b64 _, \[)(%r\d+)(\];)", r"\1\2+8\3"),
     "wait dropped": (r"mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, [^;]+;", "setp.eq.b32 complete, 0, 0;"),
     "wait for the other phase": (
         r"(mbarrier\.try_wait\.parity\.shared::cta\.b64 complete, \[%r\d+\], )(%r\d+);", r"xor.b32 \2, \2, 1;\n\1\2;"
@@ -80,7 +82,7 @@ MISTAKES: dict[str, tuple[str, Replacement]] = {
     "transposition added": (r"(ldmatrix\S*x4)\.shared", r"\1.trans.shared"),
     "descriptor advanced too far": (r"add\.s64\s+%rd\d+, %rd\d+, (4611686293305294850);", _count_up(1, 2)),
     "operand of four warps transposed": (r"(wgmma\.mma_async[^;]*, 1, 1, [01], )0;", r"\g<1>1;"),
-    "sums of four warps begin anew": (r"(wgmma\.mma_async[^;]*), 1, 1, 1(, [01](?:, [01])?;)", r"\1, 0, 1, 1\2"),
+    "sums of four warps begin anew": (r"(wgmma\.mma_async[^;]*, )%p\d+(, 1, 1[^;]*;)", r"\g<1>0\2"),
     # Bounds, addresses, lanes
     "load without its predicate": (r"@%p\d+ ld\.global", "ld.global"),
     "store without its predicate": (r"@%p\d+ st\.global", "st.global"),
@@ -88,7 +90,6 @@ MISTAKES: dict[str, tuple[str, Replacement]] = {
     "bound off by one": (r"setp\.lt\.s32", "setp.le.s32"),
     "shuffle over another lane": (r"shfl\.sync\.bfly\.b32 \t\S+ \S+ (\d+), 31", _count_up(1, 4)),
     "no shuffle": (r"shfl\.sync\.bfly\.b32 \t(\S+), (\S+), \d+, 31, -1;", r"mov.b32 \1, \2;"),
-    "arrival elsewhere": (r"(mbarrier\.arrive\.shared::cta\.b64 _, \[)(%r\d+)(\];)", r"\1\2+8\3"),
 }  # fmt: skip
 
 
