@@ -123,7 +123,7 @@ SOMEWHERE = {
     "barrier dropped": "where another one, or the first access, orders the same",
     "wait for one group less": "where nobody reads what comes",
     "commit dropped": "where the next group, which then holds both, is waited for at the same point",
-    "wait dropped": "where what was awaited before tells the same: q's slot is given back after that of its gradient",
+    "wait dropped": "where what was awaited before tells the same: q is given back after the gradient of out",
     "wait for the other phase": "where what was awaited before tells the same",
     "load without its predicate": "where all rows exist in this call, or what is read beyond them is hidden",
     "store without its predicate": "where all rows exist in this call",
