@@ -125,6 +125,7 @@ SOMEWHERE = {
     "commit dropped": "where the next group, which then holds both, is waited for at the same point",
     "wait dropped": "where what was awaited before tells the same: q is given back after the gradient of out",
     "wait for the other phase": "where what was awaited before tells the same",
+    "fence dropped": "where no warp has stored since the one before",
     "coordinates swapped": "where both are 0 in this call",
     "load without its predicate": "where all rows exist in this call, or what is read beyond them is hidden",
     "store without its predicate": "where all rows exist in this call",
