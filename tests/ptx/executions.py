@@ -146,7 +146,7 @@ def _of_gluon() -> Iterator[Execution]:
 def _for_mutants() -> Iterator[Execution]:
     """Calls in which every ring of buffers goes round, and one program has several tiles."""
     for d in (64, 256):
-        case = Case("several tiles", 1, 1, queries=300, keys=400, d=d, causal=True)
+        case = Case("several tiles", 1, 1, queries=300, keys=600, d=d, causal=True)
         for backward in ("separate", "fused"):
             yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=1), 1)
 
