@@ -18,7 +18,7 @@ import torch
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
-from flash_attend import BackendUnavailable, flash_attention, spec
+from flash_attend import BackendUnavailable, checks, flash_attention
 from flash_attend.kernels import backward, forward, schedule
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "host_cost.py"
@@ -202,7 +202,7 @@ def test_the_count_sees_work_that_is_done_again(warm: Callable) -> None:
     """Without what is kept of earlier calls the same call is several times the work."""
     call = warm("plain", "forward")
     kept = counted(call)
-    spec._describe.cache_clear()
+    checks._checked.cache_clear()
     forward._prepare.cache_clear()
     assert counted(call) > 2 * kept
     assert counted(call) < 1.1 * kept
