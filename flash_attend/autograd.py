@@ -40,9 +40,10 @@ __all__ = ["attend"]
 
 
 def attend(
-    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool, opaque: bool
+    operands: Operands, spec: AttentionSpec, plan: Plan, target: DeviceTarget, *, return_lse: bool, opaque: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)`, as a plan has them computed; without `return_lse` the lse may be None.
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as a plan for their device says; without `return_lse` the lse may
+    be None.
 
     `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
     lengths, and some tensors know operators alone.
@@ -54,7 +55,7 @@ def attend(
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
     functions = plan.backend.load()
-    tiles = functions.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
+    tiles = functions.tiles(spec, target, plan.backward)
     if lazy(*operands):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
     q, k, v, *_ = operands

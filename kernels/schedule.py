@@ -377,8 +377,8 @@ def schedule_layout(
     if mask is None:
         return []
     planes = mask.shape[0] * mask.shape[1]
-    block_m, block_n = tiles.schedule_block
-    n_query_blocks, n_key_blocks = block_counts(spec, tiles)
+    block_m, block_n = block = tiles.schedule_block
+    n_query_blocks, n_key_blocks = block_counts(spec, block)
     length = line_length.fn(n_key_blocks)
     # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
     word = torch.int64 if spec.dtype == torch.float64 else torch.int32
@@ -392,9 +392,9 @@ def schedule_layout(
     ]
 
 
-def block_counts(spec: AttentionSpec, tiles: Tiles) -> tuple[int, int]:
-    """How many blocks of queries and of keys a schedule has."""
-    block_m, block_n = tiles.schedule_block
+def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]:
+    """How many such blocks of queries and of keys a schedule has."""
+    block_m, block_n = block
     # At every call with a mask, where `triton.cdiv` takes a microsecond.
     return -(-spec.queries // block_m), -(-spec.keys // block_n)
 
@@ -442,7 +442,7 @@ def _fill_lines(states: Tensor, lists: Tensor) -> None:
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
-    _, n_key_blocks = block_counts(spec, tiles)
+    _, n_key_blocks = block_counts(spec, tiles.schedule_block)
     by_batch, by_head, _, by_key = strides
     return Prepared(
         key_schedule_kernel,
@@ -455,8 +455,8 @@ def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tile
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare_dense(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
-    block_m, block_n = tiles.schedule_block
-    n_query_blocks, n_key_blocks = block_counts(spec, tiles)
+    block_m, block_n = block = tiles.schedule_block
+    n_query_blocks, n_key_blocks = block_counts(spec, block)
     return Prepared(
         dense_schedule_kernel,
         shape[0] * shape[1] * n_query_blocks * n_key_blocks,
