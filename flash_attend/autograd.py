@@ -42,8 +42,8 @@ __all__ = ["attend"]
 def attend(
     operands: Operands, spec: AttentionSpec, plan: Plan, target: DeviceTarget, *, return_lse: bool, opaque: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as a plan for their device says; without `return_lse` the lse may
-    be None.
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as a plan for their device says; without `return_lse`
+    the lse may be None.
 
     `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
     lengths, and some tensors know operators alone.
