@@ -412,9 +412,10 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     if mask is None:
         return Schedule()
     layout = schedule_layout(mask, spec, tiles)
-    visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
+    device = mask.device
+    visible, lists, *states = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in layout]
     if spec.mask == MaskKind.KEY:
-        launch(_prepare_keys(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, lists)
+        launch(_prepare_keys(mask.shape, mask.stride(), tiles), as_bytes(mask), visible, lists)
         return Schedule(visible, lists)
     launch(_prepare_dense(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, *states)
     _fill_lines(*states, lists)
@@ -441,14 +442,15 @@ def _fill_lines(states: Tensor, lists: Tensor) -> None:
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
-    _, n_key_blocks = block_counts(spec, tiles.schedule_block)
+def _prepare_keys(shape: torch.Size, strides: Strides, tiles: Tiles) -> Prepared:
+    batch, heads, _, keys = shape
     by_batch, by_head, _, by_key = strides
+    _, block = tiles.schedule_block
     return Prepared(
         key_schedule_kernel,
-        shape[0] * shape[1],
-        (spec.keys, n_key_blocks, shape[1], by_batch, by_head, by_key),
-        dict(STEP=BLOCKS_PER_STEP, BLOCK=tiles.schedule_block[1]),
+        batch * heads,
+        (keys, triton.cdiv(keys, block), heads, by_batch, by_head, by_key),
+        dict(STEP=BLOCKS_PER_STEP, BLOCK=block),
         num_warps=4,
     )
 
