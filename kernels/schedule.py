@@ -415,7 +415,7 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     device = mask.device
     visible, lists, *states = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in layout]
     if spec.mask == MaskKind.KEY:
-        launch(_prepare_keys(mask.shape, mask.stride(), tiles), as_bytes(mask), visible, lists)
+        launch(_prepare_keys(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, lists)
         return Schedule(visible, lists)
     launch(_prepare_dense(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, *states)
     _fill_lines(*states, lists)
@@ -438,19 +438,19 @@ def _fill_lines(states: Tensor, lists: Tensor) -> None:
     launch(_prepare_lines(states.shape, states.stride()), states, lists)
 
 
-# The launches for masks and states of these shapes, with these strides.
+# The launches for masks and states of these shapes, with these strides; the dtype of `visible` follows from the spec.
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _prepare_keys(shape: torch.Size, strides: Strides, tiles: Tiles) -> Prepared:
-    batch, heads, _, keys = shape
+def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+    block = tiles.schedule_block
+    _, n_key_blocks = block_counts(spec, block)
     by_batch, by_head, _, by_key = strides
-    _, block = tiles.schedule_block
     return Prepared(
         key_schedule_kernel,
-        batch * heads,
-        (keys, triton.cdiv(keys, block), heads, by_batch, by_head, by_key),
-        dict(STEP=BLOCKS_PER_STEP, BLOCK=block),
+        shape[0] * shape[1],
+        (spec.keys, n_key_blocks, shape[1], by_batch, by_head, by_key),
+        dict(STEP=BLOCKS_PER_STEP, BLOCK=block[1]),
         num_warps=4,
     )
 
