@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from flash_attend import flash_attention
+from flash_attend import flash_attention, functional
 from flash_attend.checks import normalise_inputs
-from flash_attend.dispatch import choose
 from flash_attend.kernels import aot, backward, forward, schedule
-from flash_attend.kernels.configs import select_tiles
+from flash_attend.kernels.configs import Tiles, select_tiles
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
 from flash_attend.operands import Operands
+from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 
 ARCH = "sm_90"
@@ -104,6 +104,13 @@ def replay(launches: list[Launch]) -> None:
         launch(one.prepared, *one.tensors)
 
 
+def dispatched(spec: AttentionSpec, device: torch.device) -> Tiles | None:
+    """As a call does it: the plan is looked up."""
+    target = DeviceTarget.of(device)
+    plan = functional._choose_once(spec, target, "triton", None)
+    return plan.backend.tiles(spec, target, plan.backward)
+
+
 def stages(mode: str) -> dict[str, Callable[[], object]]:
     """What is timed in a mode; to be called on the part, the preparations without launches."""
     q, k, v = (torch.zeros(SHAPE, dtype=torch.float16, requires_grad=True) for _ in range(3))
@@ -133,7 +140,7 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
         "sdpa": sdpa,
         "forward": call,
         "checks": partial(normalise_inputs, q, k, v, **options),
-        "dispatch": lambda: select_tiles(spec, PART) if choose(spec, DeviceTarget.of(q.device), "triton") else None,
+        "dispatch": partial(dispatched, spec, q.device),
         "preparation": prepare,
         "launches": partial(replay, of_forward),
         "without gradients": torch.no_grad()(call),

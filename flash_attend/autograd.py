@@ -40,9 +40,10 @@ __all__ = ["attend"]
 
 
 def attend(
-    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool, opaque: bool
+    operands: Operands, spec: AttentionSpec, plan: Plan, target: DeviceTarget, *, return_lse: bool, opaque: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)`, as a plan has them computed; without `return_lse` the lse may be None.
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as a plan for their device says; without `return_lse`
+    the lse may be None.
 
     `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
     lengths, and some tensors know operators alone.
@@ -54,7 +55,7 @@ def attend(
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
     functions = plan.backend.load()
-    tiles = functions.tiles(spec, DeviceTarget.of(operands.q.device), plan.backward)
+    tiles = functions.tiles(spec, target, plan.backward)
     if lazy(*operands):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
     q, k, v, *_ = operands
@@ -107,20 +108,23 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         functions, spec, plan, tiles, schedule_of = ctx.call
-        q, k, v, mask, seed, out, lse, *schedule = ctx.saved_tensors
-        operands, needed = Operands(q, k, v, mask, seed), ctx.needs_input_grad[:3]
-        # Hooks of what is saved may have changed strides; of q, k, v and out the kernels read them.
-        lse = lse.contiguous()
-        schedule = schedule_of(*(tensor if tensor is None else tensor.contiguous() for tensor in schedule))
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
         # A backward may be differentiated, and transformed where its forward was not.
-        if torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads):
+        by_operators = torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads)
+        # Hooks of what was saved give what they like: lazy tensors, as torch's own derivatives do, and other strides.
+        if not by_operators and lazy(*saved, *grads):
+            saved, grads = map(settled, saved), tuple(map(settled, grads))
+        q, k, v, mask, seed, out, lse, *schedule = saved
+        operands = Operands(q, k, v, mask, seed)
+        # Of q, k, v and out the kernels read the strides.
+        lse = lse.contiguous()
+        schedule = schedule_of(*[tensor if tensor is None else tensor.contiguous() for tensor in schedule])
+        if by_operators:
             numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
             names = list(compress(INPUTS, needed))
             found = _differentiate(grads, present, [out, lse, *schedule.packed()], numbers, options, names)
             return *map(found.get, INPUTS), None
-        if lazy(*grads):
-            grads = tuple(map(settled, grads))
         return *functions.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
 
 

@@ -47,7 +47,7 @@ class Plan:
 
 def check_backend(backend: str) -> None:
     """Raises `ValueError` unless a backend has this name, or it is "auto"."""
-    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
 
 

@@ -121,7 +121,15 @@ def flash_attention(
         return attend_locally(here, q, k, v, mask, dropout_p)
     q, k, v = autocast(q, k, v)
     (q, k, v, mask, _), spec = normalise_inputs(
-        q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        scale=scale,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        opaque=opaque,
     )
     target = DeviceTarget.of(q.device)
     check_backend(backend)
@@ -129,7 +137,7 @@ def flash_attention(
     if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
         _warn_once(plan.reason)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, return_lse=return_lse, opaque=opaque)
+    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, target, return_lse=return_lse, opaque=opaque)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 

@@ -30,7 +30,7 @@ def check_flag(name: str, value: object) -> bool:
 def check_number(name: str, value: object) -> float:
     """`value`, any real number but a bool or a tensor (which would have to be read, and would lose its gradient), as a
     float. Raises `TypeError` for anything else, and `ValueError` where it is not finite."""
-    number: Any = _unwrapped(value)
+    number: Any = value if type(value) is float else _unwrapped(value)
     if isinstance(number, bool) or not isinstance(number, (float, int, numbers.Real)):
         raise TypeError(f"{name} must be a Python number, got {shown(value)}")
     # Neither infinite, nor NaN, nor an int beyond floats; in words that a compiler follows where it is a symbol.
@@ -41,6 +41,8 @@ def check_number(name: str, value: object) -> float:
 
 def check_probability(name: str, value: object) -> float:
     """`value` as `check_number`, in [0, 1)."""
+    if type(value) is float and 0.0 <= value < 1.0:
+        return value
     probability = check_number(name, value)
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {probability}")

@@ -87,7 +87,10 @@ def forward_mode() -> bool:
 def mapped(*tensors: Tensor | None) -> bool:
     """Whether a tensor is mapped over as `torch.autograd.grad(..., is_grads_batched=True)` does it: apart from
     torch.func, and with no rule for operators like ours. No public function tells."""
-    return any(tensor is not None and is_legacy_batchedtensor(tensor) for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  as in `lazy`
+        if tensor is not None and is_legacy_batchedtensor(tensor):
+            return True
+    return False
 
 
 def watched() -> bool:

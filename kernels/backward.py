@@ -519,28 +519,27 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
 
-    Everything else is what the forward took and gave. A gradient that is None counts as 0.
+    Everything else is what the forward took and gave: lse and the schedule's `visible` and `lists` are read as if they
+    were contiguous. A gradient that is None counts as 0.
 
     With a tile for the fused backward, one kernel computes what takes two kernels else, where the gradients of q and of
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
-    # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
-    q, k, v, out = (readable(tensor) for tensor in (operands.q, operands.k, operands.v, out))
-    schedule = schedule.contiguous()
+    q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
     inputs = q, k, v, grad_out
     statistics = lse_log2, delta, schedule.visible
-    strides = tuple(tensor.stride() for tensor in inputs)
+    strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
     by_keys = grad_k is not None or grad_v is not None
     fused = by_keys and grad_q is not None and tiles.backward_fused is not None
     sum_q = torch.zeros(grad_q.shape, dtype=spec.accumulator_dtype, device=q.device) if fused else None
     if by_keys:
-        of_outputs = (None if grad is None else grad.stride() for grad in (grad_k, grad_v))
-        prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, *of_outputs)
+        of_k, of_v = grad_k if grad_k is None else grad_k.stride(), grad_v if grad_v is None else grad_v.stride()
+        prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, of_k, of_v)
         lists = transposed_lists(schedule)
         launch(prepared, *inputs, grad_k, grad_v, sum_q, *statistics, lists, operands.seed)
     if fused:
@@ -555,12 +554,13 @@ def prepare_statistics(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, spec: AttentionSpec, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """What every backward kernel reads of each query: delta and the LSE in base 2, `(b, h, i)` with i padded."""
-    length = triton.cdiv(spec.queries, LONGEST_TILE.value) * LONGEST_TILE.value
-    delta, lse_log2 = (lse.new_empty(spec.batch, spec.heads, length) for _ in range(2))
+    longest = LONGEST_TILE.value
+    shape = spec.batch, spec.heads, -(-spec.queries // longest) * longest  # `triton.cdiv` takes a microsecond
+    delta, lse_log2 = lse.new_empty(shape), lse.new_empty(shape)
     if grad_lse is not None:
-        grad_lse = readable(grad_lse).contiguous()
+        grad_lse = grad_lse.contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, readable(lse).contiguous(), grad_lse, delta, lse_log2)
+    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
     return delta, lse_log2
 
 

@@ -177,7 +177,7 @@ def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
     """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again."""
-    q, k, v = (readable(tensor) for tensor in (operands.q, operands.k, operands.v))
+    q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
     out, lse = empty_outputs(q, spec)
     schedule = build_schedule(operands.mask, spec, tiles)
     q_rows, out_rows = q, out

@@ -71,10 +71,6 @@ class Schedule(NamedTuple):
         pairs = zip(packed, shapes, strict=True)
         return Schedule(*(x.contiguous().narrow(1, 0, prod(shape[1:])).reshape(shape) for x, shape in pairs))
 
-    def contiguous(self) -> Schedule:
-        """The same as kernels read it, whatever its strides have become."""
-        return Schedule(*(None if tensor is None else tensor.contiguous() for tensor in self))
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a schedule, on the device
@@ -381,8 +377,8 @@ def schedule_layout(
     if mask is None:
         return []
     planes = mask.shape[0] * mask.shape[1]
-    block_m, block_n = tiles.schedule_block
-    n_query_blocks, n_key_blocks = block_counts(spec, tiles)
+    block_m, block_n = block = tiles.schedule_block
+    n_query_blocks, n_key_blocks = block_counts(spec, block)
     length = line_length.fn(n_key_blocks)
     # Next to a float64 product's operand, a load of anything narrower makes the compiler fail.
     word = torch.int64 if spec.dtype == torch.float64 else torch.int32
@@ -396,10 +392,11 @@ def schedule_layout(
     ]
 
 
-def block_counts(spec: AttentionSpec, tiles: Tiles) -> tuple[int, int]:
-    """How many blocks of queries and of keys a schedule has."""
-    block_m, block_n = tiles.schedule_block
-    return triton.cdiv(spec.queries, block_m), triton.cdiv(spec.keys, block_n)
+def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]:
+    """How many such blocks of queries and of keys a schedule has."""
+    block_m, block_n = block
+    # At every call with a mask, where `triton.cdiv` takes a microsecond.
+    return -(-spec.queries // block_m), -(-spec.keys // block_n)
 
 
 def empty_packed(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
@@ -415,7 +412,8 @@ def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Sc
     if mask is None:
         return Schedule()
     layout = schedule_layout(mask, spec, tiles)
-    visible, lists, *states = (torch.empty(shape, dtype=dtype, device=mask.device) for shape, dtype in layout)
+    device = mask.device
+    visible, lists, *states = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in layout]
     if spec.mask == MaskKind.KEY:
         launch(_prepare_keys(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, lists)
         return Schedule(visible, lists)
@@ -440,26 +438,27 @@ def _fill_lines(states: Tensor, lists: Tensor) -> None:
     launch(_prepare_lines(states.shape, states.stride()), states, lists)
 
 
-# The launches for masks and states of these shapes, with these strides.
+# The launches for masks and states of these shapes, with these strides; the dtype of `visible` follows from the spec.
 
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
-    _, n_key_blocks = block_counts(spec, tiles)
+    block = tiles.schedule_block
+    _, n_key_blocks = block_counts(spec, block)
     by_batch, by_head, _, by_key = strides
     return Prepared(
         key_schedule_kernel,
         shape[0] * shape[1],
         (spec.keys, n_key_blocks, shape[1], by_batch, by_head, by_key),
-        dict(STEP=BLOCKS_PER_STEP, BLOCK=tiles.schedule_block[1]),
+        dict(STEP=BLOCKS_PER_STEP, BLOCK=block[1]),
         num_warps=4,
     )
 
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare_dense(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
-    block_m, block_n = tiles.schedule_block
-    n_query_blocks, n_key_blocks = block_counts(spec, tiles)
+    block_m, block_n = block = tiles.schedule_block
+    n_query_blocks, n_key_blocks = block_counts(spec, block)
     return Prepared(
         dense_schedule_kernel,
         shape[0] * shape[1] * n_query_blocks * n_key_blocks,

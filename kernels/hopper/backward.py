@@ -324,10 +324,8 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """What `kernels.backward.attention_backward` gives, for the calls that the dispatcher lets through."""
     needs_q, needs_k, needs_v = needed
-    q, k, v, out = (readable(tensor) for tensor in (operands.q, operands.k, operands.v, out))
+    q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
-    # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
-    schedule = schedule.contiguous()
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     needs_keys = needs_k or needs_v

@@ -269,7 +269,7 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> 
 
     Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, and a mask of keys or none.
     """
-    q, k, v = (readable(tensor) for tensor in (operands.q, operands.k, operands.v))
+    q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
     out, lse = empty_outputs(q, spec)
     schedule = build_schedule(operands.mask, spec, tiles)
     prepared = _prepare(spec, tiles, schedule.planes, DeviceTarget.of(q.device).multiprocessors)

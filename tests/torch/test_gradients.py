@@ -63,6 +63,30 @@ def test_hooks_may_give_saved_tensors_other_strides(case: Case, backend: Backend
 
 
 @on_every_backend
+@each_case
+@pytest.mark.parametrize("create_graph", (False, True), ids=("first", "again"))
+def test_hooks_may_give_saved_tensors_negated_lazily(case: Case, backend: Backend, create_graph: bool) -> None:
+    """Of every kind but bool, which has no negative."""
+    call, given = call_of(case, backend), []
+
+    def negated(x: Tensor) -> Tensor:
+        given.append(x if x.dtype == torch.bool else torch._neg_view(-x))
+        return given[-1]
+
+    leaves = [x.clone().requires_grad_() for x in (call.q, call.k, call.v)]
+    for hook in (negated, lambda x: x):
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, hook):
+            out, lse = flash_attention(*leaves, **call.options, return_lse=True, backend=backend.name)
+        incoming = call.grad_out, call.grad_lse
+        found = torch.autograd.grad((out, lse), leaves, incoming, create_graph=create_graph)
+        if hook is negated:
+            got = found
+    assert any(x.is_neg() for x in given)
+    torch.testing.assert_close(got, found, rtol=1e-5, atol=1e-6)
+
+
+@on_every_backend
 @pytest.mark.parametrize("changed", ("out", "lse"))
 @pytest.mark.parametrize("mask", ("none", "pad_left"))
 def test_results_may_be_changed_in_place_but_not_before_a_backward(backend: Backend, changed: str, mask: str) -> None:

@@ -18,8 +18,10 @@ import torch
 from triton.compiler.compiler import LazyDict
 from triton.runtime.jit import JITFunction
 
-from flash_attend import BackendUnavailable, flash_attention, spec
+from flash_attend import BackendUnavailable, checks, flash_attention
 from flash_attend.kernels import backward, forward, schedule
+from flash_attend.kernels.configs import Tile, Tiles, override
+from flash_attend.kernels.launch import recorded_launches
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "host_cost.py"
 
@@ -170,6 +172,20 @@ def test_a_kept_kernel_is_given_what_triton_gives_it(
     assert given == first
 
 
+def test_launches_that_write_other_dtypes_are_prepared_apart(host_cost: ModuleType, nothing_prepared: None) -> None:
+    """How a mask's schedule is written follows from q's dtype, and a kept kernel is for one dtype."""
+    mask, one = torch.ones(2, 64, dtype=torch.bool), Tile(32, 32, 4, 1)
+    of_masks = []
+    for dtype in (torch.float16, torch.float64):
+        q = torch.zeros(host_cost.SHAPE, dtype=dtype)
+        with host_cost.on_the_part(), override(Tiles(one, one, one)), recorded_launches() as found:
+            flash_attention(q, q, q, mask=mask, backend="triton")
+        of_masks.append(found[0])
+    half, double = of_masks
+    assert [launch.tensors[1].dtype for launch in of_masks] == [torch.int32, torch.int64]
+    assert half.prepared is not double.prepared
+
+
 def described(argument: object) -> object:
     """An argument of a launch; what is in it, if it is made anew each time."""
     if isinstance(argument, torch.Tensor):
@@ -202,7 +218,7 @@ def test_the_count_sees_work_that_is_done_again(warm: Callable) -> None:
     """Without what is kept of earlier calls the same call is several times the work."""
     call = warm("plain", "forward")
     kept = counted(call)
-    spec._describe.cache_clear()
+    checks._checked.cache_clear()
     forward._prepare.cache_clear()
     assert counted(call) > 2 * kept
     assert counted(call) < 1.1 * kept
