@@ -50,7 +50,7 @@ class _Operand:
         return [values_of(piece, self.element) for piece in pieces]
 
     def part(self, matrix: Array, index: int) -> Array:
-        raise NotImplementedError("an operand is no result")
+        raise TypeError("an operand is no result")
 
 
 class LeftOperand(_Operand):
