@@ -10,14 +10,15 @@ INSTALLED := $(VENV)/.installed
 
 OLDEST_TRITON := 3.6.0
 NEWEST_TRITON := 3.9.0
-STAGES := lint test-plain test-interpreter aot-common aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
+STAGES := lint test-plain test-interpreter test-ptx aot-common aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
 
 # What decides which code runs, and how, is said in the rules and not by whoever calls them.
 unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench train-step test lint format test-plain test-interpreter test-gpu sanitize aot aot-common clean
+.PHONY: help env demo bench train-step test lint format test-plain test-interpreter test-ptx proof test-gpu sanitize
+.PHONY: aot aot-common clean
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -73,11 +74,17 @@ format: $(INSTALLED) ## ruff: mends what it can
 	@$(BIN)/ruff format .
 
 test-plain: $(INSTALLED) ## the tests that need neither a GPU nor the interpreter
-	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter'
+	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx'
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
 	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m interpreter
+
+test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls that there is time for
+	@$(BIN)/pytest -q -n 2 -m 'ptx and not proof'
+
+proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)
+	@$(BIN)/python tests/ptx/prove.py $(ARGS)
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu

@@ -174,7 +174,9 @@ class Budget:
         keep: Tensor | None = None,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
+        product_eps: float = 0.0,
     ) -> None:
+        """`product_eps`: the spacing of the numbers that products take, where it is wider than the dtype's (TF32)."""
         batch, heads, queries, _ = q.shape
         keys = k.shape[-2]
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -199,7 +201,7 @@ class Budget:
                 want, reference, magnitude = (x[self.alive] for x in (want, reference, magnitude))
             eps = torch.finfo(self.accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
             if name != "lse":
-                eps += torch.finfo(q.dtype).eps / 2
+                eps += max(torch.finfo(q.dtype).eps, product_eps) / 2
             eps *= 8 if self.accumulator == torch.float64 else 1
             self.eager_errors[name] = _largest(reference - want), _rms(reference - want)
             self.floors[name] = eps * _largest(magnitude), eps * _rms(magnitude)

@@ -95,17 +95,6 @@ def test_only_a_strided_last_dimension_is_copied() -> None:
         assert torch.equal(readable(copied), copied)
 
 
-@pytest.mark.parametrize("layout", (Tensor.clone, lambda x: x.mT, lambda x: x[..., ::2]), ids=("", "mT", "strided"))
-def test_what_is_negated_by_a_mark_alone_is_copied(layout) -> None:
-    """The imaginary part of a conjugate, and what autograd makes of it, lies in memory with the other sign."""
-    x = layout(torch.randn(2, 3, 4, 8, dtype=torch.complex64)).conj().imag
-    assert x.is_neg()
-    read = readable(x)
-    assert not read.is_neg()
-    assert read.stride(-1) == 1
-    assert torch.equal(read, x)
-
-
 def gradients(operands: Operands, spec: AttentionSpec, grad_out: Tensor, grad_lse: Tensor, change) -> tuple:
     """Out, lse and gradients by the kernels; what the backward is handed comes through `change`."""
     tile = Tile(32, 32, 4, 1)
@@ -125,20 +114,15 @@ def in_another_order(x: Tensor) -> Tensor:
     return x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim)))
 
 
-def negated_twice(x: Tensor) -> Tensor:
-    return torch._neg_view(-x) if x.is_floating_point() else x
-
-
 @on_every_device
 @pytest.mark.parametrize("mask", ((2, 1, 1, 37), (1, 2, 21, 37)), ids=("key", "dense"))
-@pytest.mark.parametrize("change", (in_another_order, negated_twice))
-def test_the_backward_reads_values_whatever_their_strides(device: str, change, mask: tuple[int, ...]) -> None:
+def test_the_backward_reads_values_whatever_their_strides(device: str, mask: tuple[int, ...]) -> None:
     """Hooks on saved tensors give back what they like, and gradients come as autograd makes them."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (21, 37, 37))
     (*inputs, _), spec = normalise_inputs(q, k, v, mask=torch.rand(mask, device=device) < 0.7, causal=True)
     grads = torch.randn(2, 2, 21, 16, device=device), torch.randn(2, 2, 21, device=device)
-    found = gradients(Operands(*inputs), spec, *grads, change)
+    found = gradients(Operands(*inputs), spec, *grads, in_another_order)
     for one, other in zip(found, gradients(Operands(*inputs), spec, *grads, torch.clone), strict=True):
         assert torch.equal(one, other)
 

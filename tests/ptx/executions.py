@@ -1,0 +1,278 @@
+"""Calls of the package whose kernels are executed: as data, and how to execute and judge one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emulator.driver import Launched, Runner, executed
+from emulator.machine import Options
+from flash_attend.testing.budget import Budget
+from flash_attend.testing.calls import Call, Case, budget_of, make_call, truth_of
+from flash_attend.testing.calls import run as run_publicly
+from flash_attend.testing.oracle import Answer, visible_pairs
+
+__all__ = ["EXECUTIONS", "Execution", "Result", "budget_for", "call_of", "execute", "judge", "poisoned"]
+
+DTYPES = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "tf32x3": torch.float32,
+    "fp64": torch.float64,
+}  # fmt: skip
+TF32_EPS = 2.0**-10
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One call, forward and backward, on one part."""
+
+    arch: str
+    backend: str
+    backward: Literal["separate", "fused"]
+    dtype: str
+    case: Case
+    options: Options = field(default_factory=Options)
+    multiprocessors: int | None = None  # that persistent programs share: fewer than tiles give each several
+    fast: bool = False  # in `make test`
+
+    @property
+    def name(self) -> str:
+        words = [self.arch, self.backend, *["fused"] * (self.backward == "fused")]
+        words += [self.dtype, f"d{self.case.d}", self.case.name]
+        defaults = Options()
+        words += [f"{x}" for x in (self.options.copies,) if x != defaults.copies]
+        words += [self.options.order] if self.options.order else []
+        words += [f"seed{self.options.seed}"] if self.options.seed else []
+        words += [f"on{self.multiprocessors}"] if self.multiprocessors else []
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it: shares of the budget, and of what launches."""
+
+    shares: dict[str, float]
+    launches: list[Launched]
+    seconds: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The calls
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+MODES = {
+    "plain": dict(batch=1, heads=2),
+    "causal": dict(batch=1, heads=2, causal=True),
+    "key": dict(batch=3, heads=1, mask="holes"),
+    "key causal": dict(batch=2, heads=1, mask="holes", causal=True, layout="heads_inside"),
+    "dense": dict(batch=1, heads=2, mask="bhij"),
+    "staircase": dict(batch=1, heads=1, mask="staircase", causal=True),
+    "dropout": dict(batch=1, heads=2, dropout_p=0.25, causal=True),
+    "dense dropout": dict(batch=1, heads=2, kv_heads=1, mask="bhij", dropout_p=0.25),
+    "grouped": dict(batch=1, heads=4, kv_heads=2, mask="bh1j", scale=-0.11),
+    "narrow v": dict(batch=1, heads=1, mask="pad_left", grads="out"),
+    "sliced": dict(batch=1, heads=1, layout="sliced", grad_layout="sliced"),
+    "expanded": dict(batch=2, heads=2, layout="broadcast_heads", causal=True),
+}
+DIMS = {
+    "bf16": (64, 128, 80, 192, 256), "fp16": (64, 80), "tf32": (64, 128, 256), "tf32x3": (64, 128), "fp64": (64, 128),
+}  # fmt: skip
+FUSED_MODES = ("key causal", "dense dropout")
+# In every dtype; the others in bfloat16, at 64 and 128.
+COMMON_MODES = ("key causal", "dense dropout", "grouped", "narrow v", "dropout")
+
+
+def _lengths(dtype: str, d: int, arch: str) -> tuple[int, int]:
+    """Queries and keys: one and a half tiles of the one, two and a half of the other, and some more."""
+    if dtype in ("bf16", "fp16"):
+        return (189, 325) if d <= 128 else (93, 165)
+    if dtype == "tf32" and d <= 128:
+        return (189, 325) if arch == "sm_90" else (93, 85)
+    return (45, 85)
+
+
+def _case(mode: str, dtype: str, d: int, arch: str) -> Case:
+    queries, keys = _lengths(dtype, d, arch)
+    narrow = {"dv": d // 2} if mode == "narrow v" else {}
+    return Case(mode, queries=queries, keys=keys, d=d, **MODES[mode], **narrow)
+
+
+def _of_triton() -> Iterator[Execution]:
+    for arch in ("sm_80", "sm_90"):
+        for dtype, dims in DIMS.items():
+            for d in dims:
+                modes = MODES if dtype == "bf16" and d in (64, 128) else COMMON_MODES
+                for mode in modes:
+                    yield Execution(arch, "triton", "separate", dtype, _case(mode, dtype, d, arch))
+                    if mode in FUSED_MODES and (dtype in ("bf16", "fp16") or d == 64):
+                        yield Execution(arch, "triton", "fused", dtype, _case(mode, dtype, d, arch))
+        for copies in ("early", "random"):
+            case = _case("key causal", "bf16", 64, arch)
+            yield Execution(arch, "triton", "separate", "bf16", case, Options(copies, "random", 1))
+
+
+HOPPER_MODES = {
+    "plain": dict(heads=2),
+    "causal": dict(heads=1, causal=True),
+    "key": dict(batch=2, mask="holes"),
+    "key causal": dict(batch=2, mask="holes", causal=True),
+    "grouped": dict(heads=2, kv_heads=1, causal=True, scale=-0.11),
+    "dead rows": dict(heads=1, causal=True, queries=330, keys=150),
+    "sliced": dict(heads=1, layout="sliced", causal=True),
+}
+
+
+def _of_gluon() -> Iterator[Execution]:
+    for d in (64, 128, 256):
+        for name, options in HOPPER_MODES.items():
+            lengths = dict(queries=150, keys=330) if d < 256 else dict(queries=100, keys=170)
+            case = Case(name, **{"batch": 1, "heads": 1, "d": d, **lengths, **options})
+            for backward in ("separate", "fused"):
+                yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=len(name)))
+            if name == "key causal":
+                yield Execution("sm_90", "hopper", "separate", "fp16", case, Options("early", seed=1))
+                for seed, copies in enumerate(("late", "early", "random", "random"), 1):
+                    for backward in ("separate", "fused"):
+                        yield Execution("sm_90", "hopper", backward, "bf16", case, Options(copies, seed=seed), 2)
+
+
+def _for_mutants() -> Iterator[Execution]:
+    """Calls in which every ring of buffers goes round, and one program has several tiles."""
+    for d in (64, 256):
+        case = Case("several tiles", 1, 1, queries=300, keys=600, d=d, causal=True)
+        for backward in ("separate", "fused"):
+            yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=1), 1)
+
+
+# What `make test` has time for: together they have every kernel, every dtype and every kind of mask.
+FAST = (
+    "sm_80 triton bf16 d64 key causal",
+    "sm_80 triton fused bf16 d64 dense dropout",
+    "sm_80 triton bf16 d64 sliced",
+    "sm_80 triton bf16 d64 key causal random random seed1",
+    "sm_80 triton bf16 d128 grouped",
+    "sm_80 triton bf16 d80 narrow v",
+    "sm_80 triton bf16 d192 key causal",
+    "sm_80 triton bf16 d256 dropout",
+    "sm_80 triton fp16 d64 dense dropout",
+    "sm_80 triton fused fp16 d80 key causal",
+    "sm_80 triton tf32 d64 key causal",
+    "sm_80 triton fused tf32 d64 dense dropout",
+    "sm_80 triton tf32 d256 grouped",
+    "sm_80 triton tf32x3 d64 dropout",
+    "sm_80 triton fused tf32x3 d64 key causal",
+    "sm_80 triton tf32x3 d128 key causal",
+    "sm_80 triton fp64 d64 dense dropout",
+    "sm_80 triton fused fp64 d64 key causal",
+    "sm_80 triton fp64 d128 narrow v",
+    "sm_90 triton bf16 d64 key causal",
+    "sm_90 triton fused bf16 d64 key causal",
+    "sm_90 triton bf16 d128 staircase",
+    "sm_90 triton bf16 d256 key causal",
+    "sm_90 triton tf32 d64 grouped",
+    "sm_90 triton tf32x3 d64 key causal",
+    "sm_90 triton fp64 d64 dropout",
+    "sm_90 hopper bf16 d64 key causal random seed3 on2",
+    "sm_90 hopper fused bf16 d64 causal seed6",
+    "sm_90 hopper bf16 d128 grouped seed7",
+    "sm_90 hopper fused bf16 d128 key causal early seed2 on2",
+    "sm_90 hopper bf16 d256 causal seed6",
+    "sm_90 hopper fused bf16 d256 key seed3",
+)
+
+
+def _all() -> dict[str, Execution]:
+    found = {execution.name: execution for execution in (*_of_triton(), *_of_gluon(), *_for_mutants())}
+    for name in FAST:
+        found[name] = replace(found[name], fast=True)
+    return found
+
+
+EXECUTIONS = _all()  # by their names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To execute one, and to judge
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def call_of(execution: Execution) -> Call:
+    """The call of a case; of a mask with holes, the last batch has nothing visible."""
+    call = make_call(execution.case, DTYPES[execution.dtype])
+    if execution.case.mask == "holes":
+        call.mask[-1] = False
+    return call
+
+
+def poisoned(call: Call) -> Call:
+    """The same call with NaN and infinity wherever they must not matter: in keys that nobody sees and in dead rows."""
+    if call.mask is None and not call.causal:
+        return call
+    (batch, heads, queries, _), (kv_heads, keys) = call.q.shape, call.k.shape[1:3]
+    pairs = visible_pairs(batch, heads, queries, keys, call.mask, call.causal, call.q.device)
+    # Those hidden by a mask of keys: kernels read the others, and a NaN there would be in tiles that are not empty.
+    by_key = call.mask is not None and (call.mask.ndim == 2 or call.mask.shape[2] == 1)
+    hidden = ~pairs.view(batch, kv_heads, heads // kv_heads, queries, keys).any(3).any(2).unsqueeze(3) & by_key
+    dead = ~pairs.any(3)
+
+    def fill(x: Tensor | None, where: Tensor, value: float) -> Tensor | None:
+        if x is None or not where.any():
+            return x
+        x = x.clone() if 0 not in x.stride() else x.contiguous()
+        return x.masked_fill_(where, value)
+
+    return call.with_(
+        q=fill(call.q, dead.unsqueeze(3), torch.nan),
+        k=fill(call.k, hidden, torch.nan),
+        v=fill(call.v, hidden, torch.inf),
+        grad_out=fill(call.grad_out, dead.unsqueeze(3), torch.nan),
+        grad_lse=fill(call.grad_lse, dead, torch.nan),
+    )
+
+
+class _TF32Products(TorchDispatchMode):
+    """Products of float32 take their operands as TF32, cut off."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float32:
+            args = tuple((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args)
+        return function(*args, **(kwargs or {}))
+
+
+def budget_for(execution: Execution, call: Call) -> Budget:
+    """That of the tests. Products in TF32, which PyTorch has on no CPU, stand beside eager ones in TF32.
+
+    Those cut their operands off, as the kernels' do today; cuBLAS rounds them to nearest, which errs half as much.
+    """
+    truth = truth_of(call)
+    if execution.dtype != "tf32":
+        return budget_of(call, truth)
+    with _TF32Products():
+        return budget_of(call, truth, product_eps=TF32_EPS)
+
+
+def execute(execution: Execution, call: Call, runner: Runner | None = None) -> tuple[Answer, Runner]:
+    """The answer of a call through the public function."""
+    runner = runner or Runner(execution.arch, execution.options)
+    before = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        stack.callback(torch.set_float32_matmul_precision, before)
+        torch.set_float32_matmul_precision("high" if execution.dtype == "tf32" else "highest")
+        stack.enter_context(executed(runner, execution.multiprocessors))
+        return run_publicly(call, execution.backend, backward=execution.backward), runner
+
+
+def judge(execution: Execution) -> Result:
+    """Fails unless an execution ends, and within the error budget."""
+    start = time.process_time()
+    call = call_of(execution)
+    answer, runner = execute(execution, poisoned(call))
+    shares = budget_for(execution, call).check(answer)
+    return Result(shares, runner.launches, time.process_time() - start)
