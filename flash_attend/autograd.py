@@ -111,14 +111,11 @@ class Attention(torch.autograd.Function):
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads)
-        # Hooks of what was saved give what they like: lazy tensors, as torch's own derivatives do, and other strides.
+        # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
         if not by_operators and lazy(*saved, *grads):
             saved, grads = map(settled, saved), tuple(map(settled, grads))
         q, k, v, mask, seed, out, lse, *schedule = saved
-        operands = Operands(q, k, v, mask, seed)
-        # Of q, k, v and out the kernels read the strides.
-        lse = lse.contiguous()
-        schedule = schedule_of(*[tensor if tensor is None else tensor.contiguous() for tensor in schedule])
+        operands, schedule = Operands(q, k, v, mask, seed), schedule_of(*schedule)
         if by_operators:
             numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]

@@ -170,8 +170,6 @@ def backward(
         out, lse, *packed = outputs
         schedule = Schedule.unpacked(packed, operands.mask, spec, tiles)
         grad_out, grad_lse = map(dict(zip(options.grads, grads, strict=True)).get, OUTPUTS)
-        # The kernels read an lse as it left the forward; under vmap it may have been expanded since.
-        lse = lse.contiguous()
         found = backend.backward(grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, call.needed)
     return list(compress(found, call.needed))
 

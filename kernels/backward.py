@@ -519,15 +519,16 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
 
-    Everything else is what the forward took and gave: lse and the schedule's `visible` and `lists` are read as if they
-    were contiguous. A gradient that is None counts as 0.
+    Everything else is what the forward took and gave. A gradient that is None counts as 0.
 
     With a tile for the fused backward, one kernel computes what takes two kernels else, where the gradients of q and of
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
+    # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
+    schedule = schedule.contiguous()
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
@@ -560,7 +561,7 @@ def prepare_statistics(
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2)
+    launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
     return delta, lse_log2
 
 

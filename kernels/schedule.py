@@ -71,6 +71,12 @@ class Schedule(NamedTuple):
         pairs = zip(packed, shapes, strict=True)
         return Schedule(*(x.contiguous().narrow(1, 0, prod(shape[1:])).reshape(shape) for x, shape in pairs))
 
+    def contiguous(self) -> Schedule:
+        """The same as kernels read it, whatever its strides have become."""
+        if self.visible is None:
+            return self
+        return Schedule(*[None if tensor is None else tensor.contiguous() for tensor in self])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading a schedule, on the device

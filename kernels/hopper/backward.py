@@ -326,6 +326,7 @@ def attention_backward(
     needs_q, needs_k, needs_v = needed
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
+    schedule = schedule.contiguous()
     delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
 
     needs_keys = needs_k or needs_v
