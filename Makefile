@@ -119,7 +119,7 @@ $(VENV)/triton-%/.installed: $(VENV)/.made
 
 # A torch with the Triton that it brings. numpy 2.4 is too new for the interpreter of the oldest one.
 test-torch-%: $(VENV)/torch-%/.installed ## the plain tests and a part of the interpreter's with another torch (test-torch-2.10.0)
-	@$(VENV)/torch-$*/bin/pytest -q -n 2 -m 'not gpu and not interpreter'
+	@$(VENV)/torch-$*/bin/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx'
 	@TRITON_INTERPRET=1 $(VENV)/torch-$*/bin/pytest -q -n 2 -m interpreter tests/semantics
 
 .PRECIOUS: $(VENV)/torch-%/.installed
