@@ -194,7 +194,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
     if grads.NEEDS_K or FUSED:
         grad_weights = dropout.gradient(tile.inner_products(keys.v, grad), kept)
         grad_scores = scores.gradient(weights * (grad_weights - delta[None, :]))
-        if MASKED and mask.KIND == DENSE:
+        if MASKED and (mask.KIND == DENSE or (mask.HIDES_KEYS and not FUSED)):
             # Hidden keys were read here, and the NaN that v may hold has survived the zero weight.
             grad_scores = mask.hide(grad_scores, query[None, :], key[:, None], shown, 0.0)
         grad_scores = grad_scores.to(q[0].dtype)
@@ -218,8 +218,9 @@ def _key_value_head(grads, keys, queries, mask, scores, dropout, tile, STAGES: t
     """Every query block of one query head for one key tile."""
     FUSED: tl.constexpr = queries.grad_q is not None
     any_key = tl.max(keys.shown.to(tl.int32), 0) != 0
-    hides_keys = False
-    if mask.HIDES_KEYS:
+    # Where only pairs are hidden, hidden keys gather in rows of their own, which are cleared at the end.
+    hides_keys = mask.HIDES_KEYS
+    if FUSED:
         hides_keys = tl.min(keys.shown.to(tl.int32), 0) == 0
     walk = mask.walk_over_queries(keys.first, any_key, hides_keys, tile.BLOCK_M, tile.BLOCK_N)
     for run in tl.range(0, walk.run_count(), num_stages=1):
@@ -334,10 +335,16 @@ def backward_kv_kernel(
         for member in tl.range(0, group, num_stages=1, disable_licm=FUSED):
             head = kv_head * group + member
             mask = masks.of_head(batch, head)
+            keys_of_head = key_tile
             if MASKS_DIFFER:
-                key_tile = _load_keys(k_rows, v_rows, first_key, mask.key_shown(key), tile)
+                shown_here = mask.key_shown(key)
+                if FUSED:
+                    keys_of_head = _load_keys(k_rows, v_rows, first_key, shown_here, tile)
+                else:
+                    # Rows are the same for all heads: to load them anew would cost registers.
+                    keys_of_head = KeyTile(first_key, shown_here, key_tile.k, key_tile.v)
             grads = _key_value_head(
-                grads, key_tile, query_heads.of_head(batch, head, queries), mask, scores,
+                grads, keys_of_head, query_heads.of_head(batch, head, queries), mask, scores,
                 dropout.of_head(batch, head), tile, STAGES,
             )  # fmt: skip
     else:
