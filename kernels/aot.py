@@ -5,8 +5,9 @@
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
 
-The exit code is 1 if any kernel of a checked part spills, exceeds the part's shared memory, lacks tensor-core
-instructions, or has its asynchronous products serialized by the assembler.
+The exit code is 1 if any kernel of a checked part spills in a loop or, outside of loops, more than `EDGE_SPILLS` says,
+exceeds the part's shared memory, lacks tensor-core instructions, or has its asynchronous products serialized by the
+assembler.
 """
 
 from __future__ import annotations
@@ -78,8 +79,11 @@ LOOPS = {
     "hopper_backward_wide_fused": 2,
 }
 MULTIPLYING = ("forward", "backward_kv", "backward_q", "backward_fused", *LOOPS)
-# Bytes that they may spill outside of their main loops: with a mask they do, where a tile begins and ends.
+# Bytes that kernels may spill outside of their main loops, and plain ones outside of all: where a tile begins and ends.
 EDGE_SPILLS = {
+    "forward": 24,
+    "backward_q": 24,
+    "backward_fused": 8,
     "hopper_forward": 256,
     "hopper_backward": 16,
     "hopper_backward_fused": 384,
@@ -133,7 +137,7 @@ class Report:
     triton: str
     serialized: bool = False
     error: str = ""
-    loops: tuple[ProductLoop, ...] = ()  # of the kernels for Hopper, the shortest first
+    loops: tuple[ProductLoop, ...] = ()  # the shortest first; of plain kernels where they spill
     head_dim: int = 0
 
     def problems(self) -> list[str]:
@@ -152,6 +156,8 @@ class Report:
             found.append("has its asynchronous products serialized")
         if self.kernel in LOOPS:
             found += self._loop_problems()
+        elif any(loop.spills for loop in self.loops):
+            found.append("spills in a loop")
         return found
 
     def _loop_problems(self) -> list[str]:
@@ -273,15 +279,17 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
             reports.append(replace(report, error=f"{type(error).__name__}: {text[-1][:200]}"))
             continue
         text = log.getvalue()
+        spilled = sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(text))
+        read_loops = name in LOOPS or (name in MULTIPLYING and spilled > 0)
         reports.append(
             replace(
                 report,
                 registers=int(REGISTERS.search(text).group(1)),
-                spill_bytes=sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(text)),
+                spill_bytes=spilled,
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
                 serialized=bool(SERIALIZED.search(text)),
-                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if name in LOOPS else (),
+                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if read_loops else (),
             )
         )
     return reports

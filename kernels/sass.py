@@ -15,7 +15,8 @@ __all__ = ["ProductLoop", "disassemble", "product_loops"]
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.+?)\s*;")
 BRANCH = re.compile(r"BRA\b.*`\((\.L_x_\d+)\)")
-PRODUCT = "HGMMA"
+PRODUCTS = ("HGMMA", "HMMA", "DMMA")  # of tensor cores
+PRODUCT = "HGMMA"  # the asynchronous one
 COMMITTED = "gsb0"  # the last product of a group names the counter that it is awaited by
 AWAITED = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)")
 EXPONENTIAL = "MUFU.EX2"
@@ -25,7 +26,7 @@ SPILLS = ("STL", "LDL")
 
 
 class ProductLoop(NamedTuple):
-    """An innermost loop with asynchronous products."""
+    """An innermost loop with products."""
 
     instructions: int
     exponentials: int
@@ -55,7 +56,7 @@ def product_loops(sass: str) -> list[ProductLoop]:
                 loops.append((labels[branch[1]], len(instructions)))
     innermost: list[tuple[int, int]] = []
     for start, end in sorted(loops, key=lambda loop: loop[1] - loop[0]):
-        has_products = any(instruction.startswith(PRODUCT) for instruction in instructions[start:end])
+        has_products = any(instruction.startswith(PRODUCTS) for instruction in instructions[start:end])
         # A wait that has to be tried again is so elsewhere, and comes back from there: a loop only to look at.
         tries_again = any(instruction.startswith(TRY) for instruction in instructions[end - RETRY : end])
         if (

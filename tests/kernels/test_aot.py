@@ -42,6 +42,8 @@ GOOD = aot.Report(
     tensor_core_instructions=8,
     triton="3.7.1",
 )
+LOOP = ProductLoop(instructions=480, exponentials=66, covered=66, spills=0)
+EDGE = ProductLoop(instructions=860, exponentials=66, covered=64, spills=3)
 
 
 @pytest.fixture
@@ -54,7 +56,10 @@ def ready_to_compile(tmp_path, monkeypatch):
     ("change", "problem"),
     [
         (dict(), None),
-        (dict(spill_bytes=8), "spills 8 bytes"),
+        (dict(spill_bytes=24), None),
+        (dict(spill_bytes=25), "spills 25 bytes"),
+        (dict(kernel="backward_kv", spill_bytes=8), "spills 8 bytes"),
+        (dict(spill_bytes=8, loops=(LOOP, EDGE)), "spills in a loop"),
         (dict(shared_bytes=166913), "needs 166913 bytes of shared memory, the part has 166912"),
         (dict(tensor_core_instructions=0), "has no tensor-core instructions"),
         (dict(tensor_core_instructions=0, kernel="delta"), None),
@@ -141,8 +146,6 @@ def test_the_fused_backward_takes_the_place_of_two_kernels():
     assert names == ["forward", "delta", "backward_fused"]
 
 
-LOOP = ProductLoop(instructions=480, exponentials=66, covered=66, spills=0)
-EDGE = ProductLoop(instructions=860, exponentials=66, covered=64, spills=3)
 HOPPER = replace(GOOD, kernel="hopper_forward", arch="sm_90", loops=(LOOP, LOOP, EDGE, EDGE))
 
 
@@ -232,7 +235,8 @@ def test_a_tile_that_is_too_large_is_found(ready_to_compile):
     (report,) = aot.compile_case(aot.Case("sm_80", spec, Tiles(huge, huge, huge)), ["forward"])
     assert report.spill_bytes > 100
     assert report.shared_bytes > aot.PARTS["sm_80"].shared_memory
-    assert len(report.problems()) == 2
+    assert len(report.problems()) == 3
+    assert "spills in a loop" in report.problems()
 
 
 def test_what_does_not_compile_is_reported(ready_to_compile):
