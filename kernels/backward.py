@@ -8,8 +8,9 @@ dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -23,13 +24,13 @@ from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import DENSE, NONE, Mask
 from flash_attend.kernels.operands import (
-    Strides,
+    HeadsLayout,
     aligned_strides,
     call_arguments,
     call_choices,
-    empty_like_heads,
     key_section,
     key_sizes,
+    layout_like_heads,
     query_section,
     query_sizes,
     readable,
@@ -40,7 +41,7 @@ from flash_attend.kernels.schedule import Planes, Schedule, transposed_lists
 from flash_attend.kernels.scores import LOG2E, scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
 from flash_attend.kernels.tiles import Tile, clear_rows, row_products, scaled, zeros
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward", "empty_gradients", "prepare_statistics"]
@@ -505,11 +506,25 @@ def empty_gradients(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Where a backward writes the gradients of q, k and v that are `needed`."""
-    needs_q, needs_k, needs_v = needed
+    strides = tuple(readable(tensor).stride() for tensor in (q, k, v))
+    grad_q, grad_k, grad_v = gradient_layouts(spec, strides, needed)
     return (
-        empty_like_heads(readable(q), spec.heads, spec.head_dim) if needs_q else None,
-        empty_like_heads(readable(k), spec.kv_heads, spec.head_dim) if needs_k else None,
-        empty_like_heads(readable(v), spec.kv_heads, spec.value_dim) if needs_v else None,
+        None if grad_q is None else q.new_empty_strided(*grad_q),
+        None if grad_k is None else k.new_empty_strided(*grad_k),
+        None if grad_v is None else v.new_empty_strided(*grad_v),
+    )
+
+
+def gradient_layouts(
+    spec: AttentionSpec, strides: Sequence[Strides], needed: Sequence[bool]
+) -> tuple[HeadsLayout | None, ...]:
+    """Sizes and strides of the gradients that are `needed`, of q, k and v with these strides."""
+    of_queries, of_keys = query_sizes(spec), key_sizes(spec)
+    heads = (of_queries, spec.heads), (of_keys, spec.kv_heads), (of_keys, spec.kv_heads)
+    dims = spec.head_dim, spec.head_dim, spec.value_dim
+    return tuple(
+        layout_like_heads(sizes, of_input, n_heads, dim) if need else None
+        for (sizes, n_heads), of_input, dim, need in zip(heads, strides, dims, needed, strict=True)
     )
 
 
@@ -535,39 +550,98 @@ def attention_backward(
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
-    schedule = schedule.contiguous()
-    delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
+    strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
+    backward = _prepare(spec, tiles, tuple(needed), schedule.planes, grad_lse is not None, *strides)
+    return backward(grad_out, grad_lse, Operands(q, k, v, operands.mask, operands.seed), out, lse, schedule)
 
-    grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
-    inputs = q, k, v, grad_out
-    statistics = lse_log2, delta, schedule.visible
-    strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
-    by_keys = grad_k is not None or grad_v is not None
-    fused = by_keys and grad_q is not None and tiles.backward_fused is not None
-    sum_q = torch.zeros(grad_q.shape, dtype=spec.accumulator_dtype, device=q.device) if fused else None
-    if by_keys:
-        of_k, of_v = grad_k if grad_k is None else grad_k.stride(), grad_v if grad_v is None else grad_v.stride()
-        prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, of_k, of_v)
-        lists = transposed_lists(schedule)
-        launch(prepared, *inputs, grad_k, grad_v, sum_q, *statistics, lists, operands.seed)
-    if fused:
-        torch.mul(sum_q, abs(spec.scale), out=grad_q)
-    elif grad_q is not None:
-        prepared = _prepare_q(spec, tiles, schedule.planes, aligned(k, v), *strides, grad_q.stride())
-        launch(prepared, *inputs, grad_q, *statistics, schedule.lists, operands.seed)
-    return grad_q, grad_k, grad_v
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """The backward of calls that differ in nothing but what their tensors hold: it allocates and launches."""
+
+    spec: AttentionSpec
+    grads: tuple[HeadsLayout | None, ...]  # of q, k and v
+    statistics: Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]  # as `prepare_statistics`
+    by_keys: Prepared | None  # None where neither k nor v needs a gradient
+    fused: bool
+    by_queries: tuple[Prepared, Prepared] | None  # where k and v do not begin where bulk copies can read, and where
+
+    def __call__(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        operands: Operands,
+        out: Tensor,
+        lse: Tensor,
+        schedule: Schedule,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As `attention_backward`."""
+        q, k, v, _, seed = operands
+        visible, lists, _ = schedule = schedule.contiguous()
+        delta, lse_log2 = self.statistics(grad_out, grad_lse, out, lse)
+        grad_q, grad_k, grad_v = [None if layout is None else q.new_empty_strided(*layout) for layout in self.grads]
+        inputs = q, k, v, grad_out
+        statistics = lse_log2, delta, visible
+        if self.by_keys is not None:
+            sum_q = torch.zeros(grad_q.shape, dtype=lse.dtype, device=q.device) if self.fused else None
+            launch(self.by_keys, *inputs, grad_k, grad_v, sum_q, *statistics, transposed_lists(schedule), seed)
+            if self.fused:
+                torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
+        if self.by_queries is not None:
+            launch(self.by_queries[aligned(k, v)], *inputs, grad_q, *statistics, lists, seed)
+        return grad_q, grad_k, grad_v
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    needed: tuple[bool, bool, bool],
+    planes: int,
+    with_lse: bool,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    grad_out: Strides,
+    out: Strides,
+) -> Backward:
+    grads = gradient_layouts(spec, (q, k, v), needed)
+    of_q, of_k, of_v = (None if layout is None else layout[1] for layout in grads)
+    by_keys = of_k is not None or of_v is not None
+    fused = by_keys and of_q is not None and tiles.backward_fused is not None
+    strides = q, k, v, grad_out
+    return Backward(
+        spec,
+        grads,
+        partial(_launch_delta, _prepare_delta(spec, tiles, out, grad_out, with_lse), _statistics_layout(spec)),
+        _prepare_kv(spec, tiles, fused, planes, *strides, of_k, of_v) if by_keys else None,
+        fused,
+        None
+        if of_q is None or fused
+        else tuple(_prepare_q(spec, tiles, planes, at_hand, *strides, of_q) for at_hand in (False, True)),
+    )
 
 
 def prepare_statistics(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, spec: AttentionSpec, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """What every backward kernel reads of each query: delta and the LSE in base 2, `(b, h, i)` with i padded."""
+    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
+    return _launch_delta(prepared, _statistics_layout(spec), grad_out, grad_lse, out, lse)
+
+
+def _statistics_layout(spec: AttentionSpec) -> HeadsLayout:
     longest = LONGEST_TILE.value
-    shape = spec.batch, spec.heads, -(-spec.queries // longest) * longest  # `triton.cdiv` takes a microsecond
-    delta, lse_log2 = lse.new_empty(shape), lse.new_empty(shape)
+    padded = -(-spec.queries // longest) * longest  # `triton.cdiv` takes a microsecond
+    return (spec.batch, spec.heads, padded), (spec.heads * padded, padded, 1)
+
+
+def _launch_delta(
+    prepared: Prepared, layout: HeadsLayout, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    delta, lse_log2 = lse.new_empty_strided(*layout), lse.new_empty_strided(*layout)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
-    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
     launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
     return delta, lse_log2
 

@@ -132,10 +132,11 @@ def nothing_prepared() -> Iterator[None]:
     """Every launch is prepared anew, by this test and by the next."""
     prepare = (
         forward._prepare,
+        backward._prepare,
         backward._prepare_delta,
         backward._prepare_kv,
         backward._prepare_q,
-        schedule._prepare_keys,
+        schedule.plan_schedule,
     )
     for function in prepare:
         function.cache_clear()
@@ -229,6 +230,7 @@ def test_a_forward_allocates_and_no_more(warm: Callable, mode: str) -> None:
     """Beside its outputs, its seed and its schedule, a call asks nothing of torch: no copy, no arithmetic."""
     found = operators(warm(mode, "forward"))
     allocations = {"plain": 2, "causal": 2, "key mask": 4, "dropout": 3}[mode]
-    assert found["aten::empty"] == allocations
+    assert found["aten::empty"] + found["aten::empty_strided"] == allocations
     random = {"aten::randint", "aten::random_"} if mode == "dropout" else set()
-    assert set(found) <= {"aten::empty", "aten::new_empty", "aten::view", "aten::detach", *random}
+    ways = {"aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+    assert set(found) <= {*ways, "aten::view", "aten::detach", *random}
