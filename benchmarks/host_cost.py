@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from flash_attend import flash_attention, functional
+from flash_attend import flash_attention
 from flash_attend.checks import normalise_inputs
 from flash_attend.kernels import aot, backward, forward, schedule
-from flash_attend.kernels.configs import Tiles, select_tiles
+from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec
+from flash_attend.plans import plan_call
 from flash_attend.target import DeviceTarget
 
 ARCH = "sm_90"
@@ -43,15 +43,16 @@ PART = aot.PARTS[ARCH]
 SHAPE = (2, 4, 64, 64)  # (b, h, n, d): of no account, nothing is computed
 TINY = (1, 1, 1, 8)  # for PyTorch's own attention, which does compute
 MODES = {"plain": {}, "key mask": dict(mask=True), "causal": dict(causal=True), "dropout": dict(dropout_p=0.1)}
+PLAIN = dict(mask=None, causal=False, scale=None, dropout_p=0.0, deterministic=None)
 CALLS = 20  # of one stage, before the next one's turn
 
 STAGES = {
     "sdpa": "PyTorch's own call, forward",
     "forward": "our call, forward",
-    "checks": "of it: the arguments are checked and described",
-    "dispatch": "of it: the backend and its tiles are chosen",
+    "plan": "of it: what is known of such a call is looked up",
     "preparation": "of it: outputs, schedule, layouts and arguments",
     "launches": "of it: from a kernel and its arguments to the launcher",
+    "sdpa without gradients": "PyTorch's own call, forward, under torch.no_grad()",
     "without gradients": "our call, forward, under torch.no_grad()",
     "sdpa with gradients": "PyTorch's own call, forward and backward",
     "with gradients": "our call, forward and backward",
@@ -104,13 +105,6 @@ def replay(launches: list[Launch]) -> None:
         launch(one.prepared, *one.tensors)
 
 
-def dispatched(spec: AttentionSpec, device: torch.device) -> Tiles | None:
-    """As a call does it: the plan is looked up."""
-    target = DeviceTarget.of(device)
-    plan = functional._choose_once(spec, target, "triton", None)
-    return plan.backend.tiles(spec, target, plan.backward)
-
-
 def stages(mode: str) -> dict[str, Callable[[], object]]:
     """What is timed in a mode; to be called on the part, the preparations without launches."""
     q, k, v = (torch.zeros(SHAPE, dtype=torch.float16, requires_grad=True) for _ in range(3))
@@ -139,10 +133,10 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
     return {
         "sdpa": sdpa,
         "forward": call,
-        "checks": partial(normalise_inputs, q, k, v, **options),
-        "dispatch": partial(dispatched, spec, q.device),
+        "plan": partial(plan_call, q, k, v, **PLAIN | options, backend="triton"),
         "preparation": prepare,
         "launches": partial(replay, of_forward),
+        "sdpa without gradients": torch.no_grad()(sdpa),
         "without gradients": torch.no_grad()(call),
         "sdpa with gradients": lambda: torch.autograd.grad(sdpa(), tiny, tiny[0].detach()),
         "with gradients": lambda: torch.autograd.grad(call(), (q, k, v), out),
@@ -177,9 +171,9 @@ def as_table(rows: list[Row]) -> str:
     """The rows for people: a line for each stage, a column for each mode."""
     modes = list(dict.fromkeys(row.mode for row in rows))
     cells = {(row.stage, row.mode): f"{row.median_us:.1f} ({row.iqr_us:.1f})" for row in rows}
-    lines = [f"{'microseconds a call: median (interquartile range)':<82}" + "".join(f"{mode:>16}" for mode in modes)]
+    lines = [f"{'microseconds a call: median (interquartile range)':<84}" + "".join(f"{mode:>16}" for mode in modes)]
     for stage, meaning in STAGES.items():
-        lines.append(f"{stage:<22}{meaning:<60}" + "".join(f"{cells[stage, mode]:>16}" for mode in modes))
+        lines.append(f"{stage:<24}{meaning:<60}" + "".join(f"{cells[stage, mode]:>16}" for mode in modes))
     return "\n".join(lines)
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_attend.operands import Operands
+from flash_attend.operands import Layouts, Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, release
@@ -42,6 +42,8 @@ class Functions(NamedTuple):
     forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, schedule
     backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
+    # (spec, tiles, layouts) -> `forward` of all operands with these layouts, with only these left to hand over
+    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +90,11 @@ def _try_import(name: str) -> str:
     except Exception as error:  # a broken installation raises anything
         return f"its kernels cannot be imported ({type(error).__name__}: {error})"
     return ""
+
+
+def _plan_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `plan_forward` of a forward that is called as it is."""
+    return lambda spec, tiles, layouts: partial(forward, spec=spec, tiles=tiles)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,9 +148,9 @@ def _refuse_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
 def _load_triton() -> Functions:
     from flash_attend.kernels.backward import attention_backward
     from flash_attend.kernels.configs import select_tiles
-    from flash_attend.kernels.forward import attention_forward
+    from flash_attend.kernels.forward import attention_forward, plan_forward
 
-    return Functions(attention_forward, attention_backward, select_tiles)
+    return Functions(attention_forward, attention_backward, select_tiles, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def _load_hopper() -> Functions:
     from flash_attend.kernels.hopper.backward import attention_backward
     from flash_attend.kernels.hopper.forward import attention_forward
 
-    return Functions(attention_forward, attention_backward, select_hopper_tiles)
+    return Functions(attention_forward, attention_backward, select_hopper_tiles, _plan_nothing(attention_forward))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +200,9 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None)
+    return Functions(
+        _einsum_forward, _einsum_backward, lambda spec, target, backward: None, _plan_nothing(_einsum_forward)
+    )
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:

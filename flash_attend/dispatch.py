@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
+from flash_attend.generation import renew
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget, release
 from flash_attend.validation import EVIDENCE, Evidence, EvidenceTable
@@ -38,6 +39,7 @@ class Plan:
     backward: BackwardName
     reason: str
     backward_reason: str
+    fallback: str = ""  # why the einsum path serves where "auto" was asked for on a CUDA device; else empty
 
     @property
     def name(self) -> str:
@@ -75,7 +77,9 @@ def choose(
         by_default, reason = _stand(candidate, spec, target, evidence)
         if by_default:
             others = [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
-            return _plan(candidate, spec, target, evidence, "; ".join([*others, reason]))
+            plan = _plan(candidate, spec, target, evidence, "; ".join([*others, reason]))
+            left = plan.backward == "einsum" and target.device_type == "cuda" and not target.absent
+            return replace(plan, fallback=plan.reason) if left else plan
         passed_over.setdefault(reason, []).append(candidate.name)
     raise AssertionError("the last backend serves every call")
 
@@ -134,15 +138,12 @@ def override_backward(backward: BackwardName) -> Iterator[None]:
     """Within this context gradients come by this backward wherever it can serve: for tests and tuning."""
     global _override
     outer, _override = _override, backward
+    renew()
     try:
         yield
     finally:
         _override = outer
-
-
-def overridden_backward() -> BackwardName | None:
-    """What `override_backward` says at the moment."""
-    return _override
+        renew()
 
 
 def _plan(backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable, reason: str) -> Plan:

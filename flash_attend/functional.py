@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from flash_attend.autograd import attend
+from flash_attend.autograd import attend, attend_by_operators
 from flash_attend.checks import is_dense, normalise_inputs
-from flash_attend.dispatch import Plan, check_backend, choose, overridden_backward
+from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
-from flash_attend.operands import Operands
 from flash_attend.options import check_flag
-from flash_attend.spec import CALLS_KEPT, AttentionSpec
+from flash_attend.plans import plan_call
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, has_autocast, jit_traced, sharded, traced
+from flash_attend.tracing import autocasting, constant_when_compiled, has_autocast, jit_traced, sharded, traced
 
 __all__ = ["flash_attention"]
 
@@ -119,31 +118,23 @@ def flash_attention(
             backend=backend,
         )
         return attend_locally(here, q, k, v, mask, dropout_p)
-    q, k, v = autocast(q, k, v)
-    (q, k, v, mask, _), spec = normalise_inputs(
-        q,
-        k,
-        v,
-        mask=mask,
-        causal=causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        opaque=opaque,
-    )
-    target = DeviceTarget.of(q.device)
-    check_backend(backend)
-    plan = choose(spec, target, backend) if opaque else _choose_once(spec, target, backend, overridden_backward())
-    if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
-        _warn_once(plan.reason)
-    seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, target, return_lse=return_lse, opaque=opaque)
+    if opaque:  # lengths may be symbols, by which nothing can be looked up
+        q, k, v = autocast(q, k, v)
+        operands, spec = normalise_inputs(
+            q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
+        )
+        plan = choose(spec, DeviceTarget.of(q.device), backend)
+        seed = draw_seed(q.device) if spec.dropout_p > 0 else None
+        out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
+    else:
+        if autocasting():
+            q, k, v = autocast(q, k, v)
+        call = plan_call(q, k, v, mask, causal, scale, dropout_p, deterministic, backend)
+        plan = call.plan
+        out, lse = attend(call.operands(q, k, v, mask), call, return_lse=return_lse)
+    if plan.fallback:
+        _warn_once(plan.fallback)
     return (out, cast(Tensor, lse)) if return_lse else out
-
-
-@lru_cache(maxsize=CALLS_KEPT)
-def _choose_once(spec: AttentionSpec, target: DeviceTarget, backend: str, overridden: str | None) -> Plan:
-    return choose(spec, target, backend)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -77,8 +77,8 @@ def reading_keys(
 class _Checked(TensorDescriptor):
     """One whose layout was found fit already: Triton would look at it again at every launch."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
 
 
 def _with_blocks(of_k: tuple, of_v: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:

@@ -1,0 +1,77 @@
+"""What is left to do of a call: worked out once, and then looked up by everything that it depends on but the values of
+its tensors, which it therefore does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from flash_attend.backends import Functions
+from flash_attend.checks import Facts, Options, check_call, facts_of, layouts_of, options_of, view_operands
+from flash_attend.dispatch import Plan, check_backend, choose
+from flash_attend.dropout import draw_seed
+from flash_attend.generation import generation
+from flash_attend.operands import Operands
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
+from flash_attend.target import DeviceTarget
+
+if TYPE_CHECKING:
+    from flash_attend.kernels.configs import Tiles
+
+__all__ = ["CallPlan", "plan_call"]
+
+
+class CallPlan(NamedTuple):
+    """A call that was checked and given to a backend, for all tensors of the same kinds, sizes and strides."""
+
+    spec: AttentionSpec
+    plan: Plan
+    functions: Functions
+    tiles: Tiles | None
+    forward: Callable[[Operands], Any]  # `functions.forward` of operands with the layouts of the call
+    mask_sizes: tuple[int, int, int]
+    as_given: bool  # the operands are the tensors themselves, none of them a view
+
+    def operands(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Operands:
+        """The operands of a call; where it drops weights, with a new seed."""
+        seed = draw_seed(q.device) if self.spec.dropout_p > 0 else None
+        if self.as_given:
+            return Operands(q, k, v, mask, seed)
+        return view_operands(q, k, v, mask, self.spec, self.mask_sizes)._replace(seed=seed)
+
+
+def plan_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    deterministic: bool | None,
+    backend: str,
+) -> CallPlan:
+    """The plan of a call of plain tensors, with what torch is set to at the moment.
+
+    Raises what the checks and the dispatcher raise; of such calls nothing is kept.
+    """
+    facts = facts_of("q", q), facts_of("k", k), facts_of("v", v), None if mask is None else facts_of("mask", mask)
+    options = options_of(q, causal, scale, dropout_p, deterministic)
+    check_backend(backend)
+    return _work_out(facts, options, backend, DeviceTarget.of(q.device), generation())
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _work_out(facts: Facts, options: Options, backend: str, target: DeviceTarget, generation: object) -> CallPlan:
+    spec, mask_sizes = check_call(facts, options)
+    plan = choose(spec, target, backend)
+    functions = plan.backend.load()
+    tiles = functions.tiles(spec, target, plan.backward)
+    forward = functions.plan_forward(spec, tiles, layouts_of(facts, spec, mask_sizes))
+    _, of_k, of_v, of_mask = facts
+    as_given = len(of_k[0]) == len(of_v[0]) == 4 and spec.kv_heads > 0
+    as_given = as_given and (of_mask is None or of_mask[0] == (*mask_sizes, spec.keys))
+    return CallPlan(spec, plan, functions, tiles, forward, mask_sizes, as_given)
