@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from flash_attend import flash_attention
 from flash_attend.checks import normalise_inputs
+from flash_attend.generation import renew
 from flash_attend.kernels import aot, backward, forward, schedule
 from flash_attend.kernels.configs import select_tiles
 from flash_attend.kernels.launch import Launch, launch, recorded_launches
@@ -88,7 +89,9 @@ class Deviceless(aot.Part):
 def on_the_part() -> Iterator[None]:
     """Within this context CPU tensors are served as if they lay on the part."""
     with aot.compiled_for(ARCH, Deviceless), mock.patch.object(DeviceTarget, "of", lambda device: PART):
+        renew()
         yield
+    renew()
 
 
 @contextmanager

@@ -41,14 +41,12 @@ __all__ = ["attend", "attend_by_operators"]
 
 
 def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)` of plain tensors, computed as planned. Without `return_lse` the lse may
-    be None."""
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as planned, of plain tensors and where nobody watches but the
+    einsum path. Without `return_lse` the lse may be None."""
     spec, plan = call.spec, call.plan
     if plan.backward == "einsum":
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
-    if watched():
-        return attend_by_operators(operands, spec, plan, return_lse=return_lse)
     forward = call.forward
     q, k, v, mask, _ = operands
     if lazy(q, k, v, mask):

@@ -34,12 +34,12 @@ FORMS = {"q": "(b, h, i, d)", "k": "(b, hk, j, d) or (b, j, d)", "v": "(b, hk, j
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-Facts = tuple[tuple, tuple, tuple, tuple | None]  # what is known of q, k, v and the mask, each as in `_Facts`
+Facts = tuple[tuple, tuple, tuple, tuple | None]  # what is known of q, k, v and the mask, each as in `TensorFacts`
 # causal, scale, dropout_p, deterministic, and how float32 products are computed
 Options = tuple[bool, float | None, float, bool, str]
 
 
-class _Facts(NamedTuple):
+class TensorFacts(NamedTuple):
     """A tensor without its values: all that is checked of it, and so what the result is looked up by."""
 
     shape: tuple[int, ...]
@@ -59,10 +59,14 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def facts_of(name: str, tensor: Any) -> tuple:
-    """What a `_Facts` is made of: looked up by, in half the time. Raises `TypeError` for what is no dense tensor."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:  # as few are
+    """What `TensorFacts` are made of: looked up by, in half the time. Raises `TypeError` unless the tensor is dense."""
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided:  # as few are
         _check_dense(name, tensor)
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    try:
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    except RuntimeError:  # a nested tensor has neither
+        _check_dense(name, tensor)
+        raise
 
 
 def _check_dense(name: str, tensor: object) -> None:
@@ -73,7 +77,7 @@ def _check_dense(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a dense strided tensor, got a {kind}{type(tensor).__name__}")
 
 
-def _check_tensors(q: _Facts, k: _Facts, v: _Facts, mask: _Facts | None) -> None:
+def _check_tensors(q: TensorFacts, k: TensorFacts, v: TensorFacts, mask: TensorFacts | None) -> None:
     """Each by itself, and whether they are of one kind."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         rank = len(tensor.shape)
@@ -91,7 +95,7 @@ def _check_tensors(q: _Facts, k: _Facts, v: _Facts, mask: _Facts | None) -> None
             raise ValueError(f"{name} must be on q's device {q.device}, got {other.device}")
 
 
-def _check_shapes(q: _Facts, k: _Facts, v: _Facts) -> None:
+def _check_shapes(q: TensorFacts, k: TensorFacts, v: TensorFacts) -> None:
     """Whether q, k and v fit each other."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, value_heads = (x.shape[1] if len(x.shape) == 4 else 1 for x in (k, v))
@@ -114,7 +118,7 @@ def _check_shapes(q: _Facts, k: _Facts, v: _Facts) -> None:
             raise ValueError(f"{name} is {length} long, the limit is {LARGEST_LENGTH}")
 
 
-def _check_mask(mask: _Facts, full: tuple[int, ...]) -> tuple[int, int, int]:
+def _check_mask(mask: TensorFacts, full: tuple[int, ...]) -> tuple[int, int, int]:
     """The sizes `(b|1, h|1, i|1)` that a mask for `full = (b, h, i, j)` is read with: 1 along a dimension that was
     expanded (stride 0)."""
     batch, *_, keys = full
@@ -146,7 +150,7 @@ def _view_mask(mask: Tensor, sizes: tuple[int, int, int], keys: int) -> Tensor:
     return mask if mask.shape[3] == keys else mask.expand(-1, -1, -1, keys)
 
 
-def _with_heads(q: _Facts, tensor: _Facts) -> tuple[int, ...]:
+def _with_heads(q: TensorFacts, tensor: TensorFacts) -> tuple[int, ...]:
     """The shape `(b, hk, j, d)` that k or v is read with: one head where it names none, none where q has none."""
     heads = tensor.shape[1] if len(tensor.shape) == 4 else 1
     return tensor.shape[0], heads if q.shape[1] else 0, *tensor.shape[-2:]
@@ -202,8 +206,8 @@ def options_of(q: Tensor, causal: bool, scale: float | None, dropout_p: float, d
 def check_call(facts: Facts, options: Options) -> tuple[AttentionSpec, tuple[int, int, int]]:
     """The spec of a call, by `facts_of` its tensors and its `options_of`, and the sizes `(b|1, h|1, i|1)` that its mask
     is read with."""
-    q, k, v = (_Facts(*of_tensor) for of_tensor in facts[:3])
-    mask = None if facts[3] is None else _Facts(*facts[3])
+    q, k, v = (TensorFacts(*of_tensor) for of_tensor in facts[:3])
+    mask = None if facts[3] is None else TensorFacts(*facts[3])
     causal, scale, dropout_p, deterministic, precision = options
     _check_tensors(q, k, v, mask)
     _check_shapes(q, k, v)
@@ -226,7 +230,7 @@ def view_operands(
 
 def layouts_of(facts: Facts, spec: AttentionSpec, mask_sizes: tuple[int, int, int]) -> Layouts:
     """How the operands of a call will lie, by `facts_of` its tensors. The strides of a dimension of size 1 are any."""
-    q, k, v = (_Facts(*of_tensor).stride for of_tensor in facts[:3])
+    q, k, v = (TensorFacts(*of_tensor).stride for of_tensor in facts[:3])
     k, v = ((x[0], 0, *x[1:]) if len(x) == 3 else x for x in (k, v))
     if facts[3] is None:
         return Layouts(q, k, v)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, partial
-from typing import Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,15 @@ from flash_attend.dropout import draw_seed
 from flash_attend.options import check_flag
 from flash_attend.plans import plan_call
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import autocasting, constant_when_compiled, has_autocast, jit_traced, sharded, traced
+from flash_attend.tracing import (
+    constant_when_compiled,
+    has_autocast,
+    jit_traced,
+    sharded,
+    traced,
+    undisturbed,
+    watched,
+)
 
 __all__ = ["flash_attention"]
 
@@ -102,36 +110,51 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    return_lse = check_flag("return_lse", return_lse)
+    if undisturbed(q, k, v, mask):
+        call = plan_call(q, k, v, mask, causal, scale, dropout_p, deterministic, backend)
+        out, lse = attend(call.operands(q, k, v, mask), call, return_lse=return_lse)
+        if call.plan.fallback:
+            _warn_once(call.plan.fallback)
+        return (out, cast(Tensor, lse)) if return_lse else out
+    return _attend_watched(q, k, v, mask, causal, scale, dropout_p, return_lse, deterministic, backend)
+
+
+def _attend_watched(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    deterministic: bool | None,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
-    return_lse = check_flag("return_lse", return_lse)
+    options: dict[str, Any] = dict(causal=causal, scale=scale, deterministic=deterministic)
     opaque = traced(q, k, v, mask)
     if opaque and sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        here = partial(
-            flash_attention,
-            causal=causal,
-            scale=scale,
-            return_lse=return_lse,
-            deterministic=deterministic,
-            backend=backend,
-        )
+        here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
         return attend_locally(here, q, k, v, mask, dropout_p)
+    q, k, v = autocast(q, k, v)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
-        q, k, v = autocast(q, k, v)
-        operands, spec = normalise_inputs(
-            q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
-        )
+        operands, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p, **options)
         plan = choose(spec, DeviceTarget.of(q.device), backend)
         seed = draw_seed(q.device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
-        if autocasting():
-            q, k, v = autocast(q, k, v)
-        call = plan_call(q, k, v, mask, causal, scale, dropout_p, deterministic, backend)
-        plan = call.plan
-        out, lse = attend(call.operands(q, k, v, mask), call, return_lse=return_lse)
+        call = plan_call(q, k, v, mask, dropout_p=dropout_p, backend=backend, **options)
+        operands, plan = call.operands(q, k, v, mask), call.plan
+        if plan.backward != "einsum" and watched():
+            out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
+        else:
+            out, lse = attend(operands, call, return_lse=return_lse)
     if plan.fallback:
         _warn_once(plan.fallback)
     return (out, cast(Tensor, lse)) if return_lse else out

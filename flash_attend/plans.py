@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from flash_attend.backends import Functions
-from flash_attend.checks import Facts, Options, check_call, facts_of, layouts_of, options_of, view_operands
+from flash_attend.checks import Facts, Options, TensorFacts, check_call, facts_of, layouts_of, options_of, view_operands
 from flash_attend.dispatch import Plan, check_backend, choose
 from flash_attend.dropout import draw_seed
 from flash_attend.generation import generation
@@ -61,12 +61,13 @@ def plan_call(
     facts = facts_of("q", q), facts_of("k", k), facts_of("v", v), None if mask is None else facts_of("mask", mask)
     options = options_of(q, causal, scale, dropout_p, deterministic)
     check_backend(backend)
-    return _work_out(facts, options, backend, DeviceTarget.of(q.device), generation())
+    return _work_out(facts, options, backend, generation())
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _work_out(facts: Facts, options: Options, backend: str, target: DeviceTarget, generation: object) -> CallPlan:
+def _work_out(facts: Facts, options: Options, backend: str, generation: object) -> CallPlan:
     spec, mask_sizes = check_call(facts, options)
+    target = DeviceTarget.of(TensorFacts(*facts[0]).device)
     plan = choose(spec, target, backend)
     functions = plan.backend.load()
     tiles = functions.tiles(spec, target, plan.backward)

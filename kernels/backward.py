@@ -19,9 +19,9 @@ from torch import Tensor
 
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.descriptors import aligned, reading_keys
+from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
-from flash_attend.kernels.launch import Prepared, launch
+from flash_attend.kernels.launch import Prepared, begin_aligned, launch
 from flash_attend.kernels.mask import DENSE, NONE, Mask
 from flash_attend.kernels.operands import (
     HeadsLayout,
@@ -588,7 +588,7 @@ class Backward:
             if self.fused:
                 torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
         if self.by_queries is not None:
-            launch(self.by_queries[aligned(k, v)], *inputs, grad_q, *statistics, lists, seed)
+            launch(self.by_queries[begin_aligned(k, v)], *inputs, grad_q, *statistics, lists, seed)
         return grad_q, grad_k, grad_v
 
 

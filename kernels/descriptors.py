@@ -15,21 +15,13 @@ from flash_attend.kernels.configs import SMALLEST_PART, Tile, head_parts, kind_o
 from flash_attend.kernels.operands import key_sizes
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["aligned", "block_strides", "readable_in_bulk", "reading_keys"]
+__all__ = ["block_strides", "readable_in_bulk", "reading_keys"]
 
 HandOver = Callable[[tuple[Tensor | None, ...]], tuple]
 
 ALIGNMENT = 16  # bytes: of addresses and strides
 LARGEST_STRIDE = 2**40  # bytes
 SHORT = 64  # of a vector: whole tiles of such fit by pointers too
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether bulk copies can read from where these tensors begin."""
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % ALIGNMENT == 0
 
 
 def readable_in_bulk(sizes: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
@@ -82,5 +74,4 @@ class _Checked(TensorDescriptor):
 
 
 def _with_blocks(of_k: tuple, of_v: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
-    q, k, v, *others = tensors
-    return q, _Checked(k, *of_k), _Checked(v, *of_v), *others
+    return tensors[0], _Checked(tensors[1], *of_k), _Checked(tensors[2], *of_v), *tensors[3:]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.descriptors import aligned, reading_keys
+from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
-from flash_attend.kernels.launch import Prepared, launch
+from flash_attend.kernels.launch import ALIGNMENT, Prepared, begin_aligned, launch
 from flash_attend.kernels.mask import NONE, Mask
 from flash_attend.kernels.operands import (
     HeadsLayout,
@@ -212,8 +212,9 @@ class Forward:
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         schedule = self.schedule(mask)
-        prepared = self.in_bulk if aligned(k, v) else self.by_pointers
-        launch(prepared, q, k, v, out, lse, schedule.visible, schedule.lists, seed)
+        aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
+        prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
+        launch(prepared, q, k, v, out, lse, schedule.visible, schedule.lists, seed, aligned=aligned)
         return out, lse, schedule
 
 

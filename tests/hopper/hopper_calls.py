@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flash_attend.backends import BackwardName
 from flash_attend.checks import normalise_inputs
+from flash_attend.generation import renew
 from flash_attend.kernels import launch as launching
 from flash_attend.kernels.configs import Tiles, select_hopper_tiles
 from flash_attend.kernels.hopper.backward import attention_backward
@@ -74,16 +75,20 @@ def poisoned(call: Call) -> Call:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def on_h100(part: DeviceTarget = H100):
+@contextmanager
+def on_h100(part: DeviceTarget = H100) -> Iterator[None]:
     """Within this context every tensor is on that part, as far as the package asks."""
-    return mock.patch.object(DeviceTarget, "of", staticmethod(lambda device: part))
+    with mock.patch.object(DeviceTarget, "of", staticmethod(lambda device: part)):
+        renew()
+        yield
+    renew()
 
 
 @contextmanager
 def emulated(part: DeviceTarget = H100, **options) -> Iterator[None]:
     """Within this context kernels in Gluon run in the emulator, on CPU tensors; what others do, is worked out here."""
 
-    def run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
+    def run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int, aligned: bool) -> None:
         name = prepared.kernel.__name__
         if name in STAND_INS:
             STAND_INS[name](prepared, *tensors)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flash_attend import BackendUnavailable, backends, explain, flash_attention, functional, validation
+from flash_attend.generation import renew
 from flash_attend.target import DeviceTarget
 from flash_attend.validation import Evidence
 
@@ -27,8 +28,11 @@ def on(monkeypatch: pytest.MonkeyPatch):
 
     def set_target(target: DeviceTarget) -> None:
         monkeypatch.setattr(DeviceTarget, "of", staticmethod(lambda device: target))
+        renew()
 
-    return set_target
+    yield set_target
+    monkeypatch.undo()
+    renew()
 
 
 @pytest.fixture(autouse=True)
