@@ -97,8 +97,10 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: tuple) -> Tensor | tuple[Tensor, Tensor]:
         operands, forward, call, return_lse = planned
         out, lse, schedule = forward(operands)
-        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
-        ctx.call, ctx.schedule_of = call, type(schedule)
+        _, _, _, mask, seed = operands
+        others = () if mask is None and seed is None else (_savable(mask), seed, *schedule)
+        ctx.save_for_backward(q, k, v, out, lse, *others)
+        ctx.call = call, type(schedule)
         if not return_lse:  # an output costs a microsecond
             return out
         ctx.set_materialize_grads(False)
@@ -106,14 +108,15 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        call, needed, saved = ctx.call, ctx.needs_input_grad[:3], ctx.saved_tensors
+        (call, schedule_of), needed, saved = ctx.call, ctx.needs_input_grad[:3], ctx.saved_tensors
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
         # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
         if not by_operators and lazy(*saved, grad_out, grad_lse):
             saved, grad_out, grad_lse = map(settled, saved), settled(grad_out), settled(grad_lse)
-        q, k, v, mask, seed, out, lse, *schedule = saved
-        operands, schedule = Operands(q, k, v, mask, seed), ctx.schedule_of(*schedule)
+        q, k, v, out, lse, *others = saved
+        mask, seed, *of_mask = others or (None, None)
+        operands, schedule = Operands(q, k, v, mask, seed), schedule_of(*of_mask)
         if by_operators:
             numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
