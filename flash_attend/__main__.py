@@ -119,14 +119,14 @@ LONGEST_CHECK = 300.0  # seconds for one variant, most of them for compiling
 
 
 def check_all(
-    asked: Sequence[tuple[torch.device, Variant]], *, limit: float = LONGEST_CHECK, function: str = CHECK
+    asked: Sequence[tuple[torch.device, Variant]], limit: float = LONGEST_CHECK
 ) -> dict[tuple[torch.device, Variant], Finding]:
     """The findings by device and variant, each of a check of its own: a family of variants in one process, which may
     crash or take longer than `limit` seconds and then costs that variant alone. What died before is tried again."""
     findings = {}
     with tqdm(total=len(asked), unit="variant", desc="checking", file=sys.stderr, disable=None) as bar:
         for _, family in groupby(asked, key=lambda one: (one[0], one[1].backend, one[1].backward, one[1].kind[:2])):
-            with Isolated(function) as process:
+            with Isolated(CHECK) as process:
                 for device, variant in family:
                     try:
                         finding = Finding(*process.ask([str(device), variant], limit))
@@ -146,7 +146,7 @@ def _check(options: argparse.Namespace) -> int:
         return 0
     before = {one: Store.of(one[0]).finding(one[1]) for one in asked}
     findings = {one: found for one, found in before.items() if found and found.right and not options.again}
-    findings |= check_all([one for one in asked if one not in findings], limit=options.limit)
+    findings |= check_all([one for one in asked if one not in findings], options.limit)
     for (device, variant), finding in findings.items():
         print(f"{'right' if finding.right else 'WRONG'}  {device} {variant}: {finding.reason}")
     wrong = sum(not finding.right for finding in findings.values())

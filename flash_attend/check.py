@@ -213,10 +213,10 @@ def _spec_of(variant: Variant) -> AttentionSpec:
 def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -> SmallCall:
     """A call of a variant whose tiles have at most so many queries and keys: the same numbers each time."""
     edge, kind = max(block), variant.kind
-    longer, shorter = 2 * edge + edge // 2 + 5, edge + edge // 2 - 3
+    keys = 2 * edge + edge // 2 + 5
     # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
-    queries, keys = (longer, shorter) if kind.causal and kind.mask == "none" else (shorter, longer)
-    queries, keys = (1, longer) if variant.one_query else (queries, keys)
+    queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
+    queries = 1 if variant.one_query else queries
     spec = replace(_spec_of(variant), queries=queries, keys=keys)
 
     generator = torch.Generator().manual_seed(SEED)

@@ -13,10 +13,14 @@ import select
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 __all__ = ["Failed", "Isolated"]
+
+
+LONGEST_START = 120.0  # seconds until a process can be asked
 
 
 class Failed(Exception):
@@ -45,26 +49,23 @@ class Isolated:
             command = [sys.executable, "-m", __name__, self.function]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._said)
+            self._answer(LONGEST_START)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # then there is no answer
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        return self._answer(limit)
+
+    def _answer(self, limit: float) -> Any:
         process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            if not select.select([process.stdout], [], [], limit)[0]:
-                raise Failed(f"no answer within {limit:.0f} seconds")
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        except Failed:
-            self._end()
-            raise
-        if not line:
-            self._end()
-            raise Failed(f"its process ended with status {process.returncode}{self._last_words()}")
-        answer = json.loads(line)
+        assert process is not None and process.stdout is not None
+        waited = not select.select([process.stdout], [], [], limit)[0]
+        line = b"" if waited else process.stdout.readline()
+        answer = json.loads(line) if line else dict(error=f"no answer within {limit:g} seconds")
         if "error" in answer:
             self._end()
-            raise Failed(answer["error"])
+            ended = "" if line or waited else f"its process ended with status {process.returncode}{self._last_words()}"
+            raise Failed(ended or answer["error"])
         return answer["result"]
 
     def _end(self) -> None:
@@ -84,6 +85,7 @@ def _serve(function: str) -> None:
     os.dup2(2, 1)  # whatever else is printed is no answer
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
+    print(json.dumps(dict(result="ready")), file=answers, flush=True)
     for line in sys.stdin:
         try:
             answer = dict(result=call(json.loads(line)))

@@ -73,12 +73,13 @@ def eager_answer(
         with sdpa_kernel(SDPBackend.MATH):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale)
 
-    outputs, gradients = [], []
+    losses = []  # sums, because gradients that are handed over import a second's worth of sympy
     for output, gradient in ((out, grad_out), (lse, grad_lse)):
         if gradient is not None:
-            outputs.append(output)
-            gradients.append(torch.where(alive.unsqueeze(3) if gradient.ndim == 4 else alive, gradient, 0))
-    grads = torch.autograd.grad(outputs, leaves, gradients, allow_unused=True, materialize_grads=True)
+            losses.append(
+                (output * torch.where(alive.unsqueeze(3) if gradient.ndim == 4 else alive, gradient, 0)).sum()
+            )
+    grads = torch.autograd.grad(losses, leaves, allow_unused=True, materialize_grads=True)
     return Answer(out.detach(), lse.detach(), *grads)
 
 
