@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from flash_attend import __version__
 from flash_attend.backends import BACKENDS
-from flash_attend.check import servable
+from flash_attend.check import PRODUCTS, servable
 from flash_attend.dispatch import LOOKING, choose, judge
 from flash_attend.evidence import Finding, Store
 from flash_attend.explanation import Explanation
 from flash_attend.isolation import Failed, Isolated
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, driver_version
+from flash_attend.tuning import grid, tune
 from flash_attend.variant import Variant
 
 __all__ = ["check_all", "main", "report"]
@@ -154,6 +155,24 @@ def _check(options: argparse.Namespace) -> int:
     return int(wrong > 0)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# tune
+# ---------------------------------------------------------------------------------------------------------------------
+
+MASKED = ("none", "none-causal", "key", "key-causal", "dense", "dense-causal")
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if not _gpus():
+        print("nothing to tune: there is no GPU")
+        return 0
+    dims = [(d, dv) for d in options.d for dv in (options.dv or [d])]
+    calls = grid(options.dtype, dims, options.mask, options.length, tokens=options.tokens, width=options.width)
+    for kind, won in tune(calls, minutes=options.minutes).items():
+        print(f"{kind}: {won}")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report, or checks, or tunes."""
     parser = argparse.ArgumentParser(prog="python -m flash_attend", description=__doc__)
@@ -163,9 +182,20 @@ def main(arguments: list[str] | None = None) -> int:
     checks.add_argument("--only", default="", metavar="REGEX", help="those whose name it finds, e.g. 'bfloat16 d64 '")
     checks.add_argument("--again", action="store_true", help="also those that were right before")
     checks.add_argument("--limit", type=float, default=LONGEST_CHECK, metavar="SECONDS", help="for each variant")
+    tunes = commands.add_parser("tune", help="measures what is fastest on the GPUs at hand, for calls like these")
+    tunes.add_argument("--minutes", type=float, default=10.0, help="when to stop; the same again goes on, default 10")
+    tunes.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=sorted({dtype for dtype, _ in PRODUCTS}))
+    tunes.add_argument("--d", nargs="+", type=int, default=[64, 128], help="head dimensions, default 64 128")
+    tunes.add_argument("--dv", nargs="+", type=int, help="of the values, default those of the keys")
+    tunes.add_argument("--mask", nargs="+", default=["none", "none-causal", "key-causal"], choices=MASKED)
+    tunes.add_argument("--length", nargs="+", type=int, default=[2048], help="queries and keys, default 2048")
+    tunes.add_argument("--tokens", type=int, default=16384, help="of a batch, default 16384")
+    tunes.add_argument("--width", type=int, default=2048, help="of a model: heads times d, default 2048")
     options = parser.parse_args(arguments)
     if options.command == "check":
         return _check(options)
+    if options.command == "tune":
+        return _tune(options)
     print(report())
     return 0
 

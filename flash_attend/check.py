@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.dropout import keep_mask
-from flash_attend.evidence import Finding, Store
+from flash_attend.evidence import Finding, Store, tuned_tiles
 from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind, describe
@@ -30,7 +31,7 @@ from flash_attend.testing.oracle import Answer
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
 
-__all__ = ["SmallCall", "answer", "check", "checked", "servable", "small_call"]
+__all__ = ["PRODUCTS", "SmallCall", "answer", "check", "checked", "servable", "small_call"]
 
 DROPOUT_P = 0.25
 SEED = 20_260_131
@@ -76,7 +77,10 @@ def servable(target: DeviceTarget) -> list[Variant]:
         kind = Kind(*products, dim, dim, mask, causal, dropout)
         for backend in BACKENDS.values():
             backwards = [backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)]
-            variants = [Variant(backend.name, way, kind, per_head, grouped, False, False, ALL) for way in backwards]
+            tiles = partial(tuned_tiles, backend.name, kind, target)
+            variants = [
+                Variant(backend.name, way, kind, per_head, grouped, False, False, ALL, tiles(way)) for way in backwards
+            ]
             found += [one for one in variants if backend.proof != "none" and not _refused(one, target)]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
 
@@ -95,15 +99,12 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def check(variant: Variant, device: torch.device, *, anew: bool = False, tiles: Any = None) -> Finding:
+def check(variant: Variant, device: torch.device, *, anew: bool = False) -> Finding:
     """Checks a variant and keeps what comes of it; while another process checks it, waits for that one's finding.
 
-    `anew` does not ask what was found before, nor whether a process died. `tiles` are others than the usual ones, of
-    which nothing is kept.
+    `anew` does not ask what was found before, nor whether a process died.
     """
     store = Store.of(device)
-    if tiles is not None:
-        return _judge(variant, device, tiles)[0]
     with store.checking(variant, anew=anew) as refusal:
         if anew:
             store.forget(variant)
@@ -119,10 +120,10 @@ def check(variant: Variant, device: torch.device, *, anew: bool = False, tiles: 
     return finding
 
 
-def _judge(variant: Variant, device: torch.device, tiles: Any = None) -> tuple[Finding, bool]:
+def _judge(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     """The finding of a check, and whether it says something of the variant: memory may lack for other reasons."""
     try:
-        return _in_a_thread(lambda: _on_the_device(variant, device, tiles))
+        return _in_a_thread(lambda: _on_the_device(variant, device))
     except Exception as error:  # whatever it is, there is another backend
         lasting = isinstance(error, _Fault)
         error = error.__cause__ if lasting else error  # type: ignore[assignment]
@@ -153,11 +154,11 @@ def _in_a_thread(function: Callable[[], T]) -> T:
     return found[0]
 
 
-def _on_the_device(variant: Variant, device: torch.device, tiles: Any) -> tuple[Finding, bool]:
+def _on_the_device(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     if device.type != "cuda":
-        return _compare(variant, device, tiles)
+        return _compare(variant, device)
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
-        return _compare(variant, device, tiles)  # which has read its results when it returns
+        return _compare(variant, device)  # which has read its results when it returns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,11 +175,9 @@ class SmallCall(NamedTuple):
     grad_out: Tensor
 
 
-def _compare(variant: Variant, device: torch.device, tiles: Any) -> tuple[Finding, bool]:
+def _compare(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     spec = _spec_of(variant)
-    if tiles is None:
-        backward = cast(BackwardName, variant.backward)
-        tiles = BACKENDS[variant.backend].tiles(spec, DeviceTarget.of(device), backward)
+    tiles = _tiles_of(variant, spec, device)
     call = small_call(variant, getattr(tiles, "schedule_block", (64, 64)), device)
     with torch.no_grad():
         truth = _truth(call)
@@ -193,6 +192,14 @@ def _compare(variant: Variant, device: torch.device, tiles: Any) -> tuple[Findin
         raise _Fault from error
     worst = max(used, key=used.__getitem__)
     return Finding(True, f"self-checked: {worst} used {used[worst]:.2f} of its error budget ({variant})"), True
+
+
+def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> Any:
+    if variant.tiles:
+        from flash_attend.kernels.configs import of_text
+
+        return of_text(variant.tiles)
+    return BACKENDS[variant.backend].tiles(spec, DeviceTarget.of(device), cast(BackwardName, variant.backward))
 
 
 def _spec_of(variant: Variant) -> AttentionSpec:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
-from flash_attend.evidence import Finding, Tuned, known, tuned
+from flash_attend.evidence import Finding, Tuned, known, tiles_of, tuned
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
@@ -122,16 +122,18 @@ def choose(
         if stand.by_default:
             others = [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
             backward, reason, backward_reason = _with_backward(candidate, "; ".join([*others, stand.reason]), question)
-            return Plan(candidate, backward, reason, backward_reason, _warning(candidate, reason, wrong, target))
+            return Plan(candidate, backward, reason, backward_reason, _warning(candidate, reason, wrong, question))
         passed_over.setdefault(stand.reason, []).append(candidate.name)
         if stand.wrong:
             wrong.append(f"{candidate.name}: {stand.reason}")
     raise AssertionError("the last backend serves every call")
 
 
-def _warning(serves: Backend, reason: str, wrong: list[str], target: DeviceTarget) -> str:
+def _warning(serves: Backend, reason: str, wrong: list[str], question: _Question) -> str:
     asks = f"; {REPORT}" if wrong else ""
-    if serves.usual_backward == "einsum" and target.device_type == "cuda" and not target.absent:
+    target = question.target
+    on_a_gpu = target.device_type == "cuda" and not target.absent
+    if serves.usual_backward == "einsum" and on_a_gpu and not question.measured(serves):
         return f"flash_attend serves a CUDA call by its einsum path: {reason}{asks}"
     return f"flash_attend serves a call by {serves.name}, because {'; '.join(wrong)}{asks}" if wrong else ""
 
@@ -165,9 +167,14 @@ class _Question:
         first = BACKENDS[self.fastest.backend]
         return [first, *[backend for backend in others if backend is not first]]
 
+    def measured(self, backend: Backend) -> bool:
+        """Whether a backend was fastest."""
+        return self.fastest is not None and self.fastest.backend == backend.name
+
     def find(self, backend: Backend, backward: BackwardName) -> Finding | None:
         """What is known of the variant that would serve."""
-        variant = variant_of(self.spec, backend.name, backward, self.needed)
+        tiles = "" if self.fastest is None else tiles_of(self.fastest, backend.name, backward)
+        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles)
         return self.knowledge.finding(variant, self.target.device)
 
 
@@ -188,7 +195,7 @@ def _stand(backend: Backend, question: _Question) -> _Stand:
     spec, target, fastest = question.spec, question.target, question.fastest
     if reason := backend.refuse(spec, target):
         return _Stand(False, reason)
-    measured = fastest is not None and fastest.backend == backend.name
+    measured = question.measured(backend)
     faster = f", {fastest.reason}" if fastest is not None and measured else ""
     if backend.proof == "none":
         return _Stand(True, f"it needs no evidence{faster}")

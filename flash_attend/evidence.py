@@ -32,7 +32,7 @@ try:
 except ImportError:  # Windows: what cannot be locked is kept in memory
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Finding", "Store", "Tuned", "known", "tuned"]
+__all__ = ["Finding", "Store", "Tuned", "known", "name_of_tuned", "tiles_of", "tuned", "tuned_tiles"]
 
 FORMAT = 1
 LONGEST_WAIT = 600.0  # seconds for another process that checks the same variant
@@ -50,7 +50,7 @@ class Tuned(NamedTuple):
 
     backend: str
     backwards: dict[str, str]  # by backend: its faster backward
-    tiles: dict[str, list]  # by backend: the tiles that go with it
+    tiles: dict[str, str]  # by backend: the tiles that go with that backward, as `kernels.configs.as_text` has them
     reason: str
 
 
@@ -69,6 +69,17 @@ def known(variant: tuple, device: torch.device) -> Finding | None:
 def tuned(kind: tuple, device: torch.device) -> Tuned | None:
     """What was fastest on the part of a device; None where nothing was measured."""
     return Store.of(device).tuned(Kind(*kind))
+
+
+def tiles_of(fastest: Tuned, backend: str, backward: str) -> str:
+    """The tiles that were fastest, of a backend by a backward; empty where none were measured."""
+    return fastest.tiles.get(backend, "") if fastest.backwards.get(backend) == backward else ""
+
+
+def tuned_tiles(backend: str, kind: tuple, target: DeviceTarget, backward: str) -> str:
+    """`tiles_of` what was fastest on a part."""
+    found = None if target.device is None else tuned(kind, target.device)
+    return "" if found is None else tiles_of(found, backend, backward)
 
 
 @cache
@@ -116,6 +127,9 @@ def _as_name(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_stores: list[Store] = []
+
+
 class Store:
     """What is known of one part."""
 
@@ -123,6 +137,7 @@ class Store:
         self.folder, self.part = folder, part
         self._findings: dict[Variant, Finding] = {}
         self._tuned: dict[Kind, Tuned | None] = {}
+        _stores.append(self)
 
     @staticmethod
     def of(device: torch.device) -> Store:
@@ -159,6 +174,12 @@ class Store:
             whole = found if isinstance(found, dict) and found.keys() == set(Tuned._fields) else None
             self._tuned[kind] = None if whole is None else Tuned(**whole)
         return self._tuned[kind]
+
+    @staticmethod
+    def forget_tuned() -> None:
+        """Has what was fastest read again."""
+        for store in _stores:
+            store._tuned.clear()
 
     def forget(self, variant: Variant) -> None:
         """Forgets what was found, here and on the disk, so that it is found anew."""

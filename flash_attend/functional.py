@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Literal, cast, overload
 
@@ -19,7 +21,7 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, has_autocast, jit_traced, sharded, traced
 
-__all__ = ["flash_attention"]
+__all__ = ["flash_attention", "recorded_calls"]
 
 NONE = (False, False, False)
 
@@ -152,7 +154,24 @@ def flash_attention(
 def _choose_once(
     spec: AttentionSpec, target: DeviceTarget, backend: str, needed: tuple[bool, bool, bool], overridden: str | None
 ) -> Plan:
+    if _recorded is not None:
+        _recorded.append((spec, target, needed))
     return choose(spec, target, backend, needed)
+
+
+_recorded: list[tuple[AttentionSpec, DeviceTarget, tuple[bool, bool, bool]]] | None = None
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[tuple[AttentionSpec, DeviceTarget, tuple[bool, bool, bool]]]]:
+    """Within this context the calls that are made eagerly are collected, each once for each shape and option."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    _choose_once.cache_clear()
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

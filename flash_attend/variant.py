@@ -35,12 +35,13 @@ class Variant(NamedTuple):
     negative_scale: bool
     one_query: bool
     needed: tuple[bool, bool, bool]  # which of q, k and v need a gradient; where none does, the backward is not run
+    tiles: str = ""  # as `kernels.configs.as_text` has those that were measured fastest; empty for what the rules say
 
     @staticmethod
     def read(fields: tuple) -> Variant:
         """The variant of `variant_of`, or from JSON."""
-        backend, backward, kind, per_head, grouped, negative, one_query, (q, k, v) = fields
-        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, one_query, (q, k, v))
+        backend, backward, kind, per_head, grouped, negative, one_query, (q, k, v), tiles = fields
+        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, one_query, (q, k, v), tiles)
 
     def __str__(self) -> str:
         of = self.kind
@@ -54,7 +55,8 @@ class Variant(NamedTuple):
             "grouped" * self.grouped,
         ]
         words += ["negative-scale" * self.negative_scale, "one-query" * self.one_query]
-        return " ".join(filter(None, [*words, f"gradients-{gradients}" if gradients else "forward-only"]))
+        words += [f"gradients-{gradients}" if gradients else "forward-only", f"tiles {self.tiles}" * bool(self.tiles)]
+        return " ".join(filter(None, words))
 
 
 # While a call is traced, a compiler hands only constants, and tuples of them, to what it runs for real.
@@ -67,10 +69,12 @@ def kind_of_call(spec: AttentionSpec) -> tuple:
     return dtype, spec.precision, *dims, mask, spec.causal, _decided(spec.dropout_p > 0)
 
 
-def variant_of(spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, bool, bool]) -> tuple:
+def variant_of(
+    spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, bool, bool], tiles: str = ""
+) -> tuple:
     """The fields of the `Variant` that serves a call."""
     flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0, spec.queries == 1
-    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed
+    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles
 
 
 def _decided(condition: bool) -> bool:

@@ -183,7 +183,7 @@ def test_a_part_is_a_default_only_where_it_was_right(arch: str) -> None:
 def test_what_was_fastest_is_asked_first() -> None:
     for fastest in BACKENDS:
         plan = choose(SPEC, H100, knowledge=knowing(CHECKED, fastest))
-        assert (plan.name, plan.warning != "") == (fastest, fastest == "math")
+        assert (plan.name, plan.warning) == (fastest, "")
         assert plan.reason.endswith(", measured")
     assert choose(SPEC, H100, knowledge=knowing(CHECKED, "gone")).name == "triton"
     plan = choose(
@@ -196,12 +196,18 @@ def test_what_was_fastest_is_asked_first() -> None:
 
 
 def test_the_variant_that_is_asked_for_is_the_calls() -> None:
-    asked = []
-    knowledge = Knowledge(lambda variant, device: asked.append((variant, device)), lambda kind, device: None)
+    """With the tiles that were measured fastest with its backward."""
     spec = replace(SPEC, mask=MaskKind.KEY, causal=True, scale=-1.0, queries=1)
-    choose(spec, H100, "auto", (True, False, False), knowledge)
     kind = "float16", "ieee", 64, 64, "key", True, False
-    assert asked == [(("triton", "separate", kind, False, True, True, True, (True, False, False)), GPU)]
+    asked = []
+    for backward, tiles in (("separate", "measured"), ("fused", "")):
+        won = Tuned("triton", {"triton": backward}, {"triton": "measured"}, "")
+        knowledge = Knowledge(
+            lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
+        )
+        choose(spec, H100, "auto", (True, False, False), knowledge)
+        usual = "triton", "separate", kind, False, True, True, True, (True, False, False), tiles
+        assert asked.pop(0) == (usual, GPU)
 
 
 @pytest.mark.parametrize(
