@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -26,7 +27,7 @@ from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind, describe
 from flash_attend.target import DeviceTarget
-from flash_attend.testing.budget import Budget
+from flash_attend.testing.budget import Budget, TF32Products
 from flash_attend.testing.oracle import Answer
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
@@ -269,19 +270,21 @@ def _truth(call: SmallCall) -> Answer:
 
 def _budget(call: SmallCall, truth: Answer) -> Budget:
     (q, k, v, mask, seed), spec = call.operands, call.spec
-    return Budget(
-        truth,
-        q,
-        k,
-        v,
-        mask=mask,
-        causal=spec.causal,
-        scale=spec.scale,
-        dropout_p=spec.dropout_p,
-        keep=None if seed is None else keep_mask(seed, spec, 0, spec.queries),
-        grad_out=call.grad_out,
-        product_eps=TF32_EPS if spec.precision == "tf32" else 0.0,
-    )
+    in_tf32 = spec.precision == "tf32"
+    with TF32Products() if in_tf32 else nullcontext():  # cuBLAS may take small ones as they are
+        return Budget(
+            truth,
+            q,
+            k,
+            v,
+            mask=mask,
+            causal=spec.causal,
+            scale=spec.scale,
+            dropout_p=spec.dropout_p,
+            keep=None if seed is None else keep_mask(seed, spec, 0, spec.queries),
+            grad_out=call.grad_out,
+            product_eps=TF32_EPS if in_tf32 else 0.0,
+        )
 
 
 def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:

@@ -281,6 +281,8 @@ def _on_the_cpu(call: Callable[[], object]) -> float:
 def make_run(call: Call, device: torch.device) -> Callable[[Candidate], None]:
     """Serves a call, on tensors that are made once, by a candidate."""
     spec, needed = call
+    if spec.dtype == torch.float32:  # in a process of its own, whatever was set where the call was made
+        torch.set_float32_matmul_precision("high" if spec.precision == "tf32" else "highest")
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(heads: int, length: int, dim: int, need: bool = False) -> Tensor:

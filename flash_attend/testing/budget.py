@@ -30,12 +30,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attend.testing.oracle import Answer, visible_pairs
 
-__all__ = ["Budget", "assert_within_budget", "eager_answer"]
+__all__ = ["Budget", "TF32Products", "assert_within_budget", "eager_answer"]
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+class TF32Products(TorchDispatchMode):
+    """Within this context products of float32 take their operands in TF32, rounded to nearest, on every device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float32:
+            args = tuple(((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in args)
+        return function(*args, **(kwargs or {}))
 
 
 def eager_answer(

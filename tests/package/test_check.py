@@ -19,6 +19,7 @@ from flash_attend.backends import BACKENDS
 from flash_attend.check import servable, small_call
 from flash_attend.spec import MaskKind
 from flash_attend.target import DeviceTarget
+from flash_attend.testing.budget import TF32Products
 from flash_attend.testing.oracle import visible_pairs
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import Variant, variant_of
@@ -102,6 +103,35 @@ def test_auto_takes_nothing_that_was_not(plant: Callable, checks: list[str], fau
         assert "triton  by name  its self-check failed here" in str(explain(*inputs()))
         forget()
     assert len(checks) == 1
+
+
+class Coarse(TF32Products):
+    """As bfloat16 would: with 7 bits where TF32 has 10."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default and args[0].dtype == torch.float32:
+            args = tuple(x.bfloat16().float() for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("products", "right"), ((TF32Products, True), (Coarse, False)))
+def test_tf32_is_held_to_tf32(monkeypatch: pytest.MonkeyPatch, products: type, right: bool) -> None:
+    exact = with_fault("none")
+
+    def forward(*given):
+        with products():
+            return exact.forward(*given)
+
+    def backward(*given):
+        with products():
+            return exact.backward(*given)
+
+    coarse = exact._replace(forward=forward, backward=backward)
+    serve_as_triton(coarse, monkeypatch.setattr, monkeypatch.setitem)
+    for kind in (VARIANT.kind, VARIANT.kind._replace(mask="key", causal=True, head_dim=64, value_dim=64)):
+        finding = check.check(VARIANT._replace(kind=kind._replace(precision="tf32")), CPU)
+        assert finding.right == right, finding.reason
+        assert not check.check(VARIANT._replace(kind=kind), CPU).right  # float32-accurate is held to float32
 
 
 def test_one_that_fails_leaves_the_others(plant: Callable) -> None:
