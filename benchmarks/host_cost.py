@@ -107,7 +107,7 @@ def replay(launches: list[Launch]) -> None:
 def dispatched(spec: AttentionSpec, device: torch.device) -> Tiles | None:
     """As a call does it: the plan is looked up."""
     target = DeviceTarget.of(device)
-    plan = functional._choose_once(spec, target, "triton", None)
+    plan = functional._choose_once(spec, target, "triton", (True, True, True), None)
     return plan.backend.tiles(spec, target, plan.backward)
 
 
