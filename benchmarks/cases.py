@@ -2,13 +2,15 @@
 
 Lengths are powers of two from 512 to 16k at 16k tokens a batch with `h * d = 2048`, the field's usual grid, and around
 it what that grid leaves out: odd lengths, grouped heads, head dims that are no power of two, `dv` other than `d`, key
-padding on either side and in holes, dense masks, dropout, cross-attention, decoding, float32.
+padding on either side and in holes, dense masks, dropout, cross-attention, decoding, float32. A CPU has a grid of its
+own, from 128 to 4096 tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from einops import rearrange
@@ -54,6 +56,7 @@ class Case:
     passes: tuple[str, ...] = PASSES
     group: str = ""  # the section of the report
     preset: str = "standard"  # the smallest preset that holds it
+    threads: int = 0  # of the CPU; 0 for all
     overhead: bool = False  # also measure what a call costs on the host, and the first one
     core: bool = False  # in a standard run the only cases of the peers that compile anew for each
 
@@ -66,6 +69,7 @@ class Case:
         words = [self.dtype, f"b{self.batch}", heads, length, dim]
         words += [] if self.mask_words == "none" else [self.mask_words]
         words += [f"dropout{self.dropout_p:g}"] if self.dropout_p else []
+        words += [f"{self.threads} thread"] if self.threads else []
         return " ".join(words)
 
     @property
@@ -79,11 +83,6 @@ class Case:
     def shape(self) -> tuple[int, ...]:
         """`(b, h, hk, i, j, d, dv)`."""
         return self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -258,37 +257,69 @@ def _small() -> Iterator[Case]:
         yield _case(128, 64, preset="quick" if causal else "standard", overhead=causal, core=causal, **rest)
 
 
+# What a CPU measures at every length and head dim.
+CPU_KINDS = {
+    "no mask": {},
+    "causal": dict(causal=True),
+    "padding on the right": dict(mask="right", valid=0.5),
+    "padding on the left": dict(mask="left", valid=0.5),
+    "holes": dict(mask="holes", valid=0.75),
+    "documents": dict(mask="documents", valid=0.25),
+    "i < j causal": dict(causal=True),
+    "grouped heads": dict(causal=True, ratio=4),
+    "dv = 2 d": dict(causal=True),
+    "dropout": dict(causal=True, dropout_p=0.1),
+}
+CPU_LENGTHS, CPU_DIMS, USUAL_KINDS = (
+    (128, 512, 1024, 2048, 4096),
+    (32, 64, 128),
+    ("no mask", "causal", "padding on the right"),
+)
+
+
+def _cpu_preset(kind: str, length: int, dim: int, dtype: str, threads: int) -> str:
+    """Which preset a case of the CPU's grid belongs to: the whole product takes hours."""
+    if length == 512 and dim == 64 and dtype == "float32" and not threads:
+        return "quick"
+    if kind in USUAL_KINDS:
+        off_centre = (dim != 64) + bool(threads)
+        return "standard" if off_centre == 0 or (off_centre == 1 and length in (512, 2048)) else "full"
+    return "standard" if length in (128, 512, 2048) and dim == 64 and not threads else "full"
+
+
 def _cpu() -> Iterator[Case]:
-    """Small enough for a laptop: what the einsum path costs beside what else runs there."""
-    rest = dict(batch=2, heads=4, dtype="float32", passes=(FORWARD, BOTH), preset="cpu", group="on a CPU")
-    for length in (128, 256, 512):
-        for causal in (False, True):
-            yield _case(length, 32, causal=causal, **rest)
-    for mask, valid in (("right", 0.5), ("left", 0.5), ("holes", 0.75), ("documents", 0.25)):
-        yield _case(512, 32, causal=mask == "right", mask=mask, valid=valid, **rest)
-    yield _case(512, 32, value_dim=64, causal=True, **rest)
-    yield _case(512, 64, causal=True, ratio=4, **rest)
-    yield _case(128, 64, keys=512, causal=True, **rest)
-    yield _case(512, 64, causal=True, dropout_p=0.1, **rest)
-    yield _case(32, 32, overhead=True, **rest)
+    """Small enough for a laptop: what serves there beside what else runs there."""
+    axes = product(CPU_KINDS, CPU_LENGTHS, CPU_DIMS, ("float32", "bfloat16"), (0, 1))
+    for kind, length, dim, dtype, threads in axes:
+        rest = CPU_KINDS[kind] | dict(batch=2, heads=4, dtype=dtype, threads=threads, passes=(FORWARD, BOTH))
+        queries = length // 4 if kind == "i < j causal" else length
+        value_dim = 2 * dim if kind == "dv = 2 d" else dim
+        preset = _cpu_preset(kind, length, dim, dtype, threads)
+        overhead = (kind, length, preset) == ("causal", 128, "standard")
+        group = f"cpu: {kind}"
+        yield _case(
+            queries, dim, keys=length, value_dim=value_dim, preset=preset, group=group, overhead=overhead, **rest
+        )
+    for padding in ({}, dict(mask="right", valid=0.625)):  # what `make demo` calls
+        rest = dict(batch=4, heads=4, dtype="float32", causal=True, threads=1, passes=(FORWARD, BOTH))
+        yield _case(192, 64, group="cpu: the demo's shapes", preset="quick", **rest, **padding)
 
 
-GROUPS = (_lengths, _shapes, _masks, _dtypes, _seeds, _decoding, _small)
-PRESETS = ("cpu", "quick", "standard", "full")
+GRIDS = {"cpu": (_cpu,), "cuda": (_lengths, _shapes, _masks, _dtypes, _seeds, _decoding, _small)}
+PRESETS = ("quick", "standard", "full")
 
 
-def select_cases(preset: str, only: str = "") -> list[Case]:
-    """The cases of a preset, larger ones including the smaller, that contain all words of `only` in group and name.
-
-    A quick run leaves out the backward by itself.
+def select_cases(device: str, preset: str, group: str = "", only: str = "") -> list[Case]:
+    """The cases of a preset, larger ones including the smaller, of the groups that begin with `group`, that contain all
+    words of `only` in group and name. `device` is "cpu" or "cuda". On a GPU a quick run leaves out the backward by
+    itself.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if preset == "cpu":
-        cases = list(_cpu())
-    else:
-        rank = PRESETS.index(preset)
-        cases = [case for group in GROUPS for case in group() if PRESETS.index(case.preset) <= rank]
+    rank = PRESETS.index(preset)
+    cases = (case for part in GRIDS[device] for case in part() if PRESETS.index(case.preset) <= rank)
     if preset == "quick":
-        cases = [replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases]
-    return [case for case in cases if all(word in f"{case.group}: {case.name}" for word in only.split())]
+        cases = (replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases)
+    return [
+        case
+        for case in cases
+        if case.group.startswith(group) and all(word in f"{case.group}: {case.name}" for word in only.split())
+    ]

@@ -12,11 +12,13 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -28,7 +30,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
 
 from cases import Case, Inputs
-from flash_attend import flash_attention
+from flash_attend import explain, flash_attention
 from flash_attend.backends import BackwardName
 from flash_attend.dispatch import override_backward
 
@@ -48,21 +50,17 @@ class Unserved(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute attention."""
+    """One way to compute attention, or to train a model."""
 
     name: str
     about: str  # one line
-    prepare: Callable[[Inputs], Attention]  # raises `Unserved`, or what the peer itself raises
-    devices: tuple[str, ...] = ("cuda",)
+    prepare: Callable[[Any], Any]  # `Inputs` -> `Attention`; raises `Unserved`, or what the peer itself raises
+    devices: tuple[str, ...] = ("cuda", "cpu")
     # Whether it compiles for seconds, "once" for many cases or for "each case": on a CPU and in a quick run it is there
     # only where it is asked for by name.
     compiles: str = ""
-    judged_whole: bool = False  # held to the contract in every row and key; other peers only in `Inputs.rows`
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------------------------
+    ours: bool = False  # held to the contract in every row and key; others only in `Inputs.rows`
+    served: Callable[[Inputs], str] = lambda inputs: ""  # what computed it, of ours
 
 
 def _hides_future(case: Case) -> bool:
@@ -157,14 +155,15 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _prepare_ours(backend: str, backward: BackwardName, inputs: Inputs) -> Attention:
+def _options(inputs: Inputs, backend: str) -> dict[str, Any]:
     case = inputs.case
-    options = dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+    return dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+
+
+def _prepare_ours(backend: str, backward: BackwardName | None, inputs: Inputs) -> Attention:
+    options = _options(inputs, backend)
+    if backward is None:
+        return partial(flash_attention, **options)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with override_backward(backward):
@@ -173,9 +172,19 @@ def _prepare_ours(backend: str, backward: BackwardName, inputs: Inputs) -> Atten
     return attend
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.nn.functional.scaled_dot_product_attention
-# ---------------------------------------------------------------------------------------------------------------------
+def _served(backend: str, backward: BackwardName | None, inputs: Inputs) -> str:
+    with nullcontext() if backward is None else override_backward(backward):
+        plan = explain(inputs.q, inputs.k, inputs.v, **_options(inputs, backend)).plan
+    return f"{plan.name}, {plan.backward} backward" if plan else ""
+
+
+def _ours(
+    name: str, about: str, backend: str, backward: BackwardName | None = None, devices: tuple[str, ...] = ("cuda",)
+) -> Peer:
+    prepare = partial(_prepare_ours, backend, backward)
+    if backend == "math":
+        prepare = partial(_up_to_most_scores, prepare)
+    return Peer(name, about, prepare, devices, ours=True, served=partial(_served, backend, backward))
 
 
 def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
@@ -228,11 +237,6 @@ def _first_reason(messages: Sequence[str]) -> str:
         if place and not reason.endswith("not used because:") and "runtime disabled" not in reason:
             return " ".join(reason.split())
     return ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiled
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _compiled(function: Callable) -> Callable:
@@ -310,11 +314,6 @@ def _prepare_flex(inputs: Inputs, build_in_call: bool) -> Attention:
     return lambda q, k, v: compiled(q, k, v, compiled_build())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sequences of different lengths, without their padding
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _prepare_packed(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor, Packing, Packing], Tensor]) -> Attention:
     """`call` takes `q (t, h, d)`, `k (u, hk, d)`, `v (u, hk, dv)` and how queries and keys are packed."""
     case, mask, device = inputs.case, inputs.mask, inputs.q.device
@@ -385,11 +384,6 @@ def _prepare_flash_attention_4(inputs: Inputs) -> Attention:
     return _prepare_packed(inputs, call)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The models' own
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @cache
 def _load_attend(package: str) -> ModuleType:
     """The module `attend` of a package, without what the package itself imports, much of which attention does not need.
@@ -422,131 +416,84 @@ def _prepare_own(package: str, flash: str, mask_dims: int, inputs: Inputs) -> At
     return _with_kernel(call, inputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of them
-# ---------------------------------------------------------------------------------------------------------------------
+GPU = ("cuda",)
+SDPA = "F.scaled_dot_product_attention, "
+COMPLEX, NATURALSPEECH2 = "complex_valued_transformer", "naturalspeech2_pytorch"
+_sdpa = {backend: partial(_prepare_sdpa, backend) for backend in (None, *SDPBackend.__members__.values())}
 
-EVERYWHERE = ("cuda", "cpu")
-
+# The first that a run holds stands for us.
 PEERS = (
-    Peer(
-        "flash_attend",
-        "our Triton kernels; the backward repeats bit by bit",
-        partial(_prepare_ours, "triton", "separate"),
-        judged_whole=True,
+    _ours("flash_attend", "ours, by the backend that serves by default", "auto", devices=("cuda", "cpu")),
+    _ours("flash_attend triton", "our Triton kernels; the backward repeats bit by bit", "triton", "separate"),
+    _ours("flash_attend triton fused", "our Triton kernels, with the backward in one pass", "triton", "fused"),
+    _ours("flash_attend hopper", "our Gluon kernels for Hopper; the backward repeats bit by bit", "hopper", "separate"),
+    _ours(
+        "flash_attend hopper fused", "our Gluon kernels for Hopper, with the backward in one pass", "hopper", "fused"
     ),
-    Peer(
-        "flash_attend fused",
-        "our Triton kernels, with the backward in one pass",
-        partial(_prepare_ours, "triton", "fused"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend hopper",
-        "our Gluon kernels for Hopper; the backward repeats bit by bit",
-        partial(_prepare_ours, "hopper", "separate"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend hopper fused",
-        "our Gluon kernels for Hopper, with the backward in one pass",
-        partial(_prepare_ours, "hopper", "fused"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend math",
-        "our einsum path",
-        partial(_up_to_most_scores, partial(_prepare_ours, "math", "einsum")),
-        EVERYWHERE,
-        judged_whole=True,
-    ),
-    Peer(
-        "sdpa",
-        "F.scaled_dot_product_attention, by the kernel that PyTorch chooses",
-        partial(_prepare_sdpa, None),
-        EVERYWHERE,
-    ),
-    Peer(
-        "sdpa flash",
-        "F.scaled_dot_product_attention, FlashAttention forced; takes no mask on a GPU",
-        partial(_prepare_sdpa, SDPBackend.FLASH_ATTENTION),
-        EVERYWHERE,
-    ),
-    Peer(
-        "sdpa cudnn",
-        "F.scaled_dot_product_attention, cuDNN forced; masks combined in every call",
-        partial(_prepare_sdpa, SDPBackend.CUDNN_ATTENTION),
-    ),
+    _ours("flash_attend math", "our einsum path", "math", devices=("cuda", "cpu")),
+    Peer("sdpa", SDPA + "by the kernel that PyTorch chooses", _sdpa[None]),
+    Peer("sdpa flash", SDPA + "FlashAttention forced; takes no mask on a GPU", _sdpa[SDPBackend.FLASH_ATTENTION]),
+    Peer("sdpa cudnn", SDPA + "cuDNN forced; masks combined in every call", _sdpa[SDPBackend.CUDNN_ATTENTION], GPU),
     Peer(
         "sdpa efficient",
-        "F.scaled_dot_product_attention, memory-efficient forced; masks combined, grouped heads repeated in every call",
-        partial(_prepare_sdpa, SDPBackend.EFFICIENT_ATTENTION),
+        SDPA + "memory-efficient forced; masks combined, grouped heads repeated in every call",
+        _sdpa[SDPBackend.EFFICIENT_ATTENTION],
+        GPU,
     ),
-    Peer(
-        "sdpa math",
-        "F.scaled_dot_product_attention, its unfused path forced",
-        partial(_up_to_most_scores, partial(_prepare_sdpa, SDPBackend.MATH)),
-        EVERYWHERE,
-    ),
+    Peer("sdpa math", SDPA + "its unfused path forced", partial(_up_to_most_scores, _sdpa[SDPBackend.MATH])),
     Peer(
         "flex",
         "FlexAttention, compiled; its BlockMask made once, not counted",
         partial(_prepare_flex, build_in_call=False),
-        EVERYWHERE,
         compiles="each case",
     ),
     Peer(
         "flex + mask",
         "FlexAttention, compiled; its BlockMask made from the batch's mask in every call, by a compiled function",
         partial(_prepare_flex, build_in_call=True),
-        EVERYWHERE,
         compiles="each case",
     ),
     Peer(
         "varlen",
         "torch.nn.attention.varlen; unpads and pads in every call; queries that are padding are not computed but 0",
         _prepare_varlen,
+        GPU,
     ),
     Peer(
         "flash-attention 4",
         "flash_attn.cute; with key padding unpads and pads in every call, as varlen does",
         _prepare_flash_attention_4,
+        GPU,
         compiles="once",
     ),
     Peer(
-        "complex-valued-transformer",
-        "the model's own Attend with flash=True",
-        partial(_prepare_own, "complex_valued_transformer", "flash", 4),
-        EVERYWHERE,
+        "complex-valued-transformer", "the model's own Attend, flash=True", partial(_prepare_own, COMPLEX, "flash", 4)
     ),
     Peer(
         "naturalspeech2",
-        "the model's own Attend with use_flash=True",
-        partial(_prepare_own, "naturalspeech2_pytorch", "use_flash", 2),
-        EVERYWHERE,
+        "the model's own Attend, use_flash=True",
+        partial(_prepare_own, NATURALSPEECH2, "use_flash", 2),
     ),
     Peer(
         "compiled einsum",
         "scores, mask, softmax in float32 and weighted sum, written as einsums, by torch.compile",
         partial(_up_to_most_scores, _prepare_einsum),
-        EVERYWHERE,
         compiles="each case",
     ),
 )
 
 
-def peers_for(device: torch.device | str, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Peer]:
-    """The peers for a device: those that a shell pattern names, or all but those that would compile for longer than
-    they are measured.
+def peers_for(peers: Sequence[Peer], device: str, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Peer]:
+    """Those of `peers` on "cpu" or "cuda" that a shell pattern names, or all but those that would compile for longer
+    than they are measured.
 
     Raises `ValueError` for a pattern that names none.
     """
-    kind = torch.device(device).type
-    there = [peer for peer in PEERS if kind in peer.devices]
+    there = [peer for peer in peers if device in peer.devices]
     if not patterns:
-        return [peer for peer in there if not (peer.compiles and (quick or kind == "cpu"))]
+        return [peer for peer in there if not (peer.compiles and (quick or device == "cpu"))]
     for pattern in patterns:
         if not any(fnmatchcase(peer.name, pattern) for peer in there):
             names = ", ".join(repr(peer.name) for peer in there)
-            raise ValueError(f"no peer on {kind} is named {pattern!r}; there are {names}")
+            raise ValueError(f"no peer on {device} is named {pattern!r}; there are {names}")
     return [peer for peer in there if any(fnmatchcase(peer.name, pattern) for pattern in patterns)]

@@ -16,13 +16,11 @@ from torch.nn.attention import SDPBackend, flex_attention
 
 import peers
 from cases import Case, Inputs, make_inputs
-from flash_attend.backends import BACKENDS
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.testing.budget import assert_within_budget
 from flash_attend.testing.oracle import Answer, attention_oracle, visible_pairs
 from measure import numerics
 from peers import PEERS, Attention, Packing, Peer, Unserved, explicit_mask, peers_for
-from verdicts import OURS
 
 # The models' own Attends call what PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
@@ -57,6 +55,7 @@ CASES = {
 }
 
 COMPLEX = "complex-valued-transformer"
+ON_A_CPU = ("flash_attend", "flash_attend math", "sdpa", "sdpa math", COMPLEX, "compiled einsum")
 UNSERVED = {
     (
         "sdpa flash",
@@ -118,7 +117,9 @@ def attend_by_sequence(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "compiled einsum"])
+@pytest.mark.parametrize(
+    "name", ["flash_attend", "flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "compiled einsum"]
+)
 def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "_compiled", lambda function: function)
     peer, inputs = named(name), make_inputs(CASES[case], CPU)
@@ -130,18 +131,23 @@ def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: py
         with pytest.raises(AssertionError, match="out: largest error"):
             check(peer.prepare(inputs), inputs)
         return
-    check(peer.prepare(inputs), inputs, whole=peer.judged_whole)
+    check(peer.prepare(inputs), inputs, whole=peer.ours)
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if name != "flash_attend math"])
-def test_the_kernels_are_asked_for_by_name(name: str):
+def test_every_backend_and_backward_of_ours_is_asked_for_by_name():
     inputs = make_inputs(SQUARE, CPU)
-    attention = named(name).prepare(inputs)
-    with pytest.raises(BackendUnavailable, match=f"backend '{OURS[name][0]}' cannot serve"):  # and nothing else does
-        attention(inputs.q, inputs.k, inputs.v)
+    ours = {peer.name: peer for peer in PEERS if peer.ours}
+    kernels = [f"{name}{way}" for name in ("triton", "hopper") for way in ("", " fused")]
+    assert [*ours] == ["flash_attend", *(f"flash_attend {name}" for name in (*kernels, "math"))]
+    for name in kernels:
+        attention = ours[f"flash_attend {name}"].prepare(inputs)
+        with pytest.raises(BackendUnavailable, match=f"backend '{name.split()[0]}' cannot serve"):  # nor does another
+            attention(inputs.q, inputs.k, inputs.v)
+    assert ours["flash_attend math"].served(inputs) == "math, einsum backward"
+    assert ours["flash_attend"].served(inputs)
 
 
-@pytest.mark.parametrize("name", ["flash_attend math", "sdpa", "sdpa math", COMPLEX, "compiled einsum"])
+@pytest.mark.parametrize("name", ON_A_CPU)
 def test_drops_weights_where_the_case_says_so(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "_compiled", lambda function: function)
     for dropout_p, repeats in ((0.0, True), (0.5, False)):
@@ -475,26 +481,15 @@ def test_a_model_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
 def test_every_peer_has_a_name_of_its_own_and_a_line_about_it():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     assert all(peer.about and "\n" not in peer.about for peer in PEERS)
-    assert [peer.name for peer in PEERS if peer.judged_whole] == list(OURS)
-    backwards = {
-        ("math", "einsum"),
-        *((name, way) for name in BACKENDS if name != "math" for way in ("separate", "fused")),
-    }
-    assert set(OURS.values()) == backwards
 
 
-def test_a_gpu_measures_all_of_them():
-    assert peers_for("cuda") == peers_for(torch.device("cuda", 0)) == list(PEERS)
-
-
-def test_a_cpu_measures_those_that_compile_nothing():
+def test_the_peers_of_a_device():
+    assert peers_for(PEERS, "cuda") == list(PEERS)
     compiling = {"flex", "flex + mask", "flash-attention 4", "compiled einsum"}
-    assert {peer.name for peer in PEERS} - {peer.name for peer in peers_for("cuda", quick=True)} == compiling
-    names = [peer.name for peer in peers_for(CPU)]
-    assert names == ["flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "naturalspeech2"]
-
-
-def test_patterns_choose_by_whole_names_in_the_order_of_the_table():
-    assert [peer.name for peer in peers_for(CPU, ["sdpa*", "flex"])] == ["sdpa", "sdpa flash", "sdpa math", "flex"]
-    with pytest.raises(ValueError, match=r"no peer on cpu is named 'varlen'; there are 'flash_attend math', 'sdpa'"):
-        peers_for(CPU, ["sdpa", "varlen"])
+    assert {peer.name for peer in PEERS} - {peer.name for peer in peers_for(PEERS, "cuda", quick=True)} == compiling
+    names = [peer.name for peer in peers_for(PEERS, "cpu")]
+    assert names == ["flash_attend", "flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "naturalspeech2"]
+    named = peers_for(PEERS, "cpu", ["sdpa*", "flex"])
+    assert [peer.name for peer in named] == ["sdpa", "sdpa flash", "sdpa math", "flex"]
+    with pytest.raises(ValueError, match=r"no peer on cpu is named 'varlen'; there are 'flash_attend', "):
+        peers_for(PEERS, "cpu", ["sdpa", "varlen"])
