@@ -39,7 +39,7 @@ $(INSTALLED): $(VENV)/.made setup.py pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## trains a real model on real text with its own Attend and with ours, and compares
-	@$(BIN)/python benchmarks/demo.py
+	@$(BIN)/python examples/demo.py
 
 bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
