@@ -57,7 +57,7 @@ class Case:
     group: str = ""  # the section of the report
     preset: str = "standard"  # the smallest preset that holds it
     threads: int = 0  # of the CPU; 0 for all
-    overhead: bool = False  # also measure what a call costs on the host, and the first one
+    overhead: bool = False  # also measure the first call of a process
     core: bool = False  # in a standard run the only cases of the peers that compile anew for each
 
     @property

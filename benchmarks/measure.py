@@ -2,7 +2,7 @@
 
 On a GPU a sample is the time between two CUDA events around one call, after the L2 cache was flushed
 (`triton.testing.do_bench`). Peers take turns, A B B A, so that a clock which drifts treats them alike. Kernels alone
-are timed in the same way as replays of a CUDA graph. On a CPU a sample is wall-clock time.
+are timed in a CUDA graph. On a CPU a sample is wall-clock time.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ import platform
 import statistics
 import subprocess
 import tempfile
-import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +27,6 @@ import torch.utils.deterministic
 
 from cases import DTYPES
 from flash_attend.target import triton_version
-
-__all__ = [
-    "captured",
-    "ceilings",
-    "clocks",
-    "environment",
-    "first_line",
-    "host_microseconds",
-    "interleave",
-    "numerics",
-    "peak_bytes",
-    "rounded",
-    "sample_on",
-    "summarise",
-    "synchronize",
-]
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SAMPLES = 25  # in a round: more say nothing new about the median, and every sample is kept
@@ -171,44 +154,16 @@ def _peak_bytes_on_cpu(function: Function) -> int:
     return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
-def captured(make: Callable[[], Function]) -> Function:
-    """The replay of a CUDA graph that holds one call of the function which `make` returns.
+def kernel_milliseconds(make: Callable[[], Function], milliseconds: float) -> float:
+    """The time of a call in a CUDA graph that holds many: no host in it, and no flush of the L2 cache.
 
-    `make` is called on the stream of the capture: a backward runs where its forward ran. Raises what torch raises for a
-    function that cannot be captured, such as one that waits for the device.
+    `make` is called on the stream of the capture, for a backward runs where its forward ran. Raises what torch raises
+    for a function that cannot be captured, such as one that waits for the device.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function = make()
-        for _ in range(3):  # compile, and fill the allocator
-            function()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = function()  # its memory belongs to the graph for as long as somebody holds it
-    return partial(_replay, graph, kept)
+    from triton.testing import do_bench_cudagraph
 
-
-def _replay(graph: torch.cuda.CUDAGraph, kept: object) -> None:
-    graph.replay()
-
-
-def host_microseconds(function: Function, device: torch.device, calls: int = 100, repeats: int = 5) -> float:
-    """What the host spends on a call on a GPU, in microseconds, without waiting for the device.
-
-    The least of the repeats: whatever else the host does only adds. For small calls: behind large ones the queue of
-    launches fills up, and the host waits.
-    """
-    taken = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        taken.append((time.perf_counter() - start) / calls)
-    synchronize(device)
-    return 1e6 * min(taken)
+    made = cache(make)
+    return rounded(do_bench_cudagraph(lambda: made()(), rep=milliseconds, return_mode="median"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -155,36 +155,25 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _options(inputs: Inputs, backend: str) -> dict[str, Any]:
-    case = inputs.case
-    return dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+def _ours(name: str, about: str, backend: str, backward: BackwardName | None = None) -> Peer:
+    """One of ours by this backend and, if it is told, this backward."""
 
+    def options(inputs: Inputs) -> dict[str, Any]:
+        case = inputs.case
+        return dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
 
-def _prepare_ours(backend: str, backward: BackwardName | None, inputs: Inputs) -> Attention:
-    options = _options(inputs, backend)
-    if backward is None:
-        return partial(flash_attention, **options)
+    def prepare(inputs: Inputs) -> Attention:
+        call = partial(flash_attention, **options(inputs))
+        return call if backward is None else override_backward(backward)(call)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with override_backward(backward):
-            return flash_attention(q, k, v, **options)
+    def served(inputs: Inputs) -> str:
+        with nullcontext() if backward is None else override_backward(backward):
+            plan = explain(inputs.q, inputs.k, inputs.v, **options(inputs)).plan
+        return f"{plan.name}, {plan.backward} backward" if plan else ""
 
-    return attend
-
-
-def _served(backend: str, backward: BackwardName | None, inputs: Inputs) -> str:
-    with nullcontext() if backward is None else override_backward(backward):
-        plan = explain(inputs.q, inputs.k, inputs.v, **_options(inputs, backend)).plan
-    return f"{plan.name}, {plan.backward} backward" if plan else ""
-
-
-def _ours(
-    name: str, about: str, backend: str, backward: BackwardName | None = None, devices: tuple[str, ...] = ("cuda",)
-) -> Peer:
-    prepare = partial(_prepare_ours, backend, backward)
-    if backend == "math":
-        prepare = partial(_up_to_most_scores, prepare)
-    return Peer(name, about, prepare, devices, ours=True, served=partial(_served, backend, backward))
+    by_einsum = partial(_up_to_most_scores, prepare)
+    devices = ("cuda", "cpu") if backward is None else ("cuda",)
+    return Peer(name, about, by_einsum if backend == "math" else prepare, devices, ours=True, served=served)
 
 
 def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
@@ -232,11 +221,9 @@ def _with_kernel(attend: Attention, inputs: Inputs) -> Attention:
 
 def _first_reason(messages: Sequence[str]) -> str:
     """The first of PyTorch's reasons for not using a kernel that is about the call, and not the choice of kernels."""
-    for message in messages:
-        reason, _, place = message.partition(" (Triggered internally")
-        if place and not reason.endswith("not used because:") and "runtime disabled" not in reason:
-            return " ".join(reason.split())
-    return ""
+    split = (" ".join(message.split()).partition(" (Triggered internally") for message in messages)
+    reasons = (reason for reason, place, _ in split if place)
+    return next((x for x in reasons if not x.endswith("not used because:") and "runtime disabled" not in x), "")
 
 
 def _compiled(function: Callable) -> Callable:
@@ -291,7 +278,7 @@ def _mask_mod(inputs: Inputs) -> Callable | None:
     return and_masks(*parts) if parts else None
 
 
-def _prepare_flex(inputs: Inputs, build_in_call: bool) -> Attention:
+def _prepare_flex(build_in_call: bool, inputs: Inputs) -> Attention:
     case, mask, device = inputs.case, inputs.mask, inputs.q.device
     if case.dropout_p:
         raise Unserved("FlexAttention has no dropout")
@@ -363,21 +350,12 @@ def _prepare_flash_attention_4(inputs: Inputs) -> Attention:
         return dict(causal=_hides_future(case), deterministic=torch.are_deterministic_algorithms_enabled())
 
     def call(q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing) -> Tensor:
-        out, _ = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=queries.starts,
-            cu_seqlens_k=keys.starts,
-            max_seqlen_q=queries.longest,
-            max_seqlen_k=keys.longest,
-            **options(),
-        )
-        return out
+        lengths = dict(max_seqlen_q=queries.longest, max_seqlen_k=keys.longest)
+        starts = dict(cu_seqlens_q=queries.starts, cu_seqlens_k=keys.starts)
+        return flash_attn_varlen_func(q, k, v, **starts, **lengths, **options())[0]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options())
-        return out.transpose(1, 2)
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options())[0].transpose(1, 2)
 
     if inputs.mask is None and not case.dropout_p:
         return attend
@@ -417,69 +395,37 @@ def _prepare_own(package: str, flash: str, mask_dims: int, inputs: Inputs) -> At
 
 
 GPU = ("cuda",)
-SDPA = "F.scaled_dot_product_attention, "
+SDPA = "F.scaled_dot_product_attention: "
 COMPLEX, NATURALSPEECH2 = "complex_valued_transformer", "naturalspeech2_pytorch"
-_sdpa = {backend: partial(_prepare_sdpa, backend) for backend in (None, *SDPBackend.__members__.values())}
+ONCE, EACH_CASE = dict(compiles="once"), dict(compiles="each case")
+
+
+def _sdpa(name: str, about: str, backend: SDPBackend | None, *devices: str) -> Peer:
+    prepare = partial(_prepare_sdpa, backend)
+    prepare = partial(_up_to_most_scores, prepare) if backend is SDPBackend.MATH else prepare
+    return Peer(name, f"{SDPA}{about}", prepare, devices or ("cuda", "cpu"))
+
 
 # The first that a run holds stands for us.
 PEERS = (
-    _ours("flash_attend", "ours, by the backend that serves by default", "auto", devices=("cuda", "cpu")),
+    _ours("flash_attend", "ours, by the backend that serves by default", "auto"),
     _ours("flash_attend triton", "our Triton kernels; the backward repeats bit by bit", "triton", "separate"),
-    _ours("flash_attend triton fused", "our Triton kernels, with the backward in one pass", "triton", "fused"),
-    _ours("flash_attend hopper", "our Gluon kernels for Hopper; the backward repeats bit by bit", "hopper", "separate"),
-    _ours(
-        "flash_attend hopper fused", "our Gluon kernels for Hopper, with the backward in one pass", "hopper", "fused"
-    ),
-    _ours("flash_attend math", "our einsum path", "math", devices=("cuda", "cpu")),
-    Peer("sdpa", SDPA + "by the kernel that PyTorch chooses", _sdpa[None]),
-    Peer("sdpa flash", SDPA + "FlashAttention forced; takes no mask on a GPU", _sdpa[SDPBackend.FLASH_ATTENTION]),
-    Peer("sdpa cudnn", SDPA + "cuDNN forced; masks combined in every call", _sdpa[SDPBackend.CUDNN_ATTENTION], GPU),
-    Peer(
-        "sdpa efficient",
-        SDPA + "memory-efficient forced; masks combined, grouped heads repeated in every call",
-        _sdpa[SDPBackend.EFFICIENT_ATTENTION],
-        GPU,
-    ),
-    Peer("sdpa math", SDPA + "its unfused path forced", partial(_up_to_most_scores, _sdpa[SDPBackend.MATH])),
-    Peer(
-        "flex",
-        "FlexAttention, compiled; its BlockMask made once, not counted",
-        partial(_prepare_flex, build_in_call=False),
-        compiles="each case",
-    ),
-    Peer(
-        "flex + mask",
-        "FlexAttention, compiled; its BlockMask made from the batch's mask in every call, by a compiled function",
-        partial(_prepare_flex, build_in_call=True),
-        compiles="each case",
-    ),
-    Peer(
-        "varlen",
-        "torch.nn.attention.varlen; unpads and pads in every call; queries that are padding are not computed but 0",
-        _prepare_varlen,
-        GPU,
-    ),
-    Peer(
-        "flash-attention 4",
-        "flash_attn.cute; with key padding unpads and pads in every call, as varlen does",
-        _prepare_flash_attention_4,
-        GPU,
-        compiles="once",
-    ),
-    Peer(
-        "complex-valued-transformer", "the model's own Attend, flash=True", partial(_prepare_own, COMPLEX, "flash", 4)
-    ),
-    Peer(
-        "naturalspeech2",
-        "the model's own Attend, use_flash=True",
-        partial(_prepare_own, NATURALSPEECH2, "use_flash", 2),
-    ),
-    Peer(
-        "compiled einsum",
-        "scores, mask, softmax in float32 and weighted sum, written as einsums, by torch.compile",
-        partial(_up_to_most_scores, _prepare_einsum),
-        compiles="each case",
-    ),
+    _ours("flash_attend triton fused", "our Triton kernels, the backward in one pass", "triton", "fused"),
+    _ours("flash_attend hopper", "our Gluon kernels; the backward repeats bit by bit", "hopper", "separate"),
+    _ours("flash_attend hopper fused", "our Gluon kernels, the backward in one pass", "hopper", "fused"),
+    _ours("flash_attend math", "our einsum path", "math"),
+    _sdpa("sdpa", "the kernel that PyTorch chooses", None),
+    _sdpa("sdpa flash", "FlashAttention forced; takes no mask on a GPU", SDPBackend.FLASH_ATTENTION),
+    _sdpa("sdpa cudnn", "cuDNN forced; masks combined in every call", SDPBackend.CUDNN_ATTENTION, *GPU),
+    _sdpa("sdpa efficient", "memory-efficient forced; grouped heads repeated", SDPBackend.EFFICIENT_ATTENTION, *GPU),
+    _sdpa("sdpa math", "its unfused path forced", SDPBackend.MATH),
+    Peer("flex", "FlexAttention; its BlockMask made once, not counted", partial(_prepare_flex, False), **EACH_CASE),
+    Peer("flex + mask", "FlexAttention; its BlockMask made in every call", partial(_prepare_flex, True), **EACH_CASE),
+    Peer("varlen", "torch.nn.attention.varlen; unpads and pads in every call", _prepare_varlen, GPU),
+    Peer("flash-attention 4", "flash_attn.cute; unpads as varlen does", _prepare_flash_attention_4, GPU, **ONCE),
+    Peer("complex-valued-transformer", "its own Attend, flash=True", partial(_prepare_own, COMPLEX, "flash", 4)),
+    Peer("naturalspeech2", "its own Attend, use_flash=True", partial(_prepare_own, NATURALSPEECH2, "use_flash", 2)),
+    Peer("compiled einsum", "einsums, by torch.compile", partial(_up_to_most_scores, _prepare_einsum), **EACH_CASE),
 )
 
 

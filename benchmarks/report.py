@@ -235,7 +235,6 @@ def _rows(frame: pd.DataFrame, standing: str) -> pd.DataFrame:
             "checked": frame["checked"].fillna(""),
             "peak MB": _column(frame["peak_bytes"] / 1e6),
             "kernels alone, ms": _column(frame["ms_kernels"]),
-            "host, us": _column(frame["host_us"]),
             "first call, s: cold, warm": [
                 " ".join(map(_number, pair)) if isinstance(pair, list) else "" for pair in frame["first_call_s"]
             ],

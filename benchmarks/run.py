@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from itertools import groupby
@@ -29,27 +29,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import measure
 import report
-from cases import BOTH, DETERMINISTIC, FORWARD, PRESETS, Case, make_inputs, select_cases
+from cases import BOTH, DETERMINISTIC, FORWARD, Case, make_inputs, select_cases
 from first_call import measure_first_calls
 from gate import Check, Gate
-from measure import (
-    Function,
-    Sampler,
-    captured,
-    ceilings,
-    clocks,
-    environment,
-    first_line,
-    host_microseconds,
-    interleave,
-    numerics,
-    peak_bytes,
-    rounded,
-    sample_on,
-    summarise,
-    synchronize,
-)
+from measure import Function, Sampler
 from peers import PEERS, Attention, Peer, Unserved, peers_for
 from results import Results, results_folder
 from train_step import ARMS, Training, Workload, workloads
@@ -117,10 +102,10 @@ class Call:
     def rates(self, name: str, milliseconds: float, limits: dict[str, Any]) -> dict[str, float]:
         """The fields of a row that follow from its time."""
         work, ceiling = self.work[name], limits["tflops"].get(self.case.dtype)
-        rates = {"tflops": rounded(work.tflops(milliseconds))}
+        rates = {"tflops": measure.rounded(work.tflops(milliseconds))}
         if ceiling is not None:
             least = work.least_milliseconds(ceiling, limits["copy_gbps"])
-            rates["ceiling_share"] = rounded(least / milliseconds)
+            rates["ceiling_share"] = measure.rounded(least / milliseconds)
         return rates
 
     def recheck(self, peer: Peer) -> str:
@@ -152,7 +137,7 @@ class Bench:
         for deterministic in (False, True):
             turn = [name for name in case.passes if (name == DETERMINISTIC) == deterministic]
             peers = list(dict.fromkeys(peer for name, peer in missing if name in turn))
-            with numerics(case.dtype, deterministic, case.threads):
+            with measure.numerics(case.dtype, deterministic, case.threads):
                 checks = {}
                 for peer in peers:
                     progress(0, f"{case.name}: checking {peer.name}")
@@ -167,46 +152,32 @@ class Bench:
         try:
             return trial.admit(peer)
         except Exception as error:  # whatever stops a peer is what its rows say
-            synchronize(self.device)  # unless it took the device with it, which ends the run
+            measure.synchronize(self.device)  # unless it took the device with it, which ends the run
             return Check(error=_reason(error))
 
     def _measure_pass(self, trial: Call | Training, name: str, checks: dict[Peer, Check]) -> None:
         """Adds the rows of one pass: what is beside the time one by one, then the times, in turn."""
-        case = trial.case
         rows: dict[Peer, dict[str, Any]] = {}
         functions: dict[Peer, Function] = {}
         for peer, check in checks.items():
-            row = rows[peer] = dict(
-                case=case.name,
-                group=case.group,
-                dtype=case.dtype,
-                mask=case.mask_words,
-                shape=list(case.shape),
-                peer=peer.name,
-                ours=peer.ours,
-                rel_error=check.rel_error,
-                budget_used=check.budget_used,
-                checked=check.checked,
-                error=check.error,
-            )
-            row["pass"] = name
+            described = {"pass": name, "peer": peer.name, "ours": peer.ours}
+            row = rows[peer] = self._describe(trial.case) | described | asdict(check)
             if check.error:
                 continue
             try:
-                make = partial(trial.function, peer, name)
-                function = make()
-                row |= {"served": trial.served(peer)} | self._measure_beside(case, peer, name, function, make)
+                function = trial.function(peer, name)
+                row |= {"served": trial.served(peer)} | self._measure_beside(trial, peer, name, function)
                 functions[peer] = function
             except Exception as error:
-                synchronize(self.device)
+                measure.synchronize(self.device)
                 row["error"] = _reason(error)
         plan = self.plan
         try:
-            samples = interleave(functions, self.sample, rounds=plan.rounds, milliseconds=plan.milliseconds)
+            samples = measure.interleave(functions, self.sample, rounds=plan.rounds, milliseconds=plan.milliseconds)
             for peer, taken in samples.items():
                 rows[peer]["error"] = trial.recheck(peer)
                 if not rows[peer]["error"]:
-                    found = summarise(taken)
+                    found = measure.summarise(taken)
                     rates = trial.rates(name, found["ms_median"], self.results.header["ceilings"])
                     rows[peer] |= found | rates
         except torch.OutOfMemoryError as error:  # each of them ran alone
@@ -215,27 +186,29 @@ class Bench:
         for row in rows.values():
             self.results.add(**row)
 
-    def _measure_beside(
-        self, case: Case | Workload, peer: Peer, name: str, function: Function, make: Callable[[], Function]
-    ) -> dict[str, Any]:
+    @staticmethod
+    def _describe(case: Case | Workload) -> dict[str, Any]:
+        told = {"case": case.name, "group": case.group, "dtype": case.dtype}
+        return told | {"mask": case.mask_words, "shape": list(case.shape)}
+
+    def _measure_beside(self, trial: Call | Training, peer: Peer, name: str, function: Function) -> dict[str, Any]:
         """What is measured of a pass beside its time."""
         function()  # compiles, and fills the allocator
-        numbers: dict[str, Any] = {"peak_bytes": peak_bytes(function, self.device)}
-        if self.device.type == "cuda" and self.plan.thorough and isinstance(case, Case):
+        numbers: dict[str, Any] = {"peak_bytes": measure.peak_bytes(function, self.device)}
+        everybody, case = self.plan.thorough and self.device.type == "cuda", trial.case
+        if everybody and isinstance(case, Case):
             try:
-                numbers["ms_kernels"] = summarise([self.sample(captured(make), self.plan.milliseconds)])["ms_median"]
+                make = partial(trial.function, peer, name)
+                numbers["ms_kernels"] = measure.kernel_milliseconds(make, self.plan.milliseconds)
             except RuntimeError:  # what waits for the device cannot be captured, and has no such time
-                synchronize(self.device)
-        if case.overhead:
-            if self.device.type == "cuda":
-                numbers["host_us"] = rounded(host_microseconds(function, self.device))
-            if name == BOTH and (peer.ours or (self.plan.thorough and self.device.type == "cuda")):
-                numbers["first_call_s"] = [*map(rounded, measure_first_calls(case, peer, self.device))]
+                measure.synchronize(self.device)
+        if case.overhead and name == BOTH and (peer.ours or everybody):
+            numbers["first_call_s"] = [*map(measure.rounded, measure_first_calls(case, peer, self.device))]
         return numbers
 
 
 def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, Unserved) else first_line(error)
+    return str(error) if isinstance(error, Unserved) else measure.first_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +246,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out must be the path of a .json file, got {options.out}")
     options.preset = options.preset or "standard"
-    assert options.preset in PRESETS
     training = options.group.startswith("training")
     options.cases = (
         workloads(kind, options.only) if training else select_cases(kind, options.preset, options.group, options.only)
@@ -289,7 +261,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     name = "-".join([options.preset, *options.group.replace(":", "").split()])
-    options.out = options.out or results_folder(environment(options.device)["device"]) / f"{name}.json"
+    options.out = options.out or results_folder(measure.environment(options.device)["device"]) / f"{name}.json"
     return options
 
 
@@ -308,7 +280,7 @@ def list_everything(options: argparse.Namespace) -> None:
 def open_results(options: argparse.Namespace) -> Results:
     """A new file of results, or the unfinished one to go on with."""
     asked = {name: getattr(options, name) for name in ("preset", "group", "only", "peers")}
-    header = environment(options.device) | asked | {"complete": False}
+    header = measure.environment(options.device) | asked | {"complete": False}
     path = options.out
     if path.exists():
         earlier = Results.load(path)
@@ -326,8 +298,8 @@ def open_results(options: argparse.Namespace) -> Results:
 
 def run(options: argparse.Namespace, results: Results, bench: Bench) -> None:
     """Measures what is missing, until it is complete or out of time; an interruption goes through, saved."""
-    results.header["ceilings"] = ceilings(options.device, bench.sample)
-    results.header["clocks_before"] = clocks(options.device)
+    results.header["ceilings"] = measure.ceilings(options.device, bench.sample)
+    results.header["clocks_before"] = measure.clocks(options.device)
     stop = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
     cases = [case for case in options.cases if bench.missing(case)]
     total = sum(len(bench.missing(case)) for case in cases)
@@ -349,7 +321,7 @@ def run(options: argparse.Namespace, results: Results, bench: Bench) -> None:
         results.header["complete"] = True
     finally:
         results.header["ended"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        results.header["clocks_after"] = clocks(options.device)
+        results.header["clocks_after"] = measure.clocks(options.device)
         results.save()
 
 
@@ -366,7 +338,7 @@ def main(arguments: list[str] | None = None, sample: Sampler | None = None) -> i
     results = open_results(options)
     plan = PLANS[options.preset]
     plan = plan if options.rounds is None else replace(plan, rounds=options.rounds)
-    bench = Bench(results, options.device, plan, options.choose_peers, sample or sample_on(options.device))
+    bench = Bench(results, options.device, plan, options.choose_peers, sample or measure.sample_on(options.device))
     interrupted = False
     try:
         run(options, results, bench)

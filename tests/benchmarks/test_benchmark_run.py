@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 
+import measure
 import report
 import run
 from cases import BOTH, DETERMINISTIC, FORWARD, Case, select_cases
@@ -66,7 +67,7 @@ def bench(monkeypatch, tmp_path):
     """Runs the command on fake peers; returns its exit code and the results."""
     path = tmp_path / "cpu.json"
     monkeypatch.setattr(report, "draw", lambda results: [])
-    monkeypatch.setattr(run, "ceilings", lambda device, sample: {"tflops": {"float32": 1.0}, "copy_gbps": 1e6})
+    monkeypatch.setattr(measure, "ceilings", lambda device, sample: {"tflops": {"float32": 1.0}, "copy_gbps": 1e6})
 
     def bench(*options, peers=tuple(FAKES), sample=sample, cases=CASES[:1]) -> tuple[int, Results]:
         monkeypatch.setattr(run, "PEERS", [FAKES[name] for name in peers])
@@ -128,7 +129,7 @@ def test_a_peer_that_takes_the_device_with_it_ends_the_run(bench, monkeypatch, t
     def dead(device):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(run, "synchronize", dead)
+    monkeypatch.setattr(measure, "synchronize", dead)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         bench(peers=("right", "unserved"))
     results = Results.load(tmp_path / "cpu.json")
@@ -170,8 +171,8 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(bench, monkeypatc
     with pytest.raises(SystemExit, match="unfinished run: --resume goes on, --restart drops it"):
         bench()
     with monkeypatch.context() as patch:
-        elsewhere = run.environment
-        patch.setattr(run, "environment", lambda device: elsewhere(device) | {"torch": "9.9"})
+        elsewhere = measure.environment
+        patch.setattr(measure, "environment", lambda device: elsewhere(device) | {"torch": "9.9"})
         with pytest.raises(SystemExit, match=r"measured elsewhere.*torch: .*, now '9.9'"):
             bench("--resume")
 
