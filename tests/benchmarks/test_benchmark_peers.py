@@ -228,8 +228,7 @@ def test_the_explicit_mask_says_who_sees_whom(name: str):
     mask = explicit_mask(inputs)()
     assert (mask is None) == (inputs.mask is None and bool(pairs.all()))
     if mask is not None:
-        assert mask.dtype == torch.bool
-        assert mask.ndim == 4
+        assert mask.dtype == torch.bool and mask.ndim == 4
         assert torch.equal(mask.expand(shape), pairs)
 
 
@@ -244,17 +243,14 @@ def test_packing_keeps_the_tokens_in_order_and_pads_with_zeros(name: str):
     assert packing.starts.tolist() == [0, *kept.sum(dim=1).cumsum(dim=0).tolist()]
     assert packing.longest == kept.sum(dim=1).max()
 
-    padded = packing.pad(packed)
-    zeros = torch.where(kept[:, None, :, None], inputs.v, 0)
-    assert torch.equal(padded, zeros)
-    gradient = torch.randn(padded.shape)
+    padded, gradient = packing.pad(packed), torch.randn(inputs.v.shape)
     (found,) = torch.autograd.grad(padded, inputs.v, gradient)
+    assert torch.equal(padded, torch.where(kept[:, None, :, None], inputs.v, 0))
     assert torch.equal(found, torch.where(kept[:, None, :, None], gradient, 0))
 
 
 def test_packing_takes_sequences_of_padding_alone():
-    mask = torch.tensor([[True, False], [False, False]])
-    packing = Packing.of(mask)
+    packing = Packing.of(torch.tensor([[True, False], [False, False]]))
     assert packing.starts.tolist() == [0, 1, 1]
     assert packing.pad(packing.unpad(torch.ones(2, 1, 2, 3))).sum() == 3
 
@@ -269,21 +265,16 @@ NOT_PACKED = {
     "cross right causal": "another alignment",
     "dropout": "no dropout",
 }
-REFUSED = {**CASES, "dropout": replace(SQUARE, dropout_p=0.1)}
 
 
-def varlen_with_window(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
-    assert scale is None
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+def varlen_with_window(q, k, v, starts_q, starts_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    assert enable_gqa == (q.shape[1] != k.shape[1])
     assert window_size in ((-1, -1), (-1, 0))
-    causal = window_size == (-1, 0)
-    return attend_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal)
+    return attend_by_sequence(q, k, v, starts_q, starts_k, max_q, max_k, window_size == (-1, 0))
 
 
-def varlen_with_flag(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    return attend_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal)
+def varlen_with_flag(q, k, v, starts_q, starts_k, max_q, max_k, is_causal=False):
+    return attend_by_sequence(q, k, v, starts_q, starts_k, max_q, max_k, is_causal)
 
 
 @pytest.mark.parametrize("case", PACKED)
@@ -295,71 +286,63 @@ def test_varlen_computes_what_the_oracle_computes(function: Callable, case: str,
 
 
 @pytest.fixture
-def flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package flash_attn.cute that counts its calls."""
+def flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A package flash_attn.cute, whose calls are listed."""
+    calls = []
 
     def flash_attn_func(q, k, v, causal=False, deterministic=False):
+        calls.append(("dense", deterministic))
         starts = [torch.arange(len(x) + 1, dtype=torch.int32) * x.shape[1] for x in (q, k)]
-        cute.calls.append(("dense", deterministic))
         packed = (x.flatten(0, 1) for x in (q, k, v))
         out = attend_by_sequence(*packed, *starts, q.shape[1], k.shape[1], causal)
         return out.unflatten(0, q.shape[:2]), None
 
     def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        causal=False,
-        deterministic=False,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, deterministic=False
     ):
-        cute.calls.append(("packed", deterministic))
+        calls.append(("packed", deterministic))
         return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal), None
 
     cute = types.ModuleType("flash_attn.cute")
-    cute.calls, cute.flash_attn_func, cute.flash_attn_varlen_func = [], flash_attn_func, flash_attn_varlen_func
+    cute.flash_attn_func, cute.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     package = types.ModuleType("flash_attn")
     package.cute = cute
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
-    return cute
+    return calls
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_flash_attention_4_computes_what_the_oracle_computes(case: str, flash_attention_4: types.ModuleType):
+def test_flash_attention_4_computes_what_the_oracle_computes(case: str, flash_attention_4: list):
     inputs = make_inputs(CASES[case], CPU)
     attention = named("flash-attention 4").prepare(inputs)
     check(attention, inputs)
     with numerics("float32", deterministic=True):
         attention(inputs.q, inputs.k, inputs.v)
     form = "dense" if inputs.mask is None else "packed"
-    assert flash_attention_4.calls == [(form, False), (form, True)]
+    assert flash_attention_4 == [(form, False), (form, True)]
 
 
 @pytest.mark.parametrize("case", NOT_PACKED)
 @pytest.mark.parametrize("name", ["varlen", "flash-attention 4"])
-def test_packed_sequences_serve_no_other_masks(name: str, case: str, flash_attention_4: types.ModuleType):
+def test_packed_sequences_serve_no_other_masks(name: str, case: str, flash_attention_4: list):
+    inputs = make_inputs(CASES.get(case, replace(SQUARE, dropout_p=0.1)), CPU)
     with pytest.raises(Unserved, match=NOT_PACKED[case]):
-        named(name).prepare(make_inputs(REFUSED[case], CPU))
+        named(name).prepare(inputs)
 
 
-def test_flash_attention_4_says_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+def test_flash_attention_4_says_what_is_not_installed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    inputs = make_inputs(SQUARE, CPU)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(Unserved, match="not installed: pip install flash-attn-4"):
-        named("flash-attention 4").prepare(make_inputs(SQUARE, CPU))
-
-
-def test_flash_attention_4_that_lacks_something_else_says_what(tmp_path, monkeypatch: pytest.MonkeyPatch):
+        named("flash-attention 4").prepare(inputs)
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("import nothing_of_this_name\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
-        named("flash-attention 4").prepare(make_inputs(SQUARE, CPU))
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):  # something that it needs
+        named("flash-attention 4").prepare(inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,10 +383,6 @@ def test_a_block_mask_is_made_when_the_name_says(
     for _ in range(2):
         attention(inputs.q, inputs.k, inputs.v)
     assert len(made) == prepared + 2 * called
-
-
-@pytest.mark.parametrize("name", ["flex", "flex + mask"])
-def test_flex_has_no_dropout(name: str):
     with pytest.raises(Unserved, match="no dropout"):
         named(name).prepare(make_inputs(replace(RIGHT, dropout_p=0.1), CPU))
 
