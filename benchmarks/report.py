@@ -18,7 +18,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -121,7 +121,7 @@ def _peers(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
         {"timed": frame["error"] == "", "wrong": wrong, "not served": (frame["error"] != "") & ~wrong}
     )
     table = states.groupby(frame["peer"], sort=False).sum()
-    table["fastest beside ours"] = compared["peer_best"].value_counts().reindex(table.index)
+    table["fastest beside ours"] = compared["peer_best"].value_counts().reindex(table.index, fill_value=0)
     return table.reset_index()
 
 
@@ -130,45 +130,50 @@ def _peers(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float, digits: int = 3) -> str:
-    """In plain notation, with so many significant digits; nothing where there is none."""
-    if pd.isna(value):
-        return ""
-    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the number as rounded: 0.9996 has that of 1.00
-    return f"{value:,.{max(0, digits - 1 - exponent)}f}"
+def _number(value: float) -> str:
+    """In plain notation, with three significant digits."""
+    exponent = (
+        int(f"{value:.2e}".partition("e")[2]) if value else 2
+    )  # of the number as rounded: 0.9996 has that of 1.00
+    return f"{value:,.{max(0, 2 - exponent)}f}"
 
 
-def _column(values: Iterable[Any], digits: int = 3, suffix: str = "") -> list[str]:
-    return [f"{_number(value, digits)}{suffix}" if pd.notna(value) else "" for value in values]
+# How fields are written, if not as they are.
+FORMATS: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("ms_median", "ms_median_best", "ms_iqr", "ms_kernels", "tflops", "tokens_per_s"), _number),
+    **dict.fromkeys(("ratio", "low", "high", "worst", "median", "best", "memory, worst"), "{:.2f}".format),
+    **dict.fromkeys(("ceiling_share", "budget_used"), "{:.0%}".format),
+    **dict.fromkeys(("peak_bytes", "peak_bytes_best"), lambda x: _number(x / 1e6)),
+    "rel_error": "{:.1e}".format,
+    "first_call_s": lambda seconds: " then ".join(map(_number, seconds)),
+}
+# The columns of a table -> the fields they show.
+COMPARED = {
+    "case": "case", "pass": "pass", "served": "served", "ms": "ms_median", "best peer": "peer_best",
+    "its ms": "ms_median_best", "ratio": "ratio", "from": "low", "to": "high", "verdict": "verdict",
+    "peak MB": "peak_bytes", "its peak": "peak_bytes_best", "error": "error",
+}  # fmt: skip
+SUMMED = ("group", "compared", *VERDICTS, "without a right result", "worst", "median", "best", "memory, worst")
+ROWS = {
+    "case": "case", "pass": "pass", "peer": "peer", "ms": "ms_median", "iqr": "ms_iqr", "ratio": "ratio",
+    "TFLOP/s": "tflops", "tokens/s": "tokens_per_s", "ceiling": "ceiling_share", "rel. error": "rel_error",
+    "of its budget": "budget_used", "checked": "checked", "peak MB": "peak_bytes", "kernels alone, ms": "ms_kernels",
+    "first call, s": "first_call_s", "error": "error",
+}  # fmt: skip
 
 
-def _compared_cells(compared: pd.DataFrame) -> pd.DataFrame:
-    """The comparisons as text."""
-    ranges = [
-        "" if pd.isna(low) else f"{low:.2f} to {high:.2f}"
-        for low, high in zip(compared["low"], compared["high"], strict=True)
-    ]
-    return pd.DataFrame(
-        {
-            "case": compared["case"],
-            "pass": compared["pass"],
-            "served": compared["served"].fillna(""),
-            "ms": [_number(ms) or error for ms, error in zip(compared["ms_median"], compared["error"], strict=True)],
-            "best peer": compared["peer_best"].fillna("none"),
-            "its ms": _column(compared["ms_median_best"]),
-            "ratio": [f"{ratio:.2f}" if pd.notna(ratio) else "" for ratio in compared["ratio"]],
-            "range": ranges,
-            "verdict": compared["verdict"],
-            "peak MB": _column(compared["peak_bytes"] / 1e6),
-            "its peak": _column(compared["peak_bytes_best"] / 1e6),
-        }
-    )
+def _cells(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    """The columns as text, empty where there is nothing to tell; without those that are empty."""
+
+    def write(value: Any, field: str) -> str:
+        return "" if not isinstance(value, list) and pd.isna(value) else FORMATS.get(field, str)(value)
+
+    table = pd.DataFrame({name: [write(x, field) for x in frame[field]] for name, field in columns.items()})
+    return table.loc[:, (table != "").any()]
 
 
-def _summary_cells(compared: pd.DataFrame) -> pd.DataFrame:
-    summary = summarise(compared)
-    ratios = ("worst", "median", "best", "memory, worst")
-    return summary.assign(**{name: [f"{x:.2f}" if pd.notna(x) else "" for x in summary[name]] for name in ratios})
+def _sums(compared: pd.DataFrame) -> pd.DataFrame:
+    return _cells(summarise(compared), {name: name for name in SUMMED})
 
 
 def _counts(compared: pd.DataFrame) -> str:
@@ -186,8 +191,8 @@ def terminal(results: Results) -> str:
     if frame.empty:
         return "no rows"
     compared = compare(frame)
-    cells = _compared_cells(compared)
-    parts = [cells.head(SHOWN), _summary_cells(compared), _peers(frame, compared).fillna(0).convert_dtypes()]
+    cells = _cells(compared, COMPARED)
+    parts = [cells.head(SHOWN), _sums(compared), _peers(frame, compared)]
     tables = [part.to_string(index=False, max_colwidth=60) for part in parts if len(part)]
     if len(cells) > SHOWN:
         tables[0] += f"\n... and {len(cells) - SHOWN} with a larger ratio, in {results.path.with_suffix('.md')}"
@@ -200,11 +205,10 @@ def _escape(text: Any) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    """A table in markdown; columns that hold nothing are left out."""
-    frame = frame.astype(object).where(frame.notna(), "")
-    columns = [name for name in frame if (frame[name] != "").any()]
-    lines = [columns, ["---"] * len(columns), *frame[columns].itertuples(index=False)]
-    return "\n".join(f"|{'|'.join(cell if cell == '---' else _escape(cell) for cell in line)}|" for line in lines)
+    """A table in markdown."""
+    lines = [[*map(_escape, frame)], ["---"] * frame.shape[1]]
+    lines += [[*map(_escape, row)] for row in frame.itertuples(index=False)]
+    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 
 def _environment(header: dict[str, Any]) -> str:
@@ -215,32 +219,10 @@ def _environment(header: dict[str, Any]) -> str:
 
 def _rows(frame: pd.DataFrame, standing: str) -> pd.DataFrame:
     """All rows of a group, fastest first in each pass of a case, those without a time last, with their error."""
-    frame = frame.sort_values("ms_median", kind="stable", na_position="last")
-    frame = frame.sort_values(["case", "pass"], kind="stable")
     ours = frame[frame["peer"] == standing].set_index(["case", "pass"])["ms_median"]
     own = ours.reindex(pd.MultiIndex.from_frame(frame[["case", "pass"]])).to_numpy()
-    return pd.DataFrame(
-        {
-            "case": frame["case"],
-            "pass": frame["pass"],
-            "peer": frame["peer"],
-            "ms": _column(frame["ms_median"]),
-            "iqr": _column(frame["ms_iqr"], 2),
-            "ratio": [f"{ratio:.2f}" if pd.notna(ratio) else "" for ratio in frame["ms_median"] / own],
-            "TFLOP/s": _column(frame["tflops"]),
-            "tokens/s": _column(frame["tokens_per_s"]),
-            "ceiling": _column(100 * frame["ceiling_share"].astype(float), 2, "%"),
-            "rel. error": ["" if pd.isna(error) else f"{error:.1e}" for error in frame["rel_error"]],
-            "of its budget": _column(100 * frame["budget_used"].astype(float), 2, "%"),
-            "checked": frame["checked"].fillna(""),
-            "peak MB": _column(frame["peak_bytes"] / 1e6),
-            "kernels alone, ms": _column(frame["ms_kernels"]),
-            "first call, s: cold, warm": [
-                " ".join(map(_number, pair)) if isinstance(pair, list) else "" for pair in frame["first_call_s"]
-            ],
-            "error": frame["error"],
-        }
-    )
+    frame = frame.assign(ratio=frame["ms_median"] / own)
+    return _cells(frame.sort_values(["case", "pass", "ms_median"], kind="stable", na_position="last"), ROWS)
 
 
 def markdown(results: Results, plots: list[Path]) -> str:
@@ -253,9 +235,9 @@ def markdown(results: Results, plots: list[Path]) -> str:
     if not frame.empty:
         names = list(dict.fromkeys(frame["peer"][frame["ours"].astype(bool)]))
         for name in names:
-            parts += [f"## Summary of {name}", _table(_summary_cells(compare(frame, name)))]
+            parts += [f"## Summary of {name}", _table(_sums(compare(frame, name)))]
         compared = compare(frame)
-        parts += ["## Peers", _table(_peers(frame, compared)), "## Worst first", _table(_compared_cells(compared))]
+        parts += ["## Peers", _table(_peers(frame, compared)), "## Worst first", _table(_cells(compared, COMPARED))]
         parts += [f"![{_escape(path.stem)}]({quote(path.name)})" for path in plots]
         for group, part in frame.groupby("group", sort=False):
             parts += [f"## {_escape(group)}", _table(_rows(part, next(iter(names), "")))]
@@ -365,7 +347,7 @@ def readme_section(folder: Path) -> str:
         commit = header["commit"][:10] + (", with changes that were not committed" if header["dirty"] else "")
         told = f"{header['started'][:10]}, {_escape(versions)}, commit {commit}"
         parts += [f"**{_escape(machine)}**, {told}: {_counts(compared)} in [all cases and passes]({link})."]
-        parts += [_table(_summary_cells(compared))]
+        parts += [_table(_sums(compared))]
     if not parts:
         return NO_RESULTS
     head = "The ratio is the time of the fastest other peer that gave a right result over that of flash_attend: above 1"

@@ -74,7 +74,7 @@ def test_the_terminal_says_the_worst_first_and_counts(results, monkeypatch):
     printed = terminal(results)
     places = [printed.index(f" {case} ") for case in ("lost", "even", "won")]
     assert places == sorted(places)
-    assert "0.50 0.25 to 0.75 loss" in " ".join(printed.split()) and "wrong: dq is off" in printed
+    assert "0.50 0.25 0.75 loss" in " ".join(printed.split()) and "wrong: dq is off" in printed
     assert printed.endswith("1 win, 1 even, 2 loss, 1 alone; 1 without a right result of ours")
     monkeypatch.setattr(report, "SHOWN", 2)
     assert f"and 3 with a larger ratio, in {results.path.with_suffix('.md')}" in terminal(results)
