@@ -1,0 +1,58 @@
+"""Mistakes of which nothing comes, and why: what `mutants.py` does not find has its reason here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["HARMLESS", "Harmless", "reason_for"]
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """In which statements, in words as `Place` has them, a mistake may go unnoticed. Regular expressions."""
+
+    mistakes: str
+    where: str
+    reason: str
+    kernels: str = ""
+
+
+def reason_for(kernel: str, mistake: str, where: str) -> Harmless | None:
+    return next(
+        (
+            row
+            for row in HARMLESS
+            if re.fullmatch(row.mistakes, mistake) and re.search(row.where, where) and re.search(row.kernels, kernel)
+        ),
+        None,
+    )
+
+
+WARPS = "barrier of some warps dropped"
+HOPPER = "hopper_"
+
+HARMLESS = (
+    # Between warps and lanes
+    Harmless("lanes do not wait", "", "what lanes exchange lies between barriers of whole partitions", HOPPER),
+    Harmless(WARPS, r"await_(full|empty|both)", "each warp waits for the mbarrier itself", HOPPER),
+    Harmless(WARPS, "_keep_rows", "a thread clears what it alone has read", HOPPER),
+    Harmless(WARPS, r"store_wait\(0\)$", "nobody stores there any more", HOPPER),
+    Harmless(
+        WARPS, r"_consume: token = warpgroup_mma|part\.buffer\(\)\.store|store_rows: buffer\.store",
+        "a barrier at a release, or a wait, has ordered the same", HOPPER,
+    ),
+    Harmless(
+        f"{WARPS}|arrival before the products are through", r"_step: k\.release",
+        "the producer fills that slot of k after one of v, which is given back later", "hopper_forward",
+    ),
+    Harmless(WARPS, r"_consume: rows\.release", "k, which q is read beside, is given back in between", "hopper_forward"),
+    Harmless(
+        f"{WARPS}|arrival before the products are through", r"_step: grad\.release",
+        "the producer fills that slot after one of q, which is given back later", "hopper_backward_kernel",
+    ),
+    Harmless(
+        WARPS, r"shared\.cleared\.meet\(0\) > Meeting\.meet: mbarrier\.arrive",
+        "both meet again before one reads what the other has cleared", "hopper_backward_kernel",
+    ),
+)  # fmt: skip
