@@ -39,17 +39,21 @@ HARMLESS = (
     Harmless(WARPS, "_keep_rows", "a thread clears what it alone has read", HOPPER),
     Harmless(WARPS, r"store_wait\(0\)$", "nobody stores there any more", HOPPER),
     Harmless(
-        WARPS, r"_consume: token = warpgroup_mma|part\.buffer\(\)\.store|store_rows: buffer\.store",
+        WARPS, r"(_consume|add_product): token = warpgroup_mma|part\.buffer\(\)\.store|store_rows: buffer\.store",
         "a barrier at a release, or a wait, has ordered the same", HOPPER,
     ),
     Harmless(
         f"{WARPS}|arrival before the products are through", r"_step: k\.release",
         "the producer fills that slot of k after one of v, which is given back later", "hopper_forward",
     ),
-    Harmless(WARPS, r"_consume: rows\.release", "k, which q is read beside, is given back in between", "hopper_forward"),
+    Harmless(WARPS, r"_consume: rows\.release", "k is given back after every product with q", "hopper_forward"),
     Harmless(
-        f"{WARPS}|arrival before the products are through", r"_step: grad\.release",
-        "the producer fills that slot after one of q, which is given back later", "hopper_backward_kernel",
+        f"{WARPS}|arrival before the products are through", r"(_step|_consume_for_k): grad\.release",
+        "the producer fills that slot after one of q, which is given back later", "hopper_backward_(wide_)?kernel",
+    ),
+    Harmless(
+        WARPS, r"_consume_for_k: shared\.cleared\.meet\(0\) > Meeting\.meet: mbarrier\.arrive",
+        "nobody else reads v, and the barrier before the wait orders the same for this consumer", "_wide_kernel",
     ),
     Harmless(
         WARPS, r"shared\.cleared\.meet\(0\) > Meeting\.meet: mbarrier\.arrive",

@@ -17,8 +17,8 @@ What it finds: accesses beyond a tensor's elements or out of alignment; numbers 
 on shared memory between warps, between lanes, and with asynchronous copies and products; reads and writes of what
 another program of the launch wrote; copies that are not waited for, in whichever order they come; mbarriers with wrong
 phases, arrivals or byte counts, uninitialized, or unfenced; missing proxy fences; registers of products of four warps
-that are touched before the wait, or handed over without a fence; bulk copies that begin where none may; deadlocks; parts
-of warps at instructions for whole ones; registers that no other warp has given back.
+that are touched before the wait, or handed over without a fence; bulk copies that begin where none may; deadlocks;
+parts of warps at instructions for whole ones; registers that no other warp has given back.
 
 What is not modelled:
 

@@ -169,7 +169,7 @@ class _BlockWriter:
         self.checked = set() if meaning.acts else self.checked | numbers
 
     def _check_fence(self, item: Instruction, meaning: Meaning) -> None:
-        """What ordinary instructions write to registers is fenced before a product of four warps reads or adds to it."""
+        """What ordinary instructions write to registers is fenced before a product of four warps takes it."""
         if item.op.startswith("wgmma.fence"):
             self.fenced, self.unfenced = True, set()
         elif item.op.startswith(PRODUCT):
