@@ -30,6 +30,7 @@ def reason_for(kernel: str, mistake: str, where: str) -> Harmless | None:
 
 
 WARPS = "barrier of some warps dropped"
+EARLY = "arrival before the products are through"
 HOPPER = "hopper_"
 
 HARMLESS = (
@@ -42,21 +43,27 @@ HARMLESS = (
         WARPS, r"(_consume|add_product): token = warpgroup_mma|part\.buffer\(\)\.store|store_rows: buffer\.store",
         "a barrier at a release, or a wait, has ordered the same", HOPPER,
     ),
+    # What orders the same
     Harmless(
-        f"{WARPS}|arrival before the products are through", r"_step: k\.release",
+        f"{WARPS}|{EARLY}|wait dropped", r"_step: (k\.release|products = warpgroup_mma_wait)|_fill_block: shared\.k",
         "the producer fills that slot of k after one of v, which is given back later", "hopper_forward",
     ),
     Harmless(WARPS, r"_consume: rows\.release", "k is given back after every product with q", "hopper_forward"),
     Harmless(
-        f"{WARPS}|arrival before the products are through", r"(_step|_consume_for_k): grad\.release",
+        f"{WARPS}|{EARLY}|arrival twice", r"(_step|_consume_for_k): grad\.release|_step: grad_q, grad_v = ",
         "the producer fills that slot after one of q, which is given back later", "hopper_backward_(wide_)?kernel",
+    ),
+    Harmless("wait dropped", r"_produce: shared\.\w+\.of\(\w+, 0\)\.fill", "that slot is filled once", "hopper_backward"),
+    Harmless(
+        "wait dropped", r"shared\.grad\.at\(step\)\.fill_both",
+        "the producer has waited for a slot of q, which is given back later", "hopper_backward_kernel",
     ),
     Harmless(
         WARPS, r"_consume_for_k: shared\.cleared\.meet\(0\) > Meeting\.meet: mbarrier\.arrive",
         "nobody else reads v, and the barrier before the wait orders the same for this consumer", "_wide_kernel",
     ),
     Harmless(
-        WARPS, r"shared\.cleared\.meet\(0\) > Meeting\.meet: mbarrier\.arrive",
+        f"{WARPS}|arrival twice|wait dropped", r"shared\.cleared\.meet\(0\)",
         "both meet again before one reads what the other has cleared", "hopper_backward_kernel",
     ),
 )  # fmt: skip
