@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mutants import Subject
+
 __all__ = ["HARMLESS", "Harmless", "reason_for"]
 
 
@@ -15,15 +17,17 @@ class Harmless:
     mistakes: str
     where: str
     reason: str
-    kernels: str = ""
+    subjects: str = ""
 
 
-def reason_for(kernel: str, mistake: str, where: str) -> Harmless | None:
+def reason_for(subject: Subject, mistake: str, where: str) -> Harmless | None:
     return next(
         (
             row
             for row in HARMLESS
-            if re.fullmatch(row.mistakes, mistake) and re.search(row.where, where) and re.search(row.kernels, kernel)
+            if re.fullmatch(row.mistakes, mistake)
+            and re.search(row.where, where)
+            and re.search(row.subjects, str(subject))
         ),
         None,
     )
@@ -53,7 +57,15 @@ HARMLESS = (
         f"{WARPS}|{EARLY}|arrival twice", r"(_step|_consume_for_k): grad\.release|_step: grad_q, grad_v = ",
         "the producer fills that slot after one of q, which is given back later", "hopper_backward_(wide_)?kernel",
     ),
-    Harmless("wait dropped", r"_produce: shared\.\w+\.of\(\w+, 0\)\.fill", "that slot is filled once", "hopper_backward"),
+    Harmless("wait dropped", r"_produce: \S+\.of\(\w+, 0\)\.fill", "that slot is filled once", "hopper_backward"),
+    Harmless(
+        "initialized for one arrival more", r": (k|v|key_rows), barriers = make_ring.*SLOTS \+ slot",
+        "that slot is filled once, and not given back", "hopper_backward_(wide_)?kernel",
+    ),
+    Harmless(
+        "initialized for one arrival more", r": (q|grad), barriers = make_ring.*SLOTS \+ slot",
+        "that slot is filled once, and not given back", "hopper_backward_q",
+    ),
     Harmless(
         "wait dropped", r"shared\.grad\.at\(step\)\.fill_both",
         "the producer has waited for a slot of q, which is given back later", "hopper_backward_kernel",
@@ -63,7 +75,22 @@ HARMLESS = (
         "nobody else reads v, and the barrier before the wait orders the same for this consumer", "_wide_kernel",
     ),
     Harmless(
-        f"{WARPS}|arrival twice|wait dropped", r"shared\.cleared\.meet\(0\)",
+        f"{WARPS}|arrival twice|wait dropped|wait for the other phase", r"shared\.cleared\.meet\(0\)",
         "both meet again before one reads what the other has cleared", "hopper_backward_kernel",
+    ),
+    # The gradient of q
+    Harmless("wait dropped", r"tile\.first_block\(\)", "that slot has not been filled before", "hopper_backward_q"),
+    Harmless(
+        "wait dropped", r"_masked_block: (products_token|v\.await_full)|_step: [kv]\.await_full",
+        "that slot has been waited for", "hopper_backward_q",
+    ),
+    Harmless(
+        f"{WARPS}|{EARLY}|arrival twice|wait dropped",
+        r"v\.release|(_step|_masked_block): grad_weights = warpgroup|_fill_block: shared\.v",
+        "the producer fills that slot of v after one of k, which is given back later", "hopper_backward_q.* d64",
+    ),
+    Harmless(
+        EARLY, "_step: grad_weights = warpgroup",
+        "the producer fills that slot of v after one of k, which is given back later", "hopper_backward_q",
     ),
 )  # fmt: skip

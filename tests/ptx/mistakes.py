@@ -64,7 +64,10 @@ MISTAKES: dict[str, Mistake] = {
         rf"(wgmma\.wait_group[^;]*;)((?:(?!wgmma|mbarrier)[\s\S])*?{ARRIVAL})", r"\2\n\1"
     ),
     "wait dropped": Mistake(rf"{WAIT}, [^;]+;", "setp.eq.b32 complete, 0, 0;"),
-    "wait for the other phase": Mistake(rf"({WAIT}, \[%r\d+\], )(%r\d+);", r"xor.b32 \2, \2, 1;\n\1\2;"),
+    "wait for the other phase": Mistake(
+        rf"waitLoop:\s*({WAIT}, \[%r\d+\], )(%r\d+);",
+        r".reg .b32 other;\nxor.b32 other, \2, 1;\nwaitLoop:\n\1other;",
+    ),
     "16 bytes more expected": Mistake(r"expect_tx\.shared::cta\.b64 _, \[%r\d+\], (\d+);", _count_up(1, 16)),
     "16 bytes fewer expected": Mistake(r"expect_tx\.shared::cta\.b64 _, \[%r\d+\], (\d+);", _count_up(1, -16)),
     "initialized for one arrival more": Mistake(r"mbarrier\.init\.shared::cta\.b64 \[%r\d+\], (\d+);", _count_up(1, 1)),

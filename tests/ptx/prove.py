@@ -55,7 +55,7 @@ def mutant_rows(index: str) -> list[Row]:
         found, missed, reasons = Counter(), [], set()
         for place in places_of(recording, mistake):
             outcome = attempt(recording, mistake, place)
-            reason = None if outcome.found else reason_for(subject.kernel, mistake, place.where)
+            reason = None if outcome.found else reason_for(subject, mistake, place.where)
             found[outcome.found] += 1
             reasons |= {reason.reason} if reason else set()
             missed += [] if outcome.found or reason else [place.where]
