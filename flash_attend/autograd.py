@@ -8,7 +8,6 @@ correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import compress
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +46,13 @@ def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Ten
     if plan.backward == "einsum":
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
-    forward = call.forward
+    forward = call.planned or call.forward
     q, k, v, mask, _ = operands
     if lazy(q, k, v, mask):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
         q, k, v, *_ = operands
-        forward = partial(call.functions.forward, spec=spec, tiles=call.tiles)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        forward = call.forward
+    if call.differentiated:
         found = _attend_eagerly(q, k, v, (operands, forward, call, return_lse))
         return found if return_lse else (found, None)
     return forward(operands)[:2]

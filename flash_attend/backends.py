@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -42,8 +42,9 @@ class Functions(NamedTuple):
     forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, schedule
     backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
-    # (spec, tiles, layouts) -> `forward` of all operands with these layouts, with only these left to hand over
-    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]]
+    # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
+    # where nothing is worked out of it once
+    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,11 +91,6 @@ def _try_import(name: str) -> str:
     except Exception as error:  # a broken installation raises anything
         return f"its kernels cannot be imported ({type(error).__name__}: {error})"
     return ""
-
-
-def _plan_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `plan_forward` of a forward that is called as it is."""
-    return lambda spec, tiles, layouts: partial(forward, spec=spec, tiles=tiles)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,7 +183,7 @@ def _load_hopper() -> Functions:
     from flash_attend.kernels.hopper.backward import attention_backward
     from flash_attend.kernels.hopper.forward import attention_forward
 
-    return Functions(attention_forward, attention_backward, select_hopper_tiles, _plan_nothing(attention_forward))
+    return Functions(attention_forward, attention_backward, select_hopper_tiles)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,9 +196,7 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    return Functions(
-        _einsum_forward, _einsum_backward, lambda spec, target, backward: None, _plan_nothing(_einsum_forward)
-    )
+    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None)
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:

@@ -14,7 +14,7 @@ from flash_attend.checks import is_dense, normalise_inputs
 from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
 from flash_attend.options import check_flag
-from flash_attend.plans import plan_call
+from flash_attend.plans import needed_of, plan_call
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
@@ -114,8 +114,8 @@ def flash_attention(
     if undisturbed(q, k, v, mask):
         call = plan_call(q, k, v, mask, causal, scale, dropout_p, deterministic, backend)
         out, lse = attend(call.operands(q, k, v, mask), call, return_lse=return_lse)
-        if call.plan.fallback:
-            _warn_once(call.plan.fallback)
+        if call.plan.warning:
+            _warn_once(call.plan.warning)
         return (out, cast(Tensor, lse)) if return_lse else out
     return _attend_watched(q, k, v, mask, causal, scale, dropout_p, return_lse, deterministic, backend)
 
@@ -145,7 +145,7 @@ def _attend_watched(
     q, k, v = autocast(q, k, v)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p, **options)
-        plan = choose(spec, DeviceTarget.of(q.device), backend)
+        plan = choose(spec, DeviceTarget.of(q.device), backend, needed_of(q, k, v))
         seed = draw_seed(q.device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
@@ -155,8 +155,8 @@ def _attend_watched(
             out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
         else:
             out, lse = attend(operands, call, return_lse=return_lse)
-    if plan.fallback:
-        _warn_once(plan.fallback)
+    if plan.warning:
+        _warn_once(plan.warning)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
@@ -175,10 +175,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @constant_when_compiled  # so that the compiler warns, and does not compile a warning
-def _warn_once(reason: str) -> None:
-    _warn_of_fallback(reason)
+def _warn_once(warning: str) -> None:
+    _warn(warning)
 
 
 @cache
-def _warn_of_fallback(reason: str) -> None:
-    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=4)
+def _warn(warning: str) -> None:
+    warnings.warn(warning, stacklevel=4)
