@@ -67,11 +67,10 @@ def plan_call(
 
     Raises what the checks and the dispatcher raise; of such calls nothing is kept.
     """
-    needed = needed_of(q, k, v)
     facts = facts_of("q", q), facts_of("k", k), facts_of("v", v), None if mask is None else facts_of("mask", mask)
     options = options_of(q, causal, scale, dropout_p, deterministic)
     check_backend(backend)
-    return _work_out(facts, options, needed, backend, generation())
+    return _work_out(facts, options, needed_of(q, k, v), backend, generation())
 
 
 def needed_of(q: Tensor, k: Tensor, v: Tensor) -> tuple[bool, bool, bool]:
