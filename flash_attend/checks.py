@@ -58,14 +58,25 @@ def is_dense(tensor: Tensor) -> bool:
     return initialized and not tensor.is_nested and tensor.layout == torch.strided
 
 
-def facts_of(name: str, tensor: Any) -> tuple:
-    """What `TensorFacts` are made of: looked up by, in half the time. Raises `TypeError` unless the tensor is dense."""
-    if type(tensor) is not Tensor or tensor.layout is not torch.strided:  # as few are
-        _check_dense(name, tensor)
+def facts_of(q: Any, k: Any, v: Any, mask: Any) -> Facts:
+    """What is known of the tensors of a call. Raises `TypeError` for what is no dense tensor."""
+    strided = torch.strided
+    if not (type(q) is type(k) is type(v) is Tensor and q.layout is k.layout is v.layout is strided):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _check_dense(name, tensor)
+    if mask is not None and not (type(mask) is Tensor and mask.layout is strided):
+        _check_dense("mask", mask)
     try:
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-    except RuntimeError:  # a nested tensor has neither
-        _check_dense(name, tensor)
+        return (
+            (q.shape, q.stride(), q.dtype, q.device),
+            (k.shape, k.stride(), k.dtype, k.device),
+            (v.shape, v.stride(), v.dtype, v.device),
+            None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
+        )
+    except RuntimeError:  # a nested tensor has neither sizes nor strides
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("mask", mask)):
+            if tensor is not None:
+                _check_dense(name, tensor)
         raise
 
 
@@ -185,7 +196,7 @@ def normalise_inputs(
     Raises `TypeError` for a wrong kind (no tensor, dtype, number) and `ValueError` for a wrong value (shape, device,
     range). Nothing is allocated or launched here.
     """
-    facts = facts_of("q", q), facts_of("k", k), facts_of("v", v), None if mask is None else facts_of("mask", mask)
+    facts = facts_of(q, k, v, mask)
     spec, mask_sizes = check_call(facts, options_of(q, causal, scale, dropout_p, deterministic))
     return view_operands(q, k, v, mask, spec, mask_sizes), spec
 

@@ -67,9 +67,10 @@ def plan_call(
 
     Raises what the checks and the dispatcher raise; of such calls nothing is kept.
     """
-    facts = facts_of("q", q), facts_of("k", k), facts_of("v", v), None if mask is None else facts_of("mask", mask)
+    facts = facts_of(q, k, v, mask)
     options = options_of(q, causal, scale, dropout_p, deterministic)
-    check_backend(backend)
+    if type(backend) is not str:
+        check_backend(backend)
     return _work_out(facts, options, needed_of(q, k, v), backend, generation())
 
 

@@ -182,7 +182,7 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> 
     """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again."""
     q, k, v, *others = operands
     operands = Operands(readable(q), readable(k), readable(v), *others)
-    return _prepare(spec, tiles, Layouts.of(operands))(operands)
+    return _prepare(spec, tiles, Layouts.of(operands)).run(operands)
 
 
 def plan_forward(
@@ -191,7 +191,7 @@ def plan_forward(
     """`attention_forward` of all operands with these layouts."""
     dims = spec.head_dim, spec.head_dim, spec.value_dim
     if all(map(is_readable, layouts[:3], dims)):
-        return _prepare(spec, tiles, layouts)
+        return _prepare(spec, tiles, layouts).run
     return partial(attention_forward, spec=spec, tiles=tiles)
 
 
@@ -206,7 +206,7 @@ class Forward:
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
 
-    def __call__(self, operands: Operands) -> tuple[Tensor, Tensor, Schedule]:
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor, Schedule]:
         """As `attention_forward`."""
         q, k, v, mask, seed = operands
         out = q.new_empty_strided(*self.out)

@@ -99,8 +99,9 @@ def begin_aligned(*tensors: Tensor | None) -> bool:
 
 
 def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int, aligned: bool) -> None:
-    kept = prepared.compiled.get(device) if aligned and not _hooked() else None
-    if kept is not None:
+    kept = prepared.compiled.get(device) if aligned else None
+    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # by a profiler
+    if kept is not None and not watched:
         run, function, metadata, rest = kept
         stream = driver.active.get_current_stream(device)
         # As Triton does it, without what it makes for hooks.
@@ -111,8 +112,3 @@ def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int, al
     if aligned and compiled is not None:  # the interpreter compiles nothing
         in_order = (choices[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
         prepared.compiled[device] = compiled.run, compiled.function, compiled.packed_metadata, (*numbers, *in_order)
-
-
-def _hooked() -> bool:
-    """Whether somebody asked Triton to be told of launches: a profiler."""
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
