@@ -28,6 +28,7 @@ from flash_attend.kernels.operands import (
     aligned_strides,
     call_arguments,
     call_choices,
+    is_readable,
     key_section,
     key_sizes,
     layout_like_heads,
@@ -547,12 +548,16 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
+    q, k, v, mask, seed = operands
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
-    q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
-    grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
     backward = _prepare(spec, tiles, tuple(needed), schedule.planes, grad_lse is not None, *strides)
-    return backward(grad_out, grad_lse, Operands(q, k, v, operands.mask, operands.seed), out, lse, schedule)
+    if backward is not None:
+        return backward.run(grad_out, grad_lse, operands, out, lse, schedule)
+    operands = Operands(readable(q), readable(k), readable(v), mask, seed)
+    given = readable(grad_out), grad_lse, operands, readable(out), lse, schedule
+    return attention_backward(*given, spec, tiles, needed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -561,12 +566,13 @@ class Backward:
 
     spec: AttentionSpec
     grads: tuple[HeadsLayout | None, ...]  # of q, k and v
-    statistics: Callable[[Tensor, Tensor | None, Tensor, Tensor], tuple[Tensor, Tensor]]  # as `prepare_statistics`
+    # As `prepare_statistics`, told whether all begin at aligned addresses, or None.
+    statistics: Callable[[Tensor, Tensor | None, Tensor, Tensor, bool | None], tuple[Tensor, Tensor]]
     by_keys: Prepared | None  # None where neither k nor v needs a gradient
     fused: bool
     by_queries: tuple[Prepared, Prepared] | None  # where k and v do not begin where bulk copies can read, and where
 
-    def __call__(
+    def run(
         self,
         grad_out: Tensor,
         grad_lse: Tensor | None,
@@ -578,17 +584,23 @@ class Backward:
         """As `attention_backward`."""
         q, k, v, _, seed = operands
         visible, lists, _ = schedule = schedule.contiguous()
-        delta, lse_log2 = self.statistics(grad_out, grad_lse, out, lse)
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        lse = lse.contiguous()
+        # What is allocated here is aligned. Where something else is not, each launch sees for itself.
+        aligned = begin_aligned(q, k, v, grad_out, out, lse, grad_lse, visible, lists, seed) or None
+        delta, lse_log2 = self.statistics(grad_out, grad_lse, out, lse, aligned)
         grad_q, grad_k, grad_v = [None if layout is None else q.new_empty_strided(*layout) for layout in self.grads]
         inputs = q, k, v, grad_out
         statistics = lse_log2, delta, visible
         if self.by_keys is not None:
             sum_q = torch.zeros(grad_q.shape, dtype=lse.dtype, device=q.device) if self.fused else None
-            launch(self.by_keys, *inputs, grad_k, grad_v, sum_q, *statistics, transposed_lists(schedule), seed)
+            by_keys = transposed_lists(schedule)
+            launch(self.by_keys, *inputs, grad_k, grad_v, sum_q, *statistics, by_keys, seed, aligned=aligned)
             if self.fused:
                 torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
         if self.by_queries is not None:
-            launch(self.by_queries[begin_aligned(k, v)], *inputs, grad_q, *statistics, lists, seed)
+            prepared = self.by_queries[aligned or begin_aligned(k, v)]
+            launch(prepared, *inputs, grad_q, *statistics, lists, seed, aligned=aligned)
         return grad_q, grad_k, grad_v
 
 
@@ -604,7 +616,11 @@ def _prepare(
     v: Strides,
     grad_out: Strides,
     out: Strides,
-) -> Backward:
+) -> Backward | None:
+    """None where a row of a tensor is not contiguous: then of copies."""
+    dims = spec.head_dim, spec.head_dim, spec.value_dim, spec.value_dim, spec.value_dim
+    if not all(map(is_readable, (q, k, v, grad_out, out), dims)):
+        return None
     grads = gradient_layouts(spec, (q, k, v), needed)
     of_q, of_k, of_v = (None if layout is None else layout[1] for layout in grads)
     by_keys = of_k is not None or of_v is not None
@@ -627,7 +643,8 @@ def prepare_statistics(
 ) -> tuple[Tensor, Tensor]:
     """What every backward kernel reads of each query: delta and the LSE in base 2, `(b, h, i)` with i padded."""
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    return _launch_delta(prepared, _statistics_layout(spec), grad_out, grad_lse, out, lse)
+    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    return _launch_delta(prepared, _statistics_layout(spec), grad_out, grad_lse, out, lse.contiguous())
 
 
 def _statistics_layout(spec: AttentionSpec) -> HeadsLayout:
@@ -637,12 +654,16 @@ def _statistics_layout(spec: AttentionSpec) -> HeadsLayout:
 
 
 def _launch_delta(
-    prepared: Prepared, layout: HeadsLayout, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+    prepared: Prepared,
+    layout: HeadsLayout,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    aligned: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     delta, lse_log2 = lse.new_empty_strided(*layout), lse.new_empty_strided(*layout)
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
+    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2, aligned=aligned)
     return delta, lse_log2
 
 
