@@ -54,7 +54,9 @@ Before a time was taken, the results of that very call were compared with float6
 wrong, and has no time. What a peer's own dropout keeps is not known: it is judged without.
 
 `ratio` is a peer's time over ours, above 1 ours is faster: beside the fastest peer the median of the rounds' ratios,
-with their range; where that holds 1, the two are even. A case that ours does not serve, or gets wrong, is a loss. {LEGEND}
+with their range; where that holds 1, the two are even. A case that ours does not serve, or gets wrong, is a loss.
+
+{LEGEND}
 """
 
 

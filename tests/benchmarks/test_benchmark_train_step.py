@@ -126,6 +126,14 @@ def test_a_wrong_attend_is_told_and_not_timed(measure, model, dtype, wrong):
     assert all(other["error"] == "" and other["ms_median"] for other in rows.values())
 
 
+def test_without_a_yardstick_there_is_no_time(measure, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_step, "distances", too_large)
+    assert {row["error"] for row in measure().values()} == {"OutOfMemoryError: CUDA out of memory"}
+
+
 def test_training_that_diverges_is_told(measure, monkeypatch):
     monkeypatch.setattr(train_step, "LEARNING_RATE", 1e30)
     rows = measure()
@@ -160,8 +168,8 @@ def test_every_arm_starts_from_the_same_weights_and_every_gradient_is_an_answer(
     first, *others = (training.models[name].state_dict() for name in NAMES)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
     numbers = sum(p.numel() * (2 if p.is_complex() else 1) for p in training.models["own einsum"].parameters())
-    assert training.exact["gradient of everything"].shape == (numbers,)
-    assert training.exact["loss of the tokens"].shape == (72,)
+    assert training.yardsticks[0]["gradient of everything"].shape == (numbers,)
+    assert training.yardsticks[0]["loss of the tokens"].shape == (72,)
     step = training.function(OURS, "training step")
     before = training._loss(OURS).item()
     for _ in range(5):
