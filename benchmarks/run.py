@@ -33,6 +33,7 @@ import measure
 import report
 from cases import BOTH, DETERMINISTIC, FORWARD, Case, make_inputs, select_cases
 from first_call import measure_first_calls
+from flash_attend.testing.memory import peak_bytes
 from gate import Check, Gate
 from measure import Function, Sampler
 from peers import PEERS, Attention, Peer, Unserved, peers_for
@@ -194,7 +195,7 @@ class Bench:
     def _measure_beside(self, trial: Call | Training, peer: Peer, name: str, function: Function) -> dict[str, Any]:
         """What is measured of a pass beside its time."""
         function()  # compiles, and fills the allocator
-        numbers: dict[str, Any] = {"peak_bytes": measure.peak_bytes(function, self.device)}
+        numbers: dict[str, Any] = {"peak_bytes": peak_bytes(function, self.device)}
         everybody, case = self.plan.thorough and self.device.type == "cuda", trial.case
         if everybody and isinstance(case, Case):
             try:

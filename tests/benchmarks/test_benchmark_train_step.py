@@ -10,7 +10,6 @@ import torch
 from clients import serve_by
 
 import flash_attend
-import measure as timing
 import run
 import train_step
 from flash_attend import flash_attention
@@ -38,7 +37,7 @@ def one_thread():
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """The rows of a small workload by arm, with told times; ours may be computed by something else."""
-    monkeypatch.setattr(timing, "peak_bytes", lambda function, device: 1)
+    monkeypatch.setattr(run, "peak_bytes", lambda function, device: 1)
 
     def measure(model="padded", dtype="float32", attention=None):
         arms = peers_for(ARMS, "cpu")
