@@ -10,6 +10,7 @@ import torch
 from clients import serve_by
 
 import flash_attend
+import measure as timing
 import run
 import train_step
 from flash_attend import flash_attention
@@ -183,6 +184,17 @@ def test_the_batch_is_padded_on_the_right():
     assert (valid[:, :-1] | ~valid[:, 1:]).all() and batch.valid == valid.sum() < 72
     assert torch.equal(batch.labels == -100, ~valid) and (batch.counting_padding().labels >= 0).all()
     assert len({int(row.sum()) for row in valid}) == len(batch.sequences()) == 3
+
+
+def test_a_model_that_cannot_be_patched_fails_the_command(tmp_path, monkeypatch, capsys):
+    def refuse(model):
+        raise ValueError("no Attend here")
+
+    monkeypatch.setattr(run, "ARMS", [replace(OURS, prepare=Arm(change=refuse))])
+    monkeypatch.setattr(run, "workloads", lambda *_: [Workload("padded", "float32", **SMALL)])
+    monkeypatch.setattr(timing, "ceilings", lambda device, sample: {"tflops": {}, "copy_gbps": 1.0})
+    assert run.main(["--device=cpu", "--group=training", f"--out={tmp_path / 'x.json'}"]) == 1
+    assert "flash_attend FAILED" in capsys.readouterr().err and "no Attend here" in (tmp_path / "x.md").read_text()
 
 
 def test_workloads_have_names_of_their_own():
