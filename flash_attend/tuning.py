@@ -25,7 +25,7 @@ from flash_attend import functional
 from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.check import checked
 from flash_attend.dispatch import override_backward
-from flash_attend.evidence import Store, Tuned, name_of_tuned
+from flash_attend.evidence import Store, Tuned, name_of_tuned, read_anew
 from flash_attend.functional import flash_attention, recorded_calls
 from flash_attend.isolation import Failed, Isolated
 from flash_attend.spec import AttentionSpec, MaskKind
@@ -120,7 +120,7 @@ def _gpus() -> list[torch.device]:
 
 def _follow() -> None:
     """Has the next call ask anew what is fastest."""
-    Store.forget_tuned()
+    read_anew()
     functional._choose_once.cache_clear()
     if configs := sys.modules.get("flash_attend.kernels.configs"):
         configs._look_up_tiles.cache_clear()

@@ -326,6 +326,10 @@ def test_the_command_outlives_what_it_checks(
     assert killed == f"WRONG  cpu {variants[2]}: its process ended with status -9"
     assert hung == f"WRONG  cpu {variants[3]}: no answer within 3 seconds"
     assert summary == "1 right, 3 not"
+    told = command._describe_store(store())
+    assert told[0] == "  1 variant right, 3 not"
+    monkeypatch.setattr(command, "servable", lambda part: [])
+    assert set(command._variants(PART, store())) == set(variants[1:])  # of any kind: what was refused is tried again
     for variant in variants[2:]:
         assert "died or was ended in its check" in check.checked(tuple(variant), CPU).reason
     finding = check.check(variants[2], CPU, anew=True)  # whoever asks for it, where it does not die

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flash_attend import Attend, BackendUnavailable, backends, check, explain, flash_attention, target
-from flash_attend.evidence import Finding, Store, Tuned
+from flash_attend.evidence import Finding, Store, Tuned, read_anew
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
 
@@ -118,6 +118,7 @@ def test_a_compiler_takes_what_is_known_of_a_part_for_constants(backend: str, mo
     monkeypatch.setattr(backends, "_try_import", lambda name: "")
     fused = Tuned("triton", {"triton": "fused"}, {}, "measured")
     monkeypatch.setattr(Store, "tuned", lambda store, kind: fused)
+    read_anew()
     monkeypatch.setattr(check, "check", lambda variant, device: asked.append(variant) or Finding(True, "fine"))
     graphs = []
     attend = torch.compile(
@@ -133,3 +134,4 @@ def test_a_compiler_takes_what_is_known_of_a_part_for_constants(backend: str, mo
     assert "fused" in str(call.args)
     assert {variant.backward for variant in asked} == ({"separate", "fused"} if backend == "auto" else {"fused"})
     assert all(type(variant.kind.head_dim) is int for variant in asked)
+    read_anew()
