@@ -55,6 +55,8 @@ class Tuned(NamedTuple):
 @constant_when_compiled
 def known(variant: tuple, device: torch.device) -> Finding | None:
     """What is known of a variant on the part of a device, without finding it out; None where nothing is."""
+    if os.environ.get("FLASH_ATTEND_CHECK") == "0":
+        return Finding(True, "trusted unchecked, because FLASH_ATTEND_CHECK is 0")
     return Store.of(device).finding(Variant.read(variant))
 
 

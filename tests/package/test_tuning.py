@@ -12,10 +12,11 @@ import torch
 
 import flash_attend
 from flash_attend import __main__ as command
-from flash_attend import explain, flash_attention, tuning
+from flash_attend import explain, flash_attention, timing, tuning
 from flash_attend.evidence import name_of_tuned
 from flash_attend.isolation import Failed
-from flash_attend.tuning import Call, Candidate, grid, in_turns, time_pair, tune
+from flash_attend.timing import Call, Candidate, call_as_json, call_of_json, in_turns, time_pair
+from flash_attend.tuning import grid, tune
 from parts import CPU, PART, VARIANT, forget, serve_as_triton, store, with_fault
 
 CALL = grid(["float32"], [(8, 8)], ["none"], [16], tokens=16, width=16)[0]
@@ -164,25 +165,25 @@ def test_calls_are_taken_from_whoever_makes_them(part: Callable, monkeypatch: py
 
 def test_two_calls_take_turns() -> None:
     said: list[str] = []
-    times = iter([1.0, 5.0, 7.0, 3.0] * tuning.ROUNDS)
+    times = iter([1.0, 5.0, 7.0, 3.0] * timing.ROUNDS)
 
     def clock(call: Callable[[], object]) -> float:
         call()
         return next(times)
 
     found = in_turns(lambda: said.append("A"), lambda: said.append("B"), clock=clock)
-    assert "".join(said) == "ABAB" + "ABBA" * tuning.ROUNDS
+    assert "".join(said) == "ABAB" + "ABBA" * timing.ROUNDS
     assert found == [2.0, 6.0]
 
 
 @pytest.mark.parametrize("mask", ("none-causal", "key", "dense-causal"))
 def test_a_pair_is_timed(monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
     """For real, with gradients and without; one that is wrong is not timed."""
-    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
     (call,) = grid(["float32"], [(8, 16)], [mask], [24], tokens=48, width=16)
     for needed in ((True,) * 3, (False,) * 3):
-        given = tuning._call_as_json(Call(call.spec, needed))
-        assert tuning._call_of_json(given) == Call(call.spec, needed)
+        given = call_as_json(Call(call.spec, needed))
+        assert call_of_json(given) == Call(call.spec, needed)
         request = dict(device="cpu", call=given, pair=[["triton", "separate", ""], list(MATH)])
         assert all(seconds > 0 for seconds in time_pair(request))
     serve_as_triton(with_fault("wrong"), monkeypatch.setattr, monkeypatch.setitem)
