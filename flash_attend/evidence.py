@@ -25,7 +25,7 @@ from flash_attend.target import DeviceTarget, driver_version
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
 
-__all__ = ["Finding", "Store", "Tuned", "known", "name_of_tuned", "read_anew", "tiles_of", "tuned", "tuned_tiles"]
+__all__ = ["Finding", "Store", "Tuned", "known", "name_of_tuned", "read_anew", "tuned", "tuned_tiles", "way_of"]
 
 FORMAT = 1
 MARK = ".checking"  # the suffix of a check that is under way
@@ -42,8 +42,8 @@ class Tuned(NamedTuple):
     """What was fastest on a part for a kind of calls."""
 
     backend: str
-    backwards: dict[str, str]  # by backend: its faster backward
-    tiles: dict[str, str]  # by backend: the tiles that go with that backward, as `kernels.configs.as_text` has them
+    # Of each backend its faster backward, and the tiles that go with it, as `kernels.configs.as_text` has them.
+    ways: tuple[tuple[str, str, str], ...]
     reason: str
 
 
@@ -76,15 +76,18 @@ def read_anew() -> None:
     _tuned_once.cache_clear()
 
 
-def tiles_of(fastest: Tuned, backend: str, backward: str) -> str:
-    """The tiles that were fastest, of a backend by a backward; empty where none were measured."""
-    return fastest.tiles.get(backend, "") if fastest.backwards.get(backend) == backward else ""
+def way_of(fastest: Tuned | None, backend: str) -> tuple[str, str]:
+    """The backward of a backend that was fastest, and its tiles; empty where none was measured."""
+    for name, backward, tiles in () if fastest is None else fastest.ways:
+        if name == backend:
+            return backward, tiles
+    return "", ""
 
 
 def tuned_tiles(backend: str, kind: tuple, target: DeviceTarget, backward: str) -> str:
-    """`tiles_of` what was fastest on a part."""
-    found = None if target.device is None else tuned(kind, target.device)
-    return "" if found is None else tiles_of(found, backend, backward)
+    """The tiles that were fastest on a part, of a backend by a backward; empty where none were measured."""
+    fastest, tiles = way_of(None if target.device is None else tuned(kind, target.device), backend)
+    return tiles if fastest == backward else ""
 
 
 @cache
@@ -169,9 +172,13 @@ class Store:
 
     def tuned(self, kind: Kind) -> Tuned | None:
         """What was fastest for a kind of calls, read at each time."""
-        found = (self.read(name_of_tuned(kind)) or {}).get("won")
-        whole = isinstance(found, dict) and found.keys() == set(Tuned._fields)
-        return Tuned(**found) if isinstance(found, dict) and whole else None
+        found: Any = (self.read(name_of_tuned(kind)) or {}).get("won")
+        try:
+            return Tuned(
+                found["backend"], tuple((str(a), str(b), str(c)) for a, b, c in found["ways"]), found["reason"]
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def forget(self, variant: Variant) -> None:
         """Forgets what was found, here and on the disk, so that it is found anew."""

@@ -57,7 +57,8 @@ def tune(calls: Callable[[], object] | Iterable[Call], *, minutes: float = 10.0)
         if device is not None:
             kinds.setdefault((device, Kind(*kind_of_call(call.spec))), []).append(call)
     end, won = time.monotonic() + 60 * minutes, {}
-    with tqdm(unit="pair", desc="tuning", file=sys.stderr, disable=None) as bar:
+    pairs = sum(len(candidates(call, DeviceTarget.of(device))) for (device, _), of in kinds.items() for call in of)
+    with tqdm(total=pairs, unit="pair", desc="tuning", file=sys.stderr, disable=None) as bar:
         for (device, kind), of_kind in kinds.items():
             won[f"{device} {name_of_tuned(kind)}"] = _tune_kind(device, kind, of_kind, end, bar)
     _follow()
@@ -147,11 +148,13 @@ def _tune_kind(device: torch.device, kind: Kind, calls: list[Call], end: float, 
                     done[_key(request)] = figure
                     figures.append(figure)
                     store.write(name_of_tuned(kind), dict(figures=figures, won=_won(figures)))
-                    bar.update()
+                bar.update()
                 if "seconds" in done[_key(request)]:
                     reference = first
     won = _won(figures)
-    return "nothing was right" if won is None else f"{won['backend']}: {won['reason']}"
+    if won is None:
+        return "nothing was right" if figures else "there was no time"
+    return f"{won['backend']}: {won['reason']}"
 
 
 def _ask(process: Isolated, request: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +195,7 @@ def _won(figures: list[dict[str, Any]]) -> dict[str, Any] | None:
     faster = f"{1 / means[first]:.2f} times as fast as {usual}" if fastest != usual else f"nothing faster than {usual}"
     return Tuned(
         fastest.backend,
-        {name: named[one].backward for name, one in best.items()},
-        {name: tiles for name, one in best.items() if (tiles := named[one].tiles)},
+        tuple((name, named[one].backward, named[one].tiles) for name, one in best.items()),
         f"measured here on {time.strftime('%Y-%m-%d')}: {faster}",
     )._asdict()
 

@@ -90,8 +90,13 @@ def test_a_file_that_cannot_be_relied_on_counts_as_missing(store: Store, spoil: 
 
 
 def test_what_was_fastest_is_read_whole_or_not(store: Store) -> None:
-    won = dict(backend="triton", backwards={"triton": "fused"}, tiles={}, reason="measured")
-    for found, tuned in ((won, True), ({"backend": "triton"}, False), ("triton", False)):
+    won = dict(backend="triton", ways=[["triton", "fused", ""]], reason="measured")
+    for found, tuned in (
+        (won, True),
+        ({"backend": "triton"}, False),
+        ("triton", False),
+        ({**won, "ways": [["triton"]]}, False),
+    ):
         store.write(name_of_tuned(VARIANT.kind), dict(won=found))
         assert (anew(store).tuned(VARIANT.kind) is not None) == tuned
 
