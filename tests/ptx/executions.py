@@ -238,19 +238,17 @@ def poisoned(call: Call) -> Call:
 
 
 class _TF32Products(TorchDispatchMode):
-    """Products of float32 take their operands as TF32, cut off."""
+    """Products of float32 take their operands as TF32, rounded to nearest."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float32:
-            args = tuple((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args)
+            args = tuple(((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in args)
         return function(*args, **(kwargs or {}))
 
 
 def budget_for(execution: Execution, call: Call) -> Budget:
-    """That of the tests. Products in TF32, which PyTorch has on no CPU, stand beside eager ones in TF32.
-
-    Those cut their operands off, as the kernels' do today; cuBLAS rounds them to nearest, which errs half as much.
-    """
+    """That of the tests. Products in TF32, which PyTorch has on no CPU, stand beside eager ones in TF32, whose operands
+    are rounded to nearest, as cuBLAS does it."""
     truth = truth_of(call)
     if execution.dtype != "tf32":
         return budget_of(call, truth)
