@@ -24,18 +24,32 @@ steady thing and gets half of it, or nothing with `strict=True`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attend.testing.oracle import Answer, visible_pairs
 
 __all__ = ["Budget", "assert_within_budget", "eager_answer"]
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+TF32_EPS = 2.0**-10
+
+
+class _TF32Products(TorchDispatchMode):
+    """Products of float32 take their operands as TF32, rounded to nearest as cuBLAS does it: on a CPU too."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float32:
+            args = tuple(((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for x in args)
+        return function(*args, **(kwargs or {}))
 
 
 def eager_answer(
@@ -174,9 +188,9 @@ class Budget:
         keep: Tensor | None = None,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
-        product_eps: float = 0.0,
+        tf32: bool = False,
     ) -> None:
-        """`product_eps`: the spacing of the numbers that products take, where it is wider than the dtype's (TF32)."""
+        """`tf32`: products of float32, those of the eager path too, take their operands as TF32."""
         batch, heads, queries, _ = q.shape
         keys = k.shape[-2]
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -185,7 +199,8 @@ class Budget:
         self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
         self.alive = self.pairs.any(dim=3)
         common: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
-        eager = eager_answer(q, k, v, self.pairs, **common)
+        with _TF32Products() if tf32 else nullcontext():
+            eager = eager_answer(q, k, v, self.pairs, **common)
         magnitudes, largest_score = _magnitudes(q, k, v, self.pairs, truth, **common)
 
         row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
@@ -201,7 +216,7 @@ class Budget:
                 want, reference, magnitude = (x[self.alive] for x in (want, reference, magnitude))
             eps = torch.finfo(self.accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
             if name != "lse":
-                eps += max(torch.finfo(q.dtype).eps, product_eps) / 2
+                eps += (TF32_EPS if tf32 else torch.finfo(q.dtype).eps) / 2
             eps *= 8 if self.accumulator == torch.float64 else 1
             self.eager_errors[name] = _largest(reference - want), _rms(reference - want)
             self.floors[name] = eps * _largest(magnitude), eps * _rms(magnitude)
