@@ -56,7 +56,7 @@ def reading_keys(
     Where the tile asks for descriptors, k and v, the second and the third tensor, are handed over as such, if they can
     be: their addresses are aligned (`at_hand`), so are their strides, and their head dimensions are in one part. Else
     the kernel reads by pointers, and because addresses take up registers half as many keys at a time, unless their
-    vectors are short.
+    vectors are short. Descriptors round what products in TF32 take, where Triton lets them.
     """
     if not tile.descriptors:
         return tile, tuple

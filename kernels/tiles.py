@@ -80,7 +80,7 @@ class Tile:
 
     @triton.jit
     def load(self, rows, first, valid, SIZE: tl.constexpr, MASKED: tl.constexpr, WITHIN: tl.constexpr = True):
-        """What `rows.load` gives, as products take it."""
+        """What `rows.load` gives, as operands of products."""
         loaded = rows.load(first, valid, SIZE, MASKED, WITHIN)
         if self.PRECISION == "tf32" and (ROUNDED_HERE or not rows.DESCRIPTOR):
             if len(loaded) == 2:
