@@ -82,7 +82,6 @@ MULTIPLYING = ("forward", "backward_kv", "backward_q", "backward_fused", *LOOPS)
 # Bytes that kernels may spill outside of their main loops, and plain ones outside of all: where a tile begins and ends.
 EDGE_SPILLS = {
     "forward": 24,
-    "backward_kv": 24,
     "backward_q": 24,
     "backward_fused": 8,
     "hopper_forward": 256,

@@ -117,6 +117,9 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_80", "tf32", 64, "dense+dropout"): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 16, 8, 2)),
     ("sm_80", "tf32", 128, "dense"): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_80", "tf32", 128, "dense+dropout"): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", "tf32", 256, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_80", "tf32", 256, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_80", "tf32", 256, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
     ("sm_90", "tf32", 128, "dense"): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 16, 8, 2, True)),
     ("sm_90", "tf32", 128, "dropout"): Tiles(Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2, True)),
     ("sm_90", "tf32", 128, "dense+dropout"): Tiles(
