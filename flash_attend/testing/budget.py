@@ -195,8 +195,8 @@ class Budget:
         grad_lse: Tensor | None = None,
         tf32: bool = False,
     ) -> None:
-        """`tf32`: products of float32 take their operands in TF32, rounded to nearest, those of the eager path too, whatever
-        cuBLAS would do with small ones."""
+        """`tf32`: products of float32 take their operands in TF32, rounded to nearest. Those of the eager path do, on a
+        CPU too, and whatever cuBLAS would do with small ones."""
         batch, heads, queries, _ = q.shape
         keys = k.shape[-2]
         scale = q.shape[3] ** -0.5 if scale is None else scale
