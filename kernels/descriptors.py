@@ -11,6 +11,7 @@ from functools import partial
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_attend.kernels.compat import BULK_COPIES_ROUND
 from flash_attend.kernels.configs import SMALLEST_PART, Tile, head_parts, kind_of
 from flash_attend.kernels.operands import key_sizes
 from flash_attend.spec import AttentionSpec
@@ -47,7 +48,7 @@ def reading_keys(
     Where the tile asks for descriptors, k and v, the second and the third tensor, are handed over as such, if they can
     be: their addresses are aligned (`at_hand`), so are their strides, and their head dimensions are in one part. Else
     the kernel reads by pointers, and because addresses take up registers half as many keys at a time, unless their
-    vectors are short.
+    vectors are short. Descriptors round what products in TF32 take, where Triton lets them.
     """
     if not tile.descriptors:
         return tile, tuple
@@ -60,7 +61,8 @@ def reading_keys(
             ([*sizes, dim], block_strides(sizes, strides, width), [1, 1, tile.block_n, width])
             for dim, strides, (width, _) in zip(dims, (k, v), parts, strict=True)
         ]
-        return tile, partial(_with_blocks, *layouts)
+        rounds = BULK_COPIES_ROUND and spec.precision == "tf32"
+        return tile, partial(_with_blocks, *layouts, rounds)
     whole = in_reach and all(sum(both) <= SHORT for both in parts)
     block_n = tile.block_n if whole else max(SMALLEST_PART, tile.block_n // 2)
     return tile._replace(block_n=block_n, descriptors=False), tuple
@@ -69,9 +71,12 @@ def reading_keys(
 class _Checked(TensorDescriptor):
     """One whose layout was found fit already: Triton would look at it again at every launch."""
 
-    def __init__(self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int]) -> None:
+    def __init__(
+        self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], rounds: bool
+    ) -> None:
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+        self.round_f32_to_tf32 = rounds  # which Triton 3.6 does not know
 
 
-def _with_blocks(of_k: tuple, of_v: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
-    return tensors[0], _Checked(tensors[1], *of_k), _Checked(tensors[2], *of_v), *tensors[3:]
+def _with_blocks(of_k: tuple, of_v: tuple, rounds: bool, tensors: tuple[Tensor | None, ...]) -> tuple:
+    return tensors[0], _Checked(tensors[1], *of_k, rounds), _Checked(tensors[2], *of_v, rounds), *tensors[3:]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flash_attend import flash_attention, plans
 from flash_attend.checks import facts_of, layouts_of, normalise_inputs
 from flash_attend.dispatch import override_backward
-from flash_attend.evidence import Store
+from flash_attend.evidence import Store, read_anew
 from flash_attend.generation import renew
 from flash_attend.operands import Layouts
 from flash_attend.plans import CallPlan, plan_call, recorded_calls
@@ -156,7 +156,7 @@ def test_who_takes_part_is_asked_at_every_call() -> None:
 REASONS: dict[str, Callable[[], object]] = {
     "renewed": renew,
     "evidence": lambda: Store.of(Q.device).forget("none"),
-    "tuning": Store.forget_tuned,
+    "tuning": read_anew,
 }
 
 
