@@ -21,7 +21,7 @@ from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.tracing import has_autocast, readable, transformed
 from flash_attend.visible import contract, pairs
 
-__all__ = ["attention_reference", "attention_reference_gradients"]
+__all__ = ["attention_reference", "attention_reference_gradients", "bounded", "cleared", "visible_pairs"]
 
 # Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the keys
 # that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB, where larger ones cost new pages.
@@ -109,20 +109,29 @@ class _Hidden(NamedTuple):
 
 
 def _prepared(operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> tuple[Operands, _Hidden]:
-    """q, k and v in the accumulator's dtype, cleared where they take no part: whatever stands there reaches no product,
-    and changes no bit."""
-    q, k, v, mask, seed = operands
+    """q, k and v in the accumulator's dtype, cleared where they take no part."""
+    operands, hidden = cleared(operands, spec, chunks)
+    q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in operands[:3])
+    return operands._replace(q=q, k=k, v=v), hidden
+
+
+def cleared(
+    operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]] | None = None
+) -> tuple[Operands, _Hidden]:
+    """The operands with zeros where they take no part: whatever stands there reaches no product, and changes no bit.
+    With them, where that is. `chunks` are the ranges of queries whose visible pairs are looked at together."""
+    q, k, v, mask, _ = operands
+    chunks = _chunks(spec)[0] if chunks is None else chunks
     hidden = _Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks))
     if hidden.rows is not None:
         q = q.masked_fill(hidden.rows, 0.0)
     if hidden.keys is not None:
         k, v = k.masked_fill(hidden.keys, 0.0), v.masked_fill(hidden.keys, 0.0)
-    q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in (q, k, v))
-    return Operands(q, k, v, mask, seed), hidden
+    return operands._replace(q=q, k=k, v=v), hidden
 
 
 def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> bool:
-    """Whether what a hidden pair holds could show: NaN, infinity, or a score beyond the largest number.
+    """Whether what a hidden pair holds could show.
 
     On a CPU a look at the tensors says so. Elsewhere, and where there are no values to look at, every call that hides
     pairs of keys and queries which others see is guarded.
@@ -134,10 +143,15 @@ def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> boo
     )
     if not partly_hidden or not readable(*operands[:3], *grads):
         return partly_hidden
+    return not bounded(spec, *operands[:3], *grads)
+
+
+def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
+    """Whether the tensors are without NaN and infinity, and so small that no score can be infinite. Reads them."""
     with torch.no_grad():
-        q, k, *rest = (torch.linalg.vector_norm(tensor) for tensor in (*operands[:3], *grads))
-        largest = q * k * abs(spec.scale) + sum(rest)
-    return not largest.item() < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
+        norms = [torch.linalg.vector_norm(tensor, dtype=spec.accumulator_dtype) for tensor in (q, k, *others)]
+        largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
+    return largest.item() < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
 
 
 def _attend(
@@ -210,7 +224,7 @@ def _scores(
     """
     keys = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
     q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, :keys]
-    visible, dead = _visible(operands.mask, spec, first, last, keys, q.device), hidden.rows
+    visible, dead = visible_pairs(operands.mask, spec, first, last, keys, q.device), hidden.rows
     if dead is not None and dead.shape[2] > 1:
         dead = dead[:, :, first:last]
     if visible is None:
@@ -254,7 +268,7 @@ def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
     return tensor if heads == kv_heads else tensor.reshape(batch, kv_heads, heads // kv_heads * rows, width)
 
 
-def _visible(
+def visible_pairs(
     mask: Tensor | None, spec: AttentionSpec, first: int, last: int, keys: int, device: torch.device
 ) -> Tensor | None:
     """Which of the first `keys` keys each query sees, bool `(b|1, h|1, i|1, keys)`; None where it is all of them."""
@@ -272,7 +286,7 @@ def _dead_rows(
 ) -> Tensor | None:
     """The queries that see no key, bool `(b|1, h|1, i|1, 1)`; None where there can be none."""
     if mask is not None and mask.shape[2] > 1:
-        seen = [_visible(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
+        seen = [visible_pairs(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
     if mask is None:
         dead = torch.arange(spec.queries, device=device) < -spec.offset
@@ -292,7 +306,7 @@ def _unread_keys(mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[in
     if mask.shape[2] == 1:
         read = mask[:, :, 0]  # under `causal` too: the last query sees every key that the mask leaves
     else:
-        seen = (_visible(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
+        seen = (visible_pairs(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
         read = functools.reduce(torch.logical_or, (part.any(dim=2) for part in seen if part is not None))
     if read.shape[1] > 1:
         read = reduce(read, "b (hk g) j -> b hk j", "any", hk=spec.kv_heads, g=spec.group)

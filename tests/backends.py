@@ -35,6 +35,7 @@ class Backend:
 
 
 MATH_CPU = Backend("math", "cpu")
+SDPA_CPU = Backend("sdpa", "cpu", choosy=True)
 TRITON_INTERPRETER = Backend("triton", "cpu", interpreted=True)
 MATH_CUDA = Backend("math", "cuda")
 TRITON_CUDA = Backend("triton", "cuda")
