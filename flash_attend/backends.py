@@ -191,13 +191,11 @@ def _load_hopper() -> Functions:
 
 def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
     if target.device_type != "cpu":
-        return f"{target.device_type} tensors; what holds torch's attention to the contract is for a CPU"
+        return f"{target.device_type} tensors; it serves a CPU alone"
     if spec.dropout_p > 0:
-        return "dropout is on, which torch's fused kernel for a CPU has not"
+        return "dropout is on"
     if spec.head_dim != spec.value_dim:
-        return (
-            f"d = {spec.head_dim} and dv = {spec.value_dim} differ, and torch's fused kernel for a CPU knows one size"
-        )
+        return f"d = {spec.head_dim} and dv = {spec.value_dim} differ"
     return ""
 
 

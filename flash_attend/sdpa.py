@@ -36,7 +36,7 @@ FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
-CONVERTED = 2**20  # elements of q that are converted at once where half precision is computed in float32
+CONVERTED = 2**20  # elements of q that are converted at one time
 
 
 class Part(NamedTuple):
@@ -270,24 +270,15 @@ def _readable_rows(tensor: Tensor) -> Tensor:
 
 
 def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor]:
-    shape = (spec.batch, spec.queries, spec.heads, spec.value_dim)
-    out = lse = None
-    for group in groups:
+    out = operands.q.new_zeros(spec.batch, spec.queries, spec.heads, spec.value_dim).transpose(1, 2)
+    lse = operands.q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
+    for group, kernel in _kernels(operands, spec, groups):
         for rows, same in groupby(group.parts, key=lambda part: part.rows):
-            parts = list(same)
-            # Parts of one sum are rounded after it.
-            kernel = _Kernel(operands, spec, group, spec.dtype if len(parts) == 1 else spec.accumulator_dtype)
-            found = _merged([kernel.forward(part) for part in parts])
+            found = _merged([kernel.forward(part) for part in same])
             if group.entries == (0, spec.batch) and rows == (0, spec.queries):
                 return found[0].to(spec.dtype), found[1]
-            if out is None or lse is None:
-                out = operands.q.new_zeros(shape).transpose(1, 2)
-                lse = operands.q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
             at = slice(*group.entries), slice(None), slice(*rows)
             out[at], lse[at] = found
-    if out is None or lse is None:
-        out = operands.q.new_zeros(shape).transpose(1, 2)
-        lse = operands.q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
     return out, lse
 
 
@@ -304,13 +295,11 @@ def _merged(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, operands: Operands, out: Tensor, lse: Tensor, spec: AttentionSpec, groups: list[Group]
 ) -> tuple[Tensor, ...]:
-    # In half precision torch's backward takes several times as long as in float32 where the CPU has no products of it.
-    dtype = spec.dtype if _multiplies(spec.dtype) else spec.accumulator_dtype
     grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in operands[:3])
-    for group in _of_bounded_size(groups, spec) if dtype != spec.dtype else groups:
-        entries = slice(*group.entries)
+    for group, kernel in _kernels(operands, spec, groups):
+        entries, dtype = slice(*group.entries), kernel.q.dtype
         rows = _readable_rows(grad_out[entries].to(dtype)), out[entries].to(dtype), lse[entries]
-        found = _gradients(_Kernel(operands, spec, group, dtype), group.parts, *rows)
+        found = _gradients(kernel, group.parts, *rows)
         if found is None:
             continue
         if group.entries == (0, spec.batch) and group.picked is None:
@@ -340,15 +329,6 @@ def _gradients(
     return sums
 
 
-def _of_bounded_size(groups: list[Group], spec: AttentionSpec) -> Iterator[Group]:
-    """The same groups, by so few batch entries at a time that what is converted stays small."""
-    step = max(1, CONVERTED // (spec.heads * spec.queries * spec.head_dim))
-    for group in groups:
-        first, last = group.entries
-        for start in range(first, last, step):
-            yield group._replace(entries=(start, min(start + step, last)))
-
-
 def _narrow(part: Part) -> Iterator[Part]:
     """A square as narrow squares and the rectangles beside them: the backward computes all of what it is given."""
     if not part.causal:
@@ -361,6 +341,22 @@ def _narrow(part: Part) -> Iterator[Part]:
         if begin > first_key:
             yield Part(rows, (first_key, begin))
         yield Part(rows, (begin, end), causal=True)
+
+
+def _kernels(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> Iterator[tuple[Group, _Kernel]]:
+    """The kernels of the groups, which are cut where they are computed in another dtype, so that what is converted at
+    one time stays small.
+
+    Half precision is computed in float32 where the CPU has no products of it: torch's forward is no faster in it and
+    gives an LSE of some 14 bits, and its backward takes ten times as long.
+    """
+    dtype = spec.dtype if _multiplies(spec.dtype) else spec.accumulator_dtype
+    step = spec.batch if dtype == spec.dtype else max(1, CONVERTED // max(1, spec.heads * spec.queries * spec.head_dim))
+    for whole in groups:
+        first, last = whole.entries
+        for start in range(first, last, step) if whole.parts else ():
+            group = whole._replace(entries=(start, min(start + step, last)))
+            yield group, _Kernel(operands, spec, group, dtype)
 
 
 @cache
