@@ -12,7 +12,7 @@ first, and the einsum path serves those that hold something of the kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -160,9 +160,12 @@ def _ranged(first_key: int, last_key: int, spec: AttentionSpec) -> list[Part]:
     if turn - start == 1:
         parts.append(Part((start, turn), (first_key, diagonal + 1)))
     elif turn > start:
-        if diagonal > first_key:
-            parts.append(Part((start, turn), (first_key, diagonal)))
-        parts.append(Part((start, turn), (diagonal, turn + spec.offset), causal=True))
+        if diagonal > first_key and turn - start <= ROWS:
+            parts.append(Part((start, turn), (first_key, turn + spec.offset), biased=True))
+        else:
+            if diagonal > first_key:
+                parts.append(Part((start, turn), (first_key, diagonal)))
+            parts.append(Part((start, turn), (diagonal, turn + spec.offset), causal=True))
     if turn < spec.queries:
         parts.append(Part((turn, spec.queries), (first_key, last_key)))
     return parts
@@ -179,11 +182,22 @@ def _by_entries(mask: Tensor, spec: AttentionSpec) -> Iterator[Group]:
     for entries, count, (first_key, last_key) in zip(pairwise(borders), counts, ranges, strict=True):
         if count == last_key - first_key:
             yield Group(entries, _ranged(first_key, last_key, spec) if count else [])
-        elif spec.causal:
-            yield Group(entries, list(_by_rows(mask[entries[0] : entries[0] + 1], spec)))
         else:
-            index = shown[entries[0]].nonzero().flatten()
-            yield Group(entries, [Part((0, spec.queries), (0, count))], index)
+            picked = shown[entries[0]].nonzero().flatten()
+            yield Group(entries, list(_of_picked(picked, spec)), picked)
+
+
+def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
+    """The parts of queries that may see the keys at these positions, which are counted from the first of them."""
+    if not spec.causal:
+        yield Part((0, spec.queries), (0, picked.numel()))
+        return
+    # Of each query, how many keys it sees.
+    counts = torch.searchsorted(picked, torch.arange(spec.offset + 1, spec.queries + spec.offset + 1)).tolist()
+    for first in range(0, spec.queries, ROWS):
+        last = min(first + ROWS, spec.queries)
+        if counts[last - 1]:
+            yield Part((first, last), (0, counts[last - 1]), biased=counts[first] < counts[last - 1])
 
 
 def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
@@ -224,7 +238,7 @@ class _Kernel:
         q, k, v = (tensor[first:last] for tensor in operands[:3])
         if group.picked is not None:
             k, v = k.index_select(2, group.picked), v.index_select(2, group.picked)
-        mask = operands.mask
+        self.picked, mask = group.picked, operands.mask
         self.mask = mask if mask is None or mask.shape[0] == 1 else mask[first:last]
         # What hides a pair is -inf times a scale that has to be positive.
         self.sign, self.scale = (
@@ -256,9 +270,13 @@ class _Kernel:
         """0 or -inf, `(b, h, i, j)` by strides, and the rows that see nothing, `(b|1, h|1, i|1)`."""
         if not part.biased:
             return None, None
-        visible = visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device)
-        assert visible is not None
-        visible = visible[..., part.keys[0] :]
+        if self.picked is not None:
+            rows = torch.arange(*part.rows)[:, None] + self.spec.offset
+            visible = (self.picked[slice(*part.keys)] <= rows)[None, None]
+        else:
+            pairs = visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device)
+            assert pairs is not None
+            visible = pairs[..., part.keys[0] :]
         shape = (*self.q.shape[:2], part.rows[1] - part.rows[0], part.keys[1] - part.keys[0])
         bias = 1 - visible.to(self.spec.accumulator_dtype).reciprocal()
         return bias.expand(shape), ~visible.any(dim=-1)
@@ -270,16 +288,22 @@ def _readable_rows(tensor: Tensor) -> Tensor:
 
 
 def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor]:
-    out = operands.q.new_zeros(spec.batch, spec.queries, spec.heads, spec.value_dim).transpose(1, 2)
-    lse = operands.q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
+    out = lse = None
     for group, kernel in _kernels(operands, spec, groups):
         for rows, same in groupby(group.parts, key=lambda part: part.rows):
             found = _merged([kernel.forward(part) for part in same])
             if group.entries == (0, spec.batch) and rows == (0, spec.queries):
                 return found[0].to(spec.dtype), found[1]
+            if out is None or lse is None:
+                out, lse = _of_dead_rows(operands.q, spec)
             at = slice(*group.entries), slice(None), slice(*rows)
             out[at], lse[at] = found
-    return out, lse
+    return _of_dead_rows(operands.q, spec) if out is None or lse is None else (out, lse)
+
+
+def _of_dead_rows(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
+    out = q.new_zeros(spec.batch, spec.queries, spec.heads, spec.value_dim).transpose(1, 2)
+    return out, q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
 
 
 def _merged(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -295,7 +319,7 @@ def _merged(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, operands: Operands, out: Tensor, lse: Tensor, spec: AttentionSpec, groups: list[Group]
 ) -> tuple[Tensor, ...]:
-    grads = tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in operands[:3])
+    grads: tuple[Tensor, ...] | None = None
     for group, kernel in _kernels(operands, spec, groups):
         entries, dtype = slice(*group.entries), kernel.q.dtype
         rows = _readable_rows(grad_out[entries].to(dtype)), out[entries].to(dtype), lse[entries]
@@ -304,12 +328,18 @@ def _backward(
             continue
         if group.entries == (0, spec.batch) and group.picked is None:
             return tuple(grad.to(spec.dtype) for grad in found)
+        grads = grads or _zeros_like(operands[:3])
         for total, of_group, picked in zip(grads, found, (None, group.picked, group.picked), strict=True):
             if picked is None:
                 total[entries] = of_group
             else:
                 total[entries].index_copy_(2, picked, of_group.to(total.dtype))
-    return grads
+    return grads or _zeros_like(operands[:3])
+
+
+def _zeros_like(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    """Of their shapes, each element in a place of its own."""
+    return tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
 def _gradients(
@@ -323,7 +353,7 @@ def _gradients(
         whole = kernel.q, kernel.k, kernel.v
         if len(pieces) == 1 and all(grad.shape == tensor.shape for grad, tensor in zip(found, whole, strict=True)):
             return found
-        sums = sums or tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in whole)
+        sums = sums or _zeros_like(whole)
         for total, of_piece, at in zip(sums, found, (rows, keys, keys), strict=True):
             total[:, :, at] += of_piece
     return sums
