@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,34 @@ def test_a_backend_by_name_that_cannot_serve_is_told_not_raised(on) -> None:
     assert str(found).splitlines()[0] == "on Tesla T4: triton cannot serve: compute capability 7.5 is below 8.0"
     with pytest.raises(BackendUnavailable, match=r"compute capability 7\.5 is below 8\.0"):
         flash_attention(*_tensors(), backend="triton")
+
+
+def _gpu(name: str, *capability: int) -> DeviceTarget:
+    return replace(H100, name=name, capability=capability or None)
+
+
+@pytest.mark.parametrize(
+    ("target", "serves", "advised"),
+    [
+        (DeviceTarget("cpu", triton="3.7.1"), "sdpa", False),
+        (_gpu("Tesla T4", 7, 5), "math", True),
+        (_gpu("Tesla V100-SXM2-16GB", 7, 0), "math", True),
+        (_gpu("NVIDIA A10", 8, 6), "triton", False),
+        (_gpu("NVIDIA GeForce RTX 4090", 8, 9), "triton", False),
+        (_gpu("NVIDIA A100-SXM4-80GB", 8, 0), "triton", False),
+        (_gpu("NVIDIA H100 80GB HBM3", 9, 0), "triton", False),
+        (_gpu("NVIDIA B200", 10, 0), "triton", False),
+        (_gpu("AMD Instinct MI300X"), "math", True),
+        (DeviceTarget("mps"), "math", True),
+    ],
+    ids=lambda value: value.name or value.device_type if isinstance(value, DeviceTarget) else None,
+)
+def test_every_kind_of_part_is_told_what_serves(on, target: DeviceTarget, serves: str, advised: bool) -> None:
+    """The table of the README; what no kernel is for gets one sentence of advice."""
+    on(target)
+    found = explain(*_tensors())
+    assert found.plan.name == serves
+    assert str(found).count("advice: no kernel here is for this part") == advised
 
 
 def test_a_head_dim_beyond_the_kernels(on) -> None:
