@@ -99,30 +99,30 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
         functions, operands, spec, plan, tiles = call
-        out, lse, schedule = functions.forward(operands, spec, tiles)
-        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
+        out, lse, kept = functions.forward(operands, spec, tiles)
+        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *kept)
         ctx.set_materialize_grads(False)
-        ctx.call = functions, spec, plan, tiles, type(schedule)  # with the tiles: a backward runs in another thread
+        ctx.call = functions, spec, plan, tiles, type(kept)  # with the tiles: a backward runs in another thread
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        functions, spec, plan, tiles, schedule_of = ctx.call
+        functions, spec, plan, tiles, kept_of = ctx.call
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads)
         # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
         if not by_operators and lazy(*saved, *grads):
             saved, grads = map(settled, saved), tuple(map(settled, grads))
-        q, k, v, mask, seed, out, lse, *schedule = saved
-        operands, schedule = Operands(q, k, v, mask, seed), schedule_of(*schedule)
+        q, k, v, mask, seed, out, lse, *kept = saved
+        operands, kept = Operands(q, k, v, mask, seed), kept_of(*kept)
         if by_operators:
             numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
             names = list(compress(INPUTS, needed))
-            found = _differentiate(grads, present, [out, lse, *schedule.packed()], numbers, options, names)
+            found = _differentiate(grads, present, [out, lse, *kept.packed()], numbers, options, names)
             return *map(found.get, INPUTS), None
-        return *functions.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
+        return *functions.backward(*grads, operands, out, lse, kept, spec, tiles, needed), None
 
 
 class Kept(torch.autograd.Function):

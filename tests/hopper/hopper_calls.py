@@ -21,6 +21,7 @@ from flash_attend.kernels.hopper.backward import attention_backward
 from flash_attend.kernels.hopper.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared
 from flash_attend.kernels.schedule import build_schedule
+from flash_attend.kernels.statistics import Kept
 from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
@@ -110,15 +111,17 @@ def _delta(
     prepared: Prepared,
     out: Tensor,
     grad_out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     grad_lse: Tensor | None,
     delta: Tensor,
-    lse_log2: Tensor,
+    log2: Tensor,
+    maximum: None,
 ) -> None:
-    queries, dead = lse.shape[2], lse == -torch.inf
+    statistics = statistics.squeeze(3)
+    queries, dead = statistics.shape[2], statistics == torch.inf
     sums = (out.float() * grad_out.float()).sum(3) - (0 if grad_lse is None else grad_lse)
     delta.zero_()[..., :queries] = sums.masked_fill(dead, 0)
-    lse_log2.fill_(torch.inf)[..., :queries] = (lse / log(2)).masked_fill(dead, torch.inf)
+    log2.fill_(torch.inf)[..., :queries] = statistics
 
 
 STAND_INS = dict(key_schedule_kernel=_schedule, delta_kernel=_delta)
@@ -144,10 +147,11 @@ def run_backward(call: Call, backward: BackwardName = "fused", needed: str = "qk
     """The needed gradients of a call; out and lse are the oracle's."""
     truth = truth_of(call)
     operands, spec, tiles = tiles_of(call, backward)
+    log2 = (truth.lse / log(2)).masked_fill(truth.lse == -torch.inf, torch.inf).float().unsqueeze(3)
     with emulated(**options):
         dq, dk, dv = attention_backward(
             call.grad_out, call.grad_lse, operands, truth.out.to(spec.dtype), truth.lse.float(),
-            build_schedule(operands.mask, spec, tiles), spec, tiles, [name in needed for name in "qkv"],
+            Kept(log2, *build_schedule(operands.mask, spec, tiles)), spec, tiles, [name in needed for name in "qkv"],
         )  # fmt: skip
     like_inputs = (grad if grad is None else grad.view(x.shape) for grad, x in ((dk, call.k), (dv, call.v)))
     return Answer(None, None, dq, *like_inputs)
