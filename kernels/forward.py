@@ -33,7 +33,7 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import Planes, build_schedule
 from flash_attend.kernels.scores import scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
-from flash_attend.kernels.statistics import Kept, is_exact, statistics_of, store_statistics
+from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
 from flash_attend.kernels.tiles import Tile, scaled, zeros
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -122,6 +122,7 @@ def forward_kernel(
     CAUSAL: tl.constexpr,
     SCALE_SIGN: tl.constexpr,
     EXACT: tl.constexpr,
+    APART: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -165,10 +166,10 @@ def forward_kernel(
         )
 
     alive = mask.alive(first_query, BLOCK_M, softmax.sum == 0.0)
-    normaliser, lse, log2 = softmax.finish(alive, scores.factor_log2)
+    normaliser, lse, log2 = softmax.finish(alive, scores.factor_log2, APART)
     row = (batch.to(tl.int64) * heads + head) * queries + query
     tl.store(LSE + row, lse, mask=exists)
-    store_statistics(STATISTICS, row, softmax, log2, exists)
+    store_statistics(STATISTICS, row, softmax.maximum, log2, exists, APART)
     if DROPOUT:
         normaliser *= dropout.factor
     out_rows.store(first_query, scaled(total, normaliser[:, None]), exists, BLOCK_M)
@@ -216,7 +217,13 @@ def _prepare(
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
         (*call_arguments(spec, planes, tiles), query_section(spec), *strides),
-        dict(ALIGN=align, EXACT=is_exact(spec), DESCRIPTORS=tile.descriptors, **call_choices(spec, tile, tiles)),
+        dict(
+            ALIGN=align,
+            EXACT=is_exact(spec),
+            APART=is_apart(spec),
+            DESCRIPTORS=tile.descriptors,
+            **call_choices(spec, tile, tiles),
+        ),
         tile.num_warps,
         tile.num_stages,
         hand_over=hand_over,

@@ -2,9 +2,13 @@
 
 Scores come as `Scores.apply` gives them, and `factor_log2` is the one that belongs to them. That factor may be taken
 before the maximum is subtracted or after it. Before, both are one instruction, but a product that is rounded comes off
-one that is not, and what is left errs by a rounding of the maximum. After, it takes two, and the weight of a largest
-score is exactly 1, whatever its size. `EXACT` says which: float32 and float64 take the factor afterwards; half
-precision before, whose own rounding of weights is coarser than the maximum's until scores are beyond some thousands.
+one that is not, and what is left errs by a rounding of the maximum: it overflows where scores are beyond 1e9. After, it
+takes two, and the largest score has the exponent 0, whatever its size. `EXACT` says which: after, in float32 and
+float64.
+
+The backward gets the maximum and the base-2 logarithm of the sum, apart, or both in one number, which is rounded once.
+That is enough where weights are rounded anyway when they enter a product, to 12 bits or fewer: until scores are beyond
+some thousands, no more is lost.
 """
 
 import triton
@@ -48,21 +52,17 @@ class Softmax:
         return weights, correction, Softmax(maximum, self.sum * correction + tl.sum(weights, 1), self.EXACT)
 
     @triton.jit
-    def finish(self, alive, factor_log2):
-        """The factor that normalises what was accumulated, the natural LSE, and the base-2 one, relative to the maximum
-        if EXACT, for `recomputed_weights`. They are 0, -inf and +inf for a query that sees no key: is not `alive`.
+    def finish(self, alive, factor_log2, APART: tl.constexpr):
+        """The factor that normalises what was accumulated, the natural LSE, and the base-2 one, if APART without the
+        maximum. They are 0, -inf and +inf for a query that sees no key: is not `alive`.
 
         A sum of 0 where it does see some is that of scores which are all -inf: 0 / 0 is NaN.
         """
         log2_sum = tl.math.log2(self.sum)
-        if self.EXACT:
-            log2 = log2_sum
-            lse = (self.maximum * factor_log2 + log2_sum) * LN2
-        else:
-            log2 = self.maximum + log2_sum
-            lse = log2 * LN2
+        lse_log2 = (self.maximum * factor_log2 if self.EXACT else self.maximum) + log2_sum
         normaliser = tl.where(alive, 1.0 / self.sum, 0.0)
-        return normaliser, tl.where(alive, lse, NEGATIVE_INFINITY), tl.where(alive, log2, INFINITY)
+        lse = tl.where(alive, lse_log2 * LN2, NEGATIVE_INFINITY)
+        return normaliser, lse, tl.where(alive, log2_sum if APART else lse_log2, INFINITY)
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def empty_softmax(BLOCK_M: tl.constexpr, ACCUMULATOR: tl.constexpr, EXACT: tl.co
 
 @triton.jit
 def recomputed_weights(scores, maximum, log2, factor_log2):
-    """The normalised weights. `maximum`, None unless EXACT, and `log2` are what was left of a `Softmax`, and broadcast
+    """The normalised weights. `maximum`, None unless APART, and `log2` are what was left of a `Softmax`, and broadcast
     against the scores.
 
     Never more than 1: where scores come out larger than the maximum, because a product was summed in another order or

@@ -26,7 +26,7 @@ from flash_attend.kernels.softmax import INFINITY, recomputed_weights
 from flash_attend.kernels.tiles import row_products
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["Kept", "Statistics", "is_exact", "prepare_statistics", "statistics_of"]
+__all__ = ["Kept", "Statistics", "is_apart", "is_exact", "prepare_statistics", "statistics_of"]
 
 LONGEST_TILE = tl.constexpr(128)  # queries: a head's statistics are whole tiles, so that no load needs a mask
 DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
@@ -35,7 +35,7 @@ DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by
 class Kept(NamedTuple):
     """What a forward keeps for its backward, beside its results: statistics and the fields of a `Schedule`."""
 
-    statistics: Tensor  # (b, h, i, 2), a softmax's maximum and base-2 LSE if exact, else (b, h, i, 1)
+    statistics: Tensor  # (b, h, i, 2), maximum and logarithm if APART, else (b, h, i, 1)
     visible: Tensor | None = None
     lists: Tensor | None = None
     states: Tensor | None = None
@@ -60,16 +60,21 @@ def is_exact(spec: AttentionSpec) -> bool:
     return spec.dtype.itemsize >= 4
 
 
+def is_apart(spec: AttentionSpec) -> bool:
+    """Whether the backward gets maximum and logarithm APART: where products take operands as they are."""
+    return is_exact(spec) and spec.precision != "tf32"
+
+
 def statistics_of(spec: AttentionSpec) -> int:
     """How many numbers a forward keeps of each query."""
-    return 2 if is_exact(spec) else 1
+    return 2 if is_apart(spec) else 1
 
 
 @triton.jit
-def store_statistics(STATISTICS, row, softmax, log2, exists):
-    """Writes what is kept of the queries that `exist`, from a softmax at its end; `row` counts those of all heads."""
-    if softmax.EXACT:
-        tl.store(STATISTICS + 2 * row, softmax.maximum, mask=exists)
+def store_statistics(STATISTICS, row, maximum, log2, exists, APART: tl.constexpr):
+    """Writes what is kept of the queries that `exist`; `row` counts those of all heads."""
+    if APART:
+        tl.store(STATISTICS + 2 * row, maximum, mask=exists)
         tl.store(STATISTICS + 2 * row + 1, log2, mask=exists)
     else:
         tl.store(STATISTICS + row, log2, mask=exists)
@@ -137,7 +142,7 @@ class Statistics(NamedTuple):
 
     delta: Tensor
     log2: Tensor
-    maximum: Tensor | None  # None where the softmax is not exact
+    maximum: Tensor | None  # None unless APART
 
 
 @aggregate
@@ -187,7 +192,7 @@ def prepare_statistics(
     longest = LONGEST_TILE.value
     shape = spec.batch, spec.heads, -(-spec.queries // longest) * longest  # `triton.cdiv` takes a microsecond
     new = kept.statistics.new_empty
-    found = Statistics(new(shape), new(shape), new(shape) if is_exact(spec) else None)
+    found = Statistics(new(shape), new(shape), new(shape) if is_apart(spec) else None)
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)

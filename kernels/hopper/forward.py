@@ -157,6 +157,7 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         n_masked = tile.walk.masked_count()
         n_full = tile.full_count()
         block = tile.first_block()
+        first_live = first_live_query(mask)
         first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
         row = first_row + gl.arange(0, CONSUMER_ROWS, layout=of_rows)
         softmax = Softmax(
@@ -193,11 +194,11 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         cleared = state.cleared
         v = shared.v.at(step)
         token = warpgroup_mma(state.weights, v.buffer(), state.total, is_async=True)
-        normaliser, lse, log2 = state.softmax.finish(row >= first_live_query(mask), scores.factor_log2)
+        normaliser, lse, log2 = state.softmax.finish(row >= first_live, scores.factor_log2, False)
         at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * mask.queries + row
         exists = row < mask.queries
         gl.store(outputs.lse + at, lse, mask=exists)
-        store_statistics(outputs.statistics, at, state.softmax, log2, exists)
+        store_statistics(outputs.statistics, at, None, log2, exists, False)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
         v.release()
         total = total * gl.convert_layout(normaliser, per_row(WIDTH))[:, None]

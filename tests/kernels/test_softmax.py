@@ -32,7 +32,7 @@ def softmax_kernel(
         scores = tl.load(SCORES + m[:, None] * keys + n[None, :])
         weights, correction, softmax = softmax.step(scores, factor_log2)
         total = total * correction + tl.sum(weights * tl.load(VALUES + n)[None, :], 1)
-    normaliser, lse, log2 = softmax.finish(tl.load(ALIVE + m) != 0, factor_log2)
+    normaliser, lse, log2 = softmax.finish(tl.load(ALIVE + m) != 0, factor_log2, EXACT)
     tl.store(OUT + m, total * normaliser)
     tl.store(LSE + m, lse)
     again = tl.zeros([M], tl.float64)
