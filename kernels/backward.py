@@ -441,7 +441,8 @@ def backward_q_kernel(
             grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
             MASKED=True,
         )  # fmt: skip
-    grad_q_rows.store(first_query, scaled(grad_q, scores.magnitude), exists, BLOCK_M)
+    grad_q = clear_rows(scaled(grad_q, scores.magnitude), statistics.alive())
+    grad_q_rows.store(first_query, grad_q, exists, BLOCK_M)
 
 
 def empty_gradients(

@@ -34,7 +34,7 @@ from flash_attend.kernels.schedule import Planes, build_schedule
 from flash_attend.kernels.scores import scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
-from flash_attend.kernels.tiles import Tile, scaled, zeros
+from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -172,7 +172,8 @@ def forward_kernel(
     store_statistics(STATISTICS, row, softmax.maximum, log2, exists, APART)
     if DROPOUT:
         normaliser *= dropout.factor
-    out_rows.store(first_query, scaled(total, normaliser[:, None]), exists, BLOCK_M)
+    # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
+    out_rows.store(first_query, clear_rows(scaled(total, normaliser[:, None]), alive), exists, BLOCK_M)
 
 
 def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:

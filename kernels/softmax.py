@@ -23,6 +23,9 @@ INFINITY = tl.constexpr(float("inf"))
 # is -inf again, where that of two -inf would be NaN.
 LOWEST32 = tl.constexpr(-3.4028234663852886e38)
 LOWEST64 = tl.constexpr(-1.7976931348623157e308)
+# Four units in the last place of numbers near 1: by how much sums of products may differ, relative to a large one.
+ROUNDING32 = tl.constexpr(2.0**-21)
+ROUNDING64 = tl.constexpr(2.0**-50)
 
 
 @aggregate
@@ -77,8 +80,14 @@ def recomputed_weights(scores, maximum, log2, factor_log2):
     """The normalised weights. `maximum`, None unless APART, and `log2` are what was left of a `Softmax`, and broadcast
     against the scores.
 
-    Never more than 1: where scores come out larger than the maximum, because a product was summed in another order or
-    the logarithm was rounded, the exponent counts as if it were as much below 0. The sign costs nothing.
+    Never more than 1: where scores come out larger than they were, or the logarithm was rounded, the exponent counts as
+    if it were as much below 0. The sign costs nothing.
     """
-    relative = scores if maximum is None else scores - maximum
+    relative = scores
+    if maximum is not None:
+        # Scores that were summed in another order are not the same to the last bits, and one key that outweighs all
+        # others weighs 1, or else a large score errs by e to the power of those bits: what is as near is the maximum.
+        ROUNDING: tl.constexpr = ROUNDING32 if scores.dtype.primitive_bitwidth == 32 else ROUNDING64
+        nearest = maximum - tl.abs(maximum) * ROUNDING
+        relative = tl.where(scores > nearest, 0.0, scores - maximum)
     return tl.math.exp2(-1.0 * tl.abs(relative * factor_log2 - log2))
