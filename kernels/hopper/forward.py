@@ -201,9 +201,10 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         store_statistics(outputs.statistics, at, None, log2, exists, False)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
         v.release()
-        normaliser = gl.convert_layout(normaliser, per_row(WIDTH))[:, None]
-        # The normaliser of a dead row is 0, which does not hide what a key that others see holds.
-        total = gl.where(normaliser == 0.0, 0.0, total * normaliser)
+        total = total * gl.convert_layout(normaliser, per_row(WIDTH))[:, None]
+        # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
+        alive = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(WIDTH)) >= first_live
+        total = gl.where(alive[:, None], total, 0.0)
         if not OUT_IN_Q:
             tma.store_wait(0)  # of the tile before
         store_rows(total, outputs.out, [tile.batch, tile.head, first_row, 0], shared.out.index(CONSUMER))
