@@ -10,15 +10,28 @@ of the main loop, whether bulk copies fill them, and what `Tile` says of the las
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import NamedTuple
 
+from flash_attend.evidence import tuned_tiles
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
+from flash_attend.variant import kind_of_call
 
-__all__ = ["Tile", "Tiles", "head_parts", "override", "select_hopper_tiles", "select_tiles"]
+__all__ = [
+    "Tile",
+    "Tiles",
+    "as_text",
+    "candidate_tiles",
+    "head_parts",
+    "of_text",
+    "override",
+    "select_hopper_tiles",
+    "select_tiles",
+]
 
 
 class Tile(NamedTuple):
@@ -250,6 +263,33 @@ def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
+    fastest = tuned_tiles("triton", kind_of_call(spec), target, backward)
+    return of_text(fastest) if fastest else _tiles_by_rule(spec, target, backward)
+
+
+def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> list[Tiles]:
+    """What may be fastest on a part: first the tiles that a call takes untuned, then those of other parts, and of wider
+    head dimensions. What a part cannot hold is found out when it is timed."""
+    usual, (kind, width) = _tiles_by_rule(spec, target, backward), row_of(spec)
+    if backward == "fused":
+        tiles = [tile for (_, of, wide), tile in FUSED.items() if of == kind and wide >= width]
+        others = [usual._replace(backward_fused=tile) for tile in tiles]
+    else:
+        others = [tiles for (_, of, wide), tiles in ROWS.items() if of == kind and wide >= width]
+    return list(dict.fromkeys([usual, *others]))
+
+
+def as_text(tiles: Tiles) -> str:
+    """Tiles as JSON."""
+    return json.dumps(tiles)
+
+
+def of_text(text: str) -> Tiles:
+    """The tiles of `as_text`."""
+    return Tiles(*(tile and Tile(*tile) for tile in json.loads(text)))
+
+
+def _tiles_by_rule(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     if target.interpreted:
         tiles, fused = INTERPRETED, INTERPRETED_FUSED
     else:
