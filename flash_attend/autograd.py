@@ -220,7 +220,7 @@ def _keep_for_second(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     grads, operands, outputs, ctx.numbers, ctx.options = inputs
     ctx.save_for_backward(*grads, *operands)
     ctx.set_materialize_grads(False)
-    ctx.of_outputs = [None] * len(outputs)  # out, lse and the schedule follow from the operands
+    ctx.of_outputs = [None] * len(outputs)  # they follow from the operands
 
 
 def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -247,7 +247,7 @@ def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[li
 
 
 class TransformableAttention(torch.autograd.Function):
-    """`(numbers, options, *operands) -> (out, lse, *schedule)`."""
+    """`(numbers, options, *operands) -> (out, lse, *kept)`, as `ops.forward` has them."""
 
     @staticmethod
     def forward(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -313,7 +313,7 @@ def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
 
 
 def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
-    """What `ops.forward` gives, whose schedule then nobody reads."""
+    """What `ops.forward` gives, of which nobody reads more then."""
     found = ops.forward_composite(operands, numbers, options)
     return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
 

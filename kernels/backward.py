@@ -1,6 +1,6 @@
-"""The backward: delta once, then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise repeatable. Or
-fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum, atomically. That takes 5
-products instead of 7, and the order of additions is not repeatable.
+"""The backward: delta once (statistics.py), then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise
+repeatable. Or fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum,
+atomically. That takes 5 products instead of 7, and the order of additions is not repeatable.
 
 With P the softmax weights (after dropout P'), the gradients are dV = P'^T dO, dS = P * (dropout(dO V^T) - delta),
 dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (Dao 2023, arXiv:2307.08691).
@@ -470,7 +470,8 @@ def attention_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
 
-    Everything else is what the forward took and gave. A gradient that is None counts as 0.
+    Everything else is what the forward took and gave: `kept` says of each query what `lse` rounds. A gradient that is
+    None counts as 0.
 
     With a tile for the fused backward, one kernel computes what takes two kernels else, where the gradients of q and of
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for

@@ -88,6 +88,7 @@ def recomputed_weights(scores, maximum, log2, factor_log2):
         # Scores that were summed in another order are not the same to the last bits, and one key that outweighs all
         # others weighs 1, or else a large score errs by e to the power of those bits: what is as near is the maximum.
         ROUNDING: tl.constexpr = ROUNDING32 if scores.dtype.primitive_bitwidth == 32 else ROUNDING64
-        nearest = maximum - tl.abs(maximum) * ROUNDING
-        relative = tl.where(scores > nearest, 0.0, scores - maximum)
+        relative = scores - maximum
+        # From the scores, not the maximum: what is the same in every round would take registers.
+        relative = tl.where(tl.abs(relative) < tl.abs(scores) * ROUNDING, 0.0, relative)
     return tl.math.exp2(-1.0 * tl.abs(relative * factor_log2 - log2))

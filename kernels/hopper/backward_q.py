@@ -158,9 +158,9 @@ def _consume(outputs, shared, tiles, tile, scale, SCALE_SIGN: gl.constexpr, CONS
     mask = tile.mask
     scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
-    start = (tile.batch * tiles.heads + tile.head).to(gl.int64) * padded_length(mask.queries) + first_row
-    own = gl.arange(0, CONSUMER_ROWS, layout=per_row(tiles.BLOCK_N))
-    rows = Rows(first_row + own, gl.load(outputs.log2 + start + own), gl.load(outputs.delta + start + own))
+    row = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(tiles.BLOCK_N))
+    at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * padded_length(mask.queries) + row
+    rows = Rows(row, gl.load(outputs.log2 + at), gl.load(outputs.delta + at))
     n_masked = tile.walk.masked_count()
     n_full = tile.full_count()
 
@@ -177,7 +177,7 @@ def _consume(outputs, shared, tiles, tile, scale, SCALE_SIGN: gl.constexpr, CONS
         total, grad_scores, step = _step(total, grad_scores, step, shared, scores, rows, CONSUMER)
     total = add_product(total, grad_scores, shared.k.at(step))
     # Infinity in a key that others of the tile see is not hidden by a dead row's weights of 0.
-    alive = gl.load(outputs.log2 + start + gl.arange(0, CONSUMER_ROWS, layout=per_row(WIDTH))) != INFINITY
+    alive = gl.convert_layout(rows.log2, per_row(WIDTH)) != INFINITY
     total = gl.where(alive[:, None], total * scores.magnitude, 0.0)
     # Nobody reads q any more: its buffer is free.
     store_rows(total, outputs.grad_q, [tile.batch, tile.head, first_row, 0], out.buffer())
