@@ -10,7 +10,7 @@ from torch import Tensor
 
 from backends import BACKENDS, CHOOSY, FUSED, Backend
 from flash_attend.testing.budget import eager_answer
-from flash_attend.testing.calls import Call, Case, make_call, run, truth_of
+from flash_attend.testing.calls import Call, Case, check, make_call, run, truth_of
 from flash_attend.testing.oracle import Answer, visible_pairs
 
 INFINITY, NAN = math.inf, math.nan
@@ -56,10 +56,13 @@ def _worst(answer: Answer, truth: Answer) -> dict[str, float]:
 @every_backend
 @pytest.mark.parametrize("size", (481.0, 4326.0))
 def test_gradients_of_large_scores_are_as_eager_has_them(backend: Backend, size: float) -> None:
-    """At most twice as wrong, without what the budget adds for the size of scores."""
+    """At most twice as wrong, in float32 without what the budget adds for the size of scores."""
     call = make_call(Case("large", heads=1, queries=64, keys=64, d=64), backend.dtype, backend.device)
     call = _largest_score(call.with_(grad_lse=None), size)
     truth, found = truth_of(call), run(call, backend.name)
+    check(found, call, truth)
+    if backend.choosy:  # in half precision delta is made of an output that was rounded: the budget knows by how much
+        return
     pairs = visible_pairs(2, 1, 64, 64, None, False, call.q.device)
     eager = eager_answer(call.q, call.k, call.v, pairs, scale=call.scale, grad_out=call.grad_out, grad_lse=None)
     allowed, errors = _worst(eager, truth), _worst(found, truth)
@@ -126,9 +129,8 @@ def test_nan_in_a_query_shows_in_its_gradient(backend: Backend) -> None:
     assert math.isnan(_numbers(answer.dv)[0])
 
 
-NEITHER = torch.tensor([[True, False]])  # the second key is hidden
+FIRST = torch.tensor([[True, False]])  # the second key is hidden
 DENSE = torch.tensor([[True, False], [False, False]])[None, None]  # and the second query sees nothing
-FIRST_SEES_LESS = dict(causal=True)
 
 
 @every_backend
@@ -136,9 +138,9 @@ FIRST_SEES_LESS = dict(causal=True)
     ("keys", "options", "rows"),
     (
         pytest.param((-INFINITY, -INFINITY), {}, "nan nan", id="no mask"),
-        pytest.param((-INFINITY, 1.0), dict(mask=NEITHER), "nan nan", id="key"),
-        pytest.param((-INFINITY, 1.0), FIRST_SEES_LESS, "nan live", id="causal"),
-        pytest.param((1.0, -INFINITY), dict(mask=~NEITHER, causal=True), "dead nan", id="key causal"),
+        pytest.param((-INFINITY, 1.0), dict(mask=FIRST), "nan nan", id="key"),
+        pytest.param((-INFINITY, 1.0), dict(causal=True), "nan live", id="causal"),
+        pytest.param((1.0, -INFINITY), dict(mask=~FIRST, causal=True), "dead nan", id="key causal"),
         pytest.param((-INFINITY, 1.0), dict(mask=DENSE), "nan dead", id="dense"),
     ),
 )
