@@ -134,13 +134,14 @@ class _Call(NamedTuple):
 
 
 def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
-    """`[out, lse, *schedule]`, without the lse where it is not asked for."""
+    """`[out, lse, statistics, *schedule]` of kernels; of the einsum path `[out, lse]`, or `[out]` where no more is
+    asked for."""
     operands, spec, _, backend, tiles = _Call.of(tensors, numbers, text)
     with torch.no_grad():
         if tiles is None:
             return [tensor.contiguous() for tensor in forward_composite(tensors, numbers, text)]
-        out, lse, schedule = backend.forward(operands, spec, tiles)
-    return [out, lse, *schedule.packed()]
+        out, lse, kept = backend.forward(operands, spec, tiles)
+    return [out, lse, *kept.packed()]
 
 
 def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
@@ -165,12 +166,12 @@ def backward(
     with torch.no_grad():
         if tiles is None:
             return [grad.contiguous() for grad in backward_composite(grads, tensors, outputs, numbers, text)]
-        from flash_attend.kernels.schedule import Schedule
+        from flash_attend.kernels.statistics import Kept
 
         out, lse, *packed = outputs
-        schedule = Schedule.unpacked(packed, operands.mask, spec, tiles)
+        kept = Kept.unpacked(packed, operands.mask, spec, tiles)
         grad_out, grad_lse = map(dict(zip(options.grads, grads, strict=True)).get, OUTPUTS)
-        found = backend.backward(grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, call.needed)
+        found = backend.backward(grad_out, grad_lse, operands, out, lse, kept, spec, tiles, call.needed)
     return list(compress(found, call.needed))
 
 
