@@ -1,6 +1,7 @@
 """Compiles the kernels of every config row for real parts, without one: registers, spills, shared memory, instructions.
 
     python -m flash_attend.kernels.aot [--json] [--common | --subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
+    python -m flash_attend.kernels.aot --estimate [--markdown] [--only TEXT] [--jobs N]
 
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
@@ -20,7 +21,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -34,11 +35,12 @@ from triton.backends.compiler import GPUTarget
 
 from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tiles, mode_of
+from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, Kernel, estimate
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
-from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
+from flash_attend.kernels.sass import ProductLoop, disassemble, loop_works, product_loops
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget, interpreting
 
 __all__ = [
@@ -54,6 +56,8 @@ __all__ = [
     "compiled_for",
     "kernel_name",
     "record_call",
+    "spec_of",
+    "with_log",
 ]
 
 # Shared memory that one block may use, in bytes, from NVIDIA's CUDA programming guide (table of compute capabilities).
@@ -139,6 +143,7 @@ class Report:
     error: str = ""
     loops: tuple[ProductLoop, ...] = ()  # the shortest first; of plain kernels where they spill
     head_dim: int = 0
+    estimate: Estimate | None = None  # of plain kernels where d = dv, on parts whose rates are known
 
     def problems(self) -> list[str]:
         """Why this kernel must not be chosen, if it must not."""
@@ -269,30 +274,55 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
             continue
         config, head_dim = _config_of(launch, case), case.spec.head_dim
         report = Report(name, case.arch, config, 0, 0, 0, 0, triton.__version__, head_dim=head_dim)
-        log = io.StringIO()
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
-            with compiled_for(case.arch), contextlib.redirect_stdout(log):
-                compiled = compile_launch(launch)
+            with compiled_for(case.arch):
+                compiled, log = with_log(lambda launch=launch: compile_launch(launch))
         except Exception as error:  # whatever stops a compiler is a finding about one row, not the end of the table
             text = str(error).strip().splitlines() or [""]
             reports.append(replace(report, error=f"{type(error).__name__}: {text[-1][:200]}"))
             continue
-        text = log.getvalue()
-        spilled = sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(text))
-        read_loops = name in LOOPS or (name in MULTIPLYING and spilled > 0)
+        sass = disassemble(compiled.asm["cubin"]) if name in MULTIPLYING else ""
+        registers = int(REGISTERS.search(log).group(1))
         reports.append(
             replace(
                 report,
-                registers=int(REGISTERS.search(text).group(1)),
-                spill_bytes=spilled,
+                registers=registers,
+                spill_bytes=spilled_bytes(log),
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
-                serialized=bool(SERIALIZED.search(text)),
-                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if read_loops else (),
+                serialized=bool(SERIALIZED.search(log)),
+                loops=tuple(product_loops(sass)),
+                estimate=_estimate_of(case, launch, registers, compiled.metadata.shared, sass),
             )
         )
     return reports
+
+
+def with_log(compile: Callable[[], Any]) -> tuple[Any, str]:
+    """What a compilation gives, and what the assembler said."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = compile()
+    return compiled, log.getvalue()
+
+
+def spilled_bytes(log: str) -> int:
+    """Stored and loaded, by the assembler's log."""
+    return sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(log))
+
+
+def _estimate_of(case: Case, launch: Launch, registers: int, shared_bytes: int, sass: str) -> Estimate | None:
+    """Of the main loop, which comes first: over blocks that need no mask."""
+    name, spec, prepared = kernel_name(launch), case.spec, launch.prepared
+    if name not in PRODUCTS or case.arch not in RATES or spec.head_dim != spec.value_dim:
+        return None
+    choices = prepared.choices
+    kernel = Kernel(
+        name, case.arch, kind_of(spec), spec.head_dim, choices["HEAD0"] + choices["HEAD1"], choices["BLOCK_M"],
+        choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes,
+    )  # fmt: skip
+    return estimate(loop_works(sass)[0], kernel)
 
 
 # The modes that cost most registers come first; together they reach every branch of the kernels.
@@ -338,19 +368,19 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             if kind == "half" and scope != SUBSET:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
             for dims, mode in calls:
-                yield Case.of(arch, _spec_of(dims, **dtype, **mode))
+                yield Case.of(arch, spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: only in the modes that have a tile of their own.
             calls = [call for call in calls if call[1] is MODES[0]]
             calls += [((width, width), mode) for mode in MODES[1 : None if scope == ALL else 1]]
             for dims, mode in calls:
-                spec = _spec_of(dims, **dtype, **mode)
+                spec = spec_of(dims, **dtype, **mode)
                 if mode is MODES[0] or (arch, kind, width, mode_of(spec)) in FUSED_VARIANTS:
                     yield Case.of(arch, spec, backward="fused")
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
 
 
-def _spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
+def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
     """A call with the head dimensions d and dv, in one of the modes."""
     head_dim, value_dim = dims
     rest = dict(batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
@@ -361,7 +391,7 @@ def _hopper_cases(scope: str) -> Iterator[Case]:
     modes = {ALL: HOPPER_MODES, COMMON: HOPPER_MODES[::3], SUBSET: HOPPER_MODES[:1]}[scope]
     backwards: tuple[BackwardName, ...] = ("separate", "fused")
     for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
-        yield Case.of("sm_90", _spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
+        yield Case.of("sm_90", spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
 
 
 def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]) -> list[tuple[Case, tuple[str, ...]]]:
@@ -388,9 +418,9 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
 
 
 def compile_tasks(
-    tasks: Sequence[tuple[Case, Iterable[str] | None]], jobs: int | None = None
-) -> Iterator[tuple[int, list[Report]]]:
-    """`compile_case` of every task in processes of their own, with a progress bar on stderr: indices and reports, as
+    tasks: Sequence[tuple[Any, ...]], jobs: int | None = None, compile: Callable[..., Any] = compile_case
+) -> Iterator[tuple[int, Any]]:
+    """`compile` of every task in processes of their own, with a progress bar on stderr: indices and what it gives, as
     they come."""
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -399,7 +429,7 @@ def compile_tasks(
         ) as pool,
         tqdm(total=len(tasks), unit="call", desc="compiling", file=sys.stderr, disable=None) as progress,
     ):
-        futures = {pool.submit(compile_case, *task): index for index, task in enumerate(tasks)}
+        futures = {pool.submit(compile, *task): index for index, task in enumerate(tasks)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -427,9 +457,12 @@ def _prepare_worker(cache: str) -> None:
     torch.set_num_threads(1)
 
 
+UNPRINTED = ("serialized", "error", "loops", "head_dim", "estimate")
+
+
 def as_json(reports: Iterable[Report]) -> str:
     """The table as a list of objects."""
-    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error", "loops", "head_dim")]
+    keys = [field.name for field in fields(Report) if field.name not in UNPRINTED]
     return json.dumps(
         [{**{key: getattr(report, key) for key in keys}, "problems": report.problems()} for report in reports], indent=1
     )
@@ -472,11 +505,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--allow-spills", action="store_true", help="do not fail on spills (they are checked on one Triton version)"
     )
+    parser.add_argument(
+        "--estimate", action="store_true", help="print the model's TFLOP/s beside FlexAttention's instead"
+    )
+    parser.add_argument("--markdown", action="store_true", help="of the estimates: a table for docs/estimates.md")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
+    if options.estimate:
+        from flash_attend.kernels.comparison import print_estimates
+
+        return print_estimates(options.arch, options.only, options.jobs, options.markdown)
     reports = compile_all(
         options.arch, scope=options.scope, only=options.only, backends=options.backend, jobs=options.jobs
     )

@@ -12,11 +12,12 @@ waited for is not counted. Bulk copies (TMA) count as traffic of the L2 cache al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from flash_attend.kernels.sass import LoopWork
 
-__all__ = ["RATES", "Estimate", "Kernel", "Rates", "blocks_per_multiprocessor", "estimate"]
+__all__ = ["PRODUCTS", "RATES", "Estimate", "Kernel", "Rates", "blocks_per_multiprocessor", "estimate", "total_tflops"]
 
 SHARED_BYTES = 128  # a clock, through a multiprocessor's shared memory
 SCHEDULERS = 4  # of a multiprocessor: each issues one instruction a clock
@@ -78,6 +79,7 @@ class Estimate(NamedTuple):
     serial: float  # clocks of a round that shares the multiprocessor with nothing
     clocks: float
     redundancy: float  # multiply-adds done, as a multiple of those that the tile takes
+    spill_share: float  # of the loop's instructions: those that access spilled registers
     tflops: float  # of useful work, by the whole part
 
     @property
@@ -124,12 +126,20 @@ def estimate(loop: LoopWork, kernel: Kernel) -> Estimate:
         units,
         serial,
         clocks,
-        _multiply_adds(loop, kernel) / taken,
+        multiply_adds(loop, kernel) / taken,
+        loop.spills / loop.instructions,
         useful / clocks * rates.clocks * rates.multiprocessors * rates.sustained / 1e12,
     )
 
 
-def _multiply_adds(loop: LoopWork, kernel: Kernel) -> float:
+def total_tflops(estimates: Mapping[str, Estimate]) -> float:
+    """Of a forward or a backward by these kernels. A backward is five products by convention, however many it does."""
+    useful = PRODUCTS["forward"] if "forward" in estimates else PRODUCTS["backward_fused"]
+    return useful / sum(PRODUCTS[name] / one.tflops for name, one in estimates.items())
+
+
+def multiply_adds(loop: LoopWork, kernel: Kernel) -> float:
+    """Of a round, by all warps of a block."""
     return loop.multiply_adds * kernel.num_warps + loop.asynchronous * kernel.num_warps / 4
 
 
