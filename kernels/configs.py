@@ -18,7 +18,16 @@ from typing import NamedTuple
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
 
-__all__ = ["Tile", "Tiles", "head_parts", "override", "select_hopper_tiles", "select_tiles"]
+__all__ = [
+    "Tile",
+    "Tiles",
+    "candidate_hopper_tiles",
+    "candidate_tiles",
+    "head_parts",
+    "override",
+    "select_hopper_tiles",
+    "select_tiles",
+]
 
 
 class Tile(NamedTuple):
@@ -201,6 +210,12 @@ HOPPER_ROWS: dict[int, Tiles] = {
     128: Tiles(Tile(128, 128, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 4, 2), Tile(64, 128, 4, 2)),
     256: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 2)),
 }
+# Beside a row's own, worth timing on the part: they spill, and the model of estimate.py takes them to be faster.
+OTHERS: dict[tuple[str, str, int], Tiles] = {
+    ("sm_80", "half", 64): Tiles(Tile(128, 64, 4, 3), Tile(32, 128, 4, 2), Tile(128, 32, 4, 2)),
+    ("sm_80", "half", 96): Tiles(Tile(128, 32, 4, 2), Tile(32, 128, 8, 2), Tile(128, 32, 4, 2)),
+    ("sm_80", "half", 128): Tiles(Tile(128, 32, 4, 2), Tile(64, 64, 4, 2), Tile(128, 32, 4, 2)),
+}
 ARCHS = frozenset(arch for arch, _, _ in ROWS)
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
@@ -246,6 +261,26 @@ def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "sep
 def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
     """The tiles for a call of the kernels for Hopper."""
     return _override or _look_up_hopper_tiles(spec.head_dim, backward)
+
+
+def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> list[Tiles]:
+    """What is worth timing for a call on a part: what `select_tiles` gives first, then the same with another tile for
+    one of its kernels. A tile may take more than the part has: whoever times it finds out when it is launched."""
+    first = select_tiles(spec, target, backward)
+    if target.interpreted or target.capability is None:
+        return [first]
+    others = OTHERS.get((target.arch if target.arch in ARCHS else "sm_80", *row_of(spec)))
+    return [first, *([first._replace(**{kernel: tile}) for kernel, tile in _by_kernel(others)] if others else [])]
+
+
+def candidate_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> list[Tiles]:
+    """The same for the kernels for Hopper: their forward also with its consumers taking turns."""
+    first = select_hopper_tiles(spec, target, backward)
+    return [first, first._replace(forward=first.forward._replace(ping_pong=not first.forward.ping_pong))]
+
+
+def _by_kernel(tiles: Tiles) -> list[tuple[str, Tile]]:
+    return [(kernel, tile) for kernel, tile in zip(tiles._fields, tiles, strict=True) if tile is not None]
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -20,6 +20,8 @@ from flash_attend.kernels.configs import (
     VARIANTS,
     Tile,
     Tiles,
+    candidate_hopper_tiles,
+    candidate_tiles,
     mode_of,
     override,
     row_of,
@@ -175,3 +177,24 @@ def test_override_holds_within_and_not_beyond() -> None:
             raise RuntimeError("inside")
         assert select_tiles(SPEC, target) is one
     assert select_tiles(SPEC, target) is usual
+
+
+@pytest.mark.parametrize("backward", ["separate", "fused"])
+@pytest.mark.parametrize("capability", PARTS, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+def test_candidates_begin_with_what_serves_and_differ_in_one_kernel(capability: tuple[int, int], backward: str) -> None:
+    target = part(capability)
+    for spec in (SPEC, replace(SPEC, head_dim=128, value_dim=128), replace(SPEC, head_dim=200)):
+        for select, candidates in (
+            (select_tiles, candidate_tiles),
+            *([(select_hopper_tiles, candidate_hopper_tiles)] if spec.head_dim <= 128 else []),
+        ):
+            first, *others = candidates(spec, target, backward)
+            assert first == select(spec, target, backward)
+            assert len({first, *others}) == 1 + len(others)
+            for other in others:
+                assert sum(one != two for one, two in zip(first, other, strict=True)) == 1
+                assert (other.backward_fused is None) == (backward == "separate")
+
+
+def test_the_interpreter_has_no_candidates() -> None:
+    assert candidate_tiles(SPEC, part((9, 0), interpreted=True)) == [INTERPRETED]
