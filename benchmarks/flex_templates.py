@@ -23,7 +23,7 @@ from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from flash_attend.kernels.aot import PARTS, REGISTERS, with_log
+from flash_attend.kernels.aot import PARTS, REGISTERS, is_serialized, with_log
 from flash_attend.kernels.estimate import PRODUCTS, Estimate, Kernel, estimate, multiply_adds
 from flash_attend.kernels.sass import LoopWork, disassemble, loop_works
 
@@ -68,7 +68,7 @@ def peer_estimates(direction: str, arch: str, kind: str, dim: int) -> tuple[str,
     for name, (block_m, block_n) in blocks.items():
         ours = Kernel(
             name, arch, kind, dim, width, block_m, block_n, config.num_warps, config.num_stages,
-            int(REGISTERS.search(log).group(1)), shared,
+            int(REGISTERS.search(log).group(1)), shared, is_serialized(log),
         )  # fmt: skip
         found[name] = max((estimate(loop, ours) for loop in _loops_of(ours, loops)), key=lambda one: one.tflops)
     return tile, found

@@ -6,9 +6,10 @@
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
 
-The exit code is 1 if any kernel of a checked part spills in a loop or, outside of loops, more than `EDGE_SPILLS` says,
-exceeds the part's shared memory, lacks tensor-core instructions, or has its asynchronous products serialized by the
-assembler.
+The exit code is 1 if any kernel of a checked part spills more in its main loop than 2% of its instructions, exceeds the
+part's shared memory, lacks tensor-core instructions, has its asynchronous products serialized by the assembler,
+multiplies by single warps where four could, computes a product twice, or takes 1.3 times as long for shared memory as
+for its products. What goes beyond that, because the model of estimate.py finds nothing faster, is listed in `BEYOND`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.backends import BACKENDS, BackwardName
-from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tiles, mode_of
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, choices_for, row_of
 from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, Kernel, estimate
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
@@ -54,6 +55,7 @@ __all__ = [
     "compile_launch",
     "compile_tasks",
     "compiled_for",
+    "is_serialized",
     "kernel_name",
     "record_call",
     "spec_of",
@@ -63,12 +65,13 @@ __all__ = [
 # Shared memory that one block may use, in bytes, from NVIDIA's CUDA programming guide (table of compute capabilities).
 PARTS = {
     "sm_80": DeviceTarget("cuda", "A100", (8, 0), 166912, 108, triton.__version__),
+    "sm_86": DeviceTarget("cuda", "A10, RTX 3090", (8, 6), 101376, 82, triton.__version__),
     "sm_89": DeviceTarget("cuda", "L40S, RTX 4090", (8, 9), 101376, 142, triton.__version__),
     "sm_90": DeviceTarget("cuda", "H100, H200", (9, 0), 232448, 132, triton.__version__),
     "sm_100": DeviceTarget("cuda", "B200", (10, 0), 232448, 148, triton.__version__),
     "sm_120": DeviceTarget("cuda", "RTX 5090", (12, 0), 101376, 170, triton.__version__),
 }
-CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
+CHECKED = ("sm_80", "sm_90")  # parts whose rates are known
 TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")  # in PTX
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
@@ -82,17 +85,27 @@ LOOPS = {
     "hopper_backward_wide": 2,
     "hopper_backward_wide_fused": 2,
 }
-MULTIPLYING = ("forward", "backward_kv", "backward_q", "backward_fused", *LOOPS)
-# Bytes that kernels may spill outside of their main loops, and plain ones outside of all: where a tile begins and ends.
+MULTIPLYING = (*PRODUCTS, *LOOPS)
+# Bytes that kernels for Hopper may spill outside of their main loops: where a tile begins and ends.
 EDGE_SPILLS = {
-    "forward": 24,
-    "backward_q": 24,
-    "backward_fused": 8,
     "hopper_forward": 256,
     "hopper_backward": 16,
     "hopper_backward_fused": 384,
     "hopper_backward_q": 128,
     "hopper_backward_wide_fused": 32,
+}
+# Of plain kernels' main loops: share of instructions that access spilled registers, multiply-adds done for one that is
+# needed, clocks of shared memory for one of tensor cores.
+LARGEST_SPILL_SHARE, LARGEST_REDUNDANCY, LARGEST_SHARED_RATIO = 0.02, 1.0, 1.3
+# What goes beyond, by the kernel and its row: up to which of the three, in any mode.
+BEYOND: dict[tuple[str, str, str, int], tuple[float, float, float]] = {
+    ("forward", "sm_80", "half", 96): (0.03, 1.0, 1.3),
+    ("forward", "sm_80", "half", 256): (0.03, 1.0, 1.5),
+    ("forward", "sm_80", "half", 192): (0.02, 1.0, 1.5),
+    ("backward_kv", "sm_80", "half", 256): (0.05, 1.0, 1.7),
+    ("backward_q", "sm_80", "half", 256): (0.14, 1.0, 1.5),
+    ("backward_q", "sm_80", "half", 128): (0.05, 1.0, 1.3),
+    ("backward_kv", "sm_90", "half", 128): (0.11, 1.0, 1.3),
 }
 # Accesses to spilled registers in a main loop, by the kernel and the head dimension. At 64 a block of scores has 128
 # queries, and all 240 registers are full: one round has up to 11 of them, of some 800 instructions. 64 queries would
@@ -143,6 +156,7 @@ class Report:
     error: str = ""
     loops: tuple[ProductLoop, ...] = ()  # the shortest first; of plain kernels where they spill
     head_dim: int = 0
+    row: tuple[str, str, str, int] | None = None  # the kernel, the part, and the row of the tile table
     estimate: Estimate | None = None  # of plain kernels where d = dv, on parts whose rates are known
 
     def problems(self) -> list[str]:
@@ -151,7 +165,7 @@ class Report:
             return [self.error]
         limit = PARTS[self.arch].shared_memory
         found = []
-        if self.spill_bytes > EDGE_SPILLS.get(self.kernel, 0):
+        if self.kernel in LOOPS and self.spill_bytes > EDGE_SPILLS.get(self.kernel, 0):
             found.append(f"spills {self.spill_bytes} bytes")
         if self.shared_bytes > limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, the part has {limit}")
@@ -161,8 +175,20 @@ class Report:
             found.append("has its asynchronous products serialized")
         if self.kernel in LOOPS:
             found += self._loop_problems()
-        elif any(loop.spills for loop in self.loops):
-            found.append("spills in a loop")
+        if self.estimate is not None:
+            found += self._estimate_problems(self.estimate)
+        return found
+
+    def _estimate_problems(self, estimate: Estimate) -> list[str]:
+        """What is wrong with the main loop of a plain kernel."""
+        found = []
+        spills, redundancy, shared = BEYOND.get(self.row, (0.0, 0.0, 0.0))
+        if estimate.spill_share > max(spills, LARGEST_SPILL_SHARE):
+            found.append(f"spills: {estimate.spill_share:.1%} of its main loop")
+        if estimate.redundancy > max(redundancy, LARGEST_REDUNDANCY) + 0.01:
+            found.append(f"multiplies {estimate.redundancy:.2f} times as often as it has to")
+        if estimate.shared_ratio > max(shared, LARGEST_SHARED_RATIO):
+            found.append(f"waits for shared memory {estimate.shared_ratio:.2f} times as long as for products")
         return found
 
     def _loop_problems(self) -> list[str]:
@@ -242,11 +268,13 @@ def compile_launch(launch: Launch):
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name in the table; a fused backward has one of its own."""
+    """The kernel's name in the table; a fused backward has one of its own, and so has the gradient of k or v alone."""
     name = launch.prepared.kernel.__name__.removesuffix("_kernel")
-    if not _is_fused(launch):
-        return name
-    return "backward_fused" if name == "backward_kv" else f"{name}_fused"
+    if _is_fused(launch):
+        return "backward_fused" if name == "backward_kv" else f"{name}_fused"
+    if name == "backward_kv":
+        return name.replace("kv", "k" * launch.prepared.choices["NEEDS_K"] + "v" * launch.prepared.choices["NEEDS_V"])
+    return name
 
 
 def _is_fused(launch: Launch) -> bool:
@@ -272,8 +300,10 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
-        config, head_dim = _config_of(launch, case), case.spec.head_dim
-        report = Report(name, case.arch, config, 0, 0, 0, 0, triton.__version__, head_dim=head_dim)
+        report = Report(
+            name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
+            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)),
+        )  # fmt: skip
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
             with compiled_for(case.arch):
@@ -283,7 +313,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
             reports.append(replace(report, error=f"{type(error).__name__}: {text[-1][:200]}"))
             continue
         sass = disassemble(compiled.asm["cubin"]) if name in MULTIPLYING else ""
-        registers = int(REGISTERS.search(log).group(1))
+        registers, serialized = int(REGISTERS.search(log).group(1)), is_serialized(log)
         reports.append(
             replace(
                 report,
@@ -291,9 +321,9 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
                 spill_bytes=spilled_bytes(log),
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
-                serialized=bool(SERIALIZED.search(log)),
+                serialized=serialized,
                 loops=tuple(product_loops(sass)),
-                estimate=_estimate_of(case, launch, registers, compiled.metadata.shared, sass),
+                estimate=_estimate_of(case, launch, sass, registers, compiled.metadata.shared, serialized),
             )
         )
     return reports
@@ -312,7 +342,14 @@ def spilled_bytes(log: str) -> int:
     return sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(log))
 
 
-def _estimate_of(case: Case, launch: Launch, registers: int, shared_bytes: int, sass: str) -> Estimate | None:
+def is_serialized(log: str) -> bool:
+    """Whether the assembler says that it let asynchronous products wait for each other."""
+    return bool(SERIALIZED.search(log))
+
+
+def _estimate_of(
+    case: Case, launch: Launch, sass: str, registers: int, shared_bytes: int, serialized: bool
+) -> Estimate | None:
     """Of the main loop, which comes first: over blocks that need no mask."""
     name, spec, prepared = kernel_name(launch), case.spec, launch.prepared
     if name not in PRODUCTS or case.arch not in RATES or spec.head_dim != spec.value_dim:
@@ -320,7 +357,7 @@ def _estimate_of(case: Case, launch: Launch, registers: int, shared_bytes: int, 
     choices = prepared.choices
     kernel = Kernel(
         name, case.arch, kind_of(spec), spec.head_dim, choices["HEAD0"] + choices["HEAD1"], choices["BLOCK_M"],
-        choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes,
+        choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes, serialized,
     )  # fmt: skip
     return estimate(loop_works(sass)[0], kernel)
 
@@ -369,12 +406,13 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
             for dims, mode in calls:
                 yield Case.of(arch, spec_of(dims, **dtype, **mode))
-            # The fused backward takes longest to compile: only in the modes that have a tile of their own.
+            # The fused backward takes longest to compile: with its second tile only in the modes that take that.
             calls = [call for call in calls if call[1] is MODES[0]]
-            calls += [((width, width), mode) for mode in MODES[1 : None if scope == ALL else 1]]
+            calls += [((width, width), mode) for mode in MODES[1:4] if scope == ALL]
             for dims, mode in calls:
                 spec = spec_of(dims, **dtype, **mode)
-                if mode is MODES[0] or (arch, kind, width, mode_of(spec)) in FUSED_VARIANTS:
+                own = mode is MODES[0] or len(choices_for(spec, PARTS[arch]).backward_fused) > 1
+                if own and not BACKENDS["triton"].refuse_fused(spec, PARTS[arch]):
                     yield Case.of(arch, spec, backward="fused")
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
@@ -383,7 +421,7 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
 def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
     """A call with the head dimensions d and dv, in one of the modes."""
     head_dim, value_dim = dims
-    rest = dict(batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
+    rest = dict(batch=16, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
     return AttentionSpec(head_dim=head_dim, value_dim=value_dim, **rest)
 
 
@@ -457,7 +495,7 @@ def _prepare_worker(cache: str) -> None:
     torch.set_num_threads(1)
 
 
-UNPRINTED = ("serialized", "error", "loops", "head_dim", "estimate")
+UNPRINTED = ("serialized", "error", "loops", "head_dim", "row", "estimate")
 
 
 def as_json(reports: Iterable[Report]) -> str:

@@ -17,7 +17,7 @@ __all__ = ["Row", "print_estimates", "rows"]
 # Not part of the package: a peer needs more of torch than we do.
 PEER = Path(__file__).resolve().parents[1] / "benchmarks" / "flex_templates.py"
 DIMS = (64, 96, 128, 192, 256)
-KERNELS = {"forward": ("forward",), "backward": ("backward_kv", "backward_q")}
+KERNELS = {"forward": ("forward",), "backward": ("backward_kv", "backward_k", "backward_v", "backward_q")}
 HEADER = ("call", "tiles", "TFLOP/s", "spills", "FlexAttention's tiles", "TFLOP/s", "spills", "ratio")
 
 

@@ -25,7 +25,9 @@ REGISTERS = 65536  # of a multiprocessor, handed out to warps in units of 256
 THREADS = 2048
 RESERVED_BYTES = 1024  # of shared memory, that each block takes for itself
 BARRIER = 25  # clocks
-ASYNCHRONOUS_START = 60  # clocks from the issue of a group of asynchronous products to its first result
+ASYNCHRONOUS_START = (
+    60  # clocks from the issue of asynchronous products that are awaited together to their first result
+)
 
 
 class Rates(NamedTuple):
@@ -59,7 +61,7 @@ RATES = {
 class Kernel(NamedTuple):
     """A compiled kernel, as far as the model has to know it."""
 
-    name: str  # "forward", "backward_kv", "backward_q" or "backward_fused"
+    name: str  # one of `PRODUCTS`
     arch: str
     kind: str  # of its products, as `kind_of` says
     dim: int  # d = dv: what is asked for
@@ -70,6 +72,7 @@ class Kernel(NamedTuple):
     num_stages: int
     registers: int  # of a thread
     shared_bytes: int  # of a block
+    serialized: bool = False  # the assembler makes each asynchronous product wait for the one before it
 
 
 class Estimate(NamedTuple):
@@ -93,7 +96,9 @@ class Estimate(NamedTuple):
         return self.units["shared memory"] / self.units["tensor"]
 
 
-PRODUCTS = {"forward": 2, "backward_kv": 4, "backward_q": 3, "backward_fused": 5}
+PRODUCTS = {
+    "forward": 2, "backward_kv": 4, "backward_k": 3, "backward_v": 2, "backward_q": 3, "backward_fused": 5
+}  # fmt: skip
 SPLIT = {"tf32x3": 3}  # products for one
 ITEM_BYTES = {"half": 2, "double": 8}  # 4 else
 DEPTH = {"half": 16, "double": 4}  # of a product of a warp, 8 else
@@ -163,8 +168,7 @@ def _clocks_of_units(loop: LoopWork, kernel: Kernel, rates: Rates) -> dict[str, 
 
 
 def _l2_bytes(kernel: Kernel) -> float:
-    by_keys = kernel.name in ("backward_kv", "backward_fused")
-    rows = kernel.block_m if by_keys else kernel.block_n
+    rows = kernel.block_n if kernel.name in ("forward", "backward_q") else kernel.block_m
     loaded = rows * 2 * kernel.dim * ITEM_BYTES.get(kernel.kind, 4)
     # The gradient of q is added in float32, which reads and writes.
     return loaded + (rows * kernel.dim * 4 * 2 if kernel.name == "backward_fused" else 0)
@@ -173,10 +177,12 @@ def _l2_bytes(kernel: Kernel) -> float:
 def _chain(loop: LoopWork, kernel: Kernel, tensor: float) -> float:
     """Clocks of a round's products, each of which waits for the one before it."""
     if loop.asynchronous:
-        return tensor + ASYNCHRONOUS_START * PRODUCTS[kernel.name]
+        return tensor + ASYNCHRONOUS_START * (loop.products if kernel.serialized else PRODUCTS[kernel.name])
     depth = {
         "forward": kernel.width + kernel.block_n,
         "backward_kv": 2 * kernel.width + 2 * kernel.block_m,
+        "backward_k": 2 * kernel.width + kernel.block_m,
+        "backward_v": kernel.width + kernel.block_m,
         "backward_q": 2 * kernel.width + kernel.block_n,
         "backward_fused": 2 * kernel.width + 2 * kernel.block_m + kernel.block_n,
     }[kernel.name]

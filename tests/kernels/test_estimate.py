@@ -70,6 +70,13 @@ def test_spills_cost_shared_memory() -> None:
     assert spilling.tflops < without.tflops
 
 
+def test_serialized_products_wait_for_each_other() -> None:
+    kernel, loop, *_ = COMPILED[2]
+    without, serialized = (estimate(loop, kernel._replace(serialized=wait)) for wait in (False, True))
+    assert serialized.serial == without.serial + 60 * (24 - 3), "of 24 instructions three are awaited else"
+    assert serialized.clocks > without.clocks
+
+
 def test_padding_counts_as_time_and_not_as_work() -> None:
     _, loop, *_ = COMPILED[0]
     narrow = estimate(loop, ON_A100._replace(dim=48))
