@@ -25,9 +25,7 @@ REGISTERS = 65536  # of a multiprocessor, handed out to warps in units of 256
 THREADS = 2048
 RESERVED_BYTES = 1024  # of shared memory, that each block takes for itself
 BARRIER = 25  # clocks
-ASYNCHRONOUS_START = (
-    60  # clocks from the issue of asynchronous products that are awaited together to their first result
-)
+ASYNCHRONOUS_START = 60  # clocks from the issue of asynchronous products, awaited together, to their first result
 
 
 class Rates(NamedTuple):
