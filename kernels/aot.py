@@ -8,8 +8,8 @@ Triton itself specializes and compiles them for a driver that names the part and
 
 The exit code is 1 if any kernel of a checked part spills more in its main loop than 2% of its instructions, exceeds the
 part's shared memory, lacks tensor-core instructions, has its asynchronous products serialized by the assembler,
-multiplies by single warps where four could, computes a product twice, or takes 1.3 times as long for shared memory as
-for its products. What goes beyond that, because the model of estimate.py finds nothing faster, is listed in `BEYOND`.
+computes a product twice, or takes 1.3 times as long for shared memory as for its products. What goes beyond that,
+because the model of estimate.py finds nothing faster, is listed in `BEYOND`.
 """
 
 from __future__ import annotations
@@ -94,18 +94,25 @@ EDGE_SPILLS = {
     "hopper_backward_q": 128,
     "hopper_backward_wide_fused": 32,
 }
-# Of plain kernels' main loops: share of instructions that access spilled registers, multiply-adds done for one that is
-# needed, clocks of shared memory for one of tensor cores.
-LARGEST_SPILL_SHARE, LARGEST_REDUNDANCY, LARGEST_SHARED_RATIO = 0.02, 1.0, 1.3
-# What goes beyond, by the kernel and its row: up to which of the three, in any mode.
-BEYOND: dict[tuple[str, str, str, int], tuple[float, float, float]] = {
-    ("forward", "sm_80", "half", 96): (0.03, 1.0, 1.3),
-    ("forward", "sm_80", "half", 256): (0.03, 1.0, 1.5),
-    ("forward", "sm_80", "half", 192): (0.02, 1.0, 1.5),
-    ("backward_kv", "sm_80", "half", 256): (0.05, 1.0, 1.7),
-    ("backward_q", "sm_80", "half", 256): (0.14, 1.0, 1.5),
-    ("backward_q", "sm_80", "half", 128): (0.05, 1.0, 1.3),
-    ("backward_kv", "sm_90", "half", 128): (0.11, 1.0, 1.3),
+# Of plain kernels' main loops: the share of instructions that access spilled registers, a larger one with dropout, whose
+# numbers make instructions the bottleneck; multiply-adds for each that is needed; clocks of shared memory for each of
+# tensor cores.
+LARGEST_SPILL_SHARE, LARGEST_WITH_DROPOUT, LARGEST_REDUNDANCY, LARGEST_SHARED_RATIO = 0.02, 0.1, 1.0, 1.3
+# What goes beyond, by the kernel and its row, and how far: the model finds nothing faster. From 192 on no tile that fits
+# on sm_80 has as many rows as its products have columns, and weights go through shared memory.
+BEYOND: dict[tuple[str, str, str, int], dict[str, float]] = {
+    ("forward", "sm_80", "half", 96): dict(spills=0.03),
+    ("forward", "sm_80", "half", 192): dict(shared=1.5),
+    ("forward", "sm_80", "half", 256): dict(spills=0.03, shared=1.5),
+    ("backward_kv", "sm_80", "half", 96): dict(shared=1.45),
+    ("backward_k", "sm_80", "half", 192): dict(shared=1.5),
+    ("backward_v", "sm_80", "half", 192): dict(shared=1.45),
+    ("backward_kv", "sm_80", "half", 256): dict(shared=1.7),
+    ("backward_q", "sm_80", "half", 128): dict(spills=0.05),
+    ("backward_q", "sm_80", "half", 192): dict(shared=1.55),
+    ("backward_q", "sm_80", "half", 256): dict(spills=0.14, shared=1.45),
+    ("backward_kv", "sm_90", "half", 64): dict(shared=1.35),
+    ("backward_kv", "sm_90", "half", 128): dict(spills=0.11),
 }
 # Accesses to spilled registers in a main loop, by the kernel and the head dimension. At 64 a block of scores has 128
 # queries, and all 240 registers are full: one round has up to 11 of them, of some 800 instructions. 64 queries would
@@ -115,6 +122,9 @@ MAIN_LOOP_SPILLS = {("hopper_backward_fused", 64): 12, ("hopper_backward_wide_fu
 # consumers has a product less than the other, and time to spare.
 BARE_EXPONENTIALS = {"hopper_backward_wide": 32, "hopper_backward_wide_fused": 32}
 SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
+
+
+OF_VERSION = ("spills", "multiplies", "waits")  # how problems begin that other versions of Triton may have
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,7 @@ class Report:
     loops: tuple[ProductLoop, ...] = ()  # the shortest first; of plain kernels where they spill
     head_dim: int = 0
     row: tuple[str, str, str, int] | None = None  # the kernel, the part, and the row of the tile table
+    drops: bool = False
     estimate: Estimate | None = None  # of plain kernels where d = dv, on parts whose rates are known
 
     def problems(self) -> list[str]:
@@ -180,14 +191,18 @@ class Report:
         return found
 
     def _estimate_problems(self, estimate: Estimate) -> list[str]:
-        """What is wrong with the main loop of a plain kernel."""
+        """What is wrong with the main loop of a plain kernel. The fused backward serves where it was measured, and
+        float64 for `gradcheck`: of these only what they spill."""
         found = []
-        spills, redundancy, shared = BEYOND.get(self.row, (0.0, 0.0, 0.0))
-        if estimate.spill_share > max(spills, LARGEST_SPILL_SHARE):
+        allowed = BEYOND.get(self.row, {}) if self.row else {}
+        spills = max(allowed.get("spills", 0), LARGEST_WITH_DROPOUT if self.drops else LARGEST_SPILL_SHARE)
+        if estimate.spill_share > spills:
             found.append(f"spills: {estimate.spill_share:.1%} of its main loop")
-        if estimate.redundancy > max(redundancy, LARGEST_REDUNDANCY) + 0.01:
+        if self.drops or self.kernel == "backward_fused" or (self.row and self.row[2] == "double"):
+            return found
+        if estimate.redundancy > LARGEST_REDUNDANCY + 0.01:
             found.append(f"multiplies {estimate.redundancy:.2f} times as often as it has to")
-        if estimate.shared_ratio > max(shared, LARGEST_SHARED_RATIO):
+        if estimate.shared_ratio > allowed.get("shared", LARGEST_SHARED_RATIO):
             found.append(f"waits for shared memory {estimate.shared_ratio:.2f} times as long as for products")
         return found
 
@@ -302,7 +317,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
             continue
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
-            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)),
+            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), drops=case.spec.dropout_p > 0,
         )  # fmt: skip
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
@@ -312,13 +327,16 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
             text = str(error).strip().splitlines() or [""]
             reports.append(replace(report, error=f"{type(error).__name__}: {text[-1][:200]}"))
             continue
-        sass = disassemble(compiled.asm["cubin"]) if name in MULTIPLYING else ""
+        spilled = spilled_bytes(log)
+        # Of a plain kernel the modes differ in what spills, and in nothing else that is looked for in its loops.
+        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE
+        sass = disassemble(compiled.asm["cubin"]) if name in MULTIPLYING and (name in LOOPS or spilled or usual) else ""
         registers, serialized = int(REGISTERS.search(log).group(1)), is_serialized(log)
         reports.append(
             replace(
                 report,
                 registers=registers,
-                spill_bytes=spilled_bytes(log),
+                spill_bytes=spilled,
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
                 serialized=serialized,
@@ -352,7 +370,7 @@ def _estimate_of(
 ) -> Estimate | None:
     """Of the main loop, which comes first: over blocks that need no mask."""
     name, spec, prepared = kernel_name(launch), case.spec, launch.prepared
-    if name not in PRODUCTS or case.arch not in RATES or spec.head_dim != spec.value_dim:
+    if not sass or name not in PRODUCTS or case.arch not in RATES or spec.head_dim != spec.value_dim:
         return None
     choices = prepared.choices
     kernel = Kernel(
@@ -495,7 +513,7 @@ def _prepare_worker(cache: str) -> None:
     torch.set_num_threads(1)
 
 
-UNPRINTED = ("serialized", "error", "loops", "head_dim", "row", "estimate")
+UNPRINTED = ("serialized", "error", "loops", "head_dim", "row", "drops", "estimate")
 
 
 def as_json(reports: Iterable[Report]) -> str:
@@ -541,7 +559,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only kernels whose line contains TEXT")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes, default one for each core")
     parser.add_argument(
-        "--allow-spills", action="store_true", help="do not fail on spills (they are checked on one Triton version)"
+        "--allow-spills",
+        action="store_true",
+        help="do not fail on spills and slow loops (they are checked on one Triton version)",
     )
     parser.add_argument(
         "--estimate", action="store_true", help="print the model's TFLOP/s beside FlexAttention's instead"
@@ -565,7 +585,7 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [
         report
         for report in reports
-        if any(not (options.allow_spills and problem.startswith("spills")) for problem in report.problems())
+        if any(not (options.allow_spills and problem.startswith(OF_VERSION)) for problem in report.problems())
     ]
     spilled = sum(report.spill_bytes > 0 for report in reports)
     summary = f"{len(reports)} kernels on Triton {triton.__version__}, {spilled} with spills, {len(failed)} failed"

@@ -141,15 +141,18 @@ ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_90", "half", 256): _choices("128x64w8s2d", "64x128w8s1a 32x128w8s2a", "128x32w8s2d", "64x32w8s2 32x16w8s2"),
     ("sm_80", "tf32", 64): _choices(
         "128x32w4s3 128x64w4s2", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
-    ("sm_80", "tf32", 128): _choices("64x32w8s2", "32x32w8s2", "32x32w4s2", "16x32w8s2"),
-    ("sm_80", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
-    ("sm_90", "tf32", 64): _choices("128x128w8s2d", "32x32w8s2", "128x64w8s2", "32x64w4s2 32x32w8s2"),
-    ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x32w8s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
+    ("sm_80", "tf32", 128): _choices("128x32w4s3h 128x32w4s2", "32x64w4s2", "64x32w4s2", "16x32w8s2"),
+    ("sm_86", "tf32", 128): _choices("128x16w4s3", "32x32w4s2", "32x32w4s2", "16x32w8s2"),
+    ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "16x32w4s1", "32x32w4s1", "16x16w4s2 16x16w8s2"),
+    ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
+    ("sm_90", "tf32", 64): _choices("128x64w4s2d 128x128w8s2d", "64x64w4s2", "128x64w8s2", "32x64w4s2 32x32w8s2"),
+    ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x64w4s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
     ("sm_90", "tf32", 256): _choices("32x32w8s1d", "16x32w8s1", "32x32w8s1d", "32x16w8s2 16x16w8s2"),
-    ("sm_80", "tf32x3", 64): _choices("32x32w4s2", "32x32w8s2", "32x32w8s2", "32x32w8s1 16x32w8s1"),
-    ("sm_80", "tf32x3", 128): _choices("32x32w8s1", "16x16w8s1", "16x16w4s1", "16x16w8s1"),
-    ("sm_90", "tf32x3", 64): _choices("128x32w8s2", "32x32w8s2", "32x32w8s2", "32x32w8s1"),
-    ("sm_90", "tf32x3", 128): _choices("32x32w8s1", "16x16w8s1", "64x16w8s1", "16x16w8s1"),
+    ("sm_80", "tf32x3", 64): _choices(
+        "64x32w4s2 32x32w4s2", "16x64w4s1 32x64w4s1 32x32w8s2", "64x16w4s1 64x32w4s1", "32x32w8s1 16x32w8s1"),
+    ("sm_80", "tf32x3", 128): _choices("64x16w4s1 64x32w4s1", "16x16w4s1", "16x16w4s1", "16x16w8s1"),
+    ("sm_90", "tf32x3", 64): _choices("128x32w8s2 64x32w4s2", "32x64w4s1", "64x32w4s1", "32x32w8s1"),
+    ("sm_90", "tf32x3", 128): _choices("64x32w4s1 128x32w8s1", "16x16w4s1", "64x16w4s1", "16x16w8s1"),
     ("sm_80", "double", 64): _choices("32x32w4s1", "16x32w4s1", "32x16w4s1", "16x32w8s1 16x16w8s1"),
     ("sm_80", "double", 128): _choices("16x16w4s1", "16x16w8s1", "16x16w8s1", "16x16w8s1"),
 }
@@ -159,7 +162,6 @@ ROWS: dict[tuple[str, str, int], Choices] = {
 DROPOUT: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_80", "half", 64): dict(backward_kv="32x128w8s2"),
     ("sm_80", "half", 128): dict(backward_kv="32x128w8s2"),
-    ("sm_90", "half", 64): dict(forward="128x128w8s3d"),
     ("sm_90", "tf32x3", 128): dict(backward_q="16x16w4s1"),
 }
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
