@@ -95,8 +95,8 @@ EDGE_SPILLS = {
     "hopper_backward_wide_fused": 32,
 }
 # Of plain kernels' main loops: the share of instructions that access spilled registers, a larger one with dropout,
-# whose numbers make instructions the bottleneck; multiply-adds for each that is needed; clocks of shared memory for each
-# of tensor cores.
+# whose numbers make instructions the bottleneck; multiply-adds for each that is needed; clocks of shared memory for
+# each of tensor cores.
 LARGEST_SPILL_SHARE, LARGEST_WITH_DROPOUT, LARGEST_REDUNDANCY, LARGEST_SHARED_RATIO = 0.02, 0.1, 1.0, 1.3
 # What goes beyond, by the kernel and its row, and how far: the model finds nothing faster. From 192 on no tile that
 # fits on sm_80 has as many rows as its products have columns, and weights go through shared memory.

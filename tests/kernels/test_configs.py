@@ -73,7 +73,18 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("capability", PARTS, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+ONE_OF_EACH_FAMILY = ((8, 0), (8, 6), (9, 0))
+
+
+def test_parts_are_of_a_family() -> None:
+    families = [FAMILIES.get(part(capability).arch, "sm_80") for capability in PARTS]
+    assert families == ["sm_80", "sm_86", "sm_86", "sm_90", "sm_80", "sm_86", "sm_80"]
+    for capability, family in zip(PARTS, families, strict=True):
+        (same,) = (one for one in ONE_OF_EACH_FAMILY if part(one).arch == family)
+        assert select_tiles(SPEC, part(capability)) == select_tiles(SPEC, part(same))
+
+
+@pytest.mark.parametrize("capability", ONE_OF_EACH_FAMILY, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_has_its_tiles_on_every_part(kind: str, capability: tuple[int, int]) -> None:
     target = part(capability)
