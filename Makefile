@@ -39,13 +39,13 @@ $(INSTALLED): $(VENV)/.made setup.py pyproject.toml
 	@touch $@
 
 demo: $(INSTALLED) ## trains a real model on real text with its own Attend and with ours, and compares
-	@$(BIN)/python benchmarks/demo.py
+	@$(BIN)/python examples/demo.py
 
 bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
-	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+	@$(BIN)/python benchmarks/run.py --group training $(ARGS)
 
 # Of this peer one file is used, which needs none of what the package requires.
 $(VENV)/.peers: $(VENV)/.made
@@ -83,8 +83,9 @@ test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
 test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls that there is time for
 	@$(BIN)/pytest -q -n 2 -m 'ptx and not proof'
 
+# What is done is kept, and not done again while the kernels and these tests are the same.
 proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)
-	@$(BIN)/python tests/ptx/prove.py $(ARGS)
+	@$(BIN)/python tests/ptx/prove.py --resume $(VENV)/proof.jsonl $(ARGS)
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
@@ -107,9 +108,7 @@ aot-common: $(INSTALLED) ## compiles those of half precision in most modes, the 
 # oldest too, which is the one that Hopper machines have today.
 aot-%: $(INSTALLED) $(VENV)/triton-%/.installed ## compiles a subset with another Triton (aot-3.6.0)
 	@PYTHONPATH=$(VENV)/triton-$* $(BIN)/python -m flash_attend.kernels.aot --subset \
-		--allow-spills --backend triton
-	@PYTHONPATH=$(VENV)/triton-$* $(BIN)/python -m flash_attend.kernels.aot --subset \
-		$(if $(filter $(OLDEST_TRITON),$*),,--allow-spills) --backend hopper
+		--allow-spills triton $(if $(filter $(OLDEST_TRITON),$*),,hopper)
 
 .PRECIOUS: $(VENV)/triton-%/.installed
 $(VENV)/triton-%/.installed: $(VENV)/.made

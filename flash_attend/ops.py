@@ -120,7 +120,17 @@ class _Call(NamedTuple):
         spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
         # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
         reduced = AttentionSpec(
-            *(1, 1, 1, 1, 1, int(spec.head_dim), int(spec.value_dim), spec.dtype, spec.mask),
+            *(
+                1,
+                1,
+                1,
+                1 if spec.queries == 1 else 2,
+                1,
+                int(spec.head_dim),
+                int(spec.value_dim),
+                spec.dtype,
+                spec.mask,
+            ),
             causal=spec.causal,
             dropout_p=spec.dropout_p,
             deterministic=spec.deterministic,

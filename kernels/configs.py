@@ -15,22 +15,27 @@ what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the fi
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import NamedTuple
 
+from flash_attend.evidence import tuned_tiles
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
+from flash_attend.variant import kind_of_call
 
 __all__ = [
     "Tile",
     "Tiles",
+    "as_text",
     "candidate_hopper_tiles",
     "candidate_tiles",
     "choices_for",
     "head_parts",
+    "of_text",
     "override",
     "select_hopper_tiles",
     "select_tiles",
@@ -177,8 +182,8 @@ HOPPER_ROWS: dict[int, Tiles] = {
 }
 
 FEWEST_ROWS = 64  # of a tile that is made smaller for a small grid: what four warps take on sm_90
-# For as few queries as decoding has: bound by reading k and v, of which as much as possible is under way.
-FEW_QUERIES = Tile(16, 64, 4, 2)
+# For decoding, where the heads of a group are rows: bound by reading k and v, of which much is to be under way.
+ONE_QUERY = Tile(16, 64, 4, 2)
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
@@ -232,9 +237,9 @@ def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str
 
 
 def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> list[Tiles]:
-    """What is worth timing for a call on a part: what `select_tiles` gives first, then the same with another tile for
+    """What is worth timing for a call on a part: what serves untuned first, then the same with another tile for
     one of its kernels. A tile may take more than the part has: whoever times it finds out when it is launched."""
-    first = select_tiles(spec, target, backward)
+    first = _tiles_by_rule(spec, target, backward)
     if target.interpreted:
         return [first]
     others = choices_for(spec, target)._asdict()
@@ -254,6 +259,21 @@ def candidate_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: 
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
+    fastest = tuned_tiles("triton", kind_of_call(spec), target, backward)
+    return of_text(fastest) if fastest else _tiles_by_rule(spec, target, backward)
+
+
+def as_text(tiles: Tiles) -> str:
+    """Tiles as JSON."""
+    return json.dumps(tiles)
+
+
+def of_text(text: str) -> Tiles:
+    """The tiles of `as_text`."""
+    return Tiles(*(tile and Tile(*tile) for tile in json.loads(text)))
+
+
+def _tiles_by_rule(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     if target.interpreted:
         tiles = INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)
     else:
@@ -262,16 +282,15 @@ def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> 
 
 
 def _filling(tiles: Tiles, spec: AttentionSpec, target: DeviceTarget) -> Tiles:
-    """The tiles of a row, smaller where they would leave multiprocessors without work, or rows without queries. As they
-    are, where it is not known how many multiprocessors there are."""
+    """The tiles of a row, smaller where they would leave multiprocessors without work (if it is known how many there
+    are), or rows without queries."""
+    if spec.queries == 1 and kind_of(spec) == "half":
+        tiles = tiles._replace(forward=ONE_QUERY)
     if not target.multiprocessors:
         return tiles
     of_queries, of_keys = spec.batch * spec.heads, spec.batch * spec.kv_heads
-    forward = _halved(tiles.forward, "block_m", of_queries, spec.queries, target)
-    if kind_of(spec) == "half" and spec.queries * (spec.group if spec.queries == 1 else 1) <= FEW_QUERIES.block_m:
-        forward = FEW_QUERIES
     return tiles._replace(
-        forward=forward,
+        forward=_halved(tiles.forward, "block_m", of_queries, spec.queries, target),
         backward_kv=_halved(tiles.backward_kv, "block_n", of_keys, spec.keys, target),
         backward_q=_halved(tiles.backward_q, "block_m", of_queries, spec.queries, target),
     )

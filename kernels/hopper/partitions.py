@@ -120,6 +120,7 @@ def _keep_rows(rows, kept):
 def clear_hidden_rows(rows, mask):
     """Zeroes those rows of k or v that are hidden; the mask counts keys from the first of them."""
     PART: gl.constexpr = rows_at_a_time(rows.shape[1])
+    gl.static_assert(rows.shape[0] % PART == 0)
     layout: gl.constexpr = gl.SliceLayout(1, clearing_layout(rows.shape[1]))
     for part in gl.static_range(rows.shape[0] // PART):
         shown = mask.counted_from(0, part * PART).key_shown(gl.arange(0, PART, layout=layout))

@@ -215,28 +215,17 @@ def test_problems_of_the_backward_for_hopper(change, problem):
     assert replace(BACKWARD, **change).problems() == ([] if problem is None else [problem])
 
 
-def test_the_backward_for_hopper_compiles_well(ready_to_compile):
-    """With dQ in the same pass, and a key mask under causality: where it has fewest registers to spare."""
-    case = next(
-        case for case in aot.cases(["sm_90"], aot.SUBSET) if (case.backend, case.backward) == ("hopper", "fused")
-    )
-    (report,) = aot.compile_case(case, ["hopper_backward_fused"])
-    assert not report.problems()
-    assert [loop.exponentials for loop in report.loops] == [64, 64]
-
-
-@pytest.mark.parametrize("ping_pong", [False, True])
-def test_the_forward_for_hopper_compiles_well(ping_pong, ready_to_compile):
-    """On whichever of the supported Tritons is here."""
+def test_the_forward_for_hopper_compiles_well_in_turns(ready_to_compile):
+    """On whichever of the supported Tritons is here. The table has the other one, and the backward."""
     case = next(case for case in aot.cases(["sm_90"], aot.SUBSET) if case.backend == "hopper")
-    tiles = case.tiles._replace(forward=case.tiles.forward._replace(ping_pong=ping_pong))
+    tiles = case.tiles._replace(forward=case.tiles.forward._replace(ping_pong=True))
     (report,) = aot.compile_case(replace(case, tiles=tiles), ["hopper_forward"])
     assert not report.problems()
     assert [loop.exponentials for loop in report.loops[:2]] == [66, 66]  # 64 of a row's weights, two of corrections
 
 
-@pytest.mark.parametrize("arch", list(aot.PARTS))
-def test_compiles_for_every_part(arch, ready_to_compile):
+@pytest.mark.parametrize("arch", sorted(aot.PARTS.keys() - set(aot.CHECKED)))
+def test_compiles_for_every_other_part(arch, ready_to_compile):
     """Within their shared memory, those too that share the rows of others."""
     case = aot.Case.of(arch, replace(SPEC, batch=64, mask=MaskKind.KEY, causal=True))
     reports = aot.compile_case(case, ["forward", "backward_q"])

@@ -14,10 +14,10 @@ from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import (
     DROPOUT,
     FAMILIES,
-    FEW_QUERIES,
     HOPPER_ROWS,
     INTERPRETED,
     INTERPRETED_FUSED,
+    ONE_QUERY,
     ROWS,
     Tile,
     Tiles,
@@ -209,14 +209,14 @@ def test_a_small_grid_has_smaller_tiles() -> None:
     assert select_tiles(call, part((8, 0), 0)) == usual, "where their number is not known, it is as if they were few"
 
 
-def test_few_queries_have_a_tile_of_their_own() -> None:
+def test_one_query_has_a_tile_of_its_own() -> None:
     """Decoding, of grouped heads too, which are read as queries of one head."""
-    target = part((9, 0), 132)
     one = replace(SPEC, queries=1, heads=32, kv_heads=4, keys=4096)
-    for spec in (one, replace(one, queries=16)):
-        assert select_tiles(spec, target).forward == FEW_QUERIES
-    for spec in (replace(one, queries=17), replace(one, heads=128), replace(one, **KINDS["tf32"])):
-        assert select_tiles(spec, target).forward != FEW_QUERIES
+    for multiprocessors in (0, 1, 132):
+        target = part((9, 0), multiprocessors)
+        assert select_tiles(one, target).forward == ONE_QUERY
+        for spec in (replace(one, queries=2), replace(one, **KINDS["tf32"])):
+            assert select_tiles(spec, target).forward != ONE_QUERY
 
 
 @pytest.mark.parametrize("backward", ["separate", "fused"])

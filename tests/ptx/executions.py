@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emulator.driver import Launched, Runner, executed
 from emulator.machine import Options
+from flash_attend.kernels.configs import HOPPER_ROWS, Tile, Tiles, override
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.calls import Call, Case, budget_of, make_call, truth_of
 from flash_attend.testing.calls import run as run_publicly
@@ -39,12 +40,14 @@ class Execution:
     case: Case
     options: Options = field(default_factory=Options)
     multiprocessors: int | None = None  # that persistent programs share: fewer than tiles give each several
+    tiles: str = ""  # others than the usual ones, by their name in `TILES`
     fast: bool = False  # in `make test`
 
     @property
     def name(self) -> str:
         words = [self.arch, self.backend, *["fused"] * (self.backward == "fused")]
         words += [self.dtype, f"d{self.case.d}", self.case.name]
+        words += [self.tiles] if self.tiles else []
         defaults = Options()
         words += [f"{x}" for x in (self.options.copies,) if x != defaults.copies]
         words += [self.options.order] if self.options.order else []
@@ -117,7 +120,7 @@ def _of_triton() -> Iterator[Execution]:
             case = _case("key causal", "bf16", 64, arch)
             yield Execution(arch, "triton", "separate", "bf16", case, Options(copies, "random", 1))
         for d in (64, 128, 256):
-            # A grid that is small for a part, and calls of few queries, have tiles of their own.
+            # A grid that is small for a part, and calls of one query, have tiles of their own.
             yield Execution(
                 arch, "triton", "separate", "bf16", _case("key causal", "bf16", d, arch), multiprocessors=99
             )
@@ -134,31 +137,55 @@ HOPPER_MODES = {
     "dead rows": dict(heads=1, causal=True, queries=330, keys=150),
     "sliced": dict(heads=1, layout="sliced", causal=True),
 }
+# At 64 and 256, where the kernels differ most.
+MORE_HOPPER_MODES = {
+    "mask per head": dict(heads=2, mask="bh1j", layout="heads_inside"),
+    "key dead rows": dict(batch=2, mask="pad_left", causal=True, queries=330, keys=150),
+    "one query": dict(batch=2, mask="pad_left", causal=True, queries=1),
+    "scale 0": dict(scale=0.0, causal=True),
+    "low scores": dict(batch=2, mask="pad_left", scale=8.0),
+    "only lse": dict(grads="lse", layout="broadcast_heads", heads=2),
+}
+# Tiles that a call for Hopper may have beside the usual ones.
+TILES: dict[str, Callable[[Tiles], Tiles]] = {
+    "in turns": lambda tiles: tiles._replace(forward=tiles.forward._replace(ping_pong=True)),
+    "deep rings": lambda tiles: tiles._replace(backward_q=tiles.backward_q._replace(num_stages=3)),
+    "small blocks": lambda tiles: tiles._replace(forward=Tile(128, 64, 4, 2), backward_q=Tile(128, 64, 4, 2)),
+}
 
 
 def _of_gluon() -> Iterator[Execution]:
     for d in (64, 128, 256):
-        for name, options in HOPPER_MODES.items():
-            lengths = dict(queries=150, keys=330) if d < 256 else dict(queries=100, keys=170)
+        lengths = dict(queries=150, keys=330) if d < 256 else dict(queries=100, keys=170)
+        for name, options in {**HOPPER_MODES, **(MORE_HOPPER_MODES if d != 128 else {})}.items():
             case = Case(name, **{"batch": 1, "heads": 1, "d": d, **lengths, **options})
             for backward in ("separate", "fused"):
                 yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=len(name)))
-            if name == "key causal":
-                yield Execution("sm_90", "hopper", "separate", "fp16", case, Options("early", seed=1))
-                for seed, copies in enumerate(("late", "early", "random", "random"), 1):
-                    for backward in ("separate", "fused"):
-                        yield Execution("sm_90", "hopper", backward, "bf16", case, Options(copies, seed=seed), 2)
+        case = Case("key causal", batch=2, heads=1, d=d, **lengths, mask="holes", causal=True)
+        for backward in ("separate", "fused"):
+            yield Execution("sm_90", "hopper", backward, "fp16", case, Options("early", seed=1))
+            for seed, copies in enumerate(("late", "early", "random", "random"), 1):
+                yield Execution("sm_90", "hopper", backward, "bf16", case, Options(copies, seed=seed), 2)
+        for seed in (1, 2):
+            yield Execution("sm_90", "hopper", "separate", "bf16", case, Options("random", seed=seed), 2, "in turns")
 
 
 def _for_mutants() -> Iterator[Execution]:
-    """Calls in which every ring of buffers goes round, and one program has several tiles."""
-    for d in (64, 256):
-        case = Case("several tiles", 1, 1, queries=300, keys=600, d=d, causal=True)
-        for backward in ("separate", "fused"):
-            yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=1), 1)
+    """Calls in which every ring of buffers goes round; some of the blocks are full, some are cut by causality, some
+    have hidden keys, and the first rows are dead. Programs of the forward have several tiles."""
+    for d, keys in ((64, 200), (256, 150)):
+        case = Case("several tiles", 2, 2, 1, queries=200, keys=keys, d=d, mask="pad_left", causal=True)
+        yield Execution("sm_90", "hopper", "fused", "bf16", case, Options(seed=1), 1)
+        case = replace(case, heads=1, kv_heads=1, keys=330)
+        yield Execution("sm_90", "hopper", "separate", "bf16", case, Options(seed=1), 1)
+        for tiles in TILES if d == 64 else ("in turns",):
+            yield Execution("sm_90", "hopper", "separate", "bf16", case, Options(seed=1), 1, tiles)
+        case = replace(case, name="many blocks", queries=200 if d == 64 else 130, keys=700 if d == 64 else 350)
+        yield Execution("sm_90", "hopper", "separate", "bf16", case, Options(seed=1), 1)
 
 
-# What `make test` has time for: together they have every kernel, every dtype and every kind of mask.
+# What `make test` has time for: together they have every kernel, every dtype and every kind of mask. Compiling takes
+# half of the time: those for Hopper share what is compiled.
 FAST = (
     "sm_80 triton bf16 d64 key causal",
     "sm_80 triton fused bf16 d64 dense dropout",
@@ -187,11 +214,16 @@ FAST = (
     "sm_90 triton tf32x3 d64 key causal",
     "sm_90 triton fp64 d64 dropout",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
-    "sm_90 hopper fused bf16 d64 causal seed6",
+    "sm_90 hopper bf16 d64 key dead rows seed13",
+    "sm_90 hopper bf16 d64 one query seed9",
+    "sm_90 hopper bf16 d64 key causal in turns random seed1 on2",
+    "sm_90 hopper fused bf16 d64 key dead rows seed13",
+    "sm_90 hopper fused bf16 d64 key causal early seed2 on2",
+    "sm_90 hopper fused bf16 d64 low scores seed10",
     "sm_90 hopper bf16 d128 grouped seed7",
     "sm_90 hopper fused bf16 d128 key causal early seed2 on2",
-    "sm_90 hopper bf16 d256 causal seed6",
-    "sm_90 hopper fused bf16 d256 key seed3",
+    "sm_90 hopper bf16 d256 key dead rows seed13",
+    "sm_90 hopper fused bf16 d256 key causal random seed3 on2",
 )
 
 
@@ -215,6 +247,10 @@ def call_of(execution: Execution) -> Call:
     call = make_call(execution.case, DTYPES[execution.dtype])
     if execution.case.mask == "holes":
         call.mask[-1] = False
+    if execution.case.name in ("several tiles", "many blocks"):  # in two blocks of a tile
+        call.mask[-1, -40:-30] = False
+    if execution.case.name == "low scores":  # a hidden key that comes as zeros has a score far above the others
+        call = call.with_(q=call.q.abs(), k=-call.k.abs())
     return call
 
 
@@ -272,6 +308,10 @@ def execute(execution: Execution, call: Call, runner: Runner | None = None) -> t
     with ExitStack() as stack:
         stack.callback(torch.set_float32_matmul_precision, before)
         torch.set_float32_matmul_precision("high" if execution.dtype == "tf32" else "highest")
+        if execution.tiles:
+            usual = HOPPER_ROWS[execution.case.d]
+            usual = usual if execution.backward == "fused" else usual._replace(backward_fused=None)
+            stack.enter_context(override(TILES[execution.tiles](usual)))
         # With a single multiprocessor no grid is small: the tiles are those of long calls.
         single = 1 if execution.backend == "triton" else None
         stack.enter_context(executed(runner, execution.multiprocessors or single))

@@ -229,7 +229,7 @@ mov.b64 %rd5, {MAP};
 {{meet}}
 @%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1+2048], {{bytes}};
 @%p1 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes
-    [%r1], [%rd5, {{{{0, {{row}}}}}}], [%r1+2048];
+    [%r1], [%rd5, {{{{{{column}}, {{row}}}}}}], [%r1+2048];
 {{wait}}
 shl.b32 %r2, %r0, 2;
 add.s32 %r2, %r2, %r1;
@@ -243,6 +243,7 @@ RIGHT = dict(
     fence="fence.proxy.async.shared::cta;",
     meet="bar.sync 0;",
     bytes=512,
+    column=0,
     row=0,
     wait=WAIT.format(phase=0),
     end="",
@@ -274,6 +275,7 @@ MISTAKES = {
     "the phase after is awaited": (
         dict(wait=WAIT.format(phase=0) + WAIT.replace("$WAIT", "$W2").format(phase=1)), "deadlock"
     ),
+    "a copy begins between multiples of 16 bytes": (dict(column=3), "is no multiple of 16 bytes"),
     "too many bytes are expected": (dict(bytes=528), "deadlock"),
     "too few bytes are expected": (dict(bytes=496), "deadlock"),
     "more arrivals are expected": (dict(count=2), "deadlock"),
@@ -403,7 +405,9 @@ fence.proxy.async.shared::cta;
 bar.sync 0;
 mov.b64 %rd5, {left};
 mov.b64 %rd6, {right};
-wgmma.fence.sync.aligned;
+{before}
+{fence}
+{behind}
 wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{ %r10, %r11, %r12, %r13 }}, {operand}, %rd6, 0, 1, 1{trans};
 wgmma.commit_group.sync.aligned;
 wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{ %r10, %r11, %r12, %r13 }}, {operand}, %rd6, 1, 1, 1{trans};
@@ -415,11 +419,20 @@ st.global.b32 [%rd10], %r10;
 """
 
 
-def product(early: str = "", late: str = "", left_over: int = 0, registers: bool = False) -> Array:
+def product(
+    early: str = "",
+    late: str = "",
+    left_over: int = 0,
+    registers: bool = False,
+    before: str = "",
+    fence: str = "wgmma.fence.sync.aligned;",
+    behind: str = "",
+) -> Array:
     stores = "\n".join(f"st.shared.b32 [%r2+{4 * n}], %r3;" for n in range(32))
-    body = GROUP.format(
-        stores=stores, left=descriptor(0, 1024, 1), right=descriptor(8192, 1024, 1), early=early, late=late,
-        left_over=left_over, operand="{ %r3, %r3, %r3, %r3 }" if registers else "%rd5",
+    body = CHOICE + GROUP.format(
+        before=before, fence=fence, behind=behind, early=early, late=late, left_over=left_over,
+        stores=stores, left=descriptor(0, 1024, 1), right=descriptor(8192, 1024, 1),
+        operand="{ %r3, %r3, %r3, %r3 }" if registers else "%rd5",
         trans=", 0" if registers else ", 0, 0",
     )  # fmt: skip
     return run(body, np.zeros(128, np.float32), threads=128, shared=16384)[0]
@@ -428,6 +441,14 @@ def product(early: str = "", late: str = "", left_over: int = 0, registers: bool
 @pytest.mark.parametrize("registers", (False, True))
 def test_products_of_four_warps(registers: bool) -> None:
     assert (product(registers=registers) == 32).all()
+
+
+@pytest.mark.parametrize("write", ("mov.b32 %r10, 0;", "mov.b32 %r3, 0x3F803F80;"))
+def test_registers_are_fenced_before_the_product_that_takes_them(write: str) -> None:
+    product(before=write, registers=True)
+    for wrong in (dict(fence=""), dict(behind=write)):
+        with pytest.raises(Fault, match=r"without a wgmma\.fence since"):
+            product(registers=True, **wrong)
 
 
 STORE_TO_OPERAND = "st.shared.b32 [%r2+64], 0;"

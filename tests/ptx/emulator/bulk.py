@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BulkCopies", "TensorMap", "swizzled"]
 
 ALIGNMENT = 128  # bytes, of a box in shared memory
+STEP = 16  # bytes along the last dimension, at multiples of which a box begins
 SWIZZLES = (0, 32, 64, 128)  # bytes, by the numbers that Triton gives them
 
 
@@ -80,13 +81,15 @@ class BulkCopies:
         self.stores: list[_Store] = []  # that may still be reading
         self.group = np.zeros((machine.shape[0], machine.warps), np.int64)
 
-    def _described(self, address: int, start: int) -> TensorMap:
+    def _described(self, address: int, start: int, position: list[int]) -> TensorMap:
         described = self.maps.get(address)
         if described is None:
             raise Fault(f"no tensor map at {address:#x}")
         last = BASE + self.machine.shared.size - described.bytes
         if start % ALIGNMENT or not BASE <= start <= last:
             raise Fault(f"bulk copy of {described.bytes} bytes at byte {start - BASE} of shared memory")
+        if position[0] * described.size % STEP:
+            raise Fault(f"bulk copy at {position[0]} of {described.name}, which is no multiple of {STEP} bytes")
         return described
 
     def _check(self, described: TensorMap, offsets: Array) -> None:
@@ -97,7 +100,7 @@ class BulkCopies:
 
     def load(self, row: int, warp: int, start: int, of: int, position: list[int], barrier: int) -> None:
         machine = self.machine
-        described = self._described(of, start)
+        described = self._described(of, start, position)
         machine.barriers.check_copy(row, barrier, warp)
         offsets = described.offsets(tuple(position[::-1]))
         self._check(described, offsets)
@@ -135,7 +138,7 @@ class BulkCopies:
     def store(self, row: int, warp: int, start: int, to: int, position: list[int], add: bool) -> None:
         """Reads at once what it copies: nobody may write there until it is waited for."""
         machine = self.machine
-        described = self._described(to, start)
+        described = self._described(to, start, position)
         size = described.size
         places = described.addresses(start) - BASE
         units = machine.races.units_of(places, row)

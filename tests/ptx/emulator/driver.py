@@ -210,7 +210,7 @@ def elements_of(tensor: Tensor) -> np.ndarray:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         steps = np.arange(size if stride else min(size, 1), dtype=np.int64)
         offsets = (offsets[:, None] + steps * stride).ravel()
-    return np.unique(offsets) * tensor.element_size()
+    return offsets * tensor.element_size()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

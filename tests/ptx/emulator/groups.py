@@ -43,11 +43,8 @@ class GroupProducts:
 
     def _active(self, mask: Mask) -> Array:
         """Which groups of four warps take part: [programs, groups]."""
-        warps = self.machine.warps_of(mask).reshape(len(self.group), -1, 4)
-        self.machine.whole_warps(mask)
-        if (warps.any(2) != warps.all(2)).any():
-            raise Fault("an instruction for four warps is reached by some of them")
-        return warps.all(2)
+        self.machine.whole_groups(mask)
+        return self.machine.groups_of(mask)
 
     def issue(self, registers: Array, mask: Mask) -> None:
         """A product that writes to these begins."""
@@ -61,6 +58,9 @@ class GroupProducts:
     def check(self, registers: list[int], mask: Mask) -> None:
         if (self.pending[:, :, registers][self.machine.groups_of(mask)] != DONE).any():
             raise Fault("registers of a product of four warps are touched before it is waited for")
+
+    def unfenced(self) -> None:
+        raise Fault("a product of four warps takes registers that were written without a wgmma.fence since")
 
     def commit(self, mask: Mask) -> None:
         self.group += self._active(mask)

@@ -11,6 +11,7 @@ import random
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -42,6 +43,25 @@ class Options:
     order: Literal["lockstep", "random"] | None = None  # None: random where warps have programs of their own
     seed: int = 0
     threads: int = 2048  # at most so many side by side, but for one program
+
+
+class _TakingPart:
+    """The threads, warps and groups of four warps that a mask names: what instruction after instruction asks for."""
+
+    def __init__(self, mask: Mask, shape: tuple[int, int]) -> None:
+        self.threads = np.ones(shape, bool) if mask is None else spread(mask, shape)
+        lanes = self.threads.reshape(shape[0], -1, 32)
+        self.warps = lanes.any(2)  # [programs, warps]: those of which a thread takes part
+        self.whole = bool((self.warps == lanes.all(2)).all())
+
+    @cached_property
+    def groups(self) -> Array:
+        """[programs, groups]: those of which a warp takes part."""
+        return self.warps.reshape(len(self.warps), -1, 4).any(2)
+
+    @cached_property
+    def whole_groups(self) -> bool:
+        return bool((self.groups == self.warps.reshape(len(self.warps), -1, 4).all(2)).all())
 
 
 class Machine:
@@ -78,6 +98,8 @@ class Machine:
         self.products = GroupProducts(self)
         own = program.kernel.most_registers or 0
         self.registers = np.full((len(programs), -(-self.warps // 4)), own, np.int64)  # of a thread, by four warps
+        self._everybody = _TakingPart(None, self.shape)
+        self._last: tuple[Mask, _TakingPart] = (None, self._everybody)
         self.instructions = 0  # executed, by warps
         self.executed: set[int] = set()  # blocks
 
@@ -110,8 +132,8 @@ class Machine:
 
     def chosen(self, values: Array, mask: Mask) -> Array:
         """The values of the threads that take part, in a row."""
-        values = np.broadcast_to(values, self.shape)
-        return values.ravel() if mask is None else values[np.broadcast_to(mask, self.shape)]
+        values = spread(values, self.shape)
+        return values.ravel() if mask is None else values[spread(mask, self.shape)]
 
     def taking_part(self, places: Array, mask: Mask) -> tuple[Array, Array]:
         """Their places, and who they are, for `races`."""
@@ -124,7 +146,7 @@ class Machine:
 
     def each(self, mask: Mask, first: Array, offset: int, *values: Array) -> Iterator[list[int]]:
         """Program, thread and values of every thread that takes part, `offset` added to the first."""
-        arrays = [np.broadcast_to(x, self.shape) for x in (first, *values)]
+        arrays = [spread(x, self.shape) for x in (first, *values)]
         for row, thread in zip(*np.nonzero(self.threads_of(mask)), strict=True):
             at, *rest = (int(x[row, thread]) for x in arrays)
             yield [int(row), int(thread), at + offset, *rest]
@@ -141,25 +163,38 @@ class Machine:
                 yield int(row), int(warp), 32 * warp + lanes[same], *map(int, found)
                 lanes = lanes[~same]
 
+    def _taking_part(self, mask: Mask) -> _TakingPart:
+        """Kept for the last mask: the instructions of a block have one."""
+        if mask is None:
+            return self._everybody
+        if mask is not self._last[0]:
+            self._last = mask, _TakingPart(mask, self.shape)
+        return self._last[1]
+
     def threads_of(self, mask: Mask) -> Array:
-        return np.ones(self.shape, bool) if mask is None else np.broadcast_to(mask, self.shape)
+        return self._taking_part(mask).threads
 
     def warps_of(self, mask: Mask) -> Array:
-        """[programs, warps]: those of which a thread takes part."""
-        return self.lanes(self.threads_of(mask)).any(2)
+        return self._taking_part(mask).warps
+
+    def groups_of(self, mask: Mask) -> Array:
+        return self._taking_part(mask).groups
 
     def lanes(self, values: Array) -> Array:
         """[programs, warps, 32]."""
-        return np.broadcast_to(values, self.shape).reshape(self.shape[0], self.warps, 32)
+        return spread(values, self.shape).reshape(self.shape[0], self.warps, 32)
 
     def agent(self, row: int, warp: int) -> int:
         return row * self.warps + warp
 
     def whole_warps(self, mask: Mask) -> None:
-        if mask is not None:
-            lanes = self.lanes(mask)
-            if (lanes.any(2) != lanes.all(2)).any():
-                raise Fault("an instruction for whole warps is reached by a part of one")
+        if not self._taking_part(mask).whole:
+            raise Fault("an instruction for whole warps is reached by a part of one")
+
+    def whole_groups(self, mask: Mask) -> None:
+        self.whole_warps(mask)
+        if not self._taking_part(mask).whole_groups:
+            raise Fault("an instruction for four warps is reached by some of them")
 
     # What instructions ask for ---------------------------------------------------------------------------------------
 
@@ -180,12 +215,13 @@ class Machine:
         self.races.fence(np.flatnonzero(warps))
         self.barriers.fence(warps)
 
-    def groups_of(self, mask: Mask) -> Array:
-        """[programs, groups of four warps]: those of which a thread takes part."""
-        return self.warps_of(mask).reshape(len(self.registers), -1, 4).any(2)
-
     def give_registers(self, count: int, mask: Mask) -> None:
         self.registers[self.groups_of(mask)] = count
+
+
+def spread(values: Array, shape: tuple[int, int]) -> Array:
+    """`np.broadcast_to`, which takes its time even where there is nothing to do."""
+    return values if values.shape == shape else np.broadcast_to(values, shape)
 
 
 def _special_registers(programs: Array, threads: int, grid: int) -> dict[str, Array]:

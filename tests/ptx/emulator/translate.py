@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,8 @@ class Program:
         self._named: dict[Any, str] = {}
         self.origins: list[Instruction | None] = [None]  # of the lines of the source
         self.file = f"<{kernel.name} {id(self)}>"
-        self.functions = self._compile()
+        # Written when they are first executed: half of a kernel may never be.
+        self.functions: list[Callable] = [partial(self._first, n) for n in range(len(self.blocks))]
 
     def name(self, thing: Any, prefix: str, key: Any = None) -> str:
         """A name of the generated code for a thing that is no text."""
@@ -60,12 +62,13 @@ class Program:
         array = constant(value, kind)
         return self.name(array, "K", (array.tobytes(), kind))
 
-    def _compile(self) -> list[Callable]:
-        lines: list[str] = []
-        for n, block in enumerate(self.blocks):
-            lines += _BlockWriter(self, block).write(f"block{n}")
-        exec(compile("\n".join(lines), self.file, "exec"), self.names)
-        return [self.names[f"block{n}"] for n in range(len(self.blocks))]
+    def _first(self, n: int, *arguments: Any) -> tuple:
+        """Writes and executes a block."""
+        above = "\n" * (len(self.origins) - 1)  # so that lines are places in `origins`
+        lines = _BlockWriter(self, self.blocks[n]).write(f"block{n}")
+        exec(compile(above + "\n".join(lines), self.file, "exec"), self.names)
+        self.functions[n] = self.names[f"block{n}"]
+        return self.functions[n](*arguments)
 
     def instruction_at(self, line: int) -> Instruction | None:
         """The instruction that a line of the generated code stands for."""
@@ -97,6 +100,8 @@ class _BlockWriter:
         self.parts: dict[str, tuple[str, int, Layout]] = {}  # register -> a matrix and its place there
         self.joined: dict[Any, str] = {}
         self.version: dict[str, int] = {}
+        self.fenced = False  # registers for products of four warps, in this block, but for
+        self.unfenced: set[str] = set()  # those that were written since
         self.checked: set[int] = set()  # sums of four warps that are known to have been waited for
         self.variables = 0
         self.instruction: Instruction | None = None
@@ -128,6 +133,7 @@ class _BlockWriter:
         if meaning.compute is same and not item.predicate and self._alias(meaning):
             return
         arguments = [self._source(source) for source in meaning.sources]
+        self._check_fence(item, meaning)
         self._check_sums(meaning, product=item.op.startswith(PRODUCT))
         if meaning.acts:
             arguments = ["machine", self._mask(item), *arguments]
@@ -161,6 +167,18 @@ class _BlockWriter:
         if numbers:
             self._line(f"machine.products.check({sorted(numbers)}, mask)")
         self.checked = set() if meaning.acts else self.checked | numbers
+
+    def _check_fence(self, item: Instruction, meaning: Meaning) -> None:
+        """What ordinary instructions write to registers is fenced before a product of four warps takes it."""
+        if item.op.startswith("wgmma.fence"):
+            self.fenced, self.unfenced = True, set()
+        elif item.op.startswith(PRODUCT):
+            operands = [x for x in (*meaning.sources, meaning.results) if isinstance(x, Fragment)]
+            registers = {register for operand in operands for register in operand.registers}
+            if self.program.specialized and (not self.fenced or registers & self.unfenced):
+                self._line("machine.products.unfenced()")
+        else:
+            self.unfenced |= set(meaning.written)
 
     def _alias(self, meaning: Meaning) -> bool:
         """A move from register to register: both stand for the same values."""

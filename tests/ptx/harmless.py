@@ -1,0 +1,96 @@
+"""Mistakes of which nothing comes, and why: what `mutants.py` does not find has its reason here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mutants import Subject
+
+__all__ = ["HARMLESS", "Harmless", "reason_for"]
+
+
+@dataclass(frozen=True)
+class Harmless:
+    """In which statements, in words as `Place` has them, a mistake may go unnoticed. Regular expressions."""
+
+    mistakes: str
+    where: str
+    reason: str
+    subjects: str = ""
+
+
+def reason_for(subject: Subject, mistake: str, where: str) -> Harmless | None:
+    return next(
+        (
+            row
+            for row in HARMLESS
+            if re.fullmatch(row.mistakes, mistake)
+            and re.search(row.where, where)
+            and re.search(row.subjects, str(subject))
+        ),
+        None,
+    )
+
+
+WARPS = "barrier of some warps dropped"
+EARLY = "arrival before the products are through"
+HOPPER = "hopper_"
+
+HARMLESS = (
+    # Between warps and lanes
+    Harmless("lanes do not wait", "", "what lanes exchange lies between barriers of whole partitions", HOPPER),
+    Harmless(WARPS, r"await_(full|empty|both)", "each warp waits for the mbarrier itself", HOPPER),
+    Harmless(WARPS, "_keep_rows", "a thread clears what it alone has read", HOPPER),
+    Harmless(WARPS, r"store_wait\(0\)$", "nobody stores there any more", HOPPER),
+    Harmless(
+        WARPS, r"(_consume|add_product): token = warpgroup_mma|part\.buffer\(\)\.store|store_rows: buffer\.store",
+        "a barrier at a release, or a wait, has ordered the same", HOPPER,
+    ),
+    # What orders the same
+    Harmless(
+        f"{WARPS}|{EARLY}|wait dropped", r"_step: (k\.release|products = warpgroup_mma_wait)|_fill_block: shared\.k",
+        "the producer fills that slot of k after one of v, which is given back later", "hopper_forward",
+    ),
+    Harmless(WARPS, r"_consume: rows\.release", "k is given back after every product with q", "hopper_forward"),
+    Harmless(
+        f"{WARPS}|{EARLY}|arrival twice", r"(_step|_consume_for_k): grad\.release|_step: grad_q, grad_v = ",
+        "the producer fills that slot after one of q, which is given back later", "hopper_backward_(wide_)?kernel",
+    ),
+    Harmless("wait dropped", r"_produce: \S+\.of\(\w+, 0\)\.fill", "that slot is filled once", "hopper_backward"),
+    Harmless(
+        "initialized for one arrival more", r": (k|v|key_rows), barriers = make_ring.*SLOTS \+ slot",
+        "that slot is filled once, and not given back", "hopper_backward_(wide_)?kernel",
+    ),
+    Harmless(
+        "initialized for one arrival more", r": (q|grad), barriers = make_ring.*SLOTS \+ slot",
+        "that slot is filled once, and not given back", "hopper_backward_q",
+    ),
+    Harmless(
+        "wait dropped", r"shared\.grad\.at\(step\)\.fill_both",
+        "the producer has waited for a slot of q, which is given back later", "hopper_backward_kernel",
+    ),
+    Harmless(
+        WARPS, r"_consume_for_k: shared\.cleared\.meet\(0\) > Meeting\.meet: mbarrier\.arrive",
+        "nobody else reads v, and the barrier before the wait orders the same for this consumer", "_wide_kernel",
+    ),
+    Harmless(
+        f"{WARPS}|arrival twice|wait dropped|wait for the other phase", r"shared\.cleared\.meet\(0\)",
+        "both meet again before one reads what the other has cleared", "hopper_backward_kernel",
+    ),
+    # The gradient of q
+    Harmless("wait dropped", r"tile\.first_block\(\)", "that slot has not been filled before", "hopper_backward_q"),
+    Harmless(
+        "wait dropped", r"_masked_block: (products_token|v\.await_full)|_step: [kv]\.await_full",
+        "that slot has been waited for", "hopper_backward_q",
+    ),
+    Harmless(
+        f"{WARPS}|{EARLY}|arrival twice|wait dropped",
+        r"v\.release|(_step|_masked_block): grad_weights = warpgroup|_fill_block: shared\.v",
+        "the producer fills that slot of v after one of k, which is given back later", "hopper_backward_q.* d64",
+    ),
+    Harmless(
+        EARLY, "_step: grad_weights = warpgroup",
+        "the producer fills that slot of v after one of k, which is given back later", "hopper_backward_q",
+    ),
+)  # fmt: skip
