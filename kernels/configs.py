@@ -31,7 +31,6 @@ __all__ = [
     "Tile",
     "Tiles",
     "as_text",
-    "candidate_hopper_tiles",
     "candidate_tiles",
     "choices_for",
     "head_parts",
@@ -146,9 +145,9 @@ ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_90", "half", 256): _choices("128x64w8s2d", "64x128w8s1a 32x128w8s2a", "128x32w8s2d", "64x32w8s2 32x16w8s2"),
     ("sm_80", "tf32", 64): _choices(
         "128x32w4s3 128x64w4s2", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
-    ("sm_80", "tf32", 128): _choices("128x32w4s3h 128x32w4s2", "32x64w4s2", "64x32w4s2", "16x32w8s2"),
+    ("sm_80", "tf32", 128): _choices("128x32w4s3h 128x32w4s2", "32x64w4s2", "128x16w8s2 64x32w4s2", "16x32w8s2"),
     ("sm_86", "tf32", 128): _choices("128x16w4s3", "32x32w4s2", "32x32w4s2", "16x32w8s2"),
-    ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "16x32w4s1", "32x32w4s1", "16x16w4s2 16x16w8s2"),
+    ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "32x32w4s1a", "32x32w4s1", "16x16w4s2 16x16w8s2"),
     ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
     ("sm_90", "tf32", 64): _choices("128x64w4s2d 128x128w8s2d", "64x64w4s2", "128x64w8s2", "32x64w4s2 32x32w8s2"),
     ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x64w4s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
@@ -249,12 +248,6 @@ def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "
         for tile in others[kernel]
         if chosen is not None and tile != chosen
     ]
-
-
-def candidate_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> list[Tiles]:
-    """The same for the kernels for Hopper: their forward also with its consumers taking turns."""
-    first = select_hopper_tiles(spec, target, backward)
-    return [first, first._replace(forward=first.forward._replace(ping_pong=not first.forward.ping_pong))]
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -21,7 +21,6 @@ from flash_attend.kernels.configs import (
     ROWS,
     Tile,
     Tiles,
-    candidate_hopper_tiles,
     candidate_tiles,
     override,
     row_of,
@@ -224,17 +223,13 @@ def test_one_query_has_a_tile_of_its_own() -> None:
 def test_candidates_begin_with_what_serves_and_differ_in_one_kernel(capability: tuple[int, int], backward: str) -> None:
     target = part(capability)
     for spec in (SPEC, replace(SPEC, head_dim=128, value_dim=128), replace(SPEC, head_dim=200, dropout_p=0.1)):
-        for select, candidates in (
-            (select_tiles, candidate_tiles),
-            *([(select_hopper_tiles, candidate_hopper_tiles)] if spec.head_dim <= 128 else []),
-        ):
-            first, *others = candidates(spec, target, backward)
-            assert first == select(spec, target, backward)
-            assert len({first, *others}) == 1 + len(others)
-            assert len(others) <= 9
-            for other in others:
-                assert sum(one != two for one, two in zip(first, other, strict=True)) == 1
-                assert (other.backward_fused is None) == (backward == "separate")
+        first, *others = candidate_tiles(spec, target, backward)
+        assert first == select_tiles(spec, target, backward)
+        assert len({first, *others}) == 1 + len(others)
+        assert len(others) <= 9
+        for other in others:
+            assert sum(one != two for one, two in zip(first, other, strict=True)) == 1
+            assert (other.backward_fused is None) == (backward == "separate")
 
 
 def test_the_interpreter_has_no_candidates() -> None:
