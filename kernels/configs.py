@@ -122,11 +122,12 @@ def tile_of(text: str) -> Tile:
 ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_80", "half", 64): _choices(
         "128x64w4s3 128x32w4s3 128x128w8s2", "32x128w4s2 16x128w4s2 64x128w8s2", "128x32w4s2 128x64w4s2 128x64w8s2",
-        "32x128w4s2 32x64w8s2"),
+        "32x128w4s2 64x128w8s2 32x64w8s2"),
     ("sm_80", "half", 96): _choices(
         "128x64w4s2 128x32w4s2", "32x128w8s2 64x64w4s2", "128x32w4s2 128x64w8s2", "16x64w4s2 16x32w8s2"),
     ("sm_80", "half", 128): _choices(
-        "128x32w4s2 128x64w8s2 128x128w8s2", "64x64w4s2 32x128w8s2", "128x32w4s2 128x64w8s2", "32x32w4s2 16x32w8s2"),
+        "128x32w4s2 128x64w8s2 128x128w8s2", "64x64w4s2 32x128w8s2", "128x32w4s2 128x64w8s2",
+        "32x32w4s2 64x64w4s2 64x128w8s1 16x32w8s2"),
     ("sm_80", "half", 192): _choices(
         "128x32w8s2 64x64w4s2", "32x128w8s2a 32x32w4s2", "64x32w4s2 128x32w8s1", "16x64w8s2 16x16w8s2"),
     ("sm_86", "half", 192): _choices("128x32w8s2 64x32w4s2", "32x32w4s2", "64x32w4s2", "16x64w8s2 16x16w8s2"),
