@@ -173,7 +173,15 @@ DROPOUT: dict[tuple[str, str, int], dict[str, str]] = {
 }
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
-FAMILIES = {"sm_86": "sm_86", "sm_89": "sm_86", "sm_120": "sm_86", "sm_121": "sm_86", "sm_90": "sm_90"}
+FAMILIES = {
+    "sm_86": "sm_86",
+    "sm_89": "sm_86",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+    "sm_90": "sm_90",
+    "sm_100": "sm_90",
+    "sm_103": "sm_90",
+}
 # Those of the kernels for Hopper, by head dimension (d = dv). With twice the queries or the keys
 # registers are spilled and products serialized, and there is no power of two in between. What a kernel walks over has
 # two buffers each, but v, for the gradient of q, as many as stages: at 256 there is room for one.
