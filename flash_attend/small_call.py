@@ -6,7 +6,6 @@ Lengths are run-time values of the kernels: what is compiled for it is what the 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind, describe
-from flash_attend.testing.budget import Budget, TF32Products
+from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer
 from flash_attend.variant import Variant
 
@@ -25,7 +24,6 @@ __all__ = ["SmallCall", "budget_of", "small_call", "spec_of", "truth_of"]
 
 DROPOUT_P = 0.25
 SEED = 20_260_131
-TF32_EPS = 2.0**-10  # the spacing of what a product of float32 takes in TF32
 HIDDEN = 7  # keys at the end that a mask hides from everybody
 
 
@@ -106,18 +104,16 @@ def truth_of(call: SmallCall) -> Answer:
 
 def budget_of(call: SmallCall, truth: Answer) -> Budget:
     (q, k, v, mask, seed), spec = call.operands, call.spec
-    in_tf32 = spec.precision == "tf32"
-    with TF32Products() if in_tf32 else nullcontext():  # cuBLAS may take small ones as they are
-        return Budget(
-            truth,
-            q,
-            k,
-            v,
-            mask=mask,
-            causal=spec.causal,
-            scale=spec.scale,
-            dropout_p=spec.dropout_p,
-            keep=None if seed is None else keep_mask(seed, spec, 0, spec.queries),
-            grad_out=call.grad_out,
-            product_eps=TF32_EPS if in_tf32 else 0.0,
-        )
+    return Budget(
+        truth,
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=spec.causal,
+        scale=spec.scale,
+        dropout_p=spec.dropout_p,
+        keep=None if seed is None else keep_mask(seed, spec, 0, spec.queries),
+        grad_out=call.grad_out,
+        tf32=spec.precision == "tf32",
+    )
