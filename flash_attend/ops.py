@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -119,13 +120,24 @@ class _Call(NamedTuple):
         spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
         # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
         reduced = AttentionSpec(
-            *(1, 1, 1, 1, 1, int(spec.head_dim), int(spec.value_dim), spec.dtype, spec.mask),
+            *(
+                1,
+                1,
+                1,
+                1 if spec.queries == 1 else 2,
+                1,
+                int(spec.head_dim),
+                int(spec.value_dim),
+                spec.dtype,
+                spec.mask,
+            ),
             causal=spec.causal,
             dropout_p=spec.dropout_p,
             deterministic=spec.deterministic,
             precision=spec.precision,
         )
-        tiles = backend.tiles(reduced, DeviceTarget.of(operands.q.device), options.backward)
+        target = replace(DeviceTarget.of(operands.q.device), multiprocessors=0)  # whose number asks for lengths
+        tiles = backend.tiles(reduced, target, options.backward)
         return _Call(operands, spec, options, backend, tiles)
 
     @property

@@ -490,10 +490,14 @@ def attention_backward(
     fused = by_keys and grad_q is not None and tiles.backward_fused is not None
     sum_q = torch.zeros(grad_q.shape, dtype=spec.accumulator_dtype, device=q.device) if fused else None
     if by_keys:
-        of_k, of_v = grad_k if grad_k is None else grad_k.stride(), grad_v if grad_v is None else grad_v.stride()
-        prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, of_k, of_v)
         lists = transposed_lists(schedule)
-        launch(prepared, *inputs, grad_k, grad_v, sum_q, *statistics, schedule.visible, lists, operands.seed)
+        apart = tiles.backward_kv.apart and not fused
+        for of_k, of_v in ((grad_k, None), (None, grad_v)) if apart else ((grad_k, grad_v),):
+            if of_k is None and of_v is None:
+                continue
+            steps = (None if grad is None else grad.stride() for grad in (of_k, of_v))
+            prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, *steps)
+            launch(prepared, *inputs, of_k, of_v, sum_q, *statistics, schedule.visible, lists, operands.seed)
     if fused:
         torch.mul(sum_q, abs(spec.scale), out=grad_q)
     elif grad_q is not None:

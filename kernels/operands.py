@@ -168,7 +168,8 @@ def call_arguments(spec: AttentionSpec, planes: int, tiles: Tiles) -> tuple:
 def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict:
     """The compile-time choices that all three attention kernels take: each combination is one variant."""
     block_queries, block_keys = tiles.schedule_block
-    (head0, head1), (value0, value1) = (head_parts(dim, kind_of(spec)) for dim in (spec.head_dim, spec.value_dim))
+    dims, kind = (spec.head_dim, spec.value_dim), kind_of(spec)
+    (head0, head1), (value0, value1) = (head_parts(dim, kind, tile.halves) for dim in dims)
     return dict(
         HEAD_DIM=spec.head_dim,
         VALUE_DIM=spec.value_dim,
