@@ -52,6 +52,14 @@ HARMLESS = (
         f"{WARPS}|{EARLY}|wait dropped", r"_step: (k\.release|products = warpgroup_mma_wait)|_fill_block: shared\.k",
         "the producer fills that slot of k after one of v, which is given back later", "hopper_forward",
     ),
+    Harmless(
+        "wait dropped", r"tile\.first_block\(\).*shared\.v\.at",
+        "the producer has waited for q, which the tile before gives back later", "hopper_forward",
+    ),
+    Harmless(
+        f"{WARPS}|wait dropped", r"Turns\.(take|hand_on)", "it changes who is first, at which another test looks",
+        "hopper_forward",
+    ),
     Harmless(WARPS, r"_consume: rows\.release", "k is given back after every product with q", "hopper_forward"),
     Harmless(
         f"{WARPS}|{EARLY}|arrival twice", r"(_step|_consume_for_k): grad\.release|_step: grad_q, grad_v = ",
@@ -77,6 +85,22 @@ HARMLESS = (
     Harmless(
         f"{WARPS}|arrival twice|wait dropped|wait for the other phase", r"shared\.cleared\.meet\(0\)",
         "both meet again before one reads what the other has cleared", "hopper_backward_kernel",
+    ),
+    Harmless(
+        "registers not fenced", "_step: grad_k_token", "the fence before it, too, comes after the last write",
+        "hopper_backward_kernel",
+    ),
+    Harmless("products not committed", "_issue_query_gradient", "the next group holds both", "hopper_backward_kernel"),
+    Harmless(
+        "nothing hidden", "clear_hidden_gradients", "hidden keys have no weights, and what they hold is cleared",
+        "hopper fused",
+    ),
+    Harmless(
+        "shuffle over another lane", "key_tile_of_program|first_live_query", "the steps still reach every lane", HOPPER
+    ),
+    Harmless(
+        "maximum dropped", "query_blocks: begin = |key_blocks: full_end = ",
+        "hidden blocks are visited, or pairs looked at that are all visible", HOPPER,
     ),
     # The gradient of q
     Harmless("wait dropped", r"tile\.first_block\(\)", "that slot has not been filled before", "hopper_backward_q"),

@@ -102,5 +102,5 @@ MISTAKES: dict[str, Mistake] = {
     "shared memory 16 bytes beside": Mistake(r"\[%r\d+\+(\d+)\]", _count_up(1, 16)),
     "bound off by one": Mistake(r"setp\.lt\.s32", "setp.le.s32"),
     "shuffle over another lane": Mistake(r"shfl\.sync\.bfly\.b32 \t\S+ \S+ (\d+), 31", _count_up(1, 4)),
-    "no shuffle": Mistake(r"shfl\.sync\.bfly\.b32 \t(\S+), (\S+), \d+, 31, -1;", r"mov.b32 \1, \2;"),
+    "no shuffle": Mistake(r"shfl\.sync\.bfly\.b32 \t(\S+), (\S+), \d+, 31, -1;", r"mov.b32 \1, \2;", everywhere=True),
 }  # fmt: skip
