@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from flash_attend.kernels.launch import Launch
 from mistakes import MISTAKES
 
 __all__ = ["SUBJECTS", "Outcome", "Place", "Recording", "Subject", "attempt", "execute_text", "places_of", "recorded"]
+
+
+SEEDS = 3  # that decide about turns: some mistakes matter in some orders
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Recording:
     text: str
     lines: set[int]  # that were executed
     options: Options
+
+    @property
+    def partitions(self) -> bool:
+        """Whether warps have programs of their own, in random turns."""
+        return program_of(self.text).specialized
 
 
 @dataclass
@@ -190,19 +198,24 @@ def attempt(recording: Recording, mistake: str, place: Place) -> Outcome:
         pieces += [recording.text[last : match.start()], MISTAKES[mistake].made(match)]
         last = match.end()
     text = "".join([*pieces, recording.text[last:]])
-    try:
-        tensors = execute_text(recording, text)
-    except (Fault, Unsupported) as fault:
-        return Outcome(place.where, "fault", str(fault).split("\n")[0])
-    differs = any(_differs(got, want) for got, want in zip(tensors, recording.after, strict=True))
-    return Outcome(place.where, "result" if differs else "")
+    for seed in range(SEEDS):
+        options = replace(recording.options, seed=recording.options.seed + seed)
+        try:
+            tensors = execute_text(recording, text, options)
+        except (Fault, Unsupported) as fault:
+            return Outcome(place.where, "fault", str(fault).split("\n")[0])
+        if any(_differs(got, want) for got, want in zip(tensors, recording.after, strict=True)):
+            return Outcome(place.where, "result")
+        if not recording.partitions:  # threads take turns in one order
+            break
+    return Outcome(place.where, "")
 
 
-def execute_text(recording: Recording, text: str) -> tuple[Tensor | None, ...]:
+def execute_text(recording: Recording, text: str, options: Options | None = None) -> tuple[Tensor | None, ...]:
     """The launch's tensors after it was repeated with this PTX."""
     tensors = tuple(None if x is None else x.clone() for x in recording.before)
     launch = Launch(recording.launch.prepared, tensors)
-    execute(recording.compiled, launch, program_of.__wrapped__(text), recording.options)
+    execute(recording.compiled, launch, program_of.__wrapped__(text), options or recording.options)
     return tensors
 
 
