@@ -17,8 +17,8 @@ def read_version() -> str:
     return found[1]
 
 
-# For what `benchmarks/` runs: a model that the package serves, which imports `packaging` without declaring it.
-CLIENTS = ["complex-valued-transformer==0.0.14", "matplotlib", "packaging", "tqdm"]
+# A model that the package serves, which imports `packaging` without declaring it, and what shows how it trains.
+DEMO = ["complex-valued-transformer==0.0.14", "matplotlib", "packaging", "tqdm"]
 
 setup(
     name="flash_attend",
@@ -48,8 +48,8 @@ setup(
     install_requires=["einops>=0.7", "torch>=2.10", "tqdm"],
     extras_require={
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
-        "demo": CLIENTS,
-        "bench": CLIENTS,
+        "demo": DEMO,
+        "bench": [*DEMO, "pandas"],
         "test": ["build", "hypothesis", "mypy", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
     },
 )

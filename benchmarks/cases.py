@@ -2,13 +2,15 @@
 
 Lengths are powers of two from 512 to 16k at 16k tokens a batch with `h * d = 2048`, the field's usual grid, and around
 it what that grid leaves out: odd lengths, grouped heads, head dims that are no power of two, `dv` other than `d`, key
-padding on either side and in holes, dense masks, dropout, cross-attention, decoding, float32.
+padding on either side and in holes, dense masks, dropout, cross-attention, decoding, float32. A CPU has a grid of its
+own, from 128 to 4096 tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from einops import rearrange
@@ -54,7 +56,8 @@ class Case:
     passes: tuple[str, ...] = PASSES
     group: str = ""  # the section of the report
     preset: str = "standard"  # the smallest preset that holds it
-    overhead: bool = False  # also measure what a call costs on the host, and the first one
+    threads: int = 0  # of the CPU; 0 for all
+    overhead: bool = False  # also measure the first call of a process
     core: bool = False  # in a standard run the only cases of the peers that compile anew for each
 
     @property
@@ -66,6 +69,7 @@ class Case:
         words = [self.dtype, f"b{self.batch}", heads, length, dim]
         words += [] if self.mask_words == "none" else [self.mask_words]
         words += [f"dropout{self.dropout_p:g}"] if self.dropout_p else []
+        words += [f"{self.threads} thread"] if self.threads else []
         return " ".join(words)
 
     @property
@@ -79,11 +83,6 @@ class Case:
     def shape(self) -> tuple[int, ...]:
         """`(b, h, hk, i, j, d, dv)`."""
         return self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tensors
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,124 +170,131 @@ def _case(length: int, dim: int, *, keys: int = 0, value_dim: int = 0, ratio: in
     )
 
 
-def _lengths() -> Iterator[Case]:
-    for dim in (64, 128, 256):
-        for length in (512, 1024, 2048, 4096, 8192, 16384):
-            for causal in (False, True):
-                preset = "quick" if length in (1024, 8192) and dim < 256 and causal else "standard"
-                core = length in (1024, 4096, 16384)
-                yield _case(length, dim, causal=causal, group="lengths", preset=preset, core=core)
+def _product(group: str, lengths: Sequence[int], dims: Sequence[int], **axes: Sequence) -> Iterator[Case]:
+    """The cases of every combination."""
+    for length, dim, *values in product(lengths, dims, *axes.values()):
+        yield _case(length, dim, group=group, **dict(zip(axes, values, strict=True)))
 
 
-def _shapes() -> Iterator[Case]:
-    for length in (1000, 4097):
-        for dim in (64, 128):
-            yield _case(length, dim, causal=True, group="odd lengths")
-    for ratio in (4, 8):
-        for causal in (False, True):
-            preset = "quick" if ratio == 8 and causal else "standard"
-            yield _case(4096, 128, ratio=ratio, causal=causal, group="grouped heads", preset=preset, core=ratio == 8)
-        yield _case(4096, 64, ratio=ratio, causal=True, group="grouped heads", preset="full")
-    for dim in (40, 80, 96, 160, 192):
-        for causal in (False, True):
-            preset = "standard" if dim in (80, 96) else "full"
-            yield _case(4096, dim, causal=causal, group="head dims", preset=preset)
+def _cuda() -> Iterator[Case]:
+    """The grid of a GPU. Of cases of one name the first counts: what is quick or core stands before the rest."""
+    quick, full, core, either = dict(preset=["quick"]), dict(preset=["full"]), dict(core=[True]), [False, True]
+    right, grouped = dict(mask=["right"], valid=[0.5]), "grouped heads"
+    yield from _product("lengths", [1024], [64, 128], causal=[True], **quick, **core)
+    yield from _product("lengths", [8192], [64, 128], causal=[True], **quick)
+    yield from _product("lengths", [1024, 4096, 16384], [64, 128, 256], causal=either, **core)
+    yield from _product("lengths", [512, 2048, 8192], [64, 128, 256], causal=either)
+    yield from _product("odd lengths", [1000, 4097], [64, 128], causal=[True])
+    yield from _product(grouped, [4096], [128], ratio=[8], causal=[True], **quick, **core)
+    yield from _product(grouped, [4096], [128], ratio=[8], causal=[False], **core)
+    yield from _product(grouped, [4096], [128], ratio=[4], causal=either)
+    yield from _product(grouped, [4096], [64], ratio=[4, 8], causal=[True], **full)
+    yield from _product("head dims", [4096], [80, 96], causal=either)
+    yield from _product("head dims", [4096], [40, 160, 192], causal=either, **full)
     for dim in (32, 64, 128):
-        for causal in (False, True):
-            yield _case(4096, dim, value_dim=2 * dim, causal=causal, group="dv = 2 d", core=dim == 64)
-    for queries, keys in ((1024, 4096), (4096, 512)):
-        for causal in (False, True)[: 2 if queries < keys else 1]:
-            yield _case(queries, 128, keys=keys, batch=8, causal=causal, group="cross-attention")
+        yield from _product("dv = 2 d", [4096], [dim], value_dim=[2 * dim], causal=either, core=[dim == 64])
+    yield from _product("cross-attention", [1024], [128], keys=[4096], batch=[8], causal=either)
+    yield from _product("cross-attention", [4096], [128], keys=[512], batch=[8])
+
+    padding, shares = "key padding", [0.25, 0.5, 0.75, 0.95]
+    yield from _product(padding, [4096], [64], causal=either, **right, **quick, **core)
+    yield from _product(padding, [4096], [64, 128], mask=["right", "left", "holes"], valid=[0.5], causal=either, **core)
+    yield from _product(padding, [4096], [64, 128], mask=["right"], valid=shares, causal=either)
+    yield from _product(padding, [4096], [64, 128], mask=["left", "holes"], valid=shares, causal=either, **full)
+    yield from _product(padding, [4096], [256], causal=either, **right)
+    documents = dict(mask=["documents"], valid=[0.25]) | core
+    yield from _product("dense mask", [4096], [64, 128], **documents)
+    yield from _product("dense mask", [2048], [64, 128], **documents, **full)
+    yield from _product("dropout", [2048], [64], dropout_p=[0.1], causal=[True], **right, **quick)
+    yield from _product("dropout", [2048], [128], dropout_p=[0.1], causal=[True], **right)
+    yield from _product("dropout", [2048], [64, 128], dropout_p=[0.1], causal=either)
+
+    floats = dict(dtype=["tf32", "float32"])
+    yield from _product("float16", [4096], [64, 128], dtype=["float16"], causal=[True])
+    yield from _product("float32", [2048], [64], causal=[True], **floats, **right, **quick, **core)
+    yield from _product("float32", [2048], [128], causal=[True], **floats, **right, **core)
+    yield from _product("float32", [2048], [64, 128], causal=either, **floats)
+    # What the models that the package patches call: naturalspeech2's float32, the complete complex form's dv = 2 d.
+    for dim, value_dim in ((64, 64), (32, 64)):
+        sizes = dict(value_dim=[value_dim], batch=[16], heads=[8])
+        exact = dict(dtype=["float32"], preset=["quick"])
+        yield from _product("the seeds' shapes", [1024], [dim], causal=[True], **sizes, **exact, **right)
+        yield from _product("the seeds' shapes", [1024], [dim], causal=either, **sizes, **floats, **right)
+        yield from _product("the seeds' shapes", [1024], [dim], causal=either, **sizes, **floats)
+    for keys, preset in ((8192, "quick"), (32768, "standard")):
+        sizes = dict(keys=keys, batch=16 * 8192 // keys, heads=32, ratio=4)
+        yield _case(1, 128, causal=True, passes=(FORWARD,), group="decoding", preset=preset, **sizes)
+    for causal, preset in ((True, "quick"), (False, "standard")):
+        rest = dict(batch=1, heads=8, passes=(FORWARD, BOTH), overhead=causal, core=causal)
+        yield _case(128, 64, causal=causal, group="small calls", preset=preset, **rest)
 
 
-def _masks() -> Iterator[Case]:
-    for dim in (64, 128):
-        for side in ("right", "left", "holes"):
-            for valid in (0.25, 0.5, 0.75, 0.95):
-                for causal in (False, True):
-                    usual = side == "right" or valid == 0.5
-                    preset = "quick" if side == "right" and valid == 0.5 and dim == 64 else "standard"
-                    case = _case(4096, dim, mask=side, valid=valid, causal=causal, group="key padding", preset=preset)
-                    yield replace(case, core=valid == 0.5) if usual else replace(case, preset="full")
-    for causal in (False, True):
-        yield _case(4096, 256, mask="right", valid=0.5, causal=causal, group="key padding")
-    for length in (2048, 4096):
-        for dim in (64, 128):
-            preset = "standard" if length == 4096 else "full"
-            yield _case(length, dim, mask="documents", valid=0.25, group="dense mask", preset=preset, core=True)
-    for dim in (64, 128):
-        for causal, mask in ((False, "none"), (True, "none"), (True, "right")):
-            preset = "quick" if dim == 64 and mask == "right" else "standard"
-            valid = 0.5 if mask == "right" else 1.0
-            yield _case(2048, dim, dropout_p=0.1, causal=causal, mask=mask, valid=valid, group="dropout", preset=preset)
+# What a CPU measures at every length and head dim.
+CPU_KINDS = {
+    "no mask": {},
+    "causal": dict(causal=True),
+    "padding on the right": dict(mask="right", valid=0.5),
+    "padding on the left": dict(mask="left", valid=0.5),
+    "holes": dict(mask="holes", valid=0.75),
+    "documents": dict(mask="documents", valid=0.25),
+    "i < j causal": dict(causal=True),
+    "grouped heads": dict(causal=True, ratio=4),
+    "dv = 2 d": dict(causal=True),
+    "dropout": dict(causal=True, dropout_p=0.1),
+}
+CPU_LENGTHS, CPU_DIMS, USUAL_KINDS = (
+    (128, 512, 1024, 2048, 4096),
+    (32, 64, 128),
+    ("no mask", "causal", "padding on the right"),
+)
 
 
-def _dtypes() -> Iterator[Case]:
-    for dim in (64, 128):
-        yield _case(4096, dim, dtype="float16", causal=True, group="float16")
-        for dtype in ("tf32", "float32"):
-            for causal, mask in ((False, "none"), (True, "none"), (True, "right")):
-                preset = "quick" if dim == 64 and mask == "right" else "standard"
-                valid = 0.5 if mask == "right" else 1.0
-                case = _case(2048, dim, dtype=dtype, causal=causal, mask=mask, valid=valid, group="float32")
-                yield replace(case, preset=preset, core=mask == "right")
-
-
-def _seeds() -> Iterator[Case]:
-    """What the models that the package patches call: naturalspeech2's float32, the complete complex form's dv = 2 d."""
-    for causal, mask in ((False, "none"), (True, "none"), (False, "right"), (True, "right")):
-        valid = 0.5 if mask == "right" else 1.0
-        rest = dict(batch=16, heads=8, causal=causal, mask=mask, valid=valid, group="the seeds' shapes")
-        for dtype in ("tf32", "float32"):
-            preset = "quick" if dtype == "float32" and causal and mask == "right" else "standard"
-            yield _case(1024, 64, dtype=dtype, preset=preset, **rest)
-            yield _case(1024, 32, value_dim=64, dtype=dtype, preset=preset, **rest)
-
-
-def _decoding() -> Iterator[Case]:
-    for keys in (8192, 32768):
-        batch = 16 * 8192 // keys
-        rest = dict(keys=keys, batch=batch, heads=32, ratio=4, causal=True, passes=(FORWARD,), group="decoding")
-        yield _case(1, 128, preset="quick" if keys == 8192 else "standard", **rest)
-
-
-def _small() -> Iterator[Case]:
-    for causal in (False, True):
-        rest = dict(batch=1, heads=8, causal=causal, passes=(FORWARD, BOTH), group="small calls")
-        yield _case(128, 64, preset="quick" if causal else "standard", overhead=causal, core=causal, **rest)
+def _cpu_preset(kind: str, length: int, dim: int, dtype: str, threads: int) -> str:
+    """Which preset a case of the CPU's grid belongs to: the whole product takes hours."""
+    if length == 512 and dim == 64 and dtype == "float32" and not threads:
+        return "quick"
+    if kind in USUAL_KINDS:
+        off_centre = (dim != 64) + bool(threads)
+        return "standard" if off_centre == 0 or (off_centre == 1 and length in (512, 2048)) else "full"
+    return "standard" if length in (128, 512, 2048) and dim == 64 and not threads else "full"
 
 
 def _cpu() -> Iterator[Case]:
-    """Small enough for a laptop: what the einsum path costs beside what else runs there."""
-    rest = dict(batch=2, heads=4, dtype="float32", passes=(FORWARD, BOTH), preset="cpu", group="on a CPU")
-    for length in (128, 256, 512):
-        for causal in (False, True):
-            yield _case(length, 32, causal=causal, **rest)
-    for mask, valid in (("right", 0.5), ("left", 0.5), ("holes", 0.75), ("documents", 0.25)):
-        yield _case(512, 32, causal=mask == "right", mask=mask, valid=valid, **rest)
-    yield _case(512, 32, value_dim=64, causal=True, **rest)
-    yield _case(512, 64, causal=True, ratio=4, **rest)
-    yield _case(128, 64, keys=512, causal=True, **rest)
-    yield _case(512, 64, causal=True, dropout_p=0.1, **rest)
-    yield _case(32, 32, overhead=True, **rest)
+    """Small enough for a laptop: what serves there beside what else runs there."""
+    axes = product(CPU_KINDS, CPU_LENGTHS, CPU_DIMS, ("float32", "bfloat16"), (0, 1))
+    for kind, length, dim, dtype, threads in axes:
+        rest = CPU_KINDS[kind] | dict(batch=2, heads=4, dtype=dtype, threads=threads, passes=(FORWARD, BOTH))
+        queries = length // 4 if kind == "i < j causal" else length
+        value_dim = 2 * dim if kind == "dv = 2 d" else dim
+        preset = _cpu_preset(kind, length, dim, dtype, threads)
+        overhead = (kind, length, preset) == ("causal", 128, "standard")
+        group = f"cpu: {kind}"
+        yield _case(
+            queries, dim, keys=length, value_dim=value_dim, preset=preset, group=group, overhead=overhead, **rest
+        )
+    for padding in ({}, dict(mask="right", valid=0.625)):  # what `make demo` calls
+        rest = dict(batch=4, heads=4, dtype="float32", causal=True, threads=1, passes=(FORWARD, BOTH))
+        yield _case(192, 64, group="cpu: the demo's shapes", preset="quick", **rest, **padding)
 
 
-GROUPS = (_lengths, _shapes, _masks, _dtypes, _seeds, _decoding, _small)
-PRESETS = ("cpu", "quick", "standard", "full")
+GRIDS = {"cpu": _cpu, "cuda": _cuda}
+PRESETS = ("quick", "standard", "full")
 
 
-def select_cases(preset: str, only: str = "") -> list[Case]:
-    """The cases of a preset, larger ones including the smaller, that contain all words of `only` in group and name.
-
-    A quick run leaves out the backward by itself.
+def select_cases(device: str, preset: str, group: str = "", only: str = "") -> list[Case]:
+    """The cases of a preset, larger ones including the smaller, of the groups that begin with `group`, that contain all
+    words of `only` in group and name. `device` is "cpu" or "cuda". On a GPU a quick run leaves out the backward by
+    itself.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if preset == "cpu":
-        cases = list(_cpu())
-    else:
-        rank = PRESETS.index(preset)
-        cases = [case for group in GROUPS for case in group() if PRESETS.index(case.preset) <= rank]
+    rank = PRESETS.index(preset)
+    grid: dict[str, Case] = {}
+    for case in GRIDS[device]():
+        grid.setdefault(case.name, case)
+    cases = (case for case in grid.values() if PRESETS.index(case.preset) <= rank)
     if preset == "quick":
-        cases = [replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases]
-    return [case for case in cases if all(word in f"{case.group}: {case.name}" for word in only.split())]
+        cases = (replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases)
+    return [
+        case
+        for case in cases
+        if case.group.startswith(group) and all(word in f"{case.group}: {case.name}" for word in only.split())
+    ]

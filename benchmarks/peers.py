@@ -12,11 +12,13 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -28,7 +30,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
 
 from cases import Case, Inputs
-from flash_attend import flash_attention
+from flash_attend import explain, flash_attention
 from flash_attend.backends import BackwardName
 from flash_attend.dispatch import override_backward
 
@@ -48,21 +50,17 @@ class Unserved(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute attention."""
+    """One way to compute attention, or to train a model."""
 
     name: str
     about: str  # one line
-    prepare: Callable[[Inputs], Attention]  # raises `Unserved`, or what the peer itself raises
-    devices: tuple[str, ...] = ("cuda",)
+    prepare: Callable[[Any], Any]  # `Inputs` -> `Attention`; raises `Unserved`, or what the peer itself raises
+    devices: tuple[str, ...] = ("cuda", "cpu")
     # Whether it compiles for seconds, "once" for many cases or for "each case": on a CPU and in a quick run it is there
     # only where it is asked for by name.
     compiles: str = ""
-    judged_whole: bool = False  # held to the contract in every row and key; other peers only in `Inputs.rows`
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Masks
-# ---------------------------------------------------------------------------------------------------------------------
+    ours: bool = False  # held to the contract in every row and key; others only in `Inputs.rows`
+    served: Callable[[Inputs], str] = lambda inputs: ""  # what computed it, of ours
 
 
 def _hides_future(case: Case) -> bool:
@@ -157,25 +155,25 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours
-# ---------------------------------------------------------------------------------------------------------------------
+def _ours(name: str, about: str, backend: str, backward: BackwardName | None = None) -> Peer:
+    """One of ours by this backend and, if it is told, this backward."""
 
+    def options(inputs: Inputs) -> dict[str, Any]:
+        case = inputs.case
+        return dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
 
-def _prepare_ours(backend: str, backward: BackwardName, inputs: Inputs) -> Attention:
-    case = inputs.case
-    options = dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+    def prepare(inputs: Inputs) -> Attention:
+        call = partial(flash_attention, **options(inputs))
+        return call if backward is None else override_backward(backward)(call)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with override_backward(backward):
-            return flash_attention(q, k, v, **options)
+    def served(inputs: Inputs) -> str:
+        with nullcontext() if backward is None else override_backward(backward):
+            plan = explain(inputs.q, inputs.k, inputs.v, **options(inputs)).plan
+        return f"{plan.name}, {plan.backward} backward" if plan else ""
 
-    return attend
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch.nn.functional.scaled_dot_product_attention
-# ---------------------------------------------------------------------------------------------------------------------
+    by_einsum = partial(_up_to_most_scores, prepare)
+    devices = ("cuda", "cpu") if backward is None else ("cuda",)
+    return Peer(name, about, by_einsum if backend == "math" else prepare, devices, ours=True, served=served)
 
 
 def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
@@ -223,16 +221,9 @@ def _with_kernel(attend: Attention, inputs: Inputs) -> Attention:
 
 def _first_reason(messages: Sequence[str]) -> str:
     """The first of PyTorch's reasons for not using a kernel that is about the call, and not the choice of kernels."""
-    for message in messages:
-        reason, _, place = message.partition(" (Triggered internally")
-        if place and not reason.endswith("not used because:") and "runtime disabled" not in reason:
-            return " ".join(reason.split())
-    return ""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Compiled
-# ---------------------------------------------------------------------------------------------------------------------
+    split = (" ".join(message.split()).partition(" (Triggered internally") for message in messages)
+    reasons = (reason for reason, place, _ in split if place)
+    return next((x for x in reasons if not x.endswith("not used because:") and "runtime disabled" not in x), "")
 
 
 def _compiled(function: Callable) -> Callable:
@@ -287,7 +278,7 @@ def _mask_mod(inputs: Inputs) -> Callable | None:
     return and_masks(*parts) if parts else None
 
 
-def _prepare_flex(inputs: Inputs, build_in_call: bool) -> Attention:
+def _prepare_flex(build_in_call: bool, inputs: Inputs) -> Attention:
     case, mask, device = inputs.case, inputs.mask, inputs.q.device
     if case.dropout_p:
         raise Unserved("FlexAttention has no dropout")
@@ -308,11 +299,6 @@ def _prepare_flex(inputs: Inputs, build_in_call: bool) -> Attention:
         return partial(compiled, block_mask=build())
     compiled_build = _compiled(build)
     return lambda q, k, v: compiled(q, k, v, compiled_build())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sequences of different lengths, without their padding
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _prepare_packed(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor, Packing, Packing], Tensor]) -> Attention:
@@ -364,30 +350,16 @@ def _prepare_flash_attention_4(inputs: Inputs) -> Attention:
         return dict(causal=_hides_future(case), deterministic=torch.are_deterministic_algorithms_enabled())
 
     def call(q: Tensor, k: Tensor, v: Tensor, queries: Packing, keys: Packing) -> Tensor:
-        out, _ = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=queries.starts,
-            cu_seqlens_k=keys.starts,
-            max_seqlen_q=queries.longest,
-            max_seqlen_k=keys.longest,
-            **options(),
-        )
-        return out
+        lengths = dict(max_seqlen_q=queries.longest, max_seqlen_k=keys.longest)
+        starts = dict(cu_seqlens_q=queries.starts, cu_seqlens_k=keys.starts)
+        return flash_attn_varlen_func(q, k, v, **starts, **lengths, **options())[0]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, _ = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), **options())
-        return out.transpose(1, 2)
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options())[0].transpose(1, 2)
 
     if inputs.mask is None and not case.dropout_p:
         return attend
     return _prepare_packed(inputs, call)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The models' own
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -422,131 +394,52 @@ def _prepare_own(package: str, flash: str, mask_dims: int, inputs: Inputs) -> At
     return _with_kernel(call, inputs)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# All of them
-# ---------------------------------------------------------------------------------------------------------------------
+GPU = ("cuda",)
+SDPA = "F.scaled_dot_product_attention: "
+COMPLEX, NATURALSPEECH2 = "complex_valued_transformer", "naturalspeech2_pytorch"
+ONCE, EACH_CASE = dict(compiles="once"), dict(compiles="each case")
 
-EVERYWHERE = ("cuda", "cpu")
 
+def _sdpa(name: str, about: str, backend: SDPBackend | None, *devices: str) -> Peer:
+    prepare = partial(_prepare_sdpa, backend)
+    prepare = partial(_up_to_most_scores, prepare) if backend is SDPBackend.MATH else prepare
+    return Peer(name, f"{SDPA}{about}", prepare, devices or ("cuda", "cpu"))
+
+
+# The first that a run holds stands for us.
 PEERS = (
-    Peer(
-        "flash_attend",
-        "our Triton kernels; the backward repeats bit by bit",
-        partial(_prepare_ours, "triton", "separate"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend fused",
-        "our Triton kernels, with the backward in one pass",
-        partial(_prepare_ours, "triton", "fused"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend hopper",
-        "our Gluon kernels for Hopper; the backward repeats bit by bit",
-        partial(_prepare_ours, "hopper", "separate"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend hopper fused",
-        "our Gluon kernels for Hopper, with the backward in one pass",
-        partial(_prepare_ours, "hopper", "fused"),
-        judged_whole=True,
-    ),
-    Peer(
-        "flash_attend math",
-        "our einsum path",
-        partial(_up_to_most_scores, partial(_prepare_ours, "math", "einsum")),
-        EVERYWHERE,
-        judged_whole=True,
-    ),
-    Peer(
-        "sdpa",
-        "F.scaled_dot_product_attention, by the kernel that PyTorch chooses",
-        partial(_prepare_sdpa, None),
-        EVERYWHERE,
-    ),
-    Peer(
-        "sdpa flash",
-        "F.scaled_dot_product_attention, FlashAttention forced; takes no mask on a GPU",
-        partial(_prepare_sdpa, SDPBackend.FLASH_ATTENTION),
-        EVERYWHERE,
-    ),
-    Peer(
-        "sdpa cudnn",
-        "F.scaled_dot_product_attention, cuDNN forced; masks combined in every call",
-        partial(_prepare_sdpa, SDPBackend.CUDNN_ATTENTION),
-    ),
-    Peer(
-        "sdpa efficient",
-        "F.scaled_dot_product_attention, memory-efficient forced; masks combined, grouped heads repeated in every call",
-        partial(_prepare_sdpa, SDPBackend.EFFICIENT_ATTENTION),
-    ),
-    Peer(
-        "sdpa math",
-        "F.scaled_dot_product_attention, its unfused path forced",
-        partial(_up_to_most_scores, partial(_prepare_sdpa, SDPBackend.MATH)),
-        EVERYWHERE,
-    ),
-    Peer(
-        "flex",
-        "FlexAttention, compiled; its BlockMask made once, not counted",
-        partial(_prepare_flex, build_in_call=False),
-        EVERYWHERE,
-        compiles="each case",
-    ),
-    Peer(
-        "flex + mask",
-        "FlexAttention, compiled; its BlockMask made from the batch's mask in every call, by a compiled function",
-        partial(_prepare_flex, build_in_call=True),
-        EVERYWHERE,
-        compiles="each case",
-    ),
-    Peer(
-        "varlen",
-        "torch.nn.attention.varlen; unpads and pads in every call; queries that are padding are not computed but 0",
-        _prepare_varlen,
-    ),
-    Peer(
-        "flash-attention 4",
-        "flash_attn.cute; with key padding unpads and pads in every call, as varlen does",
-        _prepare_flash_attention_4,
-        compiles="once",
-    ),
-    Peer(
-        "complex-valued-transformer",
-        "the model's own Attend with flash=True",
-        partial(_prepare_own, "complex_valued_transformer", "flash", 4),
-        EVERYWHERE,
-    ),
-    Peer(
-        "naturalspeech2",
-        "the model's own Attend with use_flash=True",
-        partial(_prepare_own, "naturalspeech2_pytorch", "use_flash", 2),
-        EVERYWHERE,
-    ),
-    Peer(
-        "compiled einsum",
-        "scores, mask, softmax in float32 and weighted sum, written as einsums, by torch.compile",
-        partial(_up_to_most_scores, _prepare_einsum),
-        EVERYWHERE,
-        compiles="each case",
-    ),
+    _ours("flash_attend", "ours, by the backend that serves by default", "auto"),
+    _ours("flash_attend triton", "our Triton kernels; the backward repeats bit by bit", "triton", "separate"),
+    _ours("flash_attend triton fused", "our Triton kernels, the backward in one pass", "triton", "fused"),
+    _ours("flash_attend hopper", "our Gluon kernels; the backward repeats bit by bit", "hopper", "separate"),
+    _ours("flash_attend hopper fused", "our Gluon kernels, the backward in one pass", "hopper", "fused"),
+    _ours("flash_attend math", "our einsum path", "math"),
+    _sdpa("sdpa", "the kernel that PyTorch chooses", None),
+    _sdpa("sdpa flash", "FlashAttention forced; takes no mask on a GPU", SDPBackend.FLASH_ATTENTION),
+    _sdpa("sdpa cudnn", "cuDNN forced; masks combined in every call", SDPBackend.CUDNN_ATTENTION, *GPU),
+    _sdpa("sdpa efficient", "memory-efficient forced; grouped heads repeated", SDPBackend.EFFICIENT_ATTENTION, *GPU),
+    _sdpa("sdpa math", "its unfused path forced", SDPBackend.MATH),
+    Peer("flex", "FlexAttention; its BlockMask made once, not counted", partial(_prepare_flex, False), **EACH_CASE),
+    Peer("flex + mask", "FlexAttention; its BlockMask made in every call", partial(_prepare_flex, True), **EACH_CASE),
+    Peer("varlen", "torch.nn.attention.varlen; unpads and pads in every call", _prepare_varlen, GPU),
+    Peer("flash-attention 4", "flash_attn.cute; unpads as varlen does", _prepare_flash_attention_4, GPU, **ONCE),
+    Peer("complex-valued-transformer", "its own Attend, flash=True", partial(_prepare_own, COMPLEX, "flash", 4)),
+    Peer("naturalspeech2", "its own Attend, use_flash=True", partial(_prepare_own, NATURALSPEECH2, "use_flash", 2)),
+    Peer("compiled einsum", "einsums, by torch.compile", partial(_up_to_most_scores, _prepare_einsum), **EACH_CASE),
 )
 
 
-def peers_for(device: torch.device | str, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Peer]:
-    """The peers for a device: those that a shell pattern names, or all but those that would compile for longer than
-    they are measured.
+def peers_for(peers: Sequence[Peer], device: str, patterns: Sequence[str] = (), *, quick: bool = False) -> list[Peer]:
+    """Those of `peers` on "cpu" or "cuda" that a shell pattern names, or all but those that would compile for longer
+    than they are measured.
 
     Raises `ValueError` for a pattern that names none.
     """
-    kind = torch.device(device).type
-    there = [peer for peer in PEERS if kind in peer.devices]
+    there = [peer for peer in peers if device in peer.devices]
     if not patterns:
-        return [peer for peer in there if not (peer.compiles and (quick or kind == "cpu"))]
+        return [peer for peer in there if not (peer.compiles and (quick or device == "cpu"))]
     for pattern in patterns:
         if not any(fnmatchcase(peer.name, pattern) for peer in there):
             names = ", ".join(repr(peer.name) for peer in there)
-            raise ValueError(f"no peer on {kind} is named {pattern!r}; there are {names}")
+            raise ValueError(f"no peer on {device} is named {pattern!r}; there are {names}")
     return [peer for peer in there if any(fnmatchcase(peer.name, pattern) for pattern in patterns)]

@@ -1,7 +1,7 @@
 """What a run leaves behind: a header that says where it was measured, and rows with every sample, as one JSON file.
 
 The file is written anew after every case, in one step, so that a run which is interrupted keeps what it measured and
-can go on from there. `measure.environment` makes the header; a run goes on only in the environment that it began in.
+can go on from there, in the environment that it began in.
 """
 
 from __future__ import annotations
@@ -9,78 +9,49 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Results", "Row", "results_folder", "write_results"]
+__all__ = ["FIELDS", "ROOT", "Results", "Row", "results_folder"]
 
 ROOT = Path(__file__).resolve().parent / "results"
-SCHEMA = 1
+SCHEMA = 2
+Row = dict[str, Any]
 
+# One peer in one pass of one case. What was not measured is null.
+FIELDS = {
+    "case": "says all that decides the work",
+    "group": "the section of the report",
+    "pass": "forward, backward, forward+backward, deterministic backward or training step",
+    "dtype": "a key of cases.DTYPES",
+    "mask": "who may attend",
+    "shape": "b, h, hk, i, j, d, dv",
+    "peer": "who computed it",
+    "ours": "whether that is flash_attend",
+    "served": "of ours: backend and backward",
+    "ms_median": "of all samples; the whole call, on the device's clock",
+    "ms_iqr": "between their quartiles",
+    "ms_rounds": "the median of each round",
+    "ms_kernels": "of a call in a CUDA graph of many: no host in it, and no flush of the L2 cache",
+    "first_call_s": "of a process, with an empty and with a filled compile cache",
+    "tflops": "of the visible pairs: work.py",
+    "ceiling_share": "the least time that the run's ceilings allow, over the median",
+    "tokens_per_s": "of a training step, those that are no padding",
+    "rel_error": "the largest of the results', in the 2-norm, against float64",
+    "budget_used": "the largest share of the error budget; above 1 is wrong",
+    "checked": "what was checked",
+    "peak_bytes": "allocated by torch beyond the inputs",
+    "error": "why there is no time: what the peer raised, or 'wrong: ...'",
+    "samples": "milliseconds, by round",
+}
 # What may differ between the parts of one run.
 PASSING = ("started", "ended", "complete", "clocks_before", "clocks_after", "ceilings")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One peer in one pass of one case. Times are in milliseconds of one call; None where it was not measured."""
-
-    case: str
-    group: str
-    pass_: str  # "pass" in the file
-    dtype: str
-    mask: str  # Case.mask_words
-    shape: tuple[int, ...]  # (b, h, hk, i, j, d, dv)
-    peer: str
-    ms_median: float | None = None  # the whole call, on the device's clock
-    ms_iqr: float | None = None
-    ms_rounds: tuple[float, ...] = ()  # the median of each round
-    ms_kernels: float | None = None  # the median of a CUDA graph's replays: no host in it
-    host_us: float | None = None  # what the host spends on a call, in microseconds
-    first_call_s: tuple[float, float] | None = None  # with an empty and with a filled compile cache, in seconds
-    tflops: float | None = None  # of the visible pairs: work.py
-    ceiling_share: float | None = None  # the least time that the run's ceilings allow, over the median
-    rel_error: float | None = None  # the largest of the results', in the 2-norm, against float64
-    budget_used: float | None = None  # the largest share of the error budget; above 1 is wrong
-    checked: str = ""  # what was checked
-    peak_bytes: int | None = None  # beyond the inputs
-    error: str = ""  # why there is no time: what the peer raised, or "wrong: ..."
-    samples: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # by round
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What makes a row unique in a file."""
-        return self.case, self.pass_, self.peer
-
-    def as_json(self) -> dict[str, Any]:
-        """The row under the names of the file."""
-        return {name.rstrip("_"): value for name, value in asdict(self).items()}
-
-    @staticmethod
-    def from_json(loaded: dict[str, Any]) -> Row:
-        """The row that `as_json` gave."""
-        values = {f.name: loaded[f.name.rstrip("_")] for f in fields(Row)}
-        for name in ("shape", "ms_rounds", "first_call_s"):
-            values[name] = values[name] if values[name] is None else tuple(values[name])
-        values["samples"] = tuple(tuple(samples) for samples in values["samples"])
-        return Row(**values)
 
 
 def results_folder(device_name: str) -> Path:
     """Where the results of a device belong: `results/nvidia-h200`."""
     return ROOT / re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
-
-
-def write_results(path: Path, header: dict[str, Any], name: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a header and a line for each row, the whole file or nothing. `ValueError` for infinity and NaN."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    head = json.dumps(header, indent=1, allow_nan=False)
-    lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-    partial = path.with_suffix(".partial")
-    partial.write_text(f'{{"header": {head},\n"{name}": [\n{lines}\n]}}\n', encoding="utf-8")
-    os.replace(partial, path)
 
 
 class Results:
@@ -96,13 +67,21 @@ class Results:
     def __contains__(self, key: tuple[str, str, str]) -> bool:
         return key in self.rows
 
-    def add(self, row: Row) -> None:
+    def add(self, **fields: Any) -> None:
         """Keeps a row, in place of an earlier one of the same case, pass and peer."""
-        self.rows[row.key] = row
+        row = dict.fromkeys(FIELDS) | {"error": "", "ms_rounds": [], "samples": []} | fields
+        if row.keys() != FIELDS.keys():
+            raise TypeError(f"no fields of a row: {', '.join(row.keys() - FIELDS.keys())}")
+        self.rows[row["case"], row["pass"], row["peer"]] = row
 
     def save(self) -> None:
         """Writes the file, whole or not at all. JSON knows no infinity and no NaN: such a number is a defect here."""
-        write_results(self.path, {"schema": SCHEMA, **self.header}, "rows", (row.as_json() for row in self))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        head = json.dumps({"schema": SCHEMA, **self.header}, indent=1, allow_nan=False)
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in self)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(f'{{"header": {head},\n"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+        os.replace(partial, self.path)
 
     @staticmethod
     def load(path: Path) -> Results:
@@ -114,7 +93,7 @@ class Results:
                 raise ValueError("another schema")
             results = Results(path, header)
             for row in loaded["rows"]:
-                results.add(Row.from_json(row))
+                results.add(**{name: row[name] for name in FIELDS})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} does not hold results of this version: {error}") from error
         return results
@@ -122,8 +101,5 @@ class Results:
     def differences(self, header: dict[str, Any]) -> list[str]:
         """In what an environment differs from that of these results, as far as numbers depend on it."""
         names = sorted((self.header.keys() | header.keys()) - set(PASSING))
-        return [
-            f"{name}: {self.header.get(name)!r}, now {header.get(name)!r}"
-            for name in names
-            if self.header.get(name) != header.get(name)
-        ]
+        pairs = ((name, self.header.get(name), header.get(name)) for name in names)
+        return [f"{name}: {then!r}, now {now!r}" for name, then, now in pairs if then != now]

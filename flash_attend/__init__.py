@@ -9,19 +9,21 @@ from flash_attend.functional import flash_attention
 
 if TYPE_CHECKING:
     from flash_attend.integrations import patch
+    from flash_attend.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Attend", "BackendUnavailable", "explain", "flash_attention", "patch"]
+__all__ = ["Attend", "BackendUnavailable", "explain", "flash_attention", "patch", "tune"]
 
 
 def __getattr__(name: str) -> Any:
-    """`patch`, imported by the first who asks for it: everybody else's import stays short."""
-    if name != "patch":
+    """`patch` and `tune`, imported by the first who asks for them: everybody else's import stays short."""
+    if name not in ("patch", "tune"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from flash_attend.integrations import patch
+    from flash_attend.tuning import tune
 
-    globals()[name] = patch
-    return patch
+    globals().update(patch=patch, tune=tune)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

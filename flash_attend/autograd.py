@@ -40,10 +40,17 @@ __all__ = ["attend"]
 
 
 def attend(
-    operands: Operands, spec: AttentionSpec, plan: Plan, target: DeviceTarget, *, return_lse: bool, opaque: bool
+    operands: Operands,
+    spec: AttentionSpec,
+    plan: Plan,
+    target: DeviceTarget,
+    needed: tuple[bool, bool, bool],
+    *,
+    return_lse: bool,
+    opaque: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as a plan for their device says; without `return_lse`
-    the lse may be None.
+    the lse may be None. `needed` says which of q, k and v need a gradient.
 
     `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
     lengths, and some tensors know operators alone.
@@ -59,7 +66,7 @@ def attend(
     if lazy(*operands):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
     q, k, v, *_ = operands
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if True in needed:
         return _attend_eagerly(q, k, v, (functions, operands, spec, plan, tiles))
     return functions.forward(operands, spec, tiles)[:2]
 

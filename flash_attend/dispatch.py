@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
 
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
+from flash_attend.evidence import Finding, Tuned, known, tuned, way_of
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget, release
-from flash_attend.validation import EVIDENCE, Evidence, EvidenceTable
+from flash_attend.tracing import constant_when_compiled
+from flash_attend.variant import ALL, kind_of_call, variant_of
 
-__all__ = ["BackendUnavailable", "Plan", "Verdict", "check_backend", "choose", "judge", "override_backward"]
+__all__ = [
+    "LOOKING",
+    "BackendUnavailable",
+    "Knowledge",
+    "Plan",
+    "Verdict",
+    "check_backend",
+    "choose",
+    "judge",
+    "override_backward",
+]
 
 BY_NAME = "ask for it by name"
+REPORT = "please report it, with what `python -m flash_attend` prints"
 
 
 class BackendUnavailable(ValueError):
@@ -38,6 +54,7 @@ class Plan:
     backward: BackwardName
     reason: str
     backward_reason: str
+    warning: str = ""  # what a user should be told once
 
     @property
     def name(self) -> str:
@@ -51,75 +68,169 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(map(repr, ('auto', *BACKENDS)))}, got {backend!r}")
 
 
-def judge(spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable = EVIDENCE) -> tuple[Verdict, ...]:
+class Knowledge(NamedTuple):
+    """How "auto" learns of a part what it goes by."""
+
+    finding: Callable[[tuple, Any], Finding | None]  # whether a variant is right there, by `variant_of` and the device
+    tuned: Callable[[tuple, Any], Tuned | None]  # what is fastest there, by `kind_of_call` and the device
+
+
+@constant_when_compiled
+def _found_out(variant: tuple, device: torch.device) -> Finding:
+    if found := known(variant, device):
+        return found
+    from flash_attend.check import checked  # of which what was found before needs nothing
+
+    return checked(variant, device)
+
+
+FINDING_OUT = Knowledge(_found_out, tuned)
+LOOKING = Knowledge(known, tuned)  # without finding out
+
+
+def judge(
+    spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, bool, bool] = ALL, knowledge: Knowledge = LOOKING
+) -> tuple[Verdict, ...]:
     """Every backend's verdict, in the order in which "auto" asks them. Imports those that could serve."""
-    return tuple(_judge_one(backend, spec, target, evidence) for backend in BACKENDS.values())
+    return tuple(_judge_one(backend, _Question.of(spec, target, needed, knowledge)) for backend in BACKENDS.values())
 
 
 def choose(
-    spec: AttentionSpec, target: DeviceTarget, backend: str = "auto", evidence: EvidenceTable = EVIDENCE
+    spec: AttentionSpec,
+    target: DeviceTarget,
+    backend: str = "auto",
+    needed: tuple[bool, bool, bool] = ALL,
+    knowledge: Knowledge = FINDING_OUT,
 ) -> Plan:
-    """The plan for a call.
+    """The plan for a call, of whose q, k and v those need a gradient that `needed` says.
 
-    `backend="auto"` takes the first of `BACKENDS` that serves the call and has on the part what its `proof` asks for.
-    A backend asked for by name serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
+    `backend="auto"` takes what was measured fastest on the part or, where nothing was, the first of `BACKENDS`, that
+    serves the call and is right on the part; the first call of a variant has it checked. A backend asked for by name
+    serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
     """
     check_backend(backend)
+    question = _Question.of(spec, target, needed, knowledge)
     if backend != "auto":
         asked = BACKENDS[backend]
         if reason := _refuse(asked, spec, target):
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
-        return _plan(asked, spec, target, evidence, "asked for by name")
+        backward, backward_reason = _choose_backward(asked, question)
+        return Plan(asked, backward, "asked for by name", backward_reason)
     passed_over: dict[str, list[str]] = {}  # by reason, which backends often share
-    for candidate in BACKENDS.values():
-        by_default, reason = _stand(candidate, spec, target, evidence)
-        if by_default:
+    wrong: list[str] = []
+    for candidate in question.order:
+        stand = _stand(candidate, question)
+        wrong += stand.wrong
+        if stand.by_default:
             others = [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
-            return _plan(candidate, spec, target, evidence, "; ".join([*others, reason]))
-        passed_over.setdefault(reason, []).append(candidate.name)
+            reason = "; ".join([*others, stand.reason])
+            warning = _warning(candidate, reason, wrong, question)
+            return Plan(candidate, stand.backward, reason, stand.backward_reason, warning)
+        passed_over.setdefault(stand.reason, []).append(candidate.name)
     raise AssertionError("the last backend serves every call")
+
+
+def _warning(serves: Backend, reason: str, wrong: list[str], question: _Question) -> str:
+    asks = f"; {REPORT}" if wrong else ""
+    target = question.target
+    on_a_gpu = target.device_type == "cuda" and not target.absent
+    if serves.usual_backward == "einsum" and on_a_gpu and not question.measured(serves):
+        return f"flash_attend serves a CUDA call by its einsum path: {reason}{asks}"
+    return f"flash_attend serves a call by {serves.name}, because {'; '.join(wrong)}{asks}" if wrong else ""
 
 
 def _refuse(backend: Backend, spec: AttentionSpec, target: DeviceTarget) -> str:
     return backend.refuse(spec, target) or backend.fault()
 
 
-def _judge_one(backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable) -> Verdict:
-    if reason := _refuse(backend, spec, target):
+@dataclass(frozen=True)  # of which the compiler of torch 2.10 takes properties, and not of a tuple
+class _Question:
+    """A call, where, and what is known there."""
+
+    spec: AttentionSpec
+    target: DeviceTarget
+    needed: tuple[bool, bool, bool]
+    knowledge: Knowledge
+    fastest: Tuned | None
+
+    @staticmethod
+    def of(spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, bool, bool], how: Knowledge) -> _Question:
+        measurable = target.device_type == "cuda" and not target.absent and target.device is not None
+        fastest = how.tuned(kind_of_call(spec), target.device) if measurable else None
+        return _Question(spec, target, needed, how, fastest)
+
+    @property
+    def order(self) -> list[Backend]:
+        """The backends as "auto" asks them: first what was fastest."""
+        others = list(BACKENDS.values())
+        if self.fastest is None or self.fastest.backend not in BACKENDS:
+            return others
+        first = BACKENDS[self.fastest.backend]
+        return [first, *[backend for backend in others if backend is not first]]
+
+    def measured(self, backend: Backend) -> bool:
+        """Whether a backend was fastest."""
+        return self.fastest is not None and self.fastest.backend == backend.name
+
+    def find(self, backend: Backend, backward: BackwardName) -> Finding | None:
+        """What is known of the variant that would serve."""
+        fastest, tiles = way_of(self.fastest, backend.name)
+        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles if backward == fastest else "")
+        return self.knowledge.finding(variant, self.target.device)
+
+
+class _Stand(NamedTuple):
+    by_default: bool  # "auto" may choose it
+    reason: str
+    backward: BackwardName
+    backward_reason: str
+    wrong: tuple[str, ...] = ()  # what was wrong of it on the part
+
+
+def _judge_one(backend: Backend, question: _Question) -> Verdict:
+    if reason := _refuse(backend, question.spec, question.target):
         return Verdict(backend.name, False, False, reason)
-    return Verdict(backend.name, True, *_stand(backend, spec, target, evidence))
+    return Verdict(backend.name, True, *_stand(backend, question)[:2])
 
 
-def _stand(backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable) -> tuple[bool, str]:
-    """Whether "auto" may choose a backend for a call, and why. Imports what runs it only where it may."""
-    if reason := backend.refuse(spec, target):
-        return False, reason
-    trusted, reason = _trust(backend, target, evidence)
-    fault = backend.fault() if trusted else ""
-    return (False, fault) if fault else (trusted, reason)
-
-
-def _trust(backend: Backend, target: DeviceTarget, evidence: EvidenceTable) -> tuple[bool, str]:
-    """Whether a part has shown of a backend what "auto" goes by, and what."""
+def _stand(backend: Backend, question: _Question) -> _Stand:
+    """Whether "auto" may choose a backend for a call, by which backward, and why."""
+    usual = backend.usual_backward
+    if reason := _pass_over(backend, question):
+        return _Stand(False, reason, usual, "")
+    backward, backward_reason = _choose_backward(backend, question)
+    fastest = question.fastest
+    faster = f", {fastest.reason}" if fastest is not None and question.measured(backend) else ""
     if backend.proof == "none":
-        return True, "it needs no evidence"
-    if target.interpreted:
-        return False, f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}"
-    found = _find(evidence, backend, backend.usual_backward, target)
+        return _Stand(True, f"it needs no evidence{faster}", backward, backward_reason)
+    wrong: tuple[str, ...] = ()
+    found = question.find(backend, backward)
+    if found is not None and not found.right and backward != usual:
+        backward, backward_reason = usual, f"the {backward} one is not right: {found.reason}"
+        wrong = (f"{backend.name}: {backward_reason}",)
+        found = question.find(backend, usual)
     if found is None:
-        return False, f"not validated on {target.arch} yet; {BY_NAME}"
+        return _Stand(True, f"not checked here yet: the first call does{faster}", backward, backward_reason, wrong)
+    if not found.right:
+        wrong = (*wrong, f"{backend.name}: {found.reason}")
+    return _Stand(found.right, f"{found.reason}{faster}", backward, backward_reason, wrong)
+
+
+def _pass_over(backend: Backend, question: _Question) -> str:
+    """Why "auto" does not so much as check a backend; empty where it does. Imports what runs it only there."""
+    target = question.target
+    if reason := backend.refuse(question.spec, target):
+        return reason
+    if backend.proof == "none":
+        return ""
+    if target.interpreted:
+        return f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}"
     version, newest = release(target.triton or ""), TRITON_VERSIONS[1]
     if version is not None and version > newest:
-        return False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; {BY_NAME}"
-    if backend.proof == "faster" and not found.faster:
-        return False, f"validated on {target.arch}, but not shown to be faster there; {BY_NAME}"
-    faster = ", and faster there" if found.faster else ""
-    return True, f"validated on {target.arch} ({found.gpu}, Triton {found.triton}, {found.date}){faster}"
-
-
-def _find(evidence: EvidenceTable, backend: Backend, backward: BackwardName, target: DeviceTarget) -> Evidence | None:
-    arch = target.arch
-    return None if arch is None else evidence.get((backend.name, backward, arch))
+        return f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; {BY_NAME}"
+    if backend.proof == "faster" and not question.measured(backend):
+        return f"not measured faster here (`python -m flash_attend tune` does); {BY_NAME}"
+    return backend.fault()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,23 +256,15 @@ def overridden_backward() -> BackwardName | None:
     return _override
 
 
-def _plan(backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable, reason: str) -> Plan:
-    backward, backward_reason = _choose_backward(backend, spec, target, evidence)
-    return Plan(backend, backward, reason, backward_reason)
-
-
-def _choose_backward(
-    backend: Backend, spec: AttentionSpec, target: DeviceTarget, evidence: EvidenceTable
-) -> tuple[BackwardName, str]:
-    usual = backend.usual_backward
+def _choose_backward(backend: Backend, question: _Question) -> tuple[BackwardName, str]:
+    usual, fastest = backend.usual_backward, question.fastest
     if backend.refuse_fused is None:
         return usual, "it has no other"
-    if refusal := backend.refuse_fused(spec, target):
+    if refusal := backend.refuse_fused(question.spec, question.target):
         return usual, f"fused is refused: {refusal}"
     if _override is not None:
         return ("fused" if _override == "fused" else usual), "asked for by override_backward"
-    found = _find(evidence, backend, "fused", target)
-    if found is None or not found.faster:
-        where = "in Triton's interpreter" if target.interpreted else f"on {target.arch}"
-        return usual, f"the fused one was not measured faster {where}"
-    return "fused", f"measured faster on {target.arch} ({found.gpu}, {found.date})"
+    if fastest is not None and way_of(fastest, backend.name)[0] == "fused":
+        return "fused", fastest.reason
+    where = "in Triton's interpreter" if question.target.interpreted else "here"
+    return usual, f"the fused one was not measured faster {where}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from typing import Literal, cast, overload
 
@@ -19,7 +21,9 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled, has_autocast, jit_traced, sharded, traced
 
-__all__ = ["flash_attention"]
+__all__ = ["flash_attention", "recorded_calls"]
+
+NONE = (False, False, False)
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -133,17 +137,41 @@ def flash_attention(
     )
     target = DeviceTarget.of(q.device)
     check_backend(backend)
-    plan = choose(spec, target, backend) if opaque else _choose_once(spec, target, backend, overridden_backward())
-    if plan.backward == "einsum" and backend == "auto" and target.device_type == "cuda" and not target.absent:
-        _warn_once(plan.reason)
+    needed = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NONE
+    if opaque:
+        plan = choose(spec, target, backend, needed)
+    else:
+        plan = _choose_once(spec, target, backend, needed, overridden_backward())
+    if plan.warning:
+        _warn_once(plan.warning)
     seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    out, lse = attend(Operands(q, k, v, mask, seed), spec, plan, target, return_lse=return_lse, opaque=opaque)
+    operands = Operands(q, k, v, mask, seed)
+    out, lse = attend(operands, spec, plan, target, needed, return_lse=return_lse, opaque=opaque)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _choose_once(spec: AttentionSpec, target: DeviceTarget, backend: str, overridden: str | None) -> Plan:
-    return choose(spec, target, backend)
+def _choose_once(
+    spec: AttentionSpec, target: DeviceTarget, backend: str, needed: tuple[bool, bool, bool], overridden: str | None
+) -> Plan:
+    if _recorded is not None:
+        _recorded.append((spec, target, needed))
+    return choose(spec, target, backend, needed)
+
+
+_recorded: list[tuple[AttentionSpec, DeviceTarget, tuple[bool, bool, bool]]] | None = None
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[tuple[AttentionSpec, DeviceTarget, tuple[bool, bool, bool]]]]:
+    """Within this context the calls that are made eagerly are collected, each once for each shape and option."""
+    global _recorded
+    outer, _recorded = _recorded, []
+    _choose_once.cache_clear()
+    try:
+        yield _recorded
+    finally:
+        _recorded = outer
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -161,10 +189,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 @constant_when_compiled  # so that the compiler warns, and does not compile a warning
-def _warn_once(reason: str) -> None:
-    _warn_of_fallback(reason)
+def _warn_once(warning: str) -> None:
+    _warn(warning)
 
 
 @cache
-def _warn_of_fallback(reason: str) -> None:
-    warnings.warn(f"flash_attend serves a CUDA call by its einsum path: {reason}", stacklevel=4)
+def _warn(warning: str) -> None:
+    warnings.warn(warning, stacklevel=4)

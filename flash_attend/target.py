@@ -6,14 +6,20 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
+import shutil
+import subprocess
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from flash_attend.tracing import constant_when_compiled
 
-__all__ = ["DeviceTarget", "interpreting", "release", "triton_version"]
+__all__ = ["DeviceTarget", "driver_version", "interpreting", "release", "triton_version"]
+
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @cache
@@ -33,6 +39,24 @@ def triton_version() -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return "unknown"
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, as it says itself. torch knows only which CUDA version the driver serves."""
+    try:
+        if found := re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", DRIVER.read_text()):
+            return found[1]
+    except OSError:  # not on every system; asking the tool takes longer
+        pass
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "unknown (no nvidia-smi)"
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({type(error).__name__} from nvidia-smi)"
+    return answer[0] if answer else "unknown (nvidia-smi names none)"
 
 
 def release(version: str) -> tuple[int, int] | None:
@@ -63,6 +87,7 @@ class DeviceTarget:
     triton: str | None = None  # Triton's version, None where it is not installed
     interpreted: bool = False
     absent: bool = False  # a CUDA device that this machine lacks: of tensors without data, while a program is traced
+    device: torch.device | None = field(default=None, compare=False, repr=False)  # one of them, if it is at hand
     # "sm_90" and the like; None where there is no CUDA compute capability. No property: a compiler that traces a call
     # takes only a field for a constant.
     arch: str | None = field(init=False, compare=False)
@@ -82,7 +107,7 @@ class DeviceTarget:
 
 @cache
 def _describe(device: torch.device) -> DeviceTarget:
-    here = DeviceTarget(device.type, triton=triton_version(), interpreted=interpreting())
+    here = DeviceTarget(device.type, triton=triton_version(), interpreted=interpreting(), device=device)
     if device.type != "cuda":
         return here
     if (device.index or 0) >= torch.cuda.device_count():

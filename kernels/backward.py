@@ -147,8 +147,8 @@ class KeyTile:
 
 @triton.jit
 def _load_keys(k_rows, v_rows, first_key, shown, tile):
-    k = k_rows.load(first_key, shown, tile.BLOCK_N, MASKED=True)
-    v = v_rows.load(first_key, shown, tile.BLOCK_N, MASKED=True)
+    k = tile.load(k_rows, first_key, shown, tile.BLOCK_N, MASKED=True)
+    v = tile.load(v_rows, first_key, shown, tile.BLOCK_N, MASKED=True)
     return KeyTile(first_key, shown, k, v)
 
 
@@ -175,7 +175,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
     if MASKED:
         # What a dead query holds, in q and in the gradient, may be anything: it is not read. No full block has any.
         alive = lse_log2 < INFINITY
-    q = queries.q.load(first_query, alive, tile.BLOCK_M, MASKED)
+    q = tile.load(queries.q, first_query, alive, tile.BLOCK_M, MASKED)
     seen = scores.apply(tile.inner_products(keys.k, q))
     weights = recomputed_weights(seen, lse_log2[None, :], scores.factor_log2)
     if MASKED:
@@ -185,7 +185,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
             shown = keys.shown[:, None]
         # Weights, not scores, whose selects would wait for their product with packed predicates.
         weights = mask.hide(weights, query[None, :], key[:, None], shown, 0.0)
-    grad = queries.grad_out.load(first_query, alive, tile.BLOCK_M, MASKED)
+    grad = tile.load(queries.grad_out, first_query, alive, tile.BLOCK_M, MASKED)
     kept = dropout.kept(first_query, keys.first, tile.BLOCK_M, tile.BLOCK_N, TRANSPOSED=True)
     grad_k = grads.k
     grad_v = grads.v
@@ -380,12 +380,12 @@ def _query_gradient_tile(
     if MASKED:
         shown, readable = mask.shown(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N)
     # Neither in k nor in v: both enter a product whose zeros would not hide a NaN.
-    k = k_rows.load(first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
+    k = tile.load(k_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
     weights = recomputed_weights(seen, lse_log2[:, None], scores.factor_log2)
-    v = v_rows.load(first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
+    v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     grad_weights = tile.inner_products(grad, v)
     grad_weights = dropout.gradient(grad_weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
     grad_scores = scores.gradient(weights * (grad_weights - delta[:, None]))
@@ -478,8 +478,8 @@ def backward_q_kernel(
     lse_log2 = tl.load(rows.lse_log2 + query)
     delta = tl.load(rows.delta + query)
     # NaN in a dead query's q stays in its scores, all of which are hidden; in the gradient it must not be read.
-    q = rows.q.load(first_query, exists, BLOCK_M, MASKED=True)
-    grad = rows.grad_out.load(first_query, lse_log2 < INFINITY, BLOCK_M, MASKED=True)
+    q = tile.load(rows.q, first_query, exists, BLOCK_M, MASKED=True)
+    grad = tile.load(rows.grad_out, first_query, lse_log2 < INFINITY, BLOCK_M, MASKED=True)
     grad_q = zeros(BLOCK_M, HEAD0, HEAD1, ACCUMULATOR)
     walk = mask.walk_over_keys(first_query, BLOCK_M, BLOCK_N)
     for run in tl.range(0, walk.run_count(), num_stages=1):

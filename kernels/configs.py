@@ -10,15 +10,28 @@ of the main loop, whether bulk copies fill them, and what `Tile` says of the las
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import NamedTuple
 
+from flash_attend.evidence import tuned_tiles
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
+from flash_attend.variant import kind_of_call
 
-__all__ = ["Tile", "Tiles", "head_parts", "override", "select_hopper_tiles", "select_tiles"]
+__all__ = [
+    "Tile",
+    "Tiles",
+    "as_text",
+    "candidate_tiles",
+    "head_parts",
+    "of_text",
+    "override",
+    "select_hopper_tiles",
+    "select_tiles",
+]
 
 
 class Tile(NamedTuple):
@@ -87,10 +100,10 @@ ROWS: dict[tuple[str, str, int], Tiles] = {
     ("sm_80", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     ("sm_90", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
     ("sm_90", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    ("sm_80", "tf32", 64): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", "tf32", 64): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 32, 8, 2)),
+    ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
     ("sm_80", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_90", "tf32", 64): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 64, 8, 2)),
+    ("sm_90", "tf32", 64): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 32, 4, 2), Tile(128, 64, 8, 2, True)),
     ("sm_90", "tf32", 128): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2, True)),
     ("sm_90", "tf32", 256): Tiles(Tile(32, 32, 8, 1, True), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1, True)),
     ("sm_80", "tf32x3", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
@@ -113,6 +126,18 @@ VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
     ("sm_90", "half", 192, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", "half", 192, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
     ("sm_90", "half", 256, "dropout"): Tiles(Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1, True)),
+    ("sm_80", "tf32", 64, "dropout"): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 16, 8, 2)),
+    ("sm_80", "tf32", 64, "dense+dropout"): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 16, 8, 2)),
+    ("sm_80", "tf32", 128, "dense"): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", "tf32", 128, "dense+dropout"): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
+    ("sm_80", "tf32", 256, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_80", "tf32", 256, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_80", "tf32", 256, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
+    ("sm_90", "tf32", 128, "dense"): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 16, 8, 2, True)),
+    ("sm_90", "tf32", 128, "dropout"): Tiles(Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2, True)),
+    ("sm_90", "tf32", 128, "dense+dropout"): Tiles(
+        Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 16, 8, 2, True)
+    ),
     ("sm_90", "tf32x3", 128, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
     ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
@@ -135,7 +160,7 @@ FUSED: dict[tuple[str, str, int], Tile] = {
     ("sm_90", "double", 128): Tile(16, 16, 8, 1),
     ("sm_80", "tf32", 64): Tile(32, 64, 4, 2),
     ("sm_80", "tf32", 128): Tile(16, 32, 8, 2),
-    ("sm_80", "tf32", 256): Tile(16, 16, 4, 2),
+    ("sm_80", "tf32", 256): Tile(16, 32, 8, 1),
     ("sm_90", "tf32", 64): Tile(32, 64, 4, 2),
     ("sm_90", "tf32", 128): Tile(64, 32, 8, 2),
     ("sm_90", "tf32", 256): Tile(32, 16, 8, 2),
@@ -250,6 +275,33 @@ def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
+    fastest = tuned_tiles("triton", kind_of_call(spec), target, backward)
+    return of_text(fastest) if fastest else _tiles_by_rule(spec, target, backward)
+
+
+def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> list[Tiles]:
+    """What may be fastest on a part: first the tiles that a call takes untuned, then those of other parts, and of wider
+    head dimensions. What a part cannot hold is found out when it is timed."""
+    usual, (kind, width) = _tiles_by_rule(spec, target, backward), row_of(spec)
+    if backward == "fused":
+        tiles = [tile for (_, of, wide), tile in FUSED.items() if of == kind and wide >= width]
+        others = [usual._replace(backward_fused=tile) for tile in tiles]
+    else:
+        others = [tiles for (_, of, wide), tiles in ROWS.items() if of == kind and wide >= width]
+    return list(dict.fromkeys([usual, *others]))
+
+
+def as_text(tiles: Tiles) -> str:
+    """Tiles as JSON."""
+    return json.dumps(tiles)
+
+
+def of_text(text: str) -> Tiles:
+    """The tiles of `as_text`."""
+    return Tiles(*(tile and Tile(*tile) for tile in json.loads(text)))
+
+
+def _tiles_by_rule(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     if target.interpreted:
         tiles, fused = INTERPRETED, INTERPRETED_FUSED
     else:

@@ -57,16 +57,16 @@ def _tile(
     # A wide v is cleared where it must be while there are no scores in registers yet, beside which it finds no room.
     EARLY: tl.constexpr = v_rows.PART0 == WIDEST_PART
     if EARLY:
-        v = v_rows.load(first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
+        v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     # NaN in a hidden key's k stays in its own column of the scores and is hidden there; in v it must not be read.
-    k = k_rows.load(first_key, key < mask.keys, tile.BLOCK_N, MASKED, WITHIN=False)
+    k = tile.load(k_rows, first_key, key < mask.keys, tile.BLOCK_N, MASKED, WITHIN=False)
     seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
     weights, correction, softmax = softmax.step(seen, scores.factor_log2, MASKED)
     weights = dropout.drop(weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
     if not EARLY:
-        v = v_rows.load(first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
+        v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     return tile.accumulate(scaled(total, correction[:, None]), weights, v), softmax
 
 
@@ -144,7 +144,7 @@ def forward_kernel(
 
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
-    q = q_rows.load(first_query, exists, BLOCK_M, MASKED=True)
+    q = tile.load(q_rows, first_query, exists, BLOCK_M, MASKED=True)
     total = zeros(BLOCK_M, VALUE0, VALUE1, ACCUMULATOR)
     softmax = empty_softmax(BLOCK_M, ACCUMULATOR)
     walk = mask.walk_over_keys(first_query, BLOCK_M, BLOCK_N)

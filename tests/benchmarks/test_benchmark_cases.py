@@ -3,6 +3,7 @@ right."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -16,20 +17,17 @@ CPU = torch.device("cpu")
 SMALL = Case(batch=3, heads=4, kv_heads=2, queries=37, keys=37, head_dim=8, value_dim=12, dtype="float32")
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_names_are_unique(preset):
-    names = [case.name for case in select_cases(preset)]
-    assert len(set(names)) == len(names) > 10
-
-
-def test_presets_hold_each_other():
-    quick, standard, full = ({case.name for case in select_cases(preset)} for preset in PRESETS[1:])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_presets_hold_each_other_and_names_are_unique(device):
+    grids = [[case.name for case in select_cases(device, preset)] for preset in PRESETS]
+    assert all(len(set(names)) == len(names) > 10 for names in grids)
+    quick, standard, full = map(set, grids)
     assert quick < standard < full
-    assert all(set(case.passes) <= {FORWARD, BOTH} for case in select_cases("quick"))
+    assert all(set(case.passes) <= {FORWARD, BOTH} for case in select_cases(device, "quick"))
 
 
-def test_the_grid_has_what_people_ask_for():
-    grid = select_cases("full")
+def test_the_grid_of_a_gpu_has_what_people_ask_for():
+    grid = select_cases("cuda", "full")
 
     def some(**wanted) -> bool:
         return any(all(getattr(case, name) == value for name, value in wanted.items()) for case in grid)
@@ -50,13 +48,22 @@ def test_the_grid_has_what_people_ask_for():
     assert any(case.queries != case.keys and case.queries > 1 for case in grid)
 
 
-def test_an_unknown_preset_is_named():
-    with pytest.raises(ValueError, match="'huge'"):
-        select_cases("huge")
+def test_the_grid_of_a_cpu_is_a_whole_product_and_the_demos_shapes():
+    grid = select_cases("cpu", "full", "cpu")
+    kinds = {case.group for case in grid} - {"cpu: the demo's shapes"}
+    found = {(case.group, case.keys, case.head_dim, case.dtype, case.threads) for case in grid}
+    lengths, dims = (128, 512, 1024, 2048, 4096), (32, 64, 128)
+    axes = itertools.product(kinds, lengths, dims, ("float32", "bfloat16"), (0, 1))
+    assert len(kinds) == 10 and found >= set(axes) and len(grid) == len(kinds) * 60 + 2
+    masks = {case.mask_words for case in grid}
+    assert masks == {"none", "causal", "right50", "left50", "holes75", "documents25", "causal right62"}
+    standard = select_cases("cpu", "standard")
+    assert {case.group for case in standard} == {case.group for case in grid}
+    assert max(case.keys for case in select_cases("cpu", "quick")) == 512
 
 
-def test_only_picks_by_all_words():
-    picked = select_cases("full", "padding d64 causal right50")
+def test_cases_are_picked_by_group_and_words():
+    picked = select_cases("cuda", "full", "key", "d64 causal right50")
     assert picked and all(
         case.group == "key padding" and case.head_dim == 64 and case.causal and case.mask == "right" for case in picked
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import subprocess
@@ -13,60 +12,41 @@ import torch
 import torch.utils.deterministic
 
 import measure
-from measure import CpuStopwatch, Statistics, interleave, numerics, summarise
+from flash_attend.testing.memory import peak_bytes
+from measure import interleave, numerics, sample_on, summarise
 
 CPU = torch.device("cpu")
 
 
-class FakeStopwatch:
-    """Every call takes as long as its function returns; remembers whose turn it was, and for how long."""
+def test_peers_take_turns_forwards_and_backwards():
+    turns = []
 
-    def __init__(self) -> None:
-        self.turns: list[tuple[object, float]] = []
-
-    def sample(self, function, milliseconds):
+    def sample(function, milliseconds):
         taken = function()
-        self.turns.append((function, milliseconds))
+        turns.append(taken)
         return [taken] * max(1, int(milliseconds / taken))
 
-
-def test_peers_take_turns_forwards_and_backwards():
-    stopwatch = FakeStopwatch()
     functions = {name: (lambda taken=taken: taken) for name, taken in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    samples = interleave(functions, stopwatch, rounds=4, milliseconds=10.0)
-    names = {function: name for name, function in functions.items()}
-    order = "".join(names[function] for function, _ in stopwatch.turns)
+    samples = interleave(functions, sample, rounds=4, milliseconds=10.0)
+    order = "".join({1.0: "a", 2.0: "b", 4.0: "c"}[taken] for taken in turns)
     assert order == "abc" + "abc" + "cba" + "abc" + "cba", "once to learn how long a call takes, then A B B A"
     assert samples == {"a": [[1.0] * 10] * 4, "b": [[2.0] * 5] * 4, "c": [[4.0] * 2] * 4}
-
-
-def test_a_round_of_small_calls_ends_early():
-    stopwatch = FakeStopwatch()
-    samples = interleave({"a": lambda: 0.125}, stopwatch, rounds=2, milliseconds=1000.0)
-    assert [len(taken) for taken in samples["a"]] == [measure.MOST_SAMPLES] * 2
+    short = interleave({"a": lambda: 0.125}, sample, rounds=2, milliseconds=1000.0)
+    assert [len(taken) for taken in short["a"]] == [measure.MOST_SAMPLES] * 2
 
 
 def test_statistics_are_of_all_samples_together():
     found = summarise([[1.0, 2.0, 3.0], [4.0, 5.0], [6.0, 7.0, 8.0, 9.0]])
-    assert found == Statistics(median=5.0, iqr=4.0, rounds=(2.0, 4.5, 7.5))
     quartiles = statistics.quantiles(range(1, 10), n=4, method="inclusive")
-    assert found.iqr == quartiles[2] - quartiles[0]
-    assert summarise([[3.0]]) == Statistics(3.0, 0.0, (3.0,))
+    assert (found["ms_median"], found["ms_iqr"]) == (5.0, quartiles[2] - quartiles[0])
+    assert found["ms_rounds"] == [2.0, 4.5, 7.5] and found["samples"][1] == [4.0, 5.0]
+    assert summarise([[3.0]])["ms_iqr"] == 0.0 and summarise([[1.0] * 9 + [100.0]])["ms_median"] == 1.0
 
 
-def test_a_slow_sample_moves_the_median_little():
-    assert summarise([[1.0] * 9 + [100.0]]).median == 1.0
-
-
-def test_the_cpu_stopwatch_tells_milliseconds():
-    calls = itertools.count()
-
-    def sleep():
-        next(calls)
-        time.sleep(0.004)
-
-    taken = CpuStopwatch().sample(sleep, 20.0)
-    assert 1 <= len(taken) <= 5 and next(calls) == len(taken) + 1
+def test_a_cpu_is_timed_in_milliseconds():
+    calls = []
+    taken = sample_on(CPU)(lambda: calls.append(time.sleep(0.004)), 20.0)
+    assert 1 <= len(taken) <= 5 and len(calls) == len(taken) + 1, "the first is a warm-up"
     assert min(taken) >= 4.0 and statistics.median(taken) < 400.0
 
 
@@ -76,39 +56,39 @@ def test_numerics_are_set_and_given_back():
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
             torch.utils.deterministic.fill_uninitialized_memory,
+            torch.get_num_threads(),
         )
 
     before = state()
-    with numerics("tf32", deterministic=True):
-        assert state() == ("high", True, False)
+    with pytest.raises(RuntimeError), numerics("tf32", deterministic=True, threads=1):
+        assert state() == ("high", True, False, 1)
         with numerics("float32"):
-            assert state() == ("highest", False, False)
-        assert state() == ("high", True, False)
-    assert state() == before
-    with pytest.raises(RuntimeError), numerics("tf32", deterministic=True):
+            assert state() == ("highest", False, False, 1)
+        assert state() == ("high", True, False, 1)
         raise RuntimeError
     assert state() == before
 
 
-def test_only_gpus_and_cpus_are_timed():
-    with pytest.raises(ValueError, match="meta"):
-        measure.stopwatch_for(torch.device("meta"))
+def test_the_peak_of_a_cpu_is_what_is_held_at_once():
+    kept = torch.ones(1000)
+
+    def call():
+        for _ in range(3):
+            first = torch.empty(1000)
+            second = torch.empty(500)
+            del first, second
+        return kept + 1
+
+    assert peak_bytes(call, CPU) == pytest.approx(6000, abs=256)
+    assert peak_bytes(lambda: None, CPU) == 0
 
 
-def test_what_only_a_gpu_can_tell_is_none_on_a_cpu():
-    assert measure.peak_bytes(lambda: torch.empty(10), CPU) is None
-    assert measure.host_microseconds(lambda: None, CPU) is None
-    assert measure.clocks(CPU) == {}
-
-
-def test_the_environment_says_where_and_with_what():
+def test_the_environment_says_where_and_with_what(monkeypatch):
     header = measure.environment(CPU)
     assert header["device"] == "cpu" and header["torch"] == torch.__version__
-    assert {"driver", "cuda", "triton", "python", "host", "commit", "dirty", "started"} <= header.keys()
+    assert {"driver", "cuda", "triton", "python", "host", "threads", "commit", "dirty", "started"} <= header.keys()
     assert len(header["commit"]) == 40 or header["commit"] == "unknown"
 
-
-def test_a_copy_without_history_is_told_its_commit(monkeypatch):
     def no_git(*command, **_):
         raise FileNotFoundError(command[0])
 
@@ -119,11 +99,10 @@ def test_a_copy_without_history_is_told_its_commit(monkeypatch):
 
 
 def test_ceilings_follow_from_the_times():
-    class Steady:
-        def sample(self, function, milliseconds):
-            function()
-            return [3.0, 2.0, 1.0]
+    def steady(function, milliseconds):
+        function()
+        return [3.0, 2.0, 1.0]
 
-    found = measure.ceilings(CPU, Steady())
-    assert found["tflops"] == {"float32": pytest.approx(2 * 1024**3 / 2e-3 / 1e12)}
-    assert found["copy_gbps"] == pytest.approx(2 * 4 * 2**24 / 2e-3 / 1e9)
+    found = measure.ceilings(CPU, steady)
+    assert found["tflops"]["float32"] == pytest.approx(2 * 512**3 / 2e-3 / 1e12)
+    assert found["copy_gbps"] == pytest.approx(2 * 4 * 2**23 / 2e-3 / 1e9)

@@ -16,13 +16,11 @@ from torch.nn.attention import SDPBackend, flex_attention
 
 import peers
 from cases import Case, Inputs, make_inputs
-from flash_attend.backends import BACKENDS
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.testing.budget import assert_within_budget
 from flash_attend.testing.oracle import Answer, attention_oracle, visible_pairs
 from measure import numerics
 from peers import PEERS, Attention, Packing, Peer, Unserved, explicit_mask, peers_for
-from verdicts import OURS
 
 # The models' own Attends call what PyTorch deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*:FutureWarning")
@@ -57,6 +55,7 @@ CASES = {
 }
 
 COMPLEX = "complex-valued-transformer"
+ON_A_CPU = ("flash_attend", "flash_attend math", "sdpa", "sdpa math", COMPLEX, "compiled einsum")
 UNSERVED = {
     (
         "sdpa flash",
@@ -118,7 +117,9 @@ def attend_by_sequence(
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", ["flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "compiled einsum"])
+@pytest.mark.parametrize(
+    "name", ["flash_attend", "flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "compiled einsum"]
+)
 def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "_compiled", lambda function: function)
     peer, inputs = named(name), make_inputs(CASES[case], CPU)
@@ -130,18 +131,23 @@ def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: py
         with pytest.raises(AssertionError, match="out: largest error"):
             check(peer.prepare(inputs), inputs)
         return
-    check(peer.prepare(inputs), inputs, whole=peer.judged_whole)
+    check(peer.prepare(inputs), inputs, whole=peer.ours)
 
 
-@pytest.mark.parametrize("name", [name for name in OURS if name != "flash_attend math"])
-def test_the_kernels_are_asked_for_by_name(name: str):
+def test_every_backend_and_backward_of_ours_is_asked_for_by_name():
     inputs = make_inputs(SQUARE, CPU)
-    attention = named(name).prepare(inputs)
-    with pytest.raises(BackendUnavailable, match=f"backend '{OURS[name][0]}' cannot serve"):  # and nothing else does
-        attention(inputs.q, inputs.k, inputs.v)
+    ours = {peer.name: peer for peer in PEERS if peer.ours}
+    kernels = [f"{name}{way}" for name in ("triton", "hopper") for way in ("", " fused")]
+    assert [*ours] == ["flash_attend", *(f"flash_attend {name}" for name in (*kernels, "math"))]
+    for name in kernels:
+        attention = ours[f"flash_attend {name}"].prepare(inputs)
+        with pytest.raises(BackendUnavailable, match=f"backend '{name.split()[0]}' cannot serve"):  # nor does another
+            attention(inputs.q, inputs.k, inputs.v)
+    assert ours["flash_attend math"].served(inputs) == "math, einsum backward"
+    assert ours["flash_attend"].served(inputs)
 
 
-@pytest.mark.parametrize("name", ["flash_attend math", "sdpa", "sdpa math", COMPLEX, "compiled einsum"])
+@pytest.mark.parametrize("name", ON_A_CPU)
 def test_drops_weights_where_the_case_says_so(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "_compiled", lambda function: function)
     for dropout_p, repeats in ((0.0, True), (0.5, False)):
@@ -222,8 +228,7 @@ def test_the_explicit_mask_says_who_sees_whom(name: str):
     mask = explicit_mask(inputs)()
     assert (mask is None) == (inputs.mask is None and bool(pairs.all()))
     if mask is not None:
-        assert mask.dtype == torch.bool
-        assert mask.ndim == 4
+        assert mask.dtype == torch.bool and mask.ndim == 4
         assert torch.equal(mask.expand(shape), pairs)
 
 
@@ -238,17 +243,14 @@ def test_packing_keeps_the_tokens_in_order_and_pads_with_zeros(name: str):
     assert packing.starts.tolist() == [0, *kept.sum(dim=1).cumsum(dim=0).tolist()]
     assert packing.longest == kept.sum(dim=1).max()
 
-    padded = packing.pad(packed)
-    zeros = torch.where(kept[:, None, :, None], inputs.v, 0)
-    assert torch.equal(padded, zeros)
-    gradient = torch.randn(padded.shape)
+    padded, gradient = packing.pad(packed), torch.randn(inputs.v.shape)
     (found,) = torch.autograd.grad(padded, inputs.v, gradient)
+    assert torch.equal(padded, torch.where(kept[:, None, :, None], inputs.v, 0))
     assert torch.equal(found, torch.where(kept[:, None, :, None], gradient, 0))
 
 
 def test_packing_takes_sequences_of_padding_alone():
-    mask = torch.tensor([[True, False], [False, False]])
-    packing = Packing.of(mask)
+    packing = Packing.of(torch.tensor([[True, False], [False, False]]))
     assert packing.starts.tolist() == [0, 1, 1]
     assert packing.pad(packing.unpad(torch.ones(2, 1, 2, 3))).sum() == 3
 
@@ -263,21 +265,16 @@ NOT_PACKED = {
     "cross right causal": "another alignment",
     "dropout": "no dropout",
 }
-REFUSED = {**CASES, "dropout": replace(SQUARE, dropout_p=0.1)}
 
 
-def varlen_with_window(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
-):
-    assert scale is None
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+def varlen_with_window(q, k, v, starts_q, starts_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
+    assert enable_gqa == (q.shape[1] != k.shape[1])
     assert window_size in ((-1, -1), (-1, 0))
-    causal = window_size == (-1, 0)
-    return attend_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal)
+    return attend_by_sequence(q, k, v, starts_q, starts_k, max_q, max_k, window_size == (-1, 0))
 
 
-def varlen_with_flag(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    return attend_by_sequence(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal)
+def varlen_with_flag(q, k, v, starts_q, starts_k, max_q, max_k, is_causal=False):
+    return attend_by_sequence(q, k, v, starts_q, starts_k, max_q, max_k, is_causal)
 
 
 @pytest.mark.parametrize("case", PACKED)
@@ -289,71 +286,63 @@ def test_varlen_computes_what_the_oracle_computes(function: Callable, case: str,
 
 
 @pytest.fixture
-def flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """A package flash_attn.cute that counts its calls."""
+def flash_attention_4(monkeypatch: pytest.MonkeyPatch) -> list:
+    """A package flash_attn.cute, whose calls are listed."""
+    calls = []
 
     def flash_attn_func(q, k, v, causal=False, deterministic=False):
+        calls.append(("dense", deterministic))
         starts = [torch.arange(len(x) + 1, dtype=torch.int32) * x.shape[1] for x in (q, k)]
-        cute.calls.append(("dense", deterministic))
         packed = (x.flatten(0, 1) for x in (q, k, v))
         out = attend_by_sequence(*packed, *starts, q.shape[1], k.shape[1], causal)
         return out.unflatten(0, q.shape[:2]), None
 
     def flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=None,
-        cu_seqlens_k=None,
-        max_seqlen_q=None,
-        max_seqlen_k=None,
-        causal=False,
-        deterministic=False,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, deterministic=False
     ):
-        cute.calls.append(("packed", deterministic))
+        calls.append(("packed", deterministic))
         return attend_by_sequence(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal), None
 
     cute = types.ModuleType("flash_attn.cute")
-    cute.calls, cute.flash_attn_func, cute.flash_attn_varlen_func = [], flash_attn_func, flash_attn_varlen_func
+    cute.flash_attn_func, cute.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
     package = types.ModuleType("flash_attn")
     package.cute = cute
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
-    return cute
+    return calls
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_flash_attention_4_computes_what_the_oracle_computes(case: str, flash_attention_4: types.ModuleType):
+def test_flash_attention_4_computes_what_the_oracle_computes(case: str, flash_attention_4: list):
     inputs = make_inputs(CASES[case], CPU)
     attention = named("flash-attention 4").prepare(inputs)
     check(attention, inputs)
     with numerics("float32", deterministic=True):
         attention(inputs.q, inputs.k, inputs.v)
     form = "dense" if inputs.mask is None else "packed"
-    assert flash_attention_4.calls == [(form, False), (form, True)]
+    assert flash_attention_4 == [(form, False), (form, True)]
 
 
 @pytest.mark.parametrize("case", NOT_PACKED)
 @pytest.mark.parametrize("name", ["varlen", "flash-attention 4"])
-def test_packed_sequences_serve_no_other_masks(name: str, case: str, flash_attention_4: types.ModuleType):
+def test_packed_sequences_serve_no_other_masks(name: str, case: str, flash_attention_4: list):
+    inputs = make_inputs(CASES.get(case, replace(SQUARE, dropout_p=0.1)), CPU)
     with pytest.raises(Unserved, match=NOT_PACKED[case]):
-        named(name).prepare(make_inputs(REFUSED[case], CPU))
+        named(name).prepare(inputs)
 
 
-def test_flash_attention_4_says_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+def test_flash_attention_4_says_what_is_not_installed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    inputs = make_inputs(SQUARE, CPU)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     with pytest.raises(Unserved, match="not installed: pip install flash-attn-4"):
-        named("flash-attention 4").prepare(make_inputs(SQUARE, CPU))
-
-
-def test_flash_attention_4_that_lacks_something_else_says_what(tmp_path, monkeypatch: pytest.MonkeyPatch):
+        named("flash-attention 4").prepare(inputs)
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("import nothing_of_this_name\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("flash_attn", "flash_attn.cute"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):
-        named("flash-attention 4").prepare(make_inputs(SQUARE, CPU))
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_this_name"):  # something that it needs
+        named("flash-attention 4").prepare(inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,10 +383,6 @@ def test_a_block_mask_is_made_when_the_name_says(
     for _ in range(2):
         attention(inputs.q, inputs.k, inputs.v)
     assert len(made) == prepared + 2 * called
-
-
-@pytest.mark.parametrize("name", ["flex", "flex + mask"])
-def test_flex_has_no_dropout(name: str):
     with pytest.raises(Unserved, match="no dropout"):
         named(name).prepare(make_inputs(replace(RIGHT, dropout_p=0.1), CPU))
 
@@ -475,26 +460,15 @@ def test_a_model_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch):
 def test_every_peer_has_a_name_of_its_own_and_a_line_about_it():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     assert all(peer.about and "\n" not in peer.about for peer in PEERS)
-    assert [peer.name for peer in PEERS if peer.judged_whole] == list(OURS)
-    backwards = {
-        ("math", "einsum"),
-        *((name, way) for name in BACKENDS if name != "math" for way in ("separate", "fused")),
-    }
-    assert set(OURS.values()) == backwards
 
 
-def test_a_gpu_measures_all_of_them():
-    assert peers_for("cuda") == peers_for(torch.device("cuda", 0)) == list(PEERS)
-
-
-def test_a_cpu_measures_those_that_compile_nothing():
+def test_the_peers_of_a_device():
+    assert peers_for(PEERS, "cuda") == list(PEERS)
     compiling = {"flex", "flex + mask", "flash-attention 4", "compiled einsum"}
-    assert {peer.name for peer in PEERS} - {peer.name for peer in peers_for("cuda", quick=True)} == compiling
-    names = [peer.name for peer in peers_for(CPU)]
-    assert names == ["flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "naturalspeech2"]
-
-
-def test_patterns_choose_by_whole_names_in_the_order_of_the_table():
-    assert [peer.name for peer in peers_for(CPU, ["sdpa*", "flex"])] == ["sdpa", "sdpa flash", "sdpa math", "flex"]
-    with pytest.raises(ValueError, match=r"no peer on cpu is named 'varlen'; there are 'flash_attend math', 'sdpa'"):
-        peers_for(CPU, ["sdpa", "varlen"])
+    assert {peer.name for peer in PEERS} - {peer.name for peer in peers_for(PEERS, "cuda", quick=True)} == compiling
+    names = [peer.name for peer in peers_for(PEERS, "cpu")]
+    assert names == ["flash_attend", "flash_attend math", "sdpa", "sdpa flash", "sdpa math", COMPLEX, "naturalspeech2"]
+    named = peers_for(PEERS, "cpu", ["sdpa*", "flex"])
+    assert [peer.name for peer in named] == ["sdpa", "sdpa flash", "sdpa math", "flex"]
+    with pytest.raises(ValueError, match=r"no peer on cpu is named 'varlen'; there are 'flash_attend', "):
+        peers_for(PEERS, "cpu", ["sdpa", "varlen"])

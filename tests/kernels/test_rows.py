@@ -12,7 +12,7 @@ from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
 from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.tiles import Tile as DeviceTile
-from flash_attend.kernels.tiles import clear_rows, row_products, scaled, zeros
+from flash_attend.kernels.tiles import clear_rows, rounded_to_tf32, row_products, scaled, zeros
 from flash_attend.testing.calls import Case, check, make_call, run, truth_of
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
@@ -239,3 +239,24 @@ def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
     )
     expected = torch.where(kept[:, None], (a @ b.T) @ b * factor[:, None], 0.0)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-13 * dim * n)
+
+
+@triton.jit
+def rounding_kernel(OUT, X, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(OUT + at, rounded_to_tf32(tl.load(X + at)))
+
+
+@on_every_device
+def test_operands_are_rounded_to_the_nearest_tf32_number(device: str) -> None:
+    unit, largest = 2.0**-10, torch.finfo(torch.float32).max
+    numbers = [1 + unit, 1 + 0.49 * unit, -1 - 0.51 * unit, 1 + 0.5 * unit, 2 - 0.5 * unit, -0.0, largest, -torch.inf]
+    nearest = [1 + unit, 1, -1 - unit, 1 + unit, 2, -0.0, torch.inf, -torch.inf]  # ties go away from 0
+    # NaN, of which half a unit more in integers would make 0 or infinity.
+    no_numbers = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x400000] * 2, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([torch.tensor(numbers), no_numbers])
+    out = torch.empty_like(x, device=device)
+    rounding_kernel[(1,)](out, x.to(device), len(x))
+    found = (out.cpu().view(torch.int32) & -0x2000).view(torch.float32)  # what a product takes of it
+    assert found.tolist()[:8] == nearest
+    assert found[8:].isnan().all()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from flash_attend import BackendUnavailable, backends, explain, flash_attention, functional, validation
+from flash_attend import BackendUnavailable, backends, dispatch, explain, flash_attention, functional
+from flash_attend.checks import normalise_inputs
+from flash_attend.evidence import Finding, Store, Tuned, name_of_tuned, read_anew
 from flash_attend.target import DeviceTarget
-from flash_attend.validation import Evidence
+from flash_attend.variant import Kind, Variant, kind_of_call, variant_of
 
-H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), shared_memory=232448, multiprocessors=132, triton="3.7.1")
+HERE = torch.device("cpu")  # where the tensors lie
+H100 = DeviceTarget("cuda", "NVIDIA H100", (9, 0), 232448, multiprocessors=132, triton="3.7.1", device=HERE)
 T4 = DeviceTarget("cuda", "Tesla T4", (7, 5), shared_memory=65536, multiprocessors=40, triton="3.7.1")
 
 
@@ -51,27 +54,35 @@ def test_one_line_for_every_backend(on) -> None:
     ]
 
 
-def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Told as it stands: nothing is checked for it, and nothing written."""
+    monkeypatch.setenv("FLASH_ATTEND_CACHE", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_found_out", lambda variant, device: pytest.fail("checked"))
     on(H100)
     no_hopper, math = "  hopper  no       float32 is not float16 or bfloat16", "  math    yes      it needs no evidence"
-    separate = "  backward: separate, the fused one was not measured faster on sm_90"
-    by_name = "  triton  by name  not validated on sm_90 yet; ask for it by name"
-    for key in list(validation.EVIDENCE):
-        monkeypatch.delitem(validation.EVIDENCE, key)
-    einsum = "  backward: einsum, it has no other"
-    assert lines_of() == ["on NVIDIA H100: math serves", einsum, no_hopper, by_name, math]
-    assert lines_of(backend="triton") == ["on NVIDIA H100: triton serves", separate, no_hopper, by_name, math]
+    separate = "  backward: separate, the fused one was not measured faster here"
+    unknown = "  triton  yes      not checked here yet: the first call does"
+    assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, unknown, math]
+    assert not list(tmp_path.iterdir())
 
-    found = Evidence(gpu="NVIDIA H100", triton="3.7.1", date="2026-01-31", results="results.json", faster=True)
-    monkeypatch.setitem(validation.EVIDENCE, ("triton", "separate", "sm_90"), replace(found, faster=False))
-    yes = "  triton  yes      validated on sm_90 (NVIDIA H100, Triton 3.7.1, 2026-01-31)"
+    (*tensors,), store = _tensors(), Store.of(HERE)
+    _, spec = normalise_inputs(*tensors)
+    right = Variant.read(variant_of(spec, "triton", "separate", (False, False, False)))
+    store.keep(right, Finding(True, "self-checked: fine"))
+    yes = "  triton  yes      self-checked: fine"
     assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, yes, math]
 
-    monkeypatch.setitem(validation.EVIDENCE, ("triton", "fused", "sm_90"), found)
-    fused = "  backward: fused, measured faster on sm_90 (NVIDIA H100, 2026-01-31)"
-    assert lines_of() == ["on NVIDIA H100: triton serves", fused, no_hopper, yes, math]
+    fused = Tuned("triton", (("triton", "fused", ""),), "measured fastest")
+    store.write(name_of_tuned(Kind(*kind_of_call(spec))), dict(won=fused._asdict()))
+    read_anew()
+    assert lines_of()[1] == "  backward: fused, measured fastest"
     refused = "  backward: separate, fused is refused: deterministic gradients are asked for, and it adds up those of q"
     assert lines_of(deterministic=True)[1] == f"{refused} in any order"
+
+    for backward in ("separate", "fused"):
+        store.keep(right._replace(backward=backward), Finding(False, "its self-check failed here"))
+    by_name = "  triton  by name  its self-check failed here, measured fastest"
+    assert lines_of()[::3] == ["on NVIDIA H100: math serves", by_name]
 
 
 def test_a_backend_by_name_that_cannot_serve_is_told_not_raised(on) -> None:
@@ -114,9 +125,9 @@ def test_draws_nothing_from_the_generator() -> None:
 
 @pytest.fixture
 def fresh_warnings():
-    functional._warn_of_fallback.cache_clear()
+    functional._warn.cache_clear()
     yield
-    functional._warn_of_fallback.cache_clear()
+    functional._warn.cache_clear()
 
 
 def _collect(calls: list[dict], d: int = 8) -> list[warnings.WarningMessage]:

@@ -5,7 +5,6 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,8 @@ import torch
 import flash_attend
 from flash_attend import __main__ as bug_report
 from flash_attend import target
-from flash_attend.validation import Evidence
+from flash_attend.evidence import Finding, Store
+from flash_attend.variant import ALL, Kind, Variant
 
 
 def gpu(name: str, major: int, gib: int, multiprocessors: int, shared: int) -> SimpleNamespace:
@@ -23,8 +23,9 @@ def gpu(name: str, major: int, gib: int, multiprocessors: int, shared: int) -> S
 
 
 @pytest.fixture
-def fake_gpus(monkeypatch):
-    """A machine with an A100 and an H100, as far as torch tells."""
+def fake_gpus(monkeypatch, tmp_path):
+    """A machine with an A100 and an H100, as far as torch tells, of which nothing is known."""
+    monkeypatch.setenv("FLASH_ATTEND_CACHE", str(tmp_path))
     parts = gpu("NVIDIA A100-SXM4-80GB", 8, 80, 108, 166912), gpu("NVIDIA H100 80GB HBM3", 9, 79, 132, 232448)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(parts))
@@ -65,43 +66,45 @@ def test_versions():
 
 def test_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    text = bug_report.report({})
+    text = bug_report.report()
     assert value_of("GPU", text) == "none"
     backends = section("backends for", text)
     assert "cpu: on cpu: math serves" in backends
     assert "cuda" not in backends.replace("CUDA", "")
-    assert section("shown on a GPU", text) == "  nothing yet, on any part"
+    assert "known of" not in text
 
 
 def test_each_gpu_is_described_and_judged(fake_gpus):
-    text = bug_report.report({})
+    text = bug_report.report()
     assert value_of("GPU 0", text) == (
         "NVIDIA A100-SXM4-80GB, sm_80, 80.0 GiB, 108 SMs, 166912 bytes of shared memory a block"
     )
     assert value_of("GPU 1", text).startswith("NVIDIA H100 80GB HBM3, sm_90, 79.0 GiB, 132 SMs, 232448 bytes")
     backends = section("backends for", text)
-    assert "cuda:0: on NVIDIA A100-SXM4-80GB: math serves" in backends
-    assert "cuda:1: on NVIDIA H100 80GB HBM3: math serves" in backends
-    assert "not validated on sm_80 yet" in backends
-    assert section("shown on a GPU", text) == "  nothing yet, on any part"
+    assert "cuda:0: on NVIDIA A100-SXM4-80GB: triton serves" in backends
+    assert "cuda:1: on NVIDIA H100 80GB HBM3: triton serves" in backends
+    assert "  triton  yes      not checked here yet: the first call does" in backends
+    assert section("known of cuda:0", text) == "  0 variants right, 0 not"
 
 
-def test_what_was_shown_is_told_with_its_evidence(fake_gpus):
-    """Right and faster each by itself: the H100 has both for the Gluon kernels, and serves by them."""
-    right = Evidence("NVIDIA H100 80GB HBM3", "3.7.1", "2026-01-02", "benchmarks/results/h100/standard.json")
-    keys = [("hopper", "fused"), ("hopper", "separate"), ("triton", "separate")]
-    evidence = {(*key, "sm_90"): replace(right, faster=key == ("hopper", "separate")) for key in keys}
-    text = bug_report.report(evidence)
-    facts = "(NVIDIA H100 80GB HBM3, Triton 3.7.1, 2026-01-02, benchmarks/results/h100/standard.json)"
-    assert section("shown on a GPU", text).splitlines() == [
-        f"  hopper with its fused backward on sm_90: right {facts}",
-        f"  hopper with its separate backward on sm_90: right and faster {facts}",
-        f"  triton with its separate backward on sm_90: right {facts}",
-        "  nothing on sm_80, which is here",
+def test_what_is_known_of_a_part_is_told(fake_gpus):
+    kind = Kind("float16", "ieee", 64, 64, "key", True, False)
+    right, wrong = (Variant("triton", way, kind, *[False] * 4, ALL) for way in ("separate", "fused"))
+    store = Store.of(torch.device("cuda", 1))
+    store.keep(right, Finding(True, "self-checked: dq used 0.31 of its error budget"), seconds=1.5)
+    store.keep(wrong, Finding(False, "dq: max error 1"), seconds=1.5)
+    won = dict(backend="triton", ways=[["triton", "fused", ""]], reason="1.20 times as fast")
+    store.write("tuned " + " ".join(map(str, kind)), dict(won=won))
+    text = bug_report.report()
+    assert section("known of cuda:0", text) == "  0 variants right, 0 not"
+    assert section("known of cuda:1", text).splitlines() == [
+        "  1 variant right, 1 not",
+        f"  {wrong}: dq: max error 1",
+        "  tuned float16 ieee 64 64 key True False: 1.20 times as fast",
     ]
-    backends = section("backends for", text)
-    assert "cuda:0: on NVIDIA A100-SXM4-80GB: math serves" in backends
-    assert "cuda:1: on NVIDIA H100 80GB HBM3: hopper serves" in backends
+    told = "  triton  yes      self-checked: dq used 0.31 of its error budget, 1.20 times as fast"
+    assert told in text
+    assert "  backward: separate, the fused one is not right: dq: max error 1" in text
 
 
 @pytest.mark.parametrize(
@@ -119,4 +122,16 @@ def test_driver(script, expected, tmp_path, monkeypatch):
         tool.write_text(f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(target, "DRIVER", tmp_path / "missing")
     assert value_of("driver", bug_report.report()) == expected
+
+
+def test_the_driver_tells_its_version_itself(tmp_path, monkeypatch):
+    said = tmp_path / "version"
+    said.write_text(
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\nGCC version: 12.2\n"
+    )
+    monkeypatch.setattr(target, "DRIVER", said)
+    assert target.driver_version() == "580.95.05"
+    said.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n")
+    assert target.driver_version() == "535.183.01"

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flash_attend import Attend, BackendUnavailable, backends, explain, flash_attention, target
+from flash_attend import Attend, BackendUnavailable, backends, check, explain, flash_attention, target
+from flash_attend.evidence import Finding, Store, Tuned, read_anew
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
-from flash_attend.validation import EVIDENCE, Evidence
 
 
 @pytest.fixture
@@ -110,17 +110,21 @@ def test_a_release() -> None:
 
 @pytest.mark.parametrize("backend", ("auto", "triton"))
 def test_a_compiler_takes_what_is_known_of_a_part_for_constants(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan is made while a call is traced, from evidence by arch, and stands in the graph."""
-    part = DeviceTarget("cuda", "a part", (9, 0), triton="3.7.1")
+    """The plan is made while a call is traced, and stands in the graph; an unknown variant is checked meanwhile, once,
+    though lengths and head dimensions are symbols."""
+    device, asked = torch.device("cpu"), []
+    part = DeviceTarget("cuda", "a part", (9, 0), triton="3.7.1", device=device)
     monkeypatch.setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: part)))
     monkeypatch.setattr(backends, "_try_import", lambda name: "")
-    for backward in ("separate", "fused"):
-        row = Evidence("a part", "3.7.1", "2026-01-31", "results.json", faster=True)
-        monkeypatch.setitem(EVIDENCE, ("triton", backward, "sm_90"), row)
+    fused = Tuned("triton", (("triton", "fused", ""),), "measured")
+    monkeypatch.setattr(Store, "tuned", lambda store, kind: fused)
+    read_anew()
+    monkeypatch.setattr(check, "check", lambda variant, device: asked.append(variant) or Finding(True, "fine"))
     graphs = []
     attend = torch.compile(
         flash_attention,
         fullgraph=True,
+        dynamic=True,
         backend=lambda graph, inputs: graphs.append(graph) or (lambda *given: given[:1]),
     )
     pytest.importorskip("triton", reason="the shapes of a schedule are the kernels'")
@@ -128,3 +132,6 @@ def test_a_compiler_takes_what_is_known_of_a_part_for_constants(backend: str, mo
     (call,) = (node for node in graphs[0].graph.nodes if "flash_attend" in str(node.target))
     assert "triton" in str(call.args)
     assert "fused" in str(call.args)
+    assert [variant.backward for variant in asked] == ["fused"] * (backend == "auto")  # by name nothing is checked
+    assert all(type(variant.kind.head_dim) is int for variant in asked)
+    read_anew()

@@ -10,13 +10,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from emulator.driver import Launched, Runner, executed
 from emulator.machine import Options
 from flash_attend.kernels.configs import HOPPER_ROWS, Tile, Tiles, override
 from flash_attend.testing.budget import Budget
-from flash_attend.testing.calls import Call, Case, budget_of, make_call, truth_of
+from flash_attend.testing.calls import Call, Case, budget_of, make_call
 from flash_attend.testing.calls import run as run_publicly
 from flash_attend.testing.oracle import Answer, visible_pairs
 
@@ -26,7 +25,6 @@ DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "tf32x3": torch.float32,
     "fp64": torch.float64,
 }  # fmt: skip
-TF32_EPS = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -273,25 +271,9 @@ def poisoned(call: Call) -> Call:
     )
 
 
-class _TF32Products(TorchDispatchMode):
-    """Products of float32 take their operands as TF32, cut off."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and args[0].dtype == torch.float32:
-            args = tuple((x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for x in args)
-        return function(*args, **(kwargs or {}))
-
-
 def budget_for(execution: Execution, call: Call) -> Budget:
-    """That of the tests. Products in TF32, which PyTorch has on no CPU, stand beside eager ones in TF32.
-
-    Those cut their operands off, as the kernels' do today; cuBLAS rounds them to nearest, which errs half as much.
-    """
-    truth = truth_of(call)
-    if execution.dtype != "tf32":
-        return budget_of(call, truth)
-    with _TF32Products():
-        return budget_of(call, truth, product_eps=TF32_EPS)
+    """That of the tests."""
+    return budget_of(call, tf32=execution.dtype == "tf32")
 
 
 def execute(execution: Execution, call: Call, runner: Runner | None = None) -> tuple[Answer, Runner]:
@@ -309,10 +291,10 @@ def execute(execution: Execution, call: Call, runner: Runner | None = None) -> t
         return run_publicly(call, execution.backend, backward=execution.backward), runner
 
 
-def judge(execution: Execution) -> Result:
+def judge(execution: Execution, runner: Runner | None = None) -> Result:
     """Fails unless an execution ends, and within the error budget."""
     start = time.process_time()
     call = call_of(execution)
-    answer, runner = execute(execution, poisoned(call))
+    answer, runner = execute(execution, poisoned(call), runner)
     shares = budget_for(execution, call).check(answer)
     return Result(shares, runner.launches, time.process_time() - start)

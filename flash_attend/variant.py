@@ -1,0 +1,84 @@
+"""What is compiled once, and so checked once: a variant of a backend's kernels."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import NamedTuple
+
+from flash_attend.spec import AttentionSpec
+
+__all__ = ["ALL", "Kind", "Variant", "kind_of_call", "variant_of"]
+
+ALL = (True, True, True)  # gradients of q, k and v
+
+
+class Kind(NamedTuple):
+    """A kind of calls: what the tiles of a kernel depend on."""
+
+    dtype: str
+    precision: str
+    head_dim: int
+    value_dim: int
+    mask: str  # the name of a `MaskKind`, in lower case
+    causal: bool
+    dropout: bool
+
+
+class Variant(NamedTuple):
+    """What is compiled once: lengths, strides and the scale's size are run-time values."""
+
+    backend: str
+    backward: str
+    kind: Kind
+    mask_per_head: bool
+    grouped: bool
+    negative_scale: bool
+    one_query: bool
+    needed: tuple[bool, bool, bool]  # which of q, k and v need a gradient; where none does, the backward is not run
+    tiles: str = ""  # as `kernels.configs.as_text` has those that were measured fastest; empty for what the rules say
+
+    @staticmethod
+    def read(fields: tuple) -> Variant:
+        """The variant of `variant_of`, or from JSON."""
+        backend, backward, kind, per_head, grouped, negative, one_query, (q, k, v), tiles = fields
+        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, one_query, (q, k, v), tiles)
+
+    def __str__(self) -> str:
+        of = self.kind
+        gradients = "".join(name for name, need in zip("qkv", self.needed, strict=True) if need)
+        words = [self.backend, self.backward, of.dtype, of.precision * (of.precision != "ieee")]
+        words += [f"d{of.head_dim}", f"dv{of.value_dim}", of.mask * (of.mask != "none")]
+        words += [
+            "per-head" * self.mask_per_head,
+            "causal" * of.causal,
+            "dropout" * of.dropout,
+            "grouped" * self.grouped,
+        ]
+        words += ["negative-scale" * self.negative_scale, "one-query" * self.one_query]
+        words += [f"gradients-{gradients}" if gradients else "forward-only", f"tiles {self.tiles}" * bool(self.tiles)]
+        return " ".join(filter(None, words))
+
+
+# While a call is traced, a compiler hands only constants, and tuples of them, to what it runs for real.
+
+
+def kind_of_call(spec: AttentionSpec) -> tuple:
+    """The fields of a call's `Kind`."""
+    mask = "none" if spec.mask == 0 else "key" if spec.mask == 1 else "dense"
+    dtype, dims = str(spec.dtype).removeprefix("torch."), (index(spec.head_dim), index(spec.value_dim))
+    return dtype, spec.precision, *dims, mask, spec.causal, _decided(spec.dropout_p > 0)
+
+
+def variant_of(
+    spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, bool, bool], tiles: str = ""
+) -> tuple:
+    """The fields of the `Variant` that serves a call."""
+    flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0, spec.queries == 1
+    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles
+
+
+def _decided(condition: bool) -> bool:
+    """A condition of symbols as a constant, which holds for whatever the compiled program serves."""
+    if condition:  # noqa: SIM103  a branch is what decides
+        return True
+    return False
