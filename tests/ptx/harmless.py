@@ -43,7 +43,10 @@ HARMLESS = (
     # The plain kernels, whose calls have no key masks, no dead rows, and blocks of both kinds
     Harmless("barrier dropped", r"_load_part|in tl\.range", "the next one comes before the first access, too", PLAIN),
     Harmless("wait for one group less", r"in tl\.range", "at the end, where nobody reads what comes", PLAIN),
-    Harmless("commit dropped", "_load_part|_key_value_tile: (lse_log2|delta) = ", "the next group, waited for at the same point, holds both", PLAIN),
+    Harmless(
+        "commit dropped", "_load_part|_key_value_tile: (lse_log2|delta) = ",
+        "the next group, waited for at the same point, holds both", PLAIN,
+    ),
     Harmless("nothing hidden", r"Softmax\.(step|finish)", "no row is dead", PLAIN),
     Harmless("nothing hidden|shuffle over another lane|no shuffle", "clear_rows|any_key", "no key is hidden", PLAIN),
     Harmless("bound off by one", r"in tl\.range", "it only asks whether there is a block, and there is one", PLAIN),
