@@ -7,13 +7,10 @@ are timed in a CUDA graph. On a CPU a sample is wall-clock time.
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,30 +125,6 @@ def numerics(dtype: str, deterministic: bool = False, threads: int = 0) -> Itera
         torch.use_deterministic_algorithms(was_deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = filled
         torch.set_float32_matmul_precision(precision)
-
-
-def peak_bytes(function: Function, device: torch.device) -> int:
-    """What one call allocates by torch at its highest, beyond what is allocated before it."""
-    if device.type == "cpu":
-        return _peak_bytes_on_cpu(function)
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    function()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def _peak_bytes_on_cpu(function: Function) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    del kept
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]")
-    return max(itertools.accumulate((change for _, change in changes), initial=0))
 
 
 def kernel_milliseconds(make: Callable[[], Function], milliseconds: float) -> float:

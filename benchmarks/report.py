@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,8 +53,10 @@ Peak memory is what torch allocates in a call beyond its inputs.
 Before a time was taken, the results of that very call were compared with float64. A result outside the error budget is
 wrong, and has no time. What a peer's own dropout keeps is not known: it is judged without.
 
-`ratio` is a peer's time over ours: above 1, ours is faster. Its range is that of the rounds; where it holds 1, the two
-are even. A case that ours does not serve, or gets wrong, is a loss. {LEGEND}
+`ratio` is a peer's time over ours, above 1 ours is faster: beside the fastest peer the median of the rounds' ratios,
+with their range; where that holds 1, the two are even. A case that ours does not serve, or gets wrong, is a loss.
+
+{LEGEND}
 """
 
 
@@ -85,7 +88,7 @@ def compare(frame: pd.DataFrame, name: str = "") -> pd.DataFrame:
         [theirs / own for theirs, own in zip(theirs, own, strict=True)] if isinstance(theirs, list) and own else []
         for theirs, own in zip(found["ms_rounds_best"], found["ms_rounds"], strict=True)
     ]
-    found["ratio"] = found["ms_median_best"] / found["ms_median"]
+    found["ratio"] = [statistics.median(ratios) if ratios else None for ratios in rounds]
     found["low"], found["high"] = [min(r, default=None) for r in rounds], [max(r, default=None) for r in rounds]
     found["verdict"] = [_verdict(*row) for row in found[["error", "peer_best", "low", "high"]].itertuples(index=False)]
     return found.sort_values("ratio", na_position="first", kind="stable")

@@ -21,7 +21,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from unittest import mock
 
@@ -334,9 +334,9 @@ class Training:
     def __init__(self, case: Workload, device: torch.device) -> None:
         self.case, self.device, self.batch = case, device, Batch.of(case, device)
         self.models: dict[str, nn.Module] = {}
-        self.exact, self.einsum = self._yardsticks()
 
-    def _yardsticks(self) -> tuple[Answers, dict[str, float]]:
+    @cached_property
+    def yardsticks(self) -> tuple[Answers, dict[str, float]]:
         """Float64, and the own einsum path's distance from it, a sequence at a time, so that they fit."""
         from complex_valued_transformer import complex_valued_transformer as client
 
@@ -353,8 +353,9 @@ class Training:
     def admit(self, peer: Peer) -> Check:
         """Makes an arm's model and judges its first step, which it leaves undone."""
         self.models[peer.name] = model = peer.prepare(self.case, self.device)
-        errors = distances(all_answers(model, [self._batch_of(peer)], self.case.dtype), self.exact)
-        return judge(errors, self.einsum, self.case.dtype)
+        exact, einsum = self.yardsticks
+        errors = distances(all_answers(model, [self._batch_of(peer)], self.case.dtype), exact)
+        return judge(errors, einsum, self.case.dtype)
 
     def _batch_of(self, peer: Peer) -> Batch:
         return self.batch if peer.prepare.masked else replace(self.batch, mask=None)

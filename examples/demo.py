@@ -3,8 +3,7 @@
 The model is complex-valued-transformer's, the text is the source of Python's standard library, byte by byte. Run it
 with `make demo`, or with `python examples/demo.py --help` where the package's extra `demo` is installed.
 
-The two trainings run in step, each in a process of its own so that its memory is its own. They may differ by rounding,
-which training amplifies; `bound` says by how much.
+The two trainings run in step. They may differ by rounding, which training amplifies; `bound` says by how much.
 
 For the losses to show a wrong scale, mask or causal rule, the attention must have weight in them. The client's RMS norm
 gives vectors of RMS gamma / dim, which with its gamma of 1 makes the attention's part so small that one which looked
@@ -15,18 +14,16 @@ both trainings.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +33,7 @@ from tqdm import tqdm
 
 import flash_attend
 from flash_attend.backends import BACKENDS
+from flash_attend.testing.memory import peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("own", "ours")
@@ -102,7 +100,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One arm, in a process of its own
+# One arm
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -110,20 +108,14 @@ class Arm:
     """One training, step by step."""
 
     def __init__(self, kind: str, settings: argparse.Namespace, padded: bool) -> None:
-        self.kind, self.batches = kind, Batches(settings, padded)
-        self.on_gpu = settings.device == "cuda"
+        self.batches = Batches(settings, padded)
         self.flash, self.told = self._try_flash(settings)
         self.model = build_model(settings, self.flash)
-        handle = flash_attend.patch(self.model, backend=settings.backend, strict=True)
+        self.device = torch.device(settings.device)
         if kind == "ours":
-            self.told = f"\n{handle}\n{self._explain(settings, padded)}"
-        else:  # patched and restored: what patching compares takes memory, which should be at rest in both arms
-            handle.restore()
+            patched = flash_attend.patch(self.model, backend=settings.backend, strict=True)
+            self.told = f"\n{patched}\n{self._explain(settings, padded)}"
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-4)
-        # The first step of any optimizer imports a good part of torch, which is none of the training.
-        torch.optim.Adam([nn.Parameter(torch.zeros(1))]).step()
-        self._forget_peak()
-        self.resting_bytes = self._peak_bytes()
 
     def step(self, index: int) -> tuple[float, float]:
         """Trains on batch `index`; returns the loss and the seconds."""
@@ -133,26 +125,9 @@ class Arm:
         self.optimizer.step()
         self.optimizer.zero_grad()
         value = loss.item()
-        if self.on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return value, time.perf_counter() - start
-
-    def finish(self) -> tuple[str, float, dict[str, tuple[float, float, float]]]:
-        """Who served and why, the growth of memory in megabytes, and the errors of the attention alone."""
-        growth = (self._peak_bytes() - self.resting_bytes) / 1e6
-        return self.told, growth, self._measure_attention() if self.kind == "ours" else {}
-
-    def _peak_bytes(self) -> int:
-        if self.on_gpu:
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    def _forget_peak(self) -> None:
-        """Where that can be done: training is measured, and not what came before it."""
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        with suppress(OSError):  # no Linux, or not allowed
-            Path("/proc/self/clear_refs").write_text("5")
 
     def _try_flash(self, settings: argparse.Namespace) -> tuple[bool, str]:
         """Whether the client's flash path is asked for and can run here, and what is told of it."""
@@ -178,7 +153,7 @@ class Arm:
             raise SystemExit(str(explanation))
         return str(explanation)
 
-    def _measure_attention(self) -> dict[str, tuple[float, float, float]]:
+    def measure_attention(self) -> dict[str, tuple[float, float, float]]:
         """The first layer's attention alone, on the last batch: how far own and ours are from float64.
 
         For the output and each gradient: the largest error of the client's Attend, by the worse of its paths that run
@@ -213,28 +188,6 @@ class Arm:
             for theirs, error, y in zip(own, errors(ours), exact, strict=True)
         ]
         return dict(zip(("out", "dq", "dk", "dv"), columns, strict=True))
-
-
-_arms: dict[str, Arm] = {}  # of this process
-
-
-def _quiet() -> None:
-    os.dup2(2, 1)  # what the client prints must not come between the lines of the table
-    warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # the client's flash path calls what torch deprecates
-    torch.set_num_threads(1)  # two arms' threads compete even while one arm waits, and the model is small
-
-
-def _begin(kind: str, *arguments: Any) -> None:
-    _arms[kind] = Arm(kind, *arguments)
-
-
-def _ask(kind: str, method: str, *arguments: Any) -> Any:
-    return getattr(_arms[kind], method)(*arguments)
-
-
-def own_process() -> Executor:
-    """A process for one arm."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,7 +243,7 @@ class Section:
         own, ours = (statistics.median(self.seconds[kind][1:] or self.seconds[kind]) for kind in ARMS)
         table.append(("seconds a step", f"{own:.4f}", f"{ours:.4f}", f"own/ours {own / ours:.2f}", ""))
         table.append(("first step", *(f"{self.seconds[kind][0]:.4f}" for kind in ARMS), "", ""))
-        table.append(("peak memory, MB", *(f"{self.megabytes[kind]:.1f}" for kind in ARMS), "", ""))
+        table.append(("memory of a step, MB", *(f"{self.megabytes[kind]:.1f}" for kind in ARMS), "", ""))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
@@ -298,22 +251,20 @@ class Section:
         return "\n".join(["", self.title, "", lines[0], rule, *lines[1:], "", *told])
 
 
-def compare(settings: argparse.Namespace, padded: bool, make_process: Callable[[], Executor]) -> Section:
+def compare(settings: argparse.Namespace, padded: bool) -> Section:
     """Trains both arms in step."""
     section = Section("with key padding" if padded else "no padding")
-    with make_process() as own, make_process() as ours:
-        processes = dict(zip(ARMS, (own, ours), strict=True))
-        for begun in [process.submit(_begin, kind, settings, padded) for kind, process in processes.items()]:
-            begun.result()
-        steps = range(settings.padded_steps if padded else settings.steps)
-        for step in tqdm(steps, desc=f"training, {section.title}", unit="step"):
-            for kind in ARMS[:: -1 if step % 2 else 1]:  # both are first and second equally often
-                loss, spent = processes[kind].submit(_ask, kind, "step", step).result()
-                section.losses[kind].append(loss)
-                section.seconds[kind].append(spent)
-        for kind, process in processes.items():
-            section.told[kind], section.megabytes[kind], errors = process.submit(_ask, kind, "finish").result()
-            section.errors |= errors
+    arms = {kind: Arm(kind, settings, padded) for kind in ARMS}
+    steps = range(settings.padded_steps if padded else settings.steps)
+    for step in tqdm(steps, desc=f"training, {section.title}", unit="step"):
+        for kind in ARMS[:: -1 if step % 2 else 1]:  # both are first and second equally often
+            loss, spent = arms[kind].step(step)
+            section.losses[kind].append(loss)
+            section.seconds[kind].append(spent)
+    section.errors = arms["ours"].measure_attention()
+    for kind, arm in arms.items():
+        section.told[kind] = arm.told
+        section.megabytes[kind] = peak_bytes(partial(arm.step, steps[-1]), arm.device) / 1e6
     return section
 
 
@@ -363,17 +314,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return settings
 
 
-def main(argv: Sequence[str] | None = None, make_process: Callable[[], Executor] = own_process) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; 0 if both trainings agree, 1 if they do not."""
     settings = parse_arguments(argv)
-    kinds = (False, True) if settings.padded_steps else (False,)
-    sections = [compare(settings, padded, make_process) for padded in kinds]
+    warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # the client's flash path calls what torch deprecates
+    with redirect_stdout(sys.stderr):  # what the client prints must not come between the lines of the tables
+        sections = [compare(settings, padded) for padded in ((False, True) if settings.padded_steps else (False,))]
     print(
         f"\ncomplex-valued-transformer on {settings.device}: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads of {DIM_HEAD} complex numbers, batch {settings.batch}, length {settings.length}",
         *sections,
         "\nagainst float64: largest error of the attention alone, the client's by the worse of its two paths",
-        "seconds: median without the first step; peak memory: growth during training, of the process or on the GPU",
+        "seconds: median without the first step; memory: allocated by torch at the highest, beyond what rests",
         sep="\n",
     )
     draw(sections, settings.out)
@@ -384,4 +336,6 @@ def main(argv: Sequence[str] | None = None, make_process: Callable[[], Executor]
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own log off the screen
+    torch.set_num_threads(1)  # the model is small
     sys.exit(main())

@@ -74,7 +74,8 @@ def _gpus() -> list[torch.device]:
 
 def _describe_store(store: Store) -> list[str]:
     found = store.findings()
-    wrong = [f"  {name}: {finding.reason}" for name, finding in found.items() if not finding.right]
+    wrong = [f"  {variant}: {finding.reason}" for variant, finding in found.items() if not finding.right]
+    wrong += [f"  {variant}: {who}, died or was ended in its check" for variant, who in store.died().items()]
     right = sum(finding.right for finding in found.values())
     lines = [f"  {right} variant{'s' * (right != 1)} right, {len(wrong)} not", *wrong]
     return [*lines, *(f"  {name}: {reason}" for name, reason in store.reasons_of_tuned().items())]
@@ -138,9 +139,15 @@ def check_all(
     return findings
 
 
+def _variants(part: DeviceTarget, store: Store) -> list[Variant]:
+    """Those of common calls, and before them whatever was refused."""
+    refused = [variant for variant, finding in store.findings().items() if not finding.right]
+    return list(dict.fromkeys([*refused, *store.died(), *servable(part)]))
+
+
 def _check(options: argparse.Namespace) -> int:
     parts = {DeviceTarget.of(device): device for device in _gpus()}
-    asked = [(device, variant) for part, device in parts.items() for variant in servable(part)]
+    asked = [(device, variant) for part, device in parts.items() for variant in _variants(part, Store.of(device))]
     asked = [(device, variant) for device, variant in asked if re.search(options.only, str(variant))]
     if not asked:
         print("nothing to check: what serves here needs no evidence")

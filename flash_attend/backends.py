@@ -40,8 +40,8 @@ BackwardName = Literal["separate", "fused", "torch", "einsum"]
 class Functions(NamedTuple):
     """What runs a backend."""
 
-    forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, schedule
-    backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed) -> gradients
+    forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, kept
+    backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, kept, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
 
 
@@ -59,12 +59,12 @@ class Backend:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """`(operands, spec, tiles) -> (out, lse, schedule)`."""
+        """`(operands, spec, tiles) -> (out, lse, kept)`, the last for the backward alone."""
         return self.load().forward
 
     @property
     def backward(self) -> Callable[..., Any]:
-        """`(grad_out | None, grad_lse | None, operands, out, lse, schedule, spec, tiles, needed) -> (dq, dk, dv)`,
+        """`(grad_out | None, grad_lse | None, operands, out, lse, kept, spec, tiles, needed) -> (dq, dk, dv)`,
         None where `needed`, a bool for each, says so."""
         return self.load().backward
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
-from flash_attend.evidence import Finding, Tuned, known, tiles_of, tuned
+from flash_attend.evidence import Finding, Tuned, known, tuned, way_of
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
@@ -114,18 +114,19 @@ def choose(
         asked = BACKENDS[backend]
         if reason := _refuse(asked, spec, target):
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
-        return Plan(asked, *_with_backward(asked, "asked for by name", question))
+        backward, backward_reason = _choose_backward(asked, question)
+        return Plan(asked, backward, "asked for by name", backward_reason)
     passed_over: dict[str, list[str]] = {}  # by reason, which backends often share
     wrong: list[str] = []
     for candidate in question.order:
         stand = _stand(candidate, question)
+        wrong += stand.wrong
         if stand.by_default:
             others = [f"{', '.join(names)}: {reason}" for reason, names in passed_over.items()]
-            backward, reason, backward_reason = _with_backward(candidate, "; ".join([*others, stand.reason]), question)
-            return Plan(candidate, backward, reason, backward_reason, _warning(candidate, reason, wrong, question))
+            reason = "; ".join([*others, stand.reason])
+            warning = _warning(candidate, reason, wrong, question)
+            return Plan(candidate, stand.backward, reason, stand.backward_reason, warning)
         passed_over.setdefault(stand.reason, []).append(candidate.name)
-        if stand.wrong:
-            wrong.append(f"{candidate.name}: {stand.reason}")
     raise AssertionError("the last backend serves every call")
 
 
@@ -173,15 +174,17 @@ class _Question:
 
     def find(self, backend: Backend, backward: BackwardName) -> Finding | None:
         """What is known of the variant that would serve."""
-        tiles = "" if self.fastest is None else tiles_of(self.fastest, backend.name, backward)
-        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles)
+        fastest, tiles = way_of(self.fastest, backend.name)
+        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles if backward == fastest else "")
         return self.knowledge.finding(variant, self.target.device)
 
 
 class _Stand(NamedTuple):
     by_default: bool  # "auto" may choose it
     reason: str
-    wrong: bool = False  # because it was wrong on the part
+    backward: BackwardName
+    backward_reason: str
+    wrong: tuple[str, ...] = ()  # what was wrong of it on the part
 
 
 def _judge_one(backend: Backend, question: _Question) -> Verdict:
@@ -191,27 +194,43 @@ def _judge_one(backend: Backend, question: _Question) -> Verdict:
 
 
 def _stand(backend: Backend, question: _Question) -> _Stand:
-    """Whether "auto" may choose a backend for a call, and why. Imports what runs it only where it may."""
-    spec, target, fastest = question.spec, question.target, question.fastest
-    if reason := backend.refuse(spec, target):
-        return _Stand(False, reason)
-    measured = question.measured(backend)
-    faster = f", {fastest.reason}" if fastest is not None and measured else ""
+    """Whether "auto" may choose a backend for a call, by which backward, and why."""
+    usual = backend.usual_backward
+    if reason := _pass_over(backend, question):
+        return _Stand(False, reason, usual, "")
+    backward, backward_reason = _choose_backward(backend, question)
+    fastest = question.fastest
+    faster = f", {fastest.reason}" if fastest is not None and question.measured(backend) else ""
     if backend.proof == "none":
-        return _Stand(True, f"it needs no evidence{faster}")
+        return _Stand(True, f"it needs no evidence{faster}", backward, backward_reason)
+    wrong: tuple[str, ...] = ()
+    found = question.find(backend, backward)
+    if found is not None and not found.right and backward != usual:
+        backward, backward_reason = usual, f"the {backward} one is not right: {found.reason}"
+        wrong = (f"{backend.name}: {backward_reason}",)
+        found = question.find(backend, usual)
+    if found is None:
+        return _Stand(True, f"not checked here yet: the first call does{faster}", backward, backward_reason, wrong)
+    if not found.right:
+        wrong = (*wrong, f"{backend.name}: {found.reason}")
+    return _Stand(found.right, f"{found.reason}{faster}", backward, backward_reason, wrong)
+
+
+def _pass_over(backend: Backend, question: _Question) -> str:
+    """Why "auto" does not so much as check a backend; empty where it does. Imports what runs it only there."""
+    target = question.target
+    if reason := backend.refuse(question.spec, target):
+        return reason
+    if backend.proof == "none":
+        return ""
     if target.interpreted:
-        return _Stand(False, f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}")
+        return f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}"
     version, newest = release(target.triton or ""), TRITON_VERSIONS[1]
     if version is not None and version > newest:
-        return _Stand(False, f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; {BY_NAME}")
-    if backend.proof == "faster" and not measured:
-        return _Stand(False, f"not measured faster here (`python -m flash_attend tune` does); {BY_NAME}")
-    if fault := backend.fault():
-        return _Stand(False, fault)
-    found = question.find(backend, backend.usual_backward)
-    if found is None:
-        return _Stand(True, f"not checked here yet: the first call does{faster}")
-    return _Stand(found.right, f"{found.reason}{faster}", wrong=not found.right)
+        return f"Triton {target.triton} is newer than the tested {newest[0]}.{newest[1]}; {BY_NAME}"
+    if backend.proof == "faster" and not question.measured(backend):
+        return f"not measured faster here (`python -m flash_attend tune` does); {BY_NAME}"
+    return backend.fault()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,19 +256,15 @@ def overridden_backward() -> BackwardName | None:
     return _override
 
 
-def _with_backward(backend: Backend, reason: str, question: _Question) -> tuple[BackwardName, str, str]:
-    """The backward of a backend that serves, the reason for the backend, and that for the backward."""
+def _choose_backward(backend: Backend, question: _Question) -> tuple[BackwardName, str]:
     usual, fastest = backend.usual_backward, question.fastest
     if backend.refuse_fused is None:
-        return usual, reason, "it has no other"
+        return usual, "it has no other"
     if refusal := backend.refuse_fused(question.spec, question.target):
-        return usual, reason, f"fused is refused: {refusal}"
+        return usual, f"fused is refused: {refusal}"
     if _override is not None:
-        return ("fused" if _override == "fused" else usual), reason, "asked for by override_backward"
-    if fastest is None or fastest.backwards.get(backend.name) != "fused":
-        where = "in Triton's interpreter" if question.target.interpreted else "here"
-        return usual, reason, f"the fused one was not measured faster {where}"
-    found = question.find(backend, "fused")
-    if found is not None and not found.right:
-        return usual, reason, f"the fused one is not right: {found.reason}"
-    return "fused", reason, fastest.reason
+        return ("fused" if _override == "fused" else usual), "asked for by override_backward"
+    if fastest is not None and way_of(fastest, backend.name)[0] == "fused":
+        return "fused", fastest.reason
+    where = "in Triton's interpreter" if question.target.interpreted else "here"
+    return usual, f"the fused one was not measured faster {where}"

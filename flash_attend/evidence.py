@@ -12,30 +12,23 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from flash_attend.marks import left, marked
 from flash_attend.target import DeviceTarget, driver_version
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
 
-try:
-    import fcntl
-except ImportError:  # Windows: what cannot be locked is kept in memory
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["Finding", "Store", "Tuned", "known", "name_of_tuned", "tiles_of", "tuned", "tuned_tiles"]
+__all__ = ["Finding", "Store", "Tuned", "known", "name_of_tuned", "read_anew", "tuned", "tuned_tiles", "way_of"]
 
 FORMAT = 1
-LONGEST_WAIT = 600.0  # seconds for another process that checks the same variant
+MARK = ".checking"  # the suffix of a check that is under way
 
 
 class Finding(NamedTuple):
@@ -49,8 +42,8 @@ class Tuned(NamedTuple):
     """What was fastest on a part for a kind of calls."""
 
     backend: str
-    backwards: dict[str, str]  # by backend: its faster backward
-    tiles: dict[str, str]  # by backend: the tiles that go with that backward, as `kernels.configs.as_text` has them
+    # Of each backend its faster backward, and the tiles that go with it, as `kernels.configs.as_text` has them.
+    ways: tuple[tuple[str, str, str], ...]
     reason: str
 
 
@@ -62,24 +55,39 @@ class Tuned(NamedTuple):
 @constant_when_compiled
 def known(variant: tuple, device: torch.device) -> Finding | None:
     """What is known of a variant on the part of a device, without finding it out; None where nothing is."""
+    if os.environ.get("FLASH_ATTEND_CHECK") == "0":
+        return Finding(True, "trusted unchecked, because FLASH_ATTEND_CHECK is 0")
     return Store.of(device).finding(Variant.read(variant))
 
 
 @constant_when_compiled
 def tuned(kind: tuple, device: torch.device) -> Tuned | None:
     """What was fastest on the part of a device; None where nothing was measured."""
-    return Store.of(device).tuned(Kind(*kind))
+    return _tuned_once(Store.of(device), Kind(*kind))
 
 
-def tiles_of(fastest: Tuned, backend: str, backward: str) -> str:
-    """The tiles that were fastest, of a backend by a backward; empty where none were measured."""
-    return fastest.tiles.get(backend, "") if fastest.backwards.get(backend) == backward else ""
+@cache
+def _tuned_once(store: Store, kind: Kind) -> Tuned | None:
+    return store.tuned(kind)
+
+
+def read_anew() -> None:
+    """Has what was fastest be read again."""
+    _tuned_once.cache_clear()
+
+
+def way_of(fastest: Tuned | None, backend: str) -> tuple[str, str]:
+    """The backward of a backend that was fastest, and its tiles; empty where none was measured."""
+    for name, backward, tiles in () if fastest is None else fastest.ways:
+        if name == backend:
+            return backward, tiles
+    return "", ""
 
 
 def tuned_tiles(backend: str, kind: tuple, target: DeviceTarget, backward: str) -> str:
-    """`tiles_of` what was fastest on a part."""
-    found = None if target.device is None else tuned(kind, target.device)
-    return "" if found is None else tiles_of(found, backend, backward)
+    """The tiles that were fastest on a part, of a backend by a backward; empty where none were measured."""
+    fastest, tiles = way_of(None if target.device is None else tuned(kind, target.device), backend)
+    return tiles if fastest == backward else ""
 
 
 @cache
@@ -127,17 +135,12 @@ def _as_name(text: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-_stores: list[Store] = []
-
-
 class Store:
     """What is known of one part."""
 
     def __init__(self, folder: Path, part: dict[str, str]) -> None:
         self.folder, self.part = folder, part
         self._findings: dict[Variant, Finding] = {}
-        self._tuned: dict[Kind, Tuned | None] = {}
-        _stores.append(self)
 
     @staticmethod
     def of(device: torch.device) -> Store:
@@ -165,21 +168,17 @@ class Store:
         """Writes a finding; without `details`, which say how it was found, it is for this process alone."""
         self._findings[variant] = finding
         if details:
-            self.write(str(variant), {**finding._asdict(), **details})
+            self.write(str(variant), dict(variant=variant, **finding._asdict(), **details))
 
     def tuned(self, kind: Kind) -> Tuned | None:
-        """What was fastest for a kind of calls."""
-        if kind not in self._tuned:
-            found = (self.read(name_of_tuned(kind)) or {}).get("won")
-            whole = found if isinstance(found, dict) and found.keys() == set(Tuned._fields) else None
-            self._tuned[kind] = None if whole is None else Tuned(**whole)
-        return self._tuned[kind]
-
-    @staticmethod
-    def forget_tuned() -> None:
-        """Has what was fastest read again."""
-        for store in _stores:
-            store._tuned.clear()
+        """What was fastest for a kind of calls, read at each time."""
+        found: Any = (self.read(name_of_tuned(kind)) or {}).get("won")
+        try:
+            return Tuned(
+                found["backend"], tuple((str(a), str(b), str(c)) for a, b, c in found["ways"]), found["reason"]
+            )
+        except (KeyError, TypeError, ValueError):
+            return None
 
     def forget(self, variant: Variant) -> None:
         """Forgets what was found, here and on the disk, so that it is found anew."""
@@ -214,14 +213,14 @@ class Store:
             return False
         return True
 
-    def findings(self) -> dict[str, Finding]:
-        """All that is on the disk about this part, by the variant's name."""
+    def findings(self) -> dict[Variant, Finding]:
+        """All that is on the disk about variants of this part."""
         found = {}
         for path in sorted(self.folder.glob("*.json")):
             with suppress(OSError, ValueError, KeyError, TypeError):
-                name = json.loads(path.read_text())["name"]
-                if (read := self.read(name)) and "right" in read:
-                    found[name] = Finding(read["right"], read["reason"])
+                variant = Variant.read(json.loads(path.read_text())["variant"])
+                if finding := self._read_finding(variant):
+                    found[variant] = finding
         return found
 
     def reasons_of_tuned(self) -> dict[str, str]:
@@ -233,65 +232,21 @@ class Store:
                 found[name] = (self.read(name) or {})["won"]["reason"]
         return found
 
-    @contextmanager
-    def checking(self, variant: Variant, *, anew: bool = False) -> Iterator[str]:
-        """Within this context no other process checks the variant; gives why it must not be checked, or "".
+    def checking(self, variant: Variant, *, anew: bool = False) -> AbstractContextManager[str]:
+        """Within this context no other process checks the variant; gives why it must not be checked, or "": a process
+        died while it checked it, and it is not asked for `anew`, or one takes too long."""
+        return marked(self._path(str(variant)).with_suffix(MARK), json.dumps(variant), anew=anew)
 
-        A file is locked for it, by a lock that dies with its process, and says who holds it. Where it can be locked and
-        says so, that process died, and nobody checks the variant but who asks for it to be done `anew`.
-        """
-        mark, reason = self._lock_mark(variant)
-        if mark is None:
-            yield reason
-            return
-        with open(mark, "r+") as file:
-            if (died := file.read(200)) and not anew:
-                yield f"{died}, died or was ended in its check; `python -m flash_attend check` tries it again"
-                return
-            _say(mark, f"process {os.getpid()} on {socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M')}")
-            try:
-                yield ""
-            finally:
-                _say(mark, "")
-
-    def _lock_mark(self, variant: Variant) -> tuple[int | None, str]:
-        """The file, locked; or None, and why not to check. Where nothing can be locked there is no reason."""
-        if fcntl is None:
-            return None, ""
-        mark = None
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            mark = os.open(self.folder / f"{_as_name(str(variant))}.checking", os.O_RDWR | os.O_CREAT, 0o666)
-            if _lock(mark):
-                return mark, ""
-            os.close(mark)
-            return None, f"another process has been checking it for {LONGEST_WAIT:.0f} seconds"
-        except OSError:
-            if mark is not None:
-                os.close(mark)
-            return None, ""
+    def died(self) -> dict[Variant, str]:
+        """The variants that a process died in the check of, and which one."""
+        found = {}
+        for path in sorted(self.folder.glob(f"*{MARK}")):
+            who, _, variant = left(path).partition("\n")
+            with suppress(ValueError, TypeError):
+                found[Variant.read(json.loads(variant))] = who
+        return found
 
 
 def name_of_tuned(kind: Kind) -> str:
     """The name of what was measured for a kind of calls."""
     return "tuned " + " ".join(map(str, kind))
-
-
-def _lock(mark: int) -> bool:
-    """Whether the file was locked within `LONGEST_WAIT`."""
-    end = time.monotonic() + LONGEST_WAIT
-    while time.monotonic() < end:
-        try:
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.02)
-        else:
-            return True
-    return False
-
-
-def _say(mark: int, text: str) -> None:
-    """Makes the file say this. On a full disk it says nothing, and a death goes unnoticed."""
-    with suppress(OSError):
-        os.ftruncate(mark, 0)
-        os.pwrite(mark, text.encode(), 0)

@@ -24,10 +24,13 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["aggregate", "constexpr_function", "kernel"]
+__all__ = ["BULK_COPIES_ROUND", "INTERPRETED", "aggregate", "constexpr_function", "kernel"]
 
 INTERPRETED = triton.knobs.runtime.interpret
+# To TF32, where a descriptor says so: from Triton 3.7 on. The interpreter would not.
+BULK_COPIES_ROUND = not INTERPRETED and hasattr(TensorDescriptor, "round_f32_to_tf32")
 
 # `triton.aggregate` from Triton 3.8 on.
 _compiled_aggregate = getattr(triton, "aggregate", None) or tl.core._aggregate

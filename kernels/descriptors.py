@@ -11,6 +11,7 @@ from functools import partial
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flash_attend.kernels.compat import BULK_COPIES_ROUND
 from flash_attend.kernels.configs import SMALLEST_PART, Tile, head_parts, kind_of
 from flash_attend.kernels.operands import key_sizes
 from flash_attend.spec import AttentionSpec
@@ -55,20 +56,21 @@ def reading_keys(
     Where the tile asks for descriptors, k and v, the second and the third tensor, are handed over as such, if they can
     be: their addresses are aligned (`at_hand`), so are their strides, and their head dimensions are in one part. Else
     the kernel reads by pointers, and because addresses take up registers half as many keys at a time, unless their
-    vectors are short.
+    vectors are short. Descriptors round what products in TF32 take, where Triton lets them.
     """
     if not tile.descriptors:
         return tile, tuple
     sizes = key_sizes(spec)
     dims = spec.head_dim, spec.value_dim
-    parts = [head_parts(dim, kind_of(spec)) for dim in dims]
+    parts = [head_parts(dim, kind_of(spec), tile.halves) for dim in dims]
     in_reach = at_hand and all(readable_in_bulk(sizes, strides, spec.dtype.itemsize) for strides in (k, v))
     if in_reach and not any(second for _, second in parts):
         layouts = [
             ([*sizes, dim], block_strides(sizes, strides, width), [1, 1, tile.block_n, width])
             for dim, strides, (width, _) in zip(dims, (k, v), parts, strict=True)
         ]
-        return tile, partial(_with_blocks, *layouts)
+        rounds = {"round_f32_to_tf32": True} if BULK_COPIES_ROUND and spec.precision == "tf32" else {}
+        return tile, partial(_with_blocks, *layouts, rounds)
     whole = in_reach and all(sum(both) <= SHORT for both in parts)
     block_n = tile.block_n if whole else max(SMALLEST_PART, tile.block_n // 2)
     return tile._replace(block_n=block_n, descriptors=False), tuple
@@ -81,6 +83,6 @@ class _Checked(TensorDescriptor):
         pass
 
 
-def _with_blocks(of_k: tuple, of_v: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
+def _with_blocks(of_k: tuple, of_v: tuple, rounds: dict[str, bool], tensors: tuple[Tensor | None, ...]) -> tuple:
     q, k, v, *others = tensors
-    return q, _Checked(k, *of_k), _Checked(v, *of_v), *others
+    return q, _Checked(k, *of_k, **rounds), _Checked(v, *of_v, **rounds), *others

@@ -2,12 +2,21 @@
 
 A tile is a tuple of one tensor `[SIZE, PART0]` or two, `[SIZE, PART0]` and `[SIZE, PART1]`: the parts of a head
 dimension (see rows.py). The functions here are the only ones that know.
+
+Products in TF32 take float32 registers and cut 13 bits of them off. All operands are therefore rounded to nearest: rows
+as they are loaded, weights before their product.
 """
 
 import triton
 import triton.language as tl
 
-from flash_attend.kernels.compat import aggregate
+from flash_attend.kernels.compat import BULK_COPIES_ROUND, INTERPRETED, aggregate
+
+ROUNDED_HERE = tl.constexpr(not BULK_COPIES_ROUND)  # what comes through descriptors
+CUTS_OFF = tl.constexpr(not INTERPRETED)  # products of the interpreter take all bits
+SIGN_AND_EXPONENT = tl.constexpr(-0x800000)  # of the bits of a float32
+TF32_BITS = tl.constexpr(-0x2000)
+HALF_A_UNIT = tl.constexpr(2.0**-11)  # in the last place of a TF32 number between 1 and 2
 
 
 @triton.jit
@@ -46,6 +55,20 @@ def row_products(a, b, DTYPE: tl.constexpr):
     return total
 
 
+@triton.jit
+def rounded_to_tf32(x):
+    """float32 numbers whose upper 19 bits are the nearest TF32 number, ties away from 0; the rest may be anything.
+
+    As `cvt.rna.tf32.f32` does, in 2 instructions instead of 3. Half a unit is added as a float, because in integers a
+    NaN whose bits are all ones would become 0.
+    """
+    power = (x.to(tl.int32, bitcast=True) & SIGN_AND_EXPONENT).to(tl.float32, bitcast=True)
+    x = tl.fma(power, HALF_A_UNIT, x)
+    if not CUTS_OFF:
+        x = (x.to(tl.int32, bitcast=True) & TF32_BITS).to(tl.float32, bitcast=True)
+    return x
+
+
 @aggregate
 class Tile:
     """What is fixed about a kernel's tiles when it is compiled: their sizes, and how products are computed."""
@@ -54,6 +77,17 @@ class Tile:
     BLOCK_N: tl.constexpr  # keys
     PRECISION: tl.constexpr
     ACCUMULATOR: tl.constexpr
+
+    @triton.jit
+    def load(self, rows, first, valid, SIZE: tl.constexpr, MASKED: tl.constexpr, WITHIN: tl.constexpr = True):
+        """What `rows.load` gives, as operands of products."""
+        loaded = rows.load(first, valid, SIZE, MASKED, WITHIN)
+        if self.PRECISION == "tf32" and (ROUNDED_HERE or not rows.DESCRIPTOR):
+            if len(loaded) == 2:
+                loaded = (rounded_to_tf32(loaded[0]), rounded_to_tf32(loaded[1]))
+            else:
+                loaded = (rounded_to_tf32(loaded[0]),)
+        return loaded
 
     @triton.jit
     def inner_products(self, a, b):
@@ -67,6 +101,8 @@ class Tile:
     def accumulate(self, total, weights, rows):
         """`total + weights @ rows`, weights [SIZE_A, SIZE_B] in the rows' dtype."""
         weights = weights.to(rows[0].dtype)
+        if self.PRECISION == "tf32":
+            weights = rounded_to_tf32(weights)
         first = tl.dot(weights, rows[0], total[0], input_precision=self.PRECISION, out_dtype=self.ACCUMULATOR)
         if len(total) == 2:
             second = tl.dot(weights, rows[1], total[1], input_precision=self.PRECISION, out_dtype=self.ACCUMULATOR)

@@ -24,6 +24,7 @@ steady thing and gets half of it, or nothing with `strict=True`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from flash_attend.testing.oracle import Answer, visible_pairs
 __all__ = ["Budget", "TF32Products", "assert_within_budget", "eager_answer"]
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+TF32_EPS = 2.0**-10  # the spacing of what a product of float32 takes in TF32
 
 
 class TF32Products(TorchDispatchMode):
@@ -191,9 +193,10 @@ class Budget:
         keep: Tensor | None = None,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
-        product_eps: float = 0.0,
+        tf32: bool = False,
     ) -> None:
-        """`product_eps`: the spacing of the numbers that products take, where it is wider than the dtype's (TF32)."""
+        """`tf32`: products of float32 take their operands in TF32, rounded to nearest. Those of the eager path do, on a
+        CPU too, and whatever cuBLAS would do with small ones."""
         batch, heads, queries, _ = q.shape
         keys = k.shape[-2]
         scale = q.shape[3] ** -0.5 if scale is None else scale
@@ -202,7 +205,8 @@ class Budget:
         self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
         self.alive = self.pairs.any(dim=3)
         common: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
-        eager = eager_answer(q, k, v, self.pairs, **common)
+        with TF32Products() if tf32 else nullcontext():
+            eager = eager_answer(q, k, v, self.pairs, **common)
         magnitudes, largest_score = _magnitudes(q, k, v, self.pairs, truth, **common)
 
         row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
@@ -218,7 +222,7 @@ class Budget:
                 want, reference, magnitude = (x[self.alive] for x in (want, reference, magnitude))
             eps = torch.finfo(self.accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
             if name != "lse":
-                eps += max(torch.finfo(q.dtype).eps, product_eps) / 2
+                eps += (TF32_EPS if tf32 else torch.finfo(q.dtype).eps) / 2
             eps *= 8 if self.accumulator == torch.float64 else 1
             self.eager_errors[name] = _largest(reference - want), _rms(reference - want)
             self.floors[name] = eps * _largest(magnitude), eps * _rms(magnitude)

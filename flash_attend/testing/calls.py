@@ -291,12 +291,12 @@ def truth_of(call: Call) -> Answer:
     )
 
 
-def budget_of(call: Call, truth: Answer | None = None, *, product_eps: float = 0.0) -> Budget:
-    """How far from the oracle's answer to a call any other answer may be; `product_eps` as `Budget` has it."""
+def budget_of(call: Call, truth: Answer | None = None, *, tf32: bool = False) -> Budget:
+    """How far from the oracle's answer to a call any other answer may be; `tf32` as `Budget` has it."""
     truth = truth_of(call) if truth is None else truth
     return Budget(
         truth, call.q, call.k, call.v, **call.options,
-        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, product_eps=product_eps,
+        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, tf32=tf32,
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.utils.deterministic
 
 import measure
-from measure import interleave, numerics, peak_bytes, sample_on, summarise
+from flash_attend.testing.memory import peak_bytes
+from measure import interleave, numerics, sample_on, summarise
 
 CPU = torch.device("cpu")
 

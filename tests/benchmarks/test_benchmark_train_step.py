@@ -38,7 +38,7 @@ def one_thread():
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """The rows of a small workload by arm, with told times; ours may be computed by something else."""
-    monkeypatch.setattr(timing, "peak_bytes", lambda function, device: 1)
+    monkeypatch.setattr(run, "peak_bytes", lambda function, device: 1)
 
     def measure(model="padded", dtype="float32", attention=None):
         arms = peers_for(ARMS, "cpu")
@@ -126,6 +126,14 @@ def test_a_wrong_attend_is_told_and_not_timed(measure, model, dtype, wrong):
     assert all(other["error"] == "" and other["ms_median"] for other in rows.values())
 
 
+def test_without_a_yardstick_there_is_no_time(measure, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_step, "distances", too_large)
+    assert {row["error"] for row in measure().values()} == {"OutOfMemoryError: CUDA out of memory"}
+
+
 def test_training_that_diverges_is_told(measure, monkeypatch):
     monkeypatch.setattr(train_step, "LEARNING_RATE", 1e30)
     rows = measure()
@@ -160,8 +168,8 @@ def test_every_arm_starts_from_the_same_weights_and_every_gradient_is_an_answer(
     first, *others = (training.models[name].state_dict() for name in NAMES)
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
     numbers = sum(p.numel() * (2 if p.is_complex() else 1) for p in training.models["own einsum"].parameters())
-    assert training.exact["gradient of everything"].shape == (numbers,)
-    assert training.exact["loss of the tokens"].shape == (72,)
+    assert training.yardsticks[0]["gradient of everything"].shape == (numbers,)
+    assert training.yardsticks[0]["loss of the tokens"].shape == (72,)
     step = training.function(OURS, "training step")
     before = training._loss(OURS).item()
     for _ in range(5):
@@ -176,6 +184,17 @@ def test_the_batch_is_padded_on_the_right():
     assert (valid[:, :-1] | ~valid[:, 1:]).all() and batch.valid == valid.sum() < 72
     assert torch.equal(batch.labels == -100, ~valid) and (batch.counting_padding().labels >= 0).all()
     assert len({int(row.sum()) for row in valid}) == len(batch.sequences()) == 3
+
+
+def test_a_model_that_cannot_be_patched_fails_the_command(tmp_path, monkeypatch, capsys):
+    def refuse(model):
+        raise ValueError("no Attend here")
+
+    monkeypatch.setattr(run, "ARMS", [replace(OURS, prepare=Arm(change=refuse))])
+    monkeypatch.setattr(run, "workloads", lambda *_: [Workload("padded", "float32", **SMALL)])
+    monkeypatch.setattr(timing, "ceilings", lambda device, sample: {"tflops": {}, "copy_gbps": 1.0})
+    assert run.main(["--device=cpu", "--group=training", f"--out={tmp_path / 'x.json'}"]) == 1
+    assert "flash_attend FAILED" in capsys.readouterr().err and "no Attend here" in (tmp_path / "x.md").read_text()
 
 
 def test_workloads_have_names_of_their_own():

@@ -12,7 +12,7 @@ from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, override
 from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.tiles import Tile as DeviceTile
-from flash_attend.kernels.tiles import clear_rows, row_products, scaled, zeros
+from flash_attend.kernels.tiles import clear_rows, rounded_to_tf32, row_products, scaled, zeros
 from flash_attend.testing.calls import Case, check, make_call, run, truth_of
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
@@ -26,8 +26,10 @@ SMALLEST = Tile(16, 16, 4, 1)
 TILINGS = {
     "smallest": Tiles(SMALLEST, SMALLEST, SMALLEST),
     "large": Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "all_different": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
-    "tall_and_wide": Tiles(Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 128, 4, 1)),
+    "all_different": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2, apart=True), Tile(32, 32, 4, 2)),
+    "tall_and_wide": Tiles(
+        Tile(64, 16, 4, 1, halves=True), Tile(16, 64, 4, 1, halves=True), Tile(16, 128, 4, 1, halves=True)
+    ),
     "blocks_far_larger_than_tiles": Tiles(Tile(64, 64, 4, 2), SMALLEST, SMALLEST),
     "by_descriptors": Tiles(*[Tile(32, 64, 4, 2, descriptors=True)] * 3),
     "fused_tall": Tiles(Tile(32, 32, 4, 2), SMALLEST, SMALLEST, Tile(64, 16, 4, 1)),
@@ -84,6 +86,14 @@ def test_accurate_products_are_in_parts_of_at_most_64() -> None:
 def test_parts_of_the_common_head_dimensions() -> None:
     parts = {40: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32), 192: (128, 64)}
     assert {dim: head_parts(dim, "half") for dim in parts} == parts
+
+
+def test_halves_split_what_is_one_power_of_two() -> None:
+    assert [head_parts(dim, "half", halves=True) for dim in (8, 16, 32, 64, 200, 256)] == [
+        *((16, 0), (16, 0), (16, 16), (32, 32), (128, 128), (128, 128)),
+    ]
+    for dim in range(1, 257):
+        assert sum(head_parts(dim, "half", halves=True)) == sum(head_parts(dim, "half")), "no more than is needed"
 
 
 @kernel
@@ -239,3 +249,24 @@ def test_products_of_one_part_and_of_two(device: str, dim: int) -> None:
     )
     expected = torch.where(kept[:, None], (a @ b.T) @ b * factor[:, None], 0.0)
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-13 * dim * n)
+
+
+@triton.jit
+def rounding_kernel(OUT, X, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(OUT + at, rounded_to_tf32(tl.load(X + at)))
+
+
+@on_every_device
+def test_operands_are_rounded_to_the_nearest_tf32_number(device: str) -> None:
+    unit, largest = 2.0**-10, torch.finfo(torch.float32).max
+    numbers = [1 + unit, 1 + 0.49 * unit, -1 - 0.51 * unit, 1 + 0.5 * unit, 2 - 0.5 * unit, -0.0, largest, -torch.inf]
+    nearest = [1 + unit, 1, -1 - unit, 1 + unit, 2, -0.0, torch.inf, -torch.inf]  # ties go away from 0
+    # NaN, of which half a unit more in integers would make 0 or infinity.
+    no_numbers = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x400000] * 2, dtype=torch.int32).view(torch.float32)
+    x = torch.cat([torch.tensor(numbers), no_numbers])
+    out = torch.empty_like(x, device=device)
+    rounding_kernel[(1,)](out, x.to(device), len(x))
+    found = (out.cpu().view(torch.int32) & -0x2000).view(torch.float32)  # what a product takes of it
+    assert found.tolist()[:8] == nearest
+    assert found[8:].isnan().all()

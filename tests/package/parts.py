@@ -15,7 +15,7 @@ import torch
 
 from flash_attend import backends, check, functional
 from flash_attend.backends import BACKENDS, Functions
-from flash_attend.evidence import Store, _store
+from flash_attend.evidence import Store, _store, read_anew
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
@@ -63,6 +63,7 @@ def serve_as_triton(functions: Functions, setattr: Callable = setattr, setitem: 
 def forget() -> None:
     """What only this process knows."""
     _store.cache_clear()
+    read_anew()
     functional._choose_once.cache_clear()
     functional._warn.cache_clear()
 

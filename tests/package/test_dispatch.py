@@ -28,7 +28,7 @@ CHECKED, WRONG = Finding(True, "self-checked"), Finding(False, "its self-check f
 
 def knowing(right: Finding | dict | None = CHECKED, fastest: str = "", *fused: str) -> Knowledge:
     """A part where all variants, or those of backend and backward, were found to be so; and what was fastest there."""
-    won = Tuned(fastest, dict.fromkeys(fused, "fused"), {}, "measured") if fastest else None
+    won = Tuned(fastest, tuple((name, "fused", "") for name in fused), "measured") if fastest else None
     found = (lambda variant: right.get(variant[:2])) if isinstance(right, dict) else (lambda variant: right)
     return Knowledge(lambda variant, device: found(variant), lambda kind, device: won)
 
@@ -209,7 +209,7 @@ def test_what_was_fastest_is_asked_first() -> None:
         SPEC, H100, knowledge=knowing({("triton", "separate"): CHECKED, ("hopper", "separate"): WRONG}, "hopper")
     )
     assert plan.warning == (
-        "flash_attend serves a call by triton, because hopper: its self-check failed here, measured;"
+        "flash_attend serves a call by triton, because hopper: its self-check failed here;"
         " please report it, with what `python -m flash_attend` prints"
     )
 
@@ -219,14 +219,15 @@ def test_the_variant_that_is_asked_for_is_the_calls() -> None:
     spec = replace(SPEC, mask=MaskKind.KEY, causal=True, scale=-1.0, queries=1)
     kind = "float16", "ieee", 64, 64, "key", True, False
     asked = []
-    for backward, tiles in (("separate", "measured"), ("fused", "")):
-        won = Tuned("triton", {"triton": backward}, {"triton": "measured"}, "")
+    for backward in ("separate", "fused"):
+        won = Tuned("triton", (("triton", backward, "measured"),), "")
         knowledge = Knowledge(
             lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
         )
         choose(spec, H100, "auto", (True, False, False), knowledge)
-        usual = "triton", "separate", kind, False, True, True, True, (True, False, False), tiles
-        assert asked.pop(0) == (usual, GPU)
+        variant = "triton", backward, kind, False, True, True, True, (True, False, False), "measured"
+        assert asked == [(variant, GPU)]
+        asked.clear()
 
 
 @pytest.mark.parametrize(
@@ -307,6 +308,9 @@ def test_the_fused_backward_serves_where_it_was_measured_faster(backend: str) ->
     plan = choose(SPEC, H100, knowledge=knowing(wrong, backend, backend))
     assert (plan.name, plan.backward) == (backend, "separate")
     assert plan.backward_reason == "the fused one is not right: its self-check failed here"
+    assert plan.warning.startswith(f"flash_attend serves a call by {backend}, because {backend}: the fused one is not")
+    plan = choose(SPEC, H100, knowledge=knowing({(backend, "fused"): CHECKED}, backend, backend))
+    assert (plan.backward, plan.reason.endswith("self-checked, measured")) == ("fused", True)  # of that one alone
 
 
 @KERNELS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_attend import check, evidence
+from flash_attend import check, evidence, marks
 from flash_attend.evidence import Finding, Store, _store, name_of_tuned
 from flash_attend.target import DeviceTarget
 from flash_attend.variant import Variant
@@ -51,7 +50,7 @@ def test_a_finding_is_kept_for_other_processes(store: Store) -> None:
     assert store.finding(VARIANT) is None
     store.keep(VARIANT, WRONG, seconds=2.5)
     assert store.finding(VARIANT) == anew(store).finding(VARIANT) == WRONG
-    assert anew(store).findings() == {str(VARIANT): WRONG}
+    assert anew(store).findings() == {VARIANT: WRONG}
     assert files(store.folder) == ["triton-separate-float32-tf32x3-d8-dv8-gradients-qkv.json"]
     store.keep(VARIANT, RIGHT)  # without details: for this process
     assert (store.finding(VARIANT), anew(store).finding(VARIANT)) == (RIGHT, WRONG)
@@ -91,8 +90,13 @@ def test_a_file_that_cannot_be_relied_on_counts_as_missing(store: Store, spoil: 
 
 
 def test_what_was_fastest_is_read_whole_or_not(store: Store) -> None:
-    won = dict(backend="triton", backwards={"triton": "fused"}, tiles={}, reason="measured")
-    for found, tuned in ((won, True), ({"backend": "triton"}, False), ("triton", False)):
+    won = dict(backend="triton", ways=[["triton", "fused", ""]], reason="measured")
+    for found, tuned in (
+        (won, True),
+        ({"backend": "triton"}, False),
+        ("triton", False),
+        ({**won, "ways": [["triton"]]}, False),
+    ):
         store.write(name_of_tuned(VARIANT.kind), dict(won=found))
         assert (anew(store).tuned(VARIANT.kind) is not None) == tuned
 
@@ -166,14 +170,15 @@ def test_a_full_disk_leaves_what_there_was(store: Store, monkeypatch: pytest.Mon
     assert files(store.folder) == before
 
 
-@pytest.mark.parametrize("name", ("os.pwrite", "fcntl.flock"))
+@pytest.mark.parametrize("name", ("os.pwrite", "fcntl.flock", "fcntl"))
 def test_a_check_goes_on_where_it_cannot_be_marked(store: Store, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """On a full disk, and on a file system without locks: there a mark would say nothing."""
-    monkeypatch.setattr(f"flash_attend.evidence.{name}", full)
+    """On a full disk, on a file system without locks, on Windows: there a mark would say nothing."""
+    monkeypatch.setattr(f"flash_attend.marks.{name}", full if "." in name else None)
     for _ in range(2):
         with pytest.raises(SystemExit), store.checking(VARIANT) as refusal:
             assert refusal == ""
             raise SystemExit
+    assert store.died() == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,10 +205,14 @@ def test_who_died_in_a_check_left_a_mark(store: Store) -> None:
         with store.checking(VARIANT) as refusal:
             assert "died or was ended in its check; `python -m flash_attend check` tries it again" in refusal
             assert refusal.startswith("process ")
+    (died,) = store.died().items()
+    assert died[0] == VARIANT
+    assert refusal.startswith(died[1])
     with store.checking(FORWARD_ONLY) as refusal:
         assert refusal == ""
     with store.checking(VARIANT, anew=True) as refusal:
         assert refusal == ""
+        assert store.died() == {}  # but lives
     with store.checking(VARIANT) as refusal:
         assert refusal == ""
 
@@ -216,12 +225,11 @@ def test_who_raised_in_a_check_left_none(store: Store) -> None:
 
 
 def test_a_living_process_is_waited_for_and_not_taken_for_dead(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(marks, "LONGEST_WAIT", 0.1)
     with store.checking(VARIANT), store.checking(VARIANT) as refusal:
         assert refusal == "another process has been checking it for 0 seconds"
     with store.checking(VARIANT) as refusal:
         assert refusal == ""
-    assert fcntl is evidence.fcntl
 
 
 def test_of_eight_processes_one_checks_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from flash_attend import BackendUnavailable, backends, dispatch, explain, flash_attention, functional
 from flash_attend.checks import normalise_inputs
-from flash_attend.evidence import Finding, Store, Tuned
+from flash_attend.evidence import Finding, Store, Tuned, name_of_tuned, read_anew
 from flash_attend.target import DeviceTarget
 from flash_attend.variant import Kind, Variant, kind_of_call, variant_of
 
@@ -75,13 +75,15 @@ def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     yes = "  triton  yes      self-checked: fine"
     assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, yes, *rest]
 
-    fused = Tuned("triton", {"triton": "fused"}, {}, "measured fastest")
-    monkeypatch.setitem(store._tuned, Kind(*kind_of_call(spec)), fused)
+    fused = Tuned("triton", (("triton", "fused", ""),), "measured fastest")
+    store.write(name_of_tuned(Kind(*kind_of_call(spec))), dict(won=fused._asdict()))
+    read_anew()
     assert lines_of()[1] == "  backward: fused, measured fastest"
     refused = "  backward: separate, fused is refused: deterministic gradients are asked for, and it adds up those of q"
     assert lines_of(deterministic=True)[1] == f"{refused} in any order"
 
-    store.keep(right, Finding(False, "its self-check failed here"))
+    for backward in ("separate", "fused"):
+        store.keep(right._replace(backward=backward), Finding(False, "its self-check failed here"))
     by_name = "  triton  by name  its self-check failed here, measured fastest"
     assert lines_of()[::3] == ["on NVIDIA H100: math serves", by_name]
 

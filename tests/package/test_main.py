@@ -93,7 +93,7 @@ def test_what_is_known_of_a_part_is_told(fake_gpus):
     store = Store.of(torch.device("cuda", 1))
     store.keep(right, Finding(True, "self-checked: dq used 0.31 of its error budget"), seconds=1.5)
     store.keep(wrong, Finding(False, "dq: max error 1"), seconds=1.5)
-    won = dict(backend="triton", backwards={"triton": "fused"}, tiles={}, reason="1.20 times as fast")
+    won = dict(backend="triton", ways=[["triton", "fused", ""]], reason="1.20 times as fast")
     store.write("tuned " + " ".join(map(str, kind)), dict(won=won))
     text = bug_report.report()
     assert section("known of cuda:0", text) == "  0 variants right, 0 not"
@@ -102,7 +102,9 @@ def test_what_is_known_of_a_part_is_told(fake_gpus):
         f"  {wrong}: dq: max error 1",
         "  tuned float16 ieee 64 64 key True False: 1.20 times as fast",
     ]
-    assert "  triton  yes      self-checked: dq used 0.31 of its error budget, 1.20 times as fast" in text
+    told = "  triton  yes      self-checked: dq used 0.31 of its error budget, 1.20 times as fast"
+    assert told in text
+    assert "  backward: separate, the fused one is not right: dq: max error 1" in text
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import torch
 
 import flash_attend
 from flash_attend import __main__ as command
-from flash_attend import explain, flash_attention, tuning
+from flash_attend import explain, flash_attention, timing, tuning
 from flash_attend.evidence import name_of_tuned
 from flash_attend.isolation import Failed
-from flash_attend.tuning import Call, Candidate, grid, in_turns, time_pair, tune
+from flash_attend.timing import Call, Candidate, call_as_json, call_of_json, in_turns, time_pair
+from flash_attend.tuning import grid, tune
 from parts import CPU, PART, VARIANT, forget, serve_as_triton, store, with_fault
 
 CALL = grid(["float32"], [(8, 8)], ["none"], [16], tokens=16, width=16)[0]
@@ -63,10 +64,11 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict], Part]:
     return make
 
 
-def won() -> tuple[str, dict, dict]:
+def won() -> tuple[str, tuple]:
+    """The backend, and how each is fastest."""
     found = store().tuned(VARIANT.kind)
     assert found is not None
-    return found.backend, found.backwards, found.tiles
+    return found.backend, found.ways
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_the_fastest_that_is_right_wins(part: Callable, times: dict, backend: st
     part(times)
     (said,) = tune([CALL]).values()
     assert said.startswith(f"{backend}: measured here on ")
-    assert won() == (backend, {"triton": backward, "math": "einsum"}, {"triton": tiles})
+    assert won() == (backend, (("triton", backward, tiles), tuple(MATH)))
 
 
 def test_where_nothing_is_right_nothing_wins(part: Callable) -> None:
@@ -105,7 +107,7 @@ def test_a_kinds_calls_decide_together(part: Callable, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(tuning, "_ask", by_length)
     tune([CALL, CALL._replace(spec=replace(CALL.spec, queries=32))])
-    assert won() == ("triton", {"triton": "fused", "math": "einsum"}, {"triton": "rule"})
+    assert won() == ("triton", (tuple(FUSED), tuple(MATH)))
 
 
 def test_tuning_goes_on_where_it_was_stopped(part: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,15 +121,16 @@ def test_tuning_goes_on_where_it_was_stopped(part: Callable, monkeypatch: pytest
 
     monkeypatch.setattr(tuning, "_ask", minute)
     monkeypatch.setattr(tuning.time, "monotonic", lambda: now[0])
+    assert list(tune([CALL], minutes=0).values()) == ["there was no time"]
     tune([CALL], minutes=2)
     assert found.asked == [(USUAL, USUAL), (USUAL, OTHER)]
-    assert won()[2] == {"triton": "other"}
+    assert won() == ("triton", (tuple(OTHER),))
     forget()
     tune([CALL], minutes=2)
     assert found.asked[2:] == [(USUAL, FUSED), (USUAL, MATH)]
     tune([CALL], minutes=2)
     assert len(found.asked) == 4
-    assert won() == ("triton", {"triton": "separate", "math": "einsum"}, {"triton": "other"})
+    assert won() == ("triton", (tuple(OTHER), tuple(MATH)))
 
 
 def test_the_next_call_follows(part: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,25 +167,25 @@ def test_calls_are_taken_from_whoever_makes_them(part: Callable, monkeypatch: py
 
 def test_two_calls_take_turns() -> None:
     said: list[str] = []
-    times = iter([1.0, 5.0, 7.0, 3.0] * tuning.ROUNDS)
+    times = iter([1.0, 5.0, 7.0, 3.0] * timing.ROUNDS)
 
     def clock(call: Callable[[], object]) -> float:
         call()
         return next(times)
 
     found = in_turns(lambda: said.append("A"), lambda: said.append("B"), clock=clock)
-    assert "".join(said) == "ABAB" + "ABBA" * tuning.ROUNDS
+    assert "".join(said) == "ABAB" + "ABBA" * timing.ROUNDS
     assert found == [2.0, 6.0]
 
 
 @pytest.mark.parametrize("mask", ("none-causal", "key", "dense-causal"))
 def test_a_pair_is_timed(monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
     """For real, with gradients and without; one that is wrong is not timed."""
-    monkeypatch.setattr(tuning, "ROUNDS", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 1)
     (call,) = grid(["float32"], [(8, 16)], [mask], [24], tokens=48, width=16)
     for needed in ((True,) * 3, (False,) * 3):
-        given = tuning._call_as_json(Call(call.spec, needed))
-        assert tuning._call_of_json(given) == Call(call.spec, needed)
+        given = call_as_json(Call(call.spec, needed))
+        assert call_of_json(given) == Call(call.spec, needed)
         request = dict(device="cpu", call=given, pair=[["triton", "separate", ""], list(MATH)])
         assert all(seconds > 0 for seconds in time_pair(request))
     serve_as_triton(with_fault("wrong"), monkeypatch.setattr, monkeypatch.setitem)

@@ -23,7 +23,7 @@ from backends import (
 )
 from flash_attend import flash_attention, reference
 from flash_attend.backends import LARGEST_ACCURATE_HEAD_DIM
-from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run, truth_of
+from flash_attend.testing.calls import Case, assert_same_bits, budget_of, check, make_call, run, truth_of
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -262,7 +262,8 @@ def tf32():
 @pytest.mark.parametrize("case", (*PLAIN[:4], *MASKED_CAUSAL[:4], *GROUPED[:2], *HEAD_DIMS[6:9]), ids=str)
 def test_float32_with_high_matmul_precision(backend: Backend, case: Case, tf32: None) -> None:
     call = make_call(case, torch.float32, backend.device)
-    check(run(call, backend.name), call)
+    # The einsum path computes products as torch does, which has no TF32 on a CPU.
+    budget_of(call, tf32=backend.name != "math").check(run(call, backend.name))
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2]))

@@ -14,7 +14,7 @@ from emulator.shared import BASE
 if TYPE_CHECKING:
     from emulator.machine import Machine
 
-__all__ = ["BulkCopies", "TensorMap", "swizzled"]
+__all__ = ["BulkCopies", "TensorMap", "rounded_to_tf32", "swizzled"]
 
 ALIGNMENT = 128  # bytes, of a box in shared memory
 STEP = 16  # bytes along the last dimension, at multiples of which a box begins
@@ -32,6 +32,7 @@ class TensorMap:
     box: tuple[int, ...]
     size: int  # bytes of an element
     swizzle: int  # bytes
+    to_tf32: bool = False  # loads round float32
 
     @property
     def bytes(self) -> int:
@@ -54,6 +55,16 @@ class TensorMap:
 def swizzled(address: Array, width: int) -> Array:
     """Chunks of 16 bytes change places within rows of so many bytes: bits 4 and up are combined with bits 7 and up."""
     return address ^ (((address >> 7) & (width // 16 - 1)) << 4) if width else address
+
+
+def rounded_to_tf32(bits: Array) -> Array:
+    """float32 rounded to TF32 as these copies do it: to nearest, ties to even, infinity and NaN left alone.
+
+    Triton's own test on a part says so (github.com/triton-lang/triton/pull/11751); the CUDA driver API only names the
+    type, CU_TENSOR_MAP_DATA_TYPE_TFLOAT32.
+    """
+    rounded = (bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(bits.view(np.float32)), rounded, bits)
 
 
 @dataclass(eq=False)
@@ -129,7 +140,8 @@ class BulkCopies:
         self.loads.remove(load)
         view = machine.memory.views[size]
         values = view.take(np.maximum(load.offsets, 0) // size)
-        machine.shared.views[size][load.places // size] = np.where(load.offsets < 0, view.dtype.type(0), values)
+        values = np.where(load.offsets < 0, view.dtype.type(0), values)
+        machine.shared.views[size][load.places // size] = rounded_to_tf32(values) if load.described.to_tf32 else values
         known = machine.races.finish_bulk(load.units, load.row, load.barrier)
         machine.barriers.complete_bytes(load.row, load.barrier, load.described.bytes, known)
 

@@ -161,6 +161,7 @@ class _Arguments:
             tuple(meta["block_size"]),
             size,
             SWIZZLES[meta["swizzle"]],
+            value.round_f32_to_tf32,
         )
         shape, strides = (
             [struct.pack(form, x) for x in xs] for form, xs in (("<i", value.shape), ("<q", value.strides))

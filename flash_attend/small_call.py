@@ -1,0 +1,119 @@
+"""The call that a variant checks itself by: full tiles and cut ones both ways, queries that see no key, NaN in hidden
+keys; with what it should give, and how far from that an answer may be.
+
+Lengths are run-time values of the kernels: what is compiled for it is what the call needs that asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attend.dropout import keep_mask
+from flash_attend.operands import Operands
+from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.spec import AttentionSpec, MaskKind, describe
+from flash_attend.testing.budget import Budget
+from flash_attend.testing.oracle import Answer
+from flash_attend.variant import Variant
+
+__all__ = ["SmallCall", "budget_of", "small_call", "spec_of", "truth_of"]
+
+DROPOUT_P = 0.25
+SEED = 20_260_131
+HIDDEN = 7  # keys at the end that a mask hides from everybody
+
+
+class SmallCall(NamedTuple):
+    """A call that a variant serves."""
+
+    operands: Operands  # clean
+    poisoned: Operands  # NaN in keys that nobody sees
+    spec: AttentionSpec
+    grad_out: Tensor
+
+
+def spec_of(variant: Variant) -> AttentionSpec:
+    """The spec of a variant's small call, but for its lengths."""
+    kind = variant.kind
+    return AttentionSpec(
+        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if variant.one_query else 2, 1),
+        *(kind.head_dim, kind.value_dim),
+        getattr(torch, kind.dtype),
+        mask=MaskKind[kind.mask.upper()],
+        mask_per_head=variant.mask_per_head,
+        causal=kind.causal,
+        scale=kind.head_dim**-0.5 * (-1 if variant.negative_scale else 1),
+        dropout_p=DROPOUT_P if kind.dropout else 0.0,
+        precision=kind.precision,
+    )
+
+
+def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -> SmallCall:
+    """A call of a variant whose tiles have at most so many queries and keys: the same numbers each time."""
+    edge, kind = max(block), variant.kind
+    keys = 2 * edge + edge // 2 + 5
+    # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
+    queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
+    queries = 1 if variant.one_query else queries
+    spec = replace(spec_of(variant), queries=queries, keys=keys)
+
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, spec.dtype)
+
+    q = draw(spec.batch, spec.heads, queries, spec.head_dim)
+    k = draw(spec.batch, spec.kv_heads, keys, spec.head_dim)
+    v = draw(spec.batch, spec.kv_heads, keys, spec.value_dim)
+    mask = _mask(spec, device)
+    seed = torch.tensor([SEED], device=device) if spec.dropout_p else None
+    clean = poisoned = Operands(q, k, v, mask, seed)
+    if mask is not None:
+        hidden = ~mask.flatten(1, 2).any(dim=1)[:, None, :, None]  # (b, 1, j, 1)
+        poisoned = clean._replace(k=k.masked_fill(hidden, torch.nan), v=v.masked_fill(hidden, torch.nan))
+    assert describe(q, k, v, mask, *spec.options) == spec
+    return SmallCall(clean, poisoned, spec, draw(spec.batch, spec.heads, queries, spec.value_dim))
+
+
+def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
+    """`(3, h|1, i|1, j)`: one batch entry with full tiles, one with holes everywhere, one that sees nothing."""
+    if spec.mask == MaskKind.NONE:
+        return None
+    heads, rows = spec.heads if spec.mask_per_head else 1, spec.queries if spec.mask == MaskKind.DENSE else 1
+    entry = torch.arange(3, device=device).view(3, 1, 1, 1)
+    head, row, key = (torch.arange(n, device=device) for n in (heads, rows, spec.keys))
+    place = key + 5 * row[:, None] + 3 * head[:, None, None]  # (h|1, i|1, j)
+    whole = (head == 0)[:, None, None] | (place % 64 > 2)
+    visible = ((entry == 0) & whole) | ((entry == 1) & (place % 7 > 2))
+    dead = (row < 3)[:, None] if rows > 1 else False
+    return visible & (key < spec.keys - HIDDEN) & ~torch.as_tensor(dead, device=device)
+
+
+def truth_of(call: SmallCall) -> Answer:
+    q, k, v, mask, seed = call.operands
+    spec = replace(call.spec, dtype=torch.float64, precision="ieee")
+    operands = Operands(q.double(), k.double(), v.double(), mask, seed)
+    out, lse = attention_reference(operands, spec, return_lse=True)
+    assert lse is not None
+    return Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))
+
+
+def budget_of(call: SmallCall, truth: Answer) -> Budget:
+    (q, k, v, mask, seed), spec = call.operands, call.spec
+    return Budget(
+        truth,
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=spec.causal,
+        scale=spec.scale,
+        dropout_p=spec.dropout_p,
+        keep=None if seed is None else keep_mask(seed, spec, 0, spec.queries),
+        grad_out=call.grad_out,
+        tf32=spec.precision == "tf32",
+    )

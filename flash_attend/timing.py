@@ -1,0 +1,144 @@
+"""How long a call takes by each of two candidates, which take turns: for a process of its own."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from flash_attend.backends import BACKENDS, BackwardName
+from flash_attend.check import checked
+from flash_attend.dispatch import override_backward
+from flash_attend.functional import flash_attention
+from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.variant import ALL, variant_of
+
+__all__ = ["Call", "Candidate", "call_as_json", "in_turns", "time_pair"]
+
+ROUNDS = 15  # of A B B A
+
+Needed = tuple[bool, bool, bool]
+
+
+class Call(NamedTuple):
+    """A call that is to be fast."""
+
+    spec: AttentionSpec
+    needed: Needed = ALL  # which of q, k and v get a gradient; where none does, the forward alone is timed
+
+
+class Candidate(NamedTuple):
+    """One way to serve calls; in JSON a list."""
+
+    backend: str
+    backward: BackwardName
+    tiles: str = ""  # as `configs.as_text` has them, of a backend that has some to choose from
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.backward}{f', tiles {self.tiles}' if self.tiles else ''})"
+
+
+def call_as_json(call: Call) -> dict[str, Any]:
+    dtype = str(call.spec.dtype).removeprefix("torch.")
+    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), needed=list(call.needed))
+
+
+def call_of_json(found: dict[str, Any]) -> Call:
+    spec = found | dict(dtype=getattr(torch, found["dtype"]), mask=MaskKind(found["mask"]))
+    needed = tuple(spec.pop("needed"))
+    return Call(AttentionSpec(**spec), cast(Needed, needed))
+
+
+def time_pair(request: dict[str, Any]) -> list[float]:
+    """Seconds of a call by each of two candidates, in turns. Raises `ValueError` where one is not right."""
+    device, call = torch.device(request["device"]), call_of_json(request["call"])
+    pair = [Candidate(*one) for one in request["pair"]]
+    for candidate in pair:
+        if BACKENDS[candidate.backend].proof != "none":
+            finding = checked(variant_of(call.spec, *candidate[:2], call.needed, candidate.tiles), device)
+            if not finding.right:
+                raise ValueError(finding.reason)
+    run = make_run(call, device)
+    clock = _on_the_gpu if device.type == "cuda" else _on_the_cpu
+    return in_turns(*(partial(run, candidate) for candidate in pair), clock=clock)
+
+
+def in_turns(
+    first: Callable[[], object], second: Callable[[], object], *, clock: Callable[[Callable[[], object]], float]
+) -> list[float]:
+    """The median seconds of two calls, which are taken A B B A."""
+    for call in (first, second) * 2:
+        call()  # compiles, and fills caches
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(ROUNDS):
+        for number in (0, 1, 1, 0):
+            times[number].append(clock((first, second)[number]))
+    return [statistics.median(of) for of in times]
+
+
+def _on_the_gpu(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _on_the_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def make_run(call: Call, device: torch.device) -> Callable[[Candidate], None]:
+    """Serves a call, on tensors that are made once, by a candidate."""
+    spec, needed = call
+    if spec.dtype == torch.float32:  # in a process of its own, whatever was set where the call was made
+        torch.set_float32_matmul_precision("high" if spec.precision == "tf32" else "highest")
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(heads: int, length: int, dim: int, need: bool = False) -> Tensor:
+        made = torch.randn(spec.batch, heads, length, dim, generator=generator, dtype=torch.float32, device=device)
+        return made.to(spec.dtype).requires_grad_(need)
+
+    q = draw(spec.heads, spec.queries, spec.head_dim, needed[0])
+    k = draw(spec.kv_heads, spec.keys, spec.head_dim, needed[1])
+    v = draw(spec.kv_heads, spec.keys, spec.value_dim, needed[2])
+    grad_out = draw(spec.heads, spec.queries, spec.value_dim)
+    options: dict[str, Any] = dict(
+        mask=_mask(spec, device), causal=spec.causal, scale=spec.scale, dropout_p=spec.dropout_p
+    )
+    leaves = [tensor for tensor in (q, k, v) if tensor.requires_grad]
+
+    def run(candidate: Candidate) -> None:
+        with ExitStack() as stack:
+            if candidate.backward != "einsum":
+                stack.enter_context(override_backward(candidate.backward))
+            if candidate.tiles:
+                from flash_attend.kernels.configs import of_text, override
+
+                stack.enter_context(override(of_text(candidate.tiles)))
+            out = flash_attention(q, k, v, **options, backend=candidate.backend)
+            if leaves:
+                torch.autograd.grad(out, leaves, grad_out)
+
+    return run
+
+
+def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
+    """Padding of up to half of the keys, alike for every head; a dense mask hides a quarter of the pairs beside it."""
+    if spec.mask == MaskKind.NONE:
+        return None
+    heads, rows = spec.heads if spec.mask_per_head else 1, spec.queries if spec.mask == MaskKind.DENSE else 1
+    entry, row, key = (torch.arange(n, device=device) for n in (spec.batch, rows, spec.keys))
+    lengths = spec.keys - (entry * (spec.keys // 2)) // max(spec.batch - 1, 1)
+    visible = (key < lengths[:, None])[:, None, None].expand(-1, heads, rows, -1)
+    return (visible & ((row[:, None] + key) % 4 > 0) if rows > 1 else visible).contiguous()
