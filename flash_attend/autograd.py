@@ -106,30 +106,30 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
         functions, operands, spec, plan, tiles = call
-        out, lse, schedule = functions.forward(operands, spec, tiles)
-        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *schedule)
+        out, lse, kept = functions.forward(operands, spec, tiles)
+        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *kept)
         ctx.set_materialize_grads(False)
-        ctx.call = functions, spec, plan, tiles, type(schedule)  # with the tiles: a backward runs in another thread
+        ctx.call = functions, spec, plan, tiles, type(kept)  # with the tiles: a backward runs in another thread
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        functions, spec, plan, tiles, schedule_of = ctx.call
+        functions, spec, plan, tiles, kept_of = ctx.call
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads)
         # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
         if not by_operators and lazy(*saved, *grads):
             saved, grads = map(settled, saved), tuple(map(settled, grads))
-        q, k, v, mask, seed, out, lse, *schedule = saved
-        operands, schedule = Operands(q, k, v, mask, seed), schedule_of(*schedule)
+        q, k, v, mask, seed, out, lse, *kept = saved
+        operands, kept = Operands(q, k, v, mask, seed), kept_of(*kept)
         if by_operators:
             numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
             names = list(compress(INPUTS, needed))
-            found = _differentiate(grads, present, [out, lse, *schedule.packed()], numbers, options, names)
+            found = _differentiate(grads, present, [out, lse, *kept.packed()], numbers, options, names)
             return *map(found.get, INPUTS), None
-        return *functions.backward(*grads, operands, out, lse, schedule, spec, tiles, needed), None
+        return *functions.backward(*grads, operands, out, lse, kept, spec, tiles, needed), None
 
 
 class Kept(torch.autograd.Function):
@@ -220,7 +220,7 @@ def _keep_for_second(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     grads, operands, outputs, ctx.numbers, ctx.options = inputs
     ctx.save_for_backward(*grads, *operands)
     ctx.set_materialize_grads(False)
-    ctx.of_outputs = [None] * len(outputs)  # out, lse and the schedule follow from the operands
+    ctx.of_outputs = [None] * len(outputs)  # they follow from the operands
 
 
 def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -247,7 +247,7 @@ def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[li
 
 
 class TransformableAttention(torch.autograd.Function):
-    """`(numbers, options, *operands) -> (out, lse, *schedule)`."""
+    """`(numbers, options, *operands) -> (out, lse, *kept)`, as `ops.forward` has them."""
 
     @staticmethod
     def forward(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -313,7 +313,7 @@ def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
 
 
 def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
-    """What `ops.forward` gives, whose schedule then nobody reads."""
+    """What `ops.forward` gives, of which nobody reads more then."""
     found = ops.forward_composite(operands, numbers, options)
     return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
 

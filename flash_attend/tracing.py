@@ -23,6 +23,7 @@ __all__ = [
     "jit_traced",
     "lazy",
     "mapped",
+    "readable",
     "settled",
     "sharded",
     "traced",
@@ -98,6 +99,13 @@ def watched() -> bool:
     modes no public function tells."""
     transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return transforms or torch._C._len_torch_dispatch_stack() > 0
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether the values of tensors can be looked at, and without waiting for a device."""
+    if watched() or traced(*tensors) or mapped(*tensors):
+        return False
+    return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
-"""The backward: delta once, then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise repeatable. Or
-fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum, atomically. That takes 5
-products instead of 7, and the order of additions is not repeatable.
+"""The backward: delta once (statistics.py), then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise
+repeatable. Or fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum,
+atomically. That takes 5 products instead of 7, and the order of additions is not repeatable.
 
 With P the softmax weights (after dropout P'), the gradients are dV = P'^T dO, dS = P * (dropout(dO V^T) - delta),
 dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (Dao 2023, arXiv:2307.08691).
@@ -36,68 +36,15 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads, Rows
-from flash_attend.kernels.schedule import Planes, Schedule, transposed_lists
-from flash_attend.kernels.scores import LOG2E, scaled_scores
-from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
-from flash_attend.kernels.tiles import Tile, clear_rows, row_products, scaled, zeros
+from flash_attend.kernels.schedule import Planes, transposed_lists
+from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY
+from flash_attend.kernels.statistics import Kept, QueryStatistics, prepare_statistics
+from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["attention_backward", "empty_gradients", "prepare_statistics"]
-
-INFINITY = tl.constexpr(float("inf"))
-LONGEST_TILE = tl.constexpr(128)  # queries: a head's DELTA and LSE_LOG2 are whole tiles, so that no load needs a mask
-
-
-@triton.jit
-def padded_length(queries):
-    """How many numbers a head has in DELTA and in LSE_LOG2."""
-    return tl.cdiv(queries, LONGEST_TILE) * LONGEST_TILE
-
-
-@kernel
-def delta_kernel(
-    OUT,
-    GRAD_OUT,
-    LSE,
-    GRAD_LSE,
-    DELTA,
-    LSE_LOG2,
-    queries: tl.int32,
-    heads: tl.int32,
-    out_batch: tl.int64,
-    out_head: tl.int64,
-    out_row: tl.int64,
-    grad_batch: tl.int64,
-    grad_head: tl.int64,
-    grad_row: tl.int64,
-    ALIGN: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE0: tl.constexpr,
-    VALUE1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-):
-    """DELTA and LSE_LOG2, padded, for the kernels below. Dead queries and those past the last get delta 0 and LSE +inf:
-    their weights are 0."""
-    first_query, batch, head = tile_of_program(padded_length(queries), heads, 1, BLOCK_M)
-    out_rows = Heads(OUT, out_batch, out_head, out_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(batch, head)
-    grad_rows = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(
-        batch, head
-    )
-    query = first_query + tl.arange(0, BLOCK_M)
-    exists = query < queries
-    out = out_rows.load(first_query, exists, BLOCK_M, MASKED=True)
-    grad = grad_rows.load(first_query, exists, BLOCK_M, MASKED=True)
-    index = batch.to(tl.int64) * heads + head
-    lse = tl.load(LSE + index * queries + query, mask=exists, other=NEGATIVE_INFINITY)
-    dead = lse == NEGATIVE_INFINITY
-    delta = row_products(out, grad, ACCUMULATOR)
-    if GRAD_LSE is not None:
-        delta -= tl.load(GRAD_LSE + index * queries + query, mask=exists, other=0.0)
-    at = index * padded_length(queries) + query
-    tl.store(DELTA + at, tl.where(dead, 0.0, delta))
-    tl.store(LSE_LOG2 + at, tl.where(dead, INFINITY, lse * LOG2E))
+__all__ = ["attention_backward", "empty_gradients"]
 
 
 @aggregate
@@ -106,8 +53,7 @@ class Queries:
 
     q: object
     grad_out: object
-    lse_log2: tl.tensor  # pointers
-    delta: tl.tensor
+    statistics: QueryStatistics
     grad_q: object  # None where the gradient of q is not made here
 
 
@@ -117,8 +63,7 @@ class QueryHeads:
 
     q: object
     grad_out: object
-    lse_log2: tl.tensor
-    delta: tl.tensor
+    statistics: QueryStatistics
     grad_q: object  # a pointer to (b, h, i, d), contiguous, or None
     n_heads: tl.tensor
 
@@ -126,13 +71,12 @@ class QueryHeads:
     def of_head(self, batch, head, queries):
         """The queries of a head."""
         index = batch.to(tl.int64) * self.n_heads + head.to(tl.int64)
-        at = index * padded_length(queries)
         q = self.q.rows(batch, head)
         grad_q = None
         if self.grad_q is not None:
             start = self.grad_q + index * queries * q.DIM
             grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False)
-        return Queries(q, self.grad_out.rows(batch, head), self.lse_log2 + at, self.delta + at, grad_q)
+        return Queries(q, self.grad_out.rows(batch, head), self.statistics.of_head(index, queries), grad_q)
 
 
 @aggregate
@@ -169,15 +113,14 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
     first_query = block * tile.BLOCK_M
     query = first_query + tl.arange(0, tile.BLOCK_M)
     key = keys.first + tl.arange(0, tile.BLOCK_N)
-    lse_log2 = tl.load(queries.lse_log2 + query)
-    delta = tl.load(queries.delta + query)
+    statistics = queries.statistics.load(query)
     alive = None
     if MASKED:
         # What a dead query holds, in q and in the gradient, may be anything: it is not read. No full block has any.
-        alive = lse_log2 < INFINITY
+        alive = statistics.alive()
     q = tile.load(queries.q, first_query, alive, tile.BLOCK_M, MASKED)
     seen = scores.apply(tile.inner_products(keys.k, q))
-    weights = recomputed_weights(seen, lse_log2[None, :], scores.factor_log2)
+    weights = statistics.weights(seen, scores.factor_log2, AXIS=0)
     if MASKED:
         if mask.KIND == DENSE:
             shown = mask.pairs_shown(first_query, keys.first, tile.BLOCK_M, tile.BLOCK_N, TRANSPOSED=True)
@@ -193,7 +136,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
         grad_v = tile.accumulate(grad_v, dropout.drop(weights, kept), grad)
     if grads.NEEDS_K or FUSED:
         grad_weights = dropout.gradient(tile.inner_products(keys.v, grad), kept)
-        grad_scores = scores.gradient(weights * (grad_weights - delta[None, :]))
+        grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[None, :]))
         if MASKED and (mask.KIND == DENSE or (mask.HIDES_KEYS and not FUSED)):
             # Hidden keys were read here, and the NaN that v may hold has survived the zero weight.
             grad_scores = mask.hide(grad_scores, query[None, :], key[:, None], shown, 0.0)
@@ -242,8 +185,9 @@ def backward_kv_kernel(
     GRAD_K,
     GRAD_V,
     GRAD_Q,
-    LSE_LOG2,
     DELTA,
+    LOG2,
+    MAXIMUM,
     VISIBLE,
     LISTS,
     SEED,
@@ -291,7 +235,7 @@ def backward_kv_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_SIGN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -310,7 +254,7 @@ def backward_kv_kernel(
     first_key, batch, kv_head = tile_of_program(keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
     q_heads = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False)
     grad_heads = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False)
-    query_heads = QueryHeads(q_heads, grad_heads, LSE_LOG2, DELTA, GRAD_Q, heads)
+    query_heads = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM), GRAD_Q, heads)
     k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(batch, kv_head)
     v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(batch, kv_head)
     planes = Planes(
@@ -326,7 +270,7 @@ def backward_kv_kernel(
     if not MASKS_DIFFER:
         shown = masks.of_head(batch, kv_head * group).key_shown(key)
     key_tile = _load_keys(k_rows, v_rows, first_key, shown, tile)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
     grads = KeyGradients(
         zeros(BLOCK_N, HEAD0, HEAD1, ACCUMULATOR), zeros(BLOCK_N, VALUE0, VALUE1, ACCUMULATOR), NEEDS_K, NEEDS_V
@@ -368,7 +312,7 @@ def backward_kv_kernel(
 
 @triton.jit
 def _query_gradient_tile(
-    grad_q, q, grad, lse_log2, delta, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
+    grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key block for one query tile."""
@@ -384,11 +328,11 @@ def _query_gradient_tile(
     seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
-    weights = recomputed_weights(seen, lse_log2[:, None], scores.factor_log2)
+    weights = statistics.weights(seen, scores.factor_log2, AXIS=1)
     v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     grad_weights = tile.inner_products(grad, v)
     grad_weights = dropout.gradient(grad_weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
-    grad_scores = scores.gradient(weights * (grad_weights - delta[:, None]))
+    grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[:, None]))
     return tile.accumulate(grad_q, grad_scores, k)
 
 
@@ -399,8 +343,9 @@ def backward_q_kernel(
     V,
     GRAD_OUT,
     GRAD_Q,
-    LSE_LOG2,
     DELTA,
+    LOG2,
+    MAXIMUM,
     VISIBLE,
     LISTS,
     SEED,
@@ -445,7 +390,7 @@ def backward_q_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_SIGN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -459,7 +404,9 @@ def backward_q_kernel(
     kv_head = head // group
     q_heads = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False)
     grad_heads = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False)
-    rows = QueryHeads(q_heads, grad_heads, LSE_LOG2, DELTA, None, heads).of_head(batch, head, queries)
+    rows = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM), None, heads).of_head(
+        batch, head, queries
+    )
     k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(batch, kv_head)
     v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(batch, kv_head)
     grad_q_rows = Heads(GRAD_Q, grad_q_batch, grad_q_head, grad_q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
@@ -469,36 +416,33 @@ def backward_q_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
     mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
-    lse_log2 = tl.load(rows.lse_log2 + query)
-    delta = tl.load(rows.delta + query)
+    statistics = rows.statistics.load(query)
     # NaN in a dead query's q stays in its scores, all of which are hidden; in the gradient it must not be read.
     q = tile.load(rows.q, first_query, exists, BLOCK_M, MASKED=True)
-    grad = tile.load(rows.grad_out, first_query, lse_log2 < INFINITY, BLOCK_M, MASKED=True)
+    grad = tile.load(rows.grad_out, first_query, statistics.alive(), BLOCK_M, MASKED=True)
     grad_q = zeros(BLOCK_M, HEAD0, HEAD1, ACCUMULATOR)
     walk = mask.walk_over_keys(first_query, BLOCK_M, BLOCK_N)
     for run in tl.range(0, walk.run_count(), num_stages=1):
         start, end = walk.run_bounds(run)
         for block in tl.range(start, end, num_stages=STAGES):
             grad_q = _query_gradient_tile(
-                grad_q, q, grad, lse_log2, delta, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
+                grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
                 MASKED=False,
             )  # fmt: skip
     for index in tl.range(0, walk.masked_count(), num_stages=1):
         block = walk.masked_block(index)
         grad_q = _query_gradient_tile(
-            grad_q, q, grad, lse_log2, delta, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
+            grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
             MASKED=True,
         )  # fmt: skip
-    grad_q_rows.store(first_query, scaled(grad_q, scores.magnitude), exists, BLOCK_M)
-
-
-DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
+    grad_q = clear_rows(scaled(grad_q, scores.magnitude), statistics.alive())
+    grad_q_rows.store(first_query, grad_q, exists, BLOCK_M)
 
 
 def empty_gradients(
@@ -519,14 +463,15 @@ def attention_backward(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    schedule: Schedule,
+    kept: Kept,
     spec: AttentionSpec,
     tiles: Tiles,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
 
-    Everything else is what the forward took and gave. A gradient that is None counts as 0.
+    Everything else is what the forward took and gave: `kept` says of each query what `lse` rounds. A gradient that is
+    None counts as 0.
 
     With a tile for the fused backward, one kernel computes what takes two kernels else, where the gradients of q and of
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
@@ -535,12 +480,11 @@ def attention_backward(
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
-    schedule = schedule.contiguous()
-    delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
+    schedule = kept.schedule
+    statistics = prepare_statistics(grad_out, grad_lse, out, kept, spec, tiles)
 
     grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
     inputs = q, k, v, grad_out
-    statistics = lse_log2, delta, schedule.visible
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
     by_keys = grad_k is not None or grad_v is not None
     fused = by_keys and grad_q is not None and tiles.backward_fused is not None
@@ -553,49 +497,16 @@ def attention_backward(
                 continue
             steps = (None if grad is None else grad.stride() for grad in (of_k, of_v))
             prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, *steps)
-            launch(prepared, *inputs, of_k, of_v, sum_q, *statistics, lists, operands.seed)
+            launch(prepared, *inputs, of_k, of_v, sum_q, *statistics, schedule.visible, lists, operands.seed)
     if fused:
         torch.mul(sum_q, abs(spec.scale), out=grad_q)
     elif grad_q is not None:
         prepared = _prepare_q(spec, tiles, schedule.planes, aligned(k, v), *strides, grad_q.stride())
-        launch(prepared, *inputs, grad_q, *statistics, schedule.lists, operands.seed)
+        launch(prepared, *inputs, grad_q, *statistics, schedule.visible, schedule.lists, operands.seed)
     return grad_q, grad_k, grad_v
 
 
-def prepare_statistics(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, spec: AttentionSpec, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
-    """What every backward kernel reads of each query: delta and the LSE in base 2, `(b, h, i)` with i padded."""
-    longest = LONGEST_TILE.value
-    shape = spec.batch, spec.heads, -(-spec.queries // longest) * longest  # `triton.cdiv` takes a microsecond
-    delta, lse_log2 = lse.new_empty(shape), lse.new_empty(shape)
-    if grad_lse is not None:
-        grad_lse = grad_lse.contiguous()
-    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    launch(prepared, out, grad_out, lse.contiguous(), grad_lse, delta, lse_log2)
-    return delta, lse_log2
-
-
 # The launches for tensors with these strides; `at_hand` if k and v begin where bulk copies can read.
-
-
-@lru_cache(maxsize=CALLS_KEPT)
-def _prepare_delta(spec: AttentionSpec, tiles: Tiles, out: Strides, grad_out: Strides, with_lse: bool) -> Prepared:
-    # Calls with a gradient of the LSE and those without are prepared apart: None is a variant of its own.
-    sizes = query_sizes(spec)
-    align, strides = aligned_strides(spec.dtype, (sizes, out), (sizes, grad_out))
-    choices = call_choices(spec, tiles.backward_q, tiles)
-    return Prepared(
-        delta_kernel,
-        spec.batch * spec.heads * triton.cdiv(spec.queries, LONGEST_TILE.value) * (LONGEST_TILE.value // DELTA_ROWS),
-        (spec.queries, spec.heads, *strides),
-        dict(
-            ALIGN=align,
-            BLOCK_M=DELTA_ROWS,
-            **{name: choices[name] for name in ("VALUE_DIM", "VALUE0", "VALUE1", "ACCUMULATOR")},
-        ),
-        num_warps=4,
-    )
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -30,10 +30,11 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads
-from flash_attend.kernels.schedule import Planes, Schedule, build_schedule
+from flash_attend.kernels.schedule import Planes, build_schedule
 from flash_attend.kernels.scores import scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
-from flash_attend.kernels.tiles import Tile, scaled, zeros
+from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
+from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -63,7 +64,7 @@ def _tile(
     seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
-    weights, correction, softmax = softmax.step(seen, scores.factor_log2, MASKED)
+    weights, correction, softmax = softmax.step(seen, scores.factor_log2)
     weights = dropout.drop(weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
     if not EARLY:
         v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
@@ -77,6 +78,7 @@ def forward_kernel(
     V,
     OUT,
     LSE,
+    STATISTICS,
     VISIBLE,
     LISTS,
     SEED,
@@ -118,13 +120,15 @@ def forward_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_SIGN: tl.constexpr,
+    EXACT: tl.constexpr,
+    APART: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """One query tile of one head: OUT (b, h, i, dv) and LSE (b, h, i), contiguous.
+    """One query tile of one head: OUT (b, h, i, dv); LSE (b, h, i) and STATISTICS (b, h, i, 1 or 2), contiguous.
 
     K and V are descriptors, if DESCRIPTORS, of blocks of BLOCK_N keys.
     """
@@ -138,7 +142,7 @@ def forward_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
     mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
@@ -146,7 +150,7 @@ def forward_kernel(
     exists = query < queries
     q = tile.load(q_rows, first_query, exists, BLOCK_M, MASKED=True)
     total = zeros(BLOCK_M, VALUE0, VALUE1, ACCUMULATOR)
-    softmax = empty_softmax(BLOCK_M, ACCUMULATOR)
+    softmax = empty_softmax(BLOCK_M, ACCUMULATOR, EXACT)
     walk = mask.walk_over_keys(first_query, BLOCK_M, BLOCK_N)
     # Full blocks first: with the masked ones in front, the compiler serializes the products of the main loop.
     for run in tl.range(0, walk.run_count(), num_stages=1):
@@ -161,32 +165,38 @@ def forward_kernel(
             total, softmax, q, k_rows, v_rows, mask, scores, dropout, first_query, block, tile, MASKED=True
         )
 
-    normaliser, lse = softmax.finish()
-    tl.store(LSE + (batch.to(tl.int64) * heads + head) * queries + query, lse, mask=exists)
+    alive = mask.alive(first_query, BLOCK_M, softmax.sum == 0.0)
+    normaliser, lse, log2 = softmax.finish(alive, scores.factor_log2, APART)
+    row = (batch.to(tl.int64) * heads + head) * queries + query
+    tl.store(LSE + row, lse, mask=exists)
+    store_statistics(STATISTICS, row, softmax.maximum, log2, exists, APART)
     if DROPOUT:
         normaliser *= dropout.factor
-    out_rows.store(first_query, scaled(total, normaliser[:, None]), exists, BLOCK_M)
+    # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
+    out_rows.store(first_query, clear_rows(scaled(total, normaliser[:, None]), alive), exists, BLOCK_M)
 
 
-def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Where a forward writes `out (b, h, i, dv)` and `lse (b, h, i)`. Also what it gives when nothing is launched."""
+def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a forward writes `out (b, h, i, dv)`, `lse (b, h, i)` and the statistics of `Kept`. Also what it gives when
+    nothing is launched."""
     out = empty_like_heads(readable(q), spec.heads, spec.value_dim)
-    lse = torch.empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype, device=q.device)
-    return out, lse
+    rows = spec.batch, spec.heads, spec.queries
+    lse = torch.empty(rows, dtype=spec.accumulator_dtype, device=q.device)
+    return out, lse, lse.new_empty(*rows, statistics_of(spec))
 
 
-def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
-    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again."""
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Kept]:
+    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and what the backward reads beside them."""
     q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
-    out, lse = empty_outputs(q, spec)
+    out, lse, statistics = empty_outputs(q, spec)
     schedule = build_schedule(operands.mask, spec, tiles)
     q_rows, out_rows = q, out
     if packed := packed_group(spec):
         spec, q_rows, out_rows = packed, *(as_queries(tensor, spec.kv_heads) for tensor in (q, out))
     strides = q_rows.stride(), k.stride(), v.stride(), out_rows.stride()
     prepared = _prepare(spec, tiles, schedule.planes, aligned(k, v), *strides)
-    launch(prepared, q_rows, k, v, out_rows, lse, schedule.visible, schedule.lists, operands.seed)
-    return out, lse, schedule
+    launch(prepared, q_rows, k, v, out_rows, lse, statistics, schedule.visible, schedule.lists, operands.seed)
+    return out, lse, Kept(statistics, *schedule)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -208,7 +218,13 @@ def _prepare(
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
         (*call_arguments(spec, planes, tiles), query_section(spec), *strides),
-        dict(ALIGN=align, DESCRIPTORS=tile.descriptors, **call_choices(spec, tile, tiles)),
+        dict(
+            ALIGN=align,
+            EXACT=is_exact(spec),
+            APART=is_apart(spec),
+            DESCRIPTORS=tile.descriptors,
+            **call_choices(spec, tile, tiles),
+        ),
         tile.num_warps,
         tile.num_stages,
         hand_over=hand_over,
