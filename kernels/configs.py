@@ -152,7 +152,7 @@ ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
     ("sm_90", "tf32", 64): _choices("128x64w4s2d 128x128w8s2d", "32x128w8s2", "128x64w8s2d", "32x64w4s2 32x32w8s2"),
     ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x64w4s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
-    ("sm_90", "tf32", 256): _choices("32x32w8s1d", "32x32w4s1a", "32x32w4s1", "32x16w8s2 16x16w8s2"),
+    ("sm_90", "tf32", 256): _choices("32x32w4s2 64x32w4s2d", "32x32w4s1a", "32x32w4s1", "32x16w8s2 16x16w8s2"),
     ("sm_80", "tf32x3", 64): _choices(
         "64x32w4s2 32x32w4s2", "16x64w4s1 32x64w4s1 32x32w8s2", "64x16w4s1 64x32w4s1", "32x32w8s1 16x32w8s1"),
     ("sm_80", "tf32x3", 128): _choices(
