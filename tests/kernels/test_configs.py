@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from flash_attend.backends import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
-from flash_attend.kernels.backward import LONGEST_TILE
 from flash_attend.kernels.configs import (
     DROPOUT,
     FAMILIES,
@@ -28,6 +27,7 @@ from flash_attend.kernels.configs import (
     select_tiles,
 )
 from flash_attend.kernels.schedule import BLOCKS_PER_STEP
+from flash_attend.kernels.statistics import LONGEST_TILE
 from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 
