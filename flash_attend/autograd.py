@@ -95,11 +95,11 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: tuple) -> Tensor | tuple[Tensor, Tensor]:
         operands, forward, call, return_lse = planned
-        out, lse, schedule = forward(operands)
+        out, lse, kept = forward(operands)
         _, _, _, mask, seed = operands
-        others = () if mask is None and seed is None else (_savable(mask), seed, *schedule)
+        others = kept[:1] if mask is None and seed is None else (*kept, _savable(mask), seed)
         ctx.save_for_backward(q, k, v, out, lse, *others)
-        ctx.call = call, type(schedule)
+        ctx.call = call, type(kept)
         if not return_lse:  # an output costs a microsecond
             return out
         ctx.set_materialize_grads(False)
@@ -107,22 +107,22 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        (call, schedule_of), needed, saved = ctx.call, ctx.needs_input_grad[:3], ctx.saved_tensors
+        (call, kept_of), needed, saved = ctx.call, ctx.needs_input_grad[:3], ctx.saved_tensors
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
         # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
         if not by_operators and lazy(*saved, grad_out, grad_lse):
             saved, grad_out, grad_lse = map(settled, saved), settled(grad_out), settled(grad_lse)
         q, k, v, out, lse, *others = saved
-        mask, seed, *of_mask = others or (None, None)
-        operands, schedule = Operands(q, k, v, mask, seed), schedule_of(*of_mask)
+        *kept, mask, seed = others if len(others) > 1 else (*others, None, None)
+        operands, kept = Operands(q, k, v, mask, seed), kept_of(*kept)
         if by_operators:
             numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
-            outputs, names = [out, lse, *schedule.packed()], list(compress(INPUTS, needed))
+            outputs, names = [out, lse, *kept.packed()], list(compress(INPUTS, needed))
             found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, names)
             return *map(found.get, INPUTS), None
-        given = grad_out, grad_lse, operands, out, lse, schedule
+        given = grad_out, grad_lse, operands, out, lse, kept
         return *call.functions.backward(*given, call.spec, call.tiles, needed), None
 
 
@@ -214,7 +214,7 @@ def _keep_for_second(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     grads, operands, outputs, ctx.numbers, ctx.options = inputs
     ctx.save_for_backward(*grads, *operands)
     ctx.set_materialize_grads(False)
-    ctx.of_outputs = [None] * len(outputs)  # out, lse and the schedule follow from the operands
+    ctx.of_outputs = [None] * len(outputs)  # they follow from the operands
 
 
 def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
@@ -241,7 +241,7 @@ def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[li
 
 
 class TransformableAttention(torch.autograd.Function):
-    """`(numbers, options, *operands) -> (out, lse, *schedule)`."""
+    """`(numbers, options, *operands) -> (out, lse, *kept)`, as `ops.forward` has them."""
 
     @staticmethod
     def forward(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
@@ -307,7 +307,7 @@ def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
 
 
 def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
-    """What `ops.forward` gives, whose schedule then nobody reads."""
+    """What `ops.forward` gives, of which nobody reads more then."""
     found = ops.forward_composite(operands, numbers, options)
     return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
 

@@ -32,15 +32,16 @@ HOPPER_HEAD_DIMS = (64, 128, 256)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # oldest and newest that the kernels are compiled with in the tests
 
 Refusal = Callable[[AttentionSpec, DeviceTarget], str]  # why a call cannot be served; empty where it can
-# Two kernels, one for the gradients of k and v and one for that of q; one kernel for all of them; or the einsum path.
-BackwardName = Literal["separate", "fused", "einsum"]
+# Two kernels, one for the gradients of k and v and one for that of q; one kernel for all of them; torch's own; or the
+# einsum path.
+BackwardName = Literal["separate", "fused", "torch", "einsum"]
 
 
 class Functions(NamedTuple):
     """What runs a backend."""
 
-    forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, schedule
-    backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, needed) -> gradients
+    forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, kept
+    backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, kept, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
@@ -61,12 +62,12 @@ class Backend:
 
     @property
     def forward(self) -> Callable[..., Any]:
-        """`(operands, spec, tiles) -> (out, lse, schedule)`."""
+        """`(operands, spec, tiles) -> (out, lse, kept)`, the last for the backward alone."""
         return self.load().forward
 
     @property
     def backward(self) -> Callable[..., Any]:
-        """`(grad_out | None, grad_lse | None, operands, out, lse, schedule, spec, tiles, needed) -> (dq, dk, dv)`,
+        """`(grad_out | None, grad_lse | None, operands, out, lse, kept, spec, tiles, needed) -> (dq, dk, dv)`,
         None where `needed`, a bool for each, says so."""
         return self.load().backward
 
@@ -187,6 +188,27 @@ def _load_hopper() -> Functions:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# PyTorch's own fused attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if target.device_type != "cpu":
+        return f"{target.device_type} tensors; it serves a CPU alone"
+    if spec.dropout_p > 0:
+        return "dropout is on"
+    if spec.head_dim != spec.value_dim:
+        return f"d = {spec.head_dim} and dv = {spec.value_dim} differ"
+    return ""
+
+
+def _load_sdpa() -> Functions:
+    from flash_attend.sdpa import attention_backward, attention_forward
+
+    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The einsum path
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -224,6 +246,7 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("hopper", _refuse_hopper, _refuse_fused, _load_hopper, proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
+        Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )
 }

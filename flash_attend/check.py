@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -134,7 +135,8 @@ def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> An
         from flash_attend.kernels.configs import of_text
 
         return of_text(variant.tiles)
-    return BACKENDS[variant.backend].tiles(spec, DeviceTarget.of(device), cast(BackwardName, variant.backward))
+    target = replace(DeviceTarget.of(device), multiprocessors=0)  # the tiles of long calls
+    return BACKENDS[variant.backend].tiles(spec, target, cast(BackwardName, variant.backward))
 
 
 def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:

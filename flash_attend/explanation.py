@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flash_attend.backends import BACKENDS
+from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge
 from flash_attend.functional import autocast
@@ -15,6 +15,11 @@ from flash_attend.plans import needed_of
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Explanation", "explain"]
+
+ADVICE = (
+    "no kernel here is for this part: where memory or time matter, leave the model its own attention, which PyTorch has"
+    " fused kernels for"
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +40,18 @@ class Explanation:
         for verdict in self.verdicts:
             state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"
             lines.append(f"  {verdict.backend:<{width}}  {state:<7}  {verdict.reason}")
+        if self.advice:
+            lines.append(f"  advice: {self.advice}")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    @property
+    def advice(self) -> str:
+        """What to do on a part that no backend but the einsum path serves; empty on others."""
+        target = self.target
+        kernels = target.capability is not None and target.capability >= OLDEST_CAPABILITY
+        return "" if kernels or target.absent or target.device_type == "cpu" else ADVICE
 
 
 def explain(

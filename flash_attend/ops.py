@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -109,7 +110,7 @@ class _Call(NamedTuple):
     spec: AttentionSpec
     options: Options
     backend: Backend
-    tiles: Tiles | None  # None where the einsum path serves
+    tiles: Tiles | None  # None where no kernel of ours serves
 
     @staticmethod
     def of(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> _Call:
@@ -119,13 +120,24 @@ class _Call(NamedTuple):
         spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
         # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
         reduced = AttentionSpec(
-            *(1, 1, 1, 1, 1, int(spec.head_dim), int(spec.value_dim), spec.dtype, spec.mask),
+            *(
+                1,
+                1,
+                1,
+                1 if spec.queries == 1 else 2,
+                1,
+                int(spec.head_dim),
+                int(spec.value_dim),
+                spec.dtype,
+                spec.mask,
+            ),
             causal=spec.causal,
             dropout_p=spec.dropout_p,
             deterministic=spec.deterministic,
             precision=spec.precision,
         )
-        tiles = backend.tiles(reduced, DeviceTarget.of(operands.q.device), options.backward)
+        target = replace(DeviceTarget.of(operands.q.device), multiprocessors=0)  # whose number asks for lengths
+        tiles = backend.tiles(reduced, target, options.backward)
         return _Call(operands, spec, options, backend, tiles)
 
     @property
@@ -134,13 +146,16 @@ class _Call(NamedTuple):
 
 
 def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
-    """`[out, lse, *schedule]`, without the lse where it is not asked for."""
-    operands, spec, _, backend, tiles = _Call.of(tensors, numbers, text)
+    """`[out, lse, statistics, *schedule]` of kernels; of PyTorch's own attention `[out, lse]`; of the einsum path the
+    same, or `[out]` where no more is asked for."""
+    operands, spec, options, backend, tiles = _Call.of(tensors, numbers, text)
     with torch.no_grad():
-        if tiles is None:
+        if options.backward == "einsum":
             return [tensor.contiguous() for tensor in forward_composite(tensors, numbers, text)]
-        out, lse, schedule = backend.forward(operands, spec, tiles)
-    return [out, lse, *schedule.packed()]
+        out, lse, kept = backend.forward(operands, spec, tiles)
+    if tiles is None:
+        return [out.contiguous(), lse.contiguous()]
+    return [out, lse, *kept.packed()]
 
 
 def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
@@ -163,14 +178,18 @@ def backward(
     call = _Call.of(tensors, numbers, text)
     operands, spec, options, backend, tiles = call
     with torch.no_grad():
-        if tiles is None:
+        if options.backward == "einsum":
             return [grad.contiguous() for grad in backward_composite(grads, tensors, outputs, numbers, text)]
-        from flash_attend.kernels.schedule import Schedule
-
         out, lse, *packed = outputs
-        schedule = Schedule.unpacked(packed, operands.mask, spec, tiles)
+        kept = None
+        if tiles is not None:
+            from flash_attend.kernels.statistics import Kept
+
+            kept = Kept.unpacked(packed, operands.mask, spec, tiles)
         grad_out, grad_lse = map(dict(zip(options.grads, grads, strict=True)).get, OUTPUTS)
-        found = backend.backward(grad_out, grad_lse, operands, out, lse, schedule, spec, tiles, call.needed)
+        found = backend.backward(grad_out, grad_lse, operands, out, lse, kept, spec, tiles, call.needed)
+        if tiles is None:
+            found = [grad if grad is None else grad.contiguous() for grad in found]
     return list(compress(found, call.needed))
 
 

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import reduce
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec
-from flash_attend.tracing import has_autocast, transformed
+from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.tracing import has_autocast, readable, transformed
+from flash_attend.visible import contract, pairs
 
-__all__ = ["attention_reference", "attention_reference_gradients"]
+__all__ = ["attention_reference", "attention_reference_gradients", "bounded", "cleared", "visible_pairs"]
 
 # Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the keys
 # that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB, where larger ones cost new pages.
@@ -38,20 +40,17 @@ def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: 
         `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log; None unless
         `return_lse`.
     """
-    q, k, v, mask, seed = operands
     chunks, recompute = _chunks(spec)
-    if mask is not None:  # whatever an unread key holds, it must not reach a product
-        unread = _unread_keys(mask, spec, chunks)
-        k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
-    q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in (q, k, v))
+    operands, hidden = _prepared(operands, spec, chunks)
+    guarded = _needs_guard(spec, operands)
 
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands[:3])
     if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-    with _no_autocast(q.device):
-        parts = [attend(q, k, v, mask, seed, spec, first, last, return_lse) for first, last in chunks]
+    with _no_autocast(operands.q.device):
+        parts = [attend(operands, hidden, spec, guarded, first, last, return_lse) for first, last in chunks]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     if not return_lse:
         return out.to(spec.dtype), None
@@ -67,27 +66,31 @@ def attention_reference_gradients(
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
     forward is held.
     """
-    q, k, v, mask, seed = operands
+    q = operands.q
     if grad_out is None:
         grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
     if grad_lse is None:
         grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
     chunks, _ = _chunks(spec)
-    if mask is not None:
-        unread = _unread_keys(mask, spec, chunks)
-        k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
-    q, k, v, grad_out = (tensor.to(spec.accumulator_dtype) for tensor in (q, k, v, grad_out))
+    operands, hidden = _prepared(operands, spec, chunks)
+    grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
+    if dead is not None:
+        grad_out, grad_lse = grad_out.masked_fill(dead, 0.0), grad_lse.masked_fill(dead[..., 0], 0.0)
+    guarded = _needs_guard(spec, operands, grad_out, grad_lse)
 
-    grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+    grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
     with _no_autocast(q.device):
         for first, last in chunks:
-            of_q, of_k, of_v = _differentiate(grad_out, grad_lse, q, k, v, mask, seed, spec, first, last)
+            of_q, of_k, of_v = _differentiate(grad_out, grad_lse, operands, hidden, spec, guarded, first, last)
             rest = (0, 0, 0, spec.keys - of_k.shape[2])  # the keys that no query of the chunk sees
             grads_q.append(of_q)
             grad_k, grad_v = grad_k + pad(of_k, rest), grad_v + pad(of_v, rest)
-    if mask is not None:
+    grad_q = torch.cat(grads_q, dim=2)
+    if dead is not None:
+        grad_q = grad_q.masked_fill(dead, 0.0)
+    if unread is not None:
         grad_k, grad_v = grad_k.masked_fill(unread, 0.0), grad_v.masked_fill(unread, 0.0)
-    return torch.cat(grads_q, dim=2).to(spec.dtype), grad_k.to(spec.dtype), grad_v.to(spec.dtype)
+    return grad_q.to(spec.dtype), grad_k.to(spec.dtype), grad_v.to(spec.dtype)
 
 
 def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
@@ -98,30 +101,75 @@ def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
 
 
+class _Hidden(NamedTuple):
+    """What takes no part at all, or None where there is nothing of the kind."""
+
+    rows: Tensor | None  # (b|1, h|1, i|1, 1): the queries that see no key
+    keys: Tensor | None  # (b|1, hk|1, j, 1): the keys that no query sees
+
+
+def _prepared(operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> tuple[Operands, _Hidden]:
+    """q, k and v in the accumulator's dtype, cleared where they take no part."""
+    operands, hidden = cleared(operands, spec, chunks)
+    q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in operands[:3])
+    return operands._replace(q=q, k=k, v=v), hidden
+
+
+def cleared(
+    operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]] | None = None
+) -> tuple[Operands, _Hidden]:
+    """The operands with zeros where they take no part: whatever stands there reaches no product, and changes no bit.
+    With them, where that is. `chunks` are the ranges of queries whose visible pairs are looked at together."""
+    q, k, v, mask, _ = operands
+    chunks = _chunks(spec)[0] if chunks is None else chunks
+    hidden = _Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks))
+    if hidden.rows is not None:
+        q = q.masked_fill(hidden.rows, 0.0)
+    if hidden.keys is not None:
+        k, v = k.masked_fill(hidden.keys, 0.0), v.masked_fill(hidden.keys, 0.0)
+    return operands._replace(q=q, k=k, v=v), hidden
+
+
+def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> bool:
+    """Whether what a hidden pair holds could show.
+
+    On a CPU a look at the tensors says so. Elsewhere, and where there are no values to look at, every call that hides
+    pairs of keys and queries which others see is guarded.
+    """
+    partly_hidden = (
+        (spec.causal and spec.queries > 1)
+        or spec.mask == MaskKind.DENSE
+        or (spec.mask == MaskKind.KEY and spec.mask_per_head and spec.group > 1)
+    )
+    if not partly_hidden or not readable(*operands[:3], *grads):
+        return partly_hidden
+    return not bounded(spec, *operands[:3], *grads)
+
+
+def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
+    """Whether the tensors are without NaN and infinity, and so small that no score can be infinite. Reads them."""
+    with torch.no_grad():
+        norms = [torch.linalg.vector_norm(tensor, dtype=spec.accumulator_dtype) for tensor in (q, k, *others)]
+        largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
+    return largest.item() < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
+
+
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    spec: AttentionSpec,
-    first: int,
-    last: int,
-    return_lse: bool,
+    operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int, return_lse: bool
 ) -> Tensor:
     """Attention of the queries from `first` to `last` (exclusive), all in the accumulator dtype: `(b, h, i, dv)`.
 
     With `return_lse` the LSE is one more column. It comes in one tensor with the output so that a backward runs through
     both: what a chunk computes again for one that nobody differentiates would stay, and add up over the chunks.
     """
-    scores, dead = _scores(q, k, mask, spec, first, last)
-    v = v[:, :, : scores.shape[-1]]
+    scores, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
+    keys = scores.shape[-1]
 
     weights = scores.softmax(dim=-1)
     if spec.dropout_p > 0:
-        assert seed is not None
-        weights = weights * keep_mask(seed, spec, first, last, scores.shape[-1])
-    out = _ungrouped(einsum(_grouped(weights, spec), v, "b hk g i j, b hk j dv -> b hk g i dv"))
+        assert operands.seed is not None
+        weights = weights * keep_mask(operands.seed, spec, first, last, keys)
+    out = _weighted(weights, operands.v[:, :, :keys], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
 
@@ -138,71 +186,89 @@ def _attend(
 def _differentiate(
     grad_out: Tensor,
     grad_lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seed: Tensor | None,
+    operands: Operands,
+    hidden: _Hidden,
     spec: AttentionSpec,
+    guarded: bool,
     first: int,
     last: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the queries from `first` to `last` give to the gradients: their own, and those of the keys they may see."""
-    scores, dead = _scores(q, k, mask, spec, first, last)
+    scores, visible, _ = _scores(operands, hidden, spec, guarded, first, last)
     keys = scores.shape[-1]
-    q, k, v = q[:, :, first:last] * spec.scale, k[:, :, :keys], v[:, :, :keys]
+    q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, :keys], operands.v[:, :, :keys]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
-    if dead is not None:
-        q, grad_out, grad_lse = (tensor.masked_fill(dead, 0.0) for tensor in (q, grad_out, grad_lse))
-    q, grad_out = _grouped(q, spec), _grouped(grad_out, spec)
 
     weights = kept_weights = scores.softmax(dim=-1)
-    grad_weights = _ungrouped(einsum(grad_out, v, "b hk g i dv, b hk j dv -> b hk g i j"))
+    grad_weights = _products(grad_out, v, visible)
     if spec.dropout_p > 0:
-        assert seed is not None
-        factor = keep_mask(seed, spec, first, last, keys).to(weights.dtype) / (1 - spec.dropout_p)
+        assert operands.seed is not None
+        factor = keep_mask(operands.seed, spec, first, last, keys).to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
     delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
-    grad_scores = _grouped(weights * (grad_weights - delta), spec)
+    grad_scores = weights * (grad_weights - delta)
 
-    grad_q = _ungrouped(einsum(grad_scores, k, "b hk g i j, b hk j d -> b hk g i d")) * spec.scale
-    if dead is not None:
-        grad_q = grad_q.masked_fill(dead, 0.0)
-    grad_k = einsum(grad_scores, q, "b hk g i j, b hk g i d -> b hk j d")
-    grad_v = einsum(_grouped(kept_weights, spec), grad_out, "b hk g i j, b hk g i dv -> b hk j dv")
-    return grad_q, grad_k, grad_v
+    grad_q = _weighted(grad_scores, k, visible) * spec.scale
+    grad_k = _gathered(grad_scores, q, visible, spec.kv_heads)
+    return grad_q, grad_k, _gathered(kept_weights, grad_out, visible, spec.kv_heads)
 
 
 def _scores(
-    q: Tensor, k: Tensor, mask: Tensor | None, spec: AttentionSpec, first: int, last: int
-) -> tuple[Tensor, Tensor | None]:
-    """The scores `(b, h, i, j)` of the queries from `first` to `last` with the keys that any of them may see, and which
-    rows are dead, `(b|1, h|1, i|1, 1)`, or None where none can be."""
+    operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The scores `(b, h, i, j)` of the queries from `first` to `last` with the keys that any of them may see.
+
+    They are -inf where a pair is hidden, and 0 in dead rows: of -inf alone a softmax makes NaN, which a gradient of
+    zero would carry on into the keys. With them come the visible pairs, `(b, hk, g i, j)` or what broadcasts to it,
+    where they are guarded, and the dead rows of the chunk.
+    """
     keys = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
-    q, k = q[:, :, first:last] * spec.scale, k[:, :, :keys]
-
-    visible, dead = _visible(mask, spec, first, last, keys, q.device), None
-    if visible is not None and (mask is not None or first + spec.offset < 0):
-        dead = ~visible.any(dim=-1, keepdim=True)
-        q = q.masked_fill(dead, 0.0)
-
-    scores = _ungrouped(einsum(_grouped(q, spec), k, "b hk g i d, b hk j d -> b hk g i j"))
-    if visible is not None:
-        # Added and not filled in: that is several times faster on a CPU. Finite and not -inf: in a dead row it makes no
-        # NaN, which a gradient of zero would carry on into the keys.
-        scores = scores + (~visible).to(scores.dtype) * torch.finfo(scores.dtype).min
-    return scores, dead
-
-
-def _grouped(tensor: Tensor, spec: AttentionSpec) -> Tensor:
-    return rearrange(tensor, "b (hk g) i x -> b hk g i x", hk=spec.kv_heads, g=spec.group)
+    q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, :keys]
+    visible, dead = visible_pairs(operands.mask, spec, first, last, keys, q.device), hidden.rows
+    if dead is not None and dead.shape[2] > 1:
+        dead = dead[:, :, first:last]
+    if visible is None:
+        return _products(q, k), None, dead
+    shown = visible if dead is None else visible | dead
+    if not guarded:
+        # 1 - 1 / shown, 0 or -inf: finite scores are hidden by a sum in a third of the time that a choice takes a CPU.
+        return _products(q, k) - shown.to(q.dtype).reciprocal().sub(1), None, dead
+    if spec.group > 1:
+        visible = _grouped(visible.expand(*q.shape[:3], keys), spec.kv_heads)
+    return torch.where(shown, _products(q, k, visible), -torch.inf), visible, dead
 
 
-def _ungrouped(tensor: Tensor) -> Tensor:
-    return rearrange(tensor, "b hk g i x -> b (hk g) i x")
+# Products of query heads with the key/value heads that they read. Where `visible`, `(b, hk, g i, j)`, says which pairs
+# to take, the others are left out whatever they hold.
 
 
-def _visible(
+def _products(x: Tensor, y: Tensor, visible: Tensor | None = None) -> Tensor:
+    """`(b, h, i, c), (b, hk, j, c) -> (b, h, i, j)`: each row of x with each of y."""
+    grouped = _grouped(x, y.shape[1])
+    found = grouped @ y.mT if visible is None else pairs(grouped, y, visible)
+    return found.view(*x.shape[:3], y.shape[2])
+
+
+def _weighted(weights: Tensor, y: Tensor, visible: Tensor | None) -> Tensor:
+    """`(b, h, i, j), (b, hk, j, c) -> (b, h, i, c)`: the sums of y's rows by their weights."""
+    grouped = _grouped(weights, y.shape[1])
+    found = grouped @ y if visible is None else contract(grouped, y, visible)
+    return found.view(*weights.shape[:3], y.shape[3])
+
+
+def _gathered(weights: Tensor, x: Tensor, visible: Tensor | None, kv_heads: int) -> Tensor:
+    """`(b, h, i, j), (b, h, i, c) -> (b, hk, j, c)`: the sums over the queries, and over the heads of a group."""
+    weights, x = _grouped(weights, kv_heads).mT, _grouped(x, kv_heads)
+    return weights @ x if visible is None else contract(weights, x, visible.mT)
+
+
+def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
+    """`(b, h, i, c) -> (b, hk, g i, c)`: what reads one key/value head, as one matrix."""
+    batch, heads, rows, width = tensor.shape
+    return tensor if heads == kv_heads else tensor.reshape(batch, kv_heads, heads // kv_heads * rows, width)
+
+
+def visible_pairs(
     mask: Tensor | None, spec: AttentionSpec, first: int, last: int, keys: int, device: torch.device
 ) -> Tensor | None:
     """Which of the first `keys` keys each query sees, bool `(b|1, h|1, i|1, keys)`; None where it is all of them."""
@@ -215,12 +281,32 @@ def _visible(
     return causal[None, None] if mask is None else mask & causal
 
 
-def _unread_keys(mask: Tensor, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> Tensor:
-    """The keys that no query sees, bool `(b|1, hk|1, j, 1)`."""
+def _dead_rows(
+    mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[int, int]], device: torch.device
+) -> Tensor | None:
+    """The queries that see no key, bool `(b|1, h|1, i|1, 1)`; None where there can be none."""
+    if mask is not None and mask.shape[2] > 1:
+        seen = [visible_pairs(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
+        return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
+    if mask is None:
+        dead = torch.arange(spec.queries, device=device) < -spec.offset
+        return dead[None, None, :, None] if spec.causal and spec.offset < 0 else None
+    if not spec.causal:
+        return ~mask.any(dim=-1, keepdim=True)
+    # A query sees a key once it is as far on as the first that the mask shows; max of a bool is "any so far".
+    so_far = pad(mask.to(torch.uint8).cummax(dim=-1).values, (1, 0))
+    position = torch.arange(spec.queries, device=device) + spec.offset + 1
+    return (so_far[:, :, 0, position.clamp(min=0)] == 0)[..., None]
+
+
+def _unread_keys(mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> Tensor | None:
+    """The keys that no query sees, bool `(b|1, hk|1, j, 1)`; None without a mask."""
+    if mask is None:
+        return None
     if mask.shape[2] == 1:
         read = mask[:, :, 0]  # under `causal` too: the last query sees every key that the mask leaves
     else:
-        seen = (_visible(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
+        seen = (visible_pairs(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
         read = functools.reduce(torch.logical_or, (part.any(dim=2) for part in seen if part is not None))
     if read.shape[1] > 1:
         read = reduce(read, "b (hk g) j -> b hk j", "any", hk=spec.kv_heads, g=spec.group)

@@ -40,7 +40,8 @@ def spec_of(variant: Variant) -> AttentionSpec:
     """The spec of a variant's small call, but for its lengths."""
     kind = variant.kind
     return AttentionSpec(
-        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1, 1, kind.head_dim, kind.value_dim),
+        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if variant.one_query else 2, 1),
+        *(kind.head_dim, kind.value_dim),
         getattr(torch, kind.dtype),
         mask=MaskKind[kind.mask.upper()],
         mask_per_head=variant.mask_per_head,

@@ -23,6 +23,7 @@ __all__ = [
     "jit_traced",
     "lazy",
     "mapped",
+    "readable",
     "settled",
     "sharded",
     "traced",
@@ -113,6 +114,13 @@ def undisturbed(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether the values of tensors can be looked at, and without waiting for a device."""
+    if watched() or traced(*tensors) or mapped(*tensors):
+        return False
+    return all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ from flash_attend.ops import Options
 
 __all__ = ["backward_vmap", "forward_vmap", "map_backward", "map_forward"]
 
+ROWS = 3  # outputs of a forward that have a number for each query, or more: out, lse, statistics. The rest is a mask's.
+
 Apply = Callable[..., Sequence[Tensor]]
 Dims = Sequence[int | None]
 Mapped = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # results, and where the mapped dimension is in each
@@ -31,10 +33,10 @@ def map_forward(
     if call.one_by_one:
         return call.each(apply, numbers, options, operands, dims)
     results = apply(numbers, options, *call.operands)
-    outputs = tuple(call.unfold(tensor, call.batch) for tensor in results[:2])
+    outputs, schedule = tuple(call.unfold(tensor, call.batch) for tensor in results[:ROWS]), results[ROWS:]
     if call.shared_mask:
-        return (*outputs, *results[2:]), (*(0 for _ in outputs), *(None for _ in results[2:]))
-    schedule = tuple(call.unfold(tensor, call.mask_rows) for tensor in results[2:])
+        return (*outputs, *schedule), (*(0 for _ in outputs), *(None for _ in schedule))
+    schedule = tuple(call.unfold(tensor, call.mask_rows) for tensor in schedule)
     return (*outputs, *schedule), tuple(0 for _ in results)
 
 
@@ -47,8 +49,9 @@ def map_backward(
     call = _Folded(size, options, operands, of_operands)
     if call.one_by_one:
         return call.each(apply, numbers, options, tensors, dims)
-    schedule = outputs[2:] if call.shared_mask else map(call.fold, outputs[2:], of_outputs[2:])
-    folded = *map(call.fold, grads, of_grads), *call.operands, *map(call.fold, outputs[:2], of_outputs[:2]), *schedule
+    schedule = outputs[ROWS:] if call.shared_mask else map(call.fold, outputs[ROWS:], of_outputs[ROWS:])
+    by_rows = map(call.fold, outputs[:ROWS], of_outputs[:ROWS])
+    folded = *map(call.fold, grads, of_grads), *call.operands, *by_rows, *schedule
     results = apply(numbers, options, *folded)
     return tuple(call.unfold(grad, call.batch) for grad in results), tuple(0 for _ in results)
 

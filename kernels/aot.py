@@ -1,13 +1,15 @@
 """Compiles the kernels of every config row for real parts, without one: registers, spills, shared memory, instructions.
 
     python -m flash_attend.kernels.aot [--json] [--common | --subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
+    python -m flash_attend.kernels.aot --estimate [--markdown] [--only TEXT] [--jobs N]
 
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
 
-The exit code is 1 if any kernel of a checked part spills in a loop or, outside of loops, more than `EDGE_SPILLS` says,
-exceeds the part's shared memory, lacks tensor-core instructions, or has its asynchronous products serialized by the
-assembler.
+The exit code is 1 if any kernel of a checked part spills more in its main loop than 2% of its instructions, exceeds the
+part's shared memory, lacks tensor-core instructions, has its asynchronous products serialized by the assembler,
+computes a product twice, or takes 1.3 times as long for shared memory as for its products. What goes beyond that,
+because the model of estimate.py finds nothing faster, is listed in `BEYOND`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields, replace
 from itertools import product
@@ -33,12 +35,13 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.backends import BACKENDS, BackwardName
-from flash_attend.kernels.configs import FUSED_VARIANTS, HOPPER_ROWS, ROWS, Tiles, mode_of
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, choices_for, row_of
+from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, Kernel, estimate
 from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
-from flash_attend.kernels.sass import ProductLoop, disassemble, product_loops
+from flash_attend.kernels.sass import ProductLoop, disassemble, loop_works, product_loops
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget, interpreting
 
 __all__ = [
@@ -52,19 +55,23 @@ __all__ = [
     "compile_launch",
     "compile_tasks",
     "compiled_for",
+    "is_serialized",
     "kernel_name",
     "record_call",
+    "spec_of",
+    "with_log",
 ]
 
 # Shared memory that one block may use, in bytes, from NVIDIA's CUDA programming guide (table of compute capabilities).
 PARTS = {
     "sm_80": DeviceTarget("cuda", "A100", (8, 0), 166912, 108, triton.__version__),
+    "sm_86": DeviceTarget("cuda", "A10, RTX 3090", (8, 6), 101376, 82, triton.__version__),
     "sm_89": DeviceTarget("cuda", "L40S, RTX 4090", (8, 9), 101376, 142, triton.__version__),
     "sm_90": DeviceTarget("cuda", "H100, H200", (9, 0), 232448, 132, triton.__version__),
     "sm_100": DeviceTarget("cuda", "B200", (10, 0), 232448, 148, triton.__version__),
     "sm_120": DeviceTarget("cuda", "RTX 5090", (12, 0), 101376, 170, triton.__version__),
 }
-CHECKED = ("sm_80", "sm_90")  # parts with rows of their own
+CHECKED = ("sm_80", "sm_90")  # parts whose rates are known
 TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.")  # in PTX
 SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
@@ -78,17 +85,37 @@ LOOPS = {
     "hopper_backward_wide": 2,
     "hopper_backward_wide_fused": 2,
 }
-MULTIPLYING = ("forward", "backward_kv", "backward_q", "backward_fused", *LOOPS)
-# Bytes that kernels may spill outside of their main loops, and plain ones outside of all: where a tile begins and ends.
+MULTIPLYING = (*PRODUCTS, *LOOPS)
+# Bytes that kernels for Hopper may spill outside of their main loops: where a tile begins and ends.
 EDGE_SPILLS = {
-    "forward": 24,
-    "backward_q": 24,
-    "backward_fused": 8,
     "hopper_forward": 256,
     "hopper_backward": 16,
     "hopper_backward_fused": 384,
     "hopper_backward_q": 128,
     "hopper_backward_wide_fused": 32,
+}
+# Of plain kernels' main loops: the share of instructions that access spilled registers, a larger one with dropout,
+# whose numbers make instructions the bottleneck; multiply-adds for each that is needed; clocks of shared memory for
+# each of tensor cores.
+LARGEST_SPILL_SHARE, LARGEST_WITH_DROPOUT, LARGEST_REDUNDANCY, LARGEST_SHARED_RATIO = 0.02, 0.1, 1.0, 1.3
+# Operands of float32 are twice as wide, and in accurate products there are two of each: tiles that fit have fewer rows.
+FLOAT32_SPILL_SHARE, FLOAT32_SHARED_RATIO = {"tf32": 0.08, "tf32x3": 0.1}, 2.5
+# What goes beyond, by the kernel and its row, and how far: the model finds nothing faster. From 192 on no tile that
+# fits on sm_80 has as many rows as its products have columns, and weights go through shared memory.
+BEYOND: dict[tuple[str, str, str, int], dict[str, float]] = {
+    ("forward", "sm_80", "half", 96): dict(spills=0.03),
+    ("forward", "sm_80", "half", 192): dict(shared=1.5),
+    ("forward", "sm_80", "half", 256): dict(spills=0.03, shared=1.5),
+    ("backward_kv", "sm_80", "half", 96): dict(shared=1.45),
+    ("backward_k", "sm_80", "half", 192): dict(shared=1.5),
+    ("backward_v", "sm_80", "half", 192): dict(shared=1.45),
+    ("backward_kv", "sm_80", "half", 256): dict(shared=1.7),
+    ("backward_q", "sm_80", "half", 128): dict(spills=0.05),
+    ("backward_q", "sm_80", "half", 192): dict(shared=1.55),
+    ("backward_q", "sm_80", "half", 256): dict(spills=0.14, shared=1.45),
+    ("backward_kv", "sm_90", "half", 64): dict(shared=1.35),
+    ("backward_kv", "sm_90", "half", 128): dict(spills=0.11),
+    ("backward_kv", "sm_90", "tf32x3", 128): dict(spills=0.11),
 }
 # Accesses to spilled registers in a main loop, by the kernel and the head dimension. At 64 a block of scores has 128
 # queries, and all 240 registers are full: one round has up to 11 of them, of some 800 instructions. 64 queries would
@@ -98,6 +125,9 @@ MAIN_LOOP_SPILLS = {("hopper_backward_fused", 64): 12, ("hopper_backward_wide_fu
 # consumers has a product less than the other, and time to spare.
 BARE_EXPONENTIALS = {"hopper_backward_wide": 32, "hopper_backward_wide_fused": 32}
 SERIALIZED = re.compile(r"C75\d\d|serializ", re.IGNORECASE)
+
+
+OF_VERSION = ("spills", "multiplies", "waits")  # how problems begin that other versions of Triton may have
 
 
 @dataclass(frozen=True)
@@ -139,6 +169,9 @@ class Report:
     error: str = ""
     loops: tuple[ProductLoop, ...] = ()  # the shortest first; of plain kernels where they spill
     head_dim: int = 0
+    row: tuple[str, str, str, int] | None = None  # the kernel, the part, and the row of the tile table
+    drops: bool = False
+    estimate: Estimate | None = None  # of plain kernels where d = dv, on parts whose rates are known
 
     def problems(self) -> list[str]:
         """Why this kernel must not be chosen, if it must not."""
@@ -146,7 +179,7 @@ class Report:
             return [self.error]
         limit = PARTS[self.arch].shared_memory
         found = []
-        if self.spill_bytes > EDGE_SPILLS.get(self.kernel, 0):
+        if self.kernel in LOOPS and self.spill_bytes > EDGE_SPILLS.get(self.kernel, 0):
             found.append(f"spills {self.spill_bytes} bytes")
         if self.shared_bytes > limit:
             found.append(f"needs {self.shared_bytes} bytes of shared memory, the part has {limit}")
@@ -156,8 +189,26 @@ class Report:
             found.append("has its asynchronous products serialized")
         if self.kernel in LOOPS:
             found += self._loop_problems()
-        elif any(loop.spills for loop in self.loops):
-            found.append("spills in a loop")
+        if self.estimate is not None:
+            found += self._estimate_problems(self.estimate)
+        return found
+
+    def _estimate_problems(self, estimate: Estimate) -> list[str]:
+        """What is wrong with the main loop of a plain kernel. The fused backward serves where it was measured, and
+        float64 for `gradcheck`: of these only what they spill."""
+        found = []
+        kind = self.row[2] if self.row else "half"
+        allowed = BEYOND.get(self.row, {}) if self.row else {}
+        usual = LARGEST_WITH_DROPOUT if self.drops else FLOAT32_SPILL_SHARE.get(kind, LARGEST_SPILL_SHARE)
+        if estimate.spill_share > max(allowed.get("spills", 0), usual):
+            found.append(f"spills: {estimate.spill_share:.1%} of its main loop")
+        if self.drops or self.kernel == "backward_fused" or kind == "double":
+            return found
+        if estimate.redundancy > LARGEST_REDUNDANCY + 0.01:
+            found.append(f"multiplies {estimate.redundancy:.2f} times as often as it has to")
+        usual = FLOAT32_SHARED_RATIO if kind in FLOAT32_SPILL_SHARE else LARGEST_SHARED_RATIO
+        if estimate.shared_ratio > max(allowed.get("shared", 0), usual):
+            found.append(f"waits for shared memory {estimate.shared_ratio:.2f} times as long as for products")
         return found
 
     def _loop_problems(self) -> list[str]:
@@ -237,11 +288,13 @@ def compile_launch(launch: Launch):
 
 
 def kernel_name(launch: Launch) -> str:
-    """The kernel's name in the table; a fused backward has one of its own."""
+    """The kernel's name in the table; a fused backward has one of its own, and so has the gradient of k or v alone."""
     name = launch.prepared.kernel.__name__.removesuffix("_kernel")
-    if not _is_fused(launch):
-        return name
-    return "backward_fused" if name == "backward_kv" else f"{name}_fused"
+    if _is_fused(launch):
+        return "backward_fused" if name == "backward_kv" else f"{name}_fused"
+    if name == "backward_kv":
+        return name.replace("kv", "k" * launch.prepared.choices["NEEDS_K"] + "v" * launch.prepared.choices["NEEDS_V"])
+    return name
 
 
 def _is_fused(launch: Launch) -> bool:
@@ -267,32 +320,69 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
-        config, head_dim = _config_of(launch, case), case.spec.head_dim
-        report = Report(name, case.arch, config, 0, 0, 0, 0, triton.__version__, head_dim=head_dim)
-        log = io.StringIO()
+        report = Report(
+            name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
+            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), drops=case.spec.dropout_p > 0,
+        )  # fmt: skip
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
-            with compiled_for(case.arch), contextlib.redirect_stdout(log):
-                compiled = compile_launch(launch)
+            with compiled_for(case.arch):
+                compiled, log = with_log(lambda launch=launch: compile_launch(launch))
         except Exception as error:  # whatever stops a compiler is a finding about one row, not the end of the table
             text = str(error).strip().splitlines() or [""]
             reports.append(replace(report, error=f"{type(error).__name__}: {text[-1][:200]}"))
             continue
-        text = log.getvalue()
-        spilled = sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(text))
-        read_loops = name in LOOPS or (name in MULTIPLYING and spilled > 0)
+        spilled = spilled_bytes(log)
+        # Of a plain kernel the modes differ in what spills, and in nothing else that is looked for in its loops.
+        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE
+        sass = disassemble(compiled.asm["cubin"]) if name in MULTIPLYING and (name in LOOPS or spilled or usual) else ""
+        registers, serialized = int(REGISTERS.search(log).group(1)), is_serialized(log)
         reports.append(
             replace(
                 report,
-                registers=int(REGISTERS.search(text).group(1)),
+                registers=registers,
                 spill_bytes=spilled,
                 shared_bytes=compiled.metadata.shared,
                 tensor_core_instructions=len(TENSOR_CORE.findall(compiled.asm["ptx"])),
-                serialized=bool(SERIALIZED.search(text)),
-                loops=tuple(product_loops(disassemble(compiled.asm["cubin"]))) if read_loops else (),
+                serialized=serialized,
+                loops=tuple(product_loops(sass)),
+                estimate=_estimate_of(case, launch, sass, registers, compiled.metadata.shared, serialized),
             )
         )
     return reports
+
+
+def with_log(compile: Callable[[], Any]) -> tuple[Any, str]:
+    """What a compilation gives, and what the assembler said."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = compile()
+    return compiled, log.getvalue()
+
+
+def spilled_bytes(log: str) -> int:
+    """Stored and loaded, by the assembler's log."""
+    return sum(int(stored) + int(loaded) for stored, loaded in SPILLS.findall(log))
+
+
+def is_serialized(log: str) -> bool:
+    """Whether the assembler says that it let asynchronous products wait for each other."""
+    return bool(SERIALIZED.search(log))
+
+
+def _estimate_of(
+    case: Case, launch: Launch, sass: str, registers: int, shared_bytes: int, serialized: bool
+) -> Estimate | None:
+    """Of the main loop, which comes first: over blocks that need no mask."""
+    name, spec, prepared = kernel_name(launch), case.spec, launch.prepared
+    if not sass or name not in PRODUCTS or case.arch not in RATES or spec.head_dim != spec.value_dim:
+        return None
+    choices = prepared.choices
+    kernel = Kernel(
+        name, case.arch, kind_of(spec), spec.head_dim, choices["HEAD0"] + choices["HEAD1"], choices["BLOCK_M"],
+        choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes, serialized,
+    )  # fmt: skip
+    return estimate(loop_works(sass)[0], kernel)
 
 
 # The modes that cost most registers come first; together they reach every branch of the kernels.
@@ -338,22 +428,23 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             if kind == "half" and scope != SUBSET:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
             for dims, mode in calls:
-                yield Case.of(arch, _spec_of(dims, **dtype, **mode))
-            # The fused backward takes longest to compile: only in the modes that have a tile of their own.
+                yield Case.of(arch, spec_of(dims, **dtype, **mode))
+            # The fused backward takes longest to compile: with its second tile only in the modes that take that.
             calls = [call for call in calls if call[1] is MODES[0]]
-            calls += [((width, width), mode) for mode in MODES[1 : None if scope == ALL else 1]]
+            calls += [((width, width), mode) for mode in MODES[1:4] if scope == ALL]
             for dims, mode in calls:
-                spec = _spec_of(dims, **dtype, **mode)
-                if mode is MODES[0] or (arch, kind, width, mode_of(spec)) in FUSED_VARIANTS:
+                spec = spec_of(dims, **dtype, **mode)
+                own = mode is MODES[0] or len(choices_for(spec, PARTS[arch]).backward_fused) > 1
+                if own and not BACKENDS["triton"].refuse_fused(spec, PARTS[arch]):
                     yield Case.of(arch, spec, backward="fused")
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
 
 
-def _spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
+def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
     """A call with the head dimensions d and dv, in one of the modes."""
     head_dim, value_dim = dims
-    rest = dict(batch=2, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
+    rest = dict(batch=16, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
     return AttentionSpec(head_dim=head_dim, value_dim=value_dim, **rest)
 
 
@@ -361,7 +452,7 @@ def _hopper_cases(scope: str) -> Iterator[Case]:
     modes = {ALL: HOPPER_MODES, COMMON: HOPPER_MODES[::3], SUBSET: HOPPER_MODES[:1]}[scope]
     backwards: tuple[BackwardName, ...] = ("separate", "fused")
     for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
-        yield Case.of("sm_90", _spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
+        yield Case.of("sm_90", spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
 
 
 def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]) -> list[tuple[Case, tuple[str, ...]]]:
@@ -388,9 +479,9 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
 
 
 def compile_tasks(
-    tasks: Sequence[tuple[Case, Iterable[str] | None]], jobs: int | None = None
-) -> Iterator[tuple[int, list[Report]]]:
-    """`compile_case` of every task in processes of their own, with a progress bar on stderr: indices and reports, as
+    tasks: Sequence[tuple[Any, ...]], jobs: int | None = None, compile: Callable[..., Any] = compile_case
+) -> Iterator[tuple[int, Any]]:
+    """`compile` of every task in processes of their own, with a progress bar on stderr: indices and what it gives, as
     they come."""
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -399,7 +490,7 @@ def compile_tasks(
         ) as pool,
         tqdm(total=len(tasks), unit="call", desc="compiling", file=sys.stderr, disable=None) as progress,
     ):
-        futures = {pool.submit(compile_case, *task): index for index, task in enumerate(tasks)}
+        futures = {pool.submit(compile, *task): index for index, task in enumerate(tasks)}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -427,9 +518,12 @@ def _prepare_worker(cache: str) -> None:
     torch.set_num_threads(1)
 
 
+UNPRINTED = ("serialized", "error", "loops", "head_dim", "row", "drops", "estimate")
+
+
 def as_json(reports: Iterable[Report]) -> str:
     """The table as a list of objects."""
-    keys = [field.name for field in fields(Report) if field.name not in ("serialized", "error", "loops", "head_dim")]
+    keys = [field.name for field in fields(Report) if field.name not in UNPRINTED]
     return json.dumps(
         [{**{key: getattr(report, key) for key in keys}, "problems": report.problems()} for report in reports], indent=1
     )
@@ -471,13 +565,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", help="processes, default one for each core")
     parser.add_argument(
         "--allow-spills", nargs="+", choices=COMPILED, default=(), metavar="NAME",
-        help="do not fail on spills of these backends: they are checked on one Triton version",
+        help="do not fail on spills and slow loops of these backends: they are checked on one Triton version",
     )  # fmt: skip
+    parser.add_argument(
+        "--estimate", action="store_true", help="print the model's TFLOP/s beside FlexAttention's instead"
+    )
+    parser.add_argument("--markdown", action="store_true", help="of the estimates: a table for docs/estimates.md")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
+    if options.estimate:
+        from flash_attend.kernels.comparison import print_estimates
+
+        return print_estimates(options.arch, options.only, options.jobs, options.markdown)
     reports = compile_all(
         options.arch, scope=options.scope, only=options.only, backends=options.backend, jobs=options.jobs
     )
@@ -492,9 +594,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _beyond_spills(report: Report, allowed: Container[str]) -> list[str]:
-    """Its problems, but for spills where its backend is one of those whose kernels may."""
+    """Its problems, but for what versions of Triton differ in, where its backend is one of those whose kernels may."""
     backend = "hopper" if report.kernel.startswith("hopper_") else "triton"
-    return [x for x in report.problems() if backend not in allowed or not x.startswith("spills")]
+    return [x for x in report.problems() if backend not in allowed or not x.startswith(OF_VERSION)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The backward: delta once, then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise repeatable. Or
-fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum, atomically. That takes 5
-products instead of 7, and the order of additions is not repeatable.
+"""The backward: delta once (statistics.py), then dK/dV by key tiles and dQ by query tiles. No atomics: always bitwise
+repeatable. Or fused, where that is asked for: dK/dV by key tiles, of which each adds its part of dQ to a sum,
+atomically. That takes 5 products instead of 7, and the order of additions is not repeatable.
 
 With P the softmax weights (after dropout P'), the gradients are dV = P'^T dO, dS = P * (dropout(dO V^T) - delta),
 dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (Dao 2023, arXiv:2307.08691).
@@ -8,9 +8,9 @@ dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import triton
@@ -38,68 +38,15 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads, Rows
-from flash_attend.kernels.schedule import Planes, Schedule, transposed_lists
-from flash_attend.kernels.scores import LOG2E, scaled_scores
-from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
-from flash_attend.kernels.tiles import Tile, clear_rows, row_products, scaled, zeros
+from flash_attend.kernels.schedule import Planes, transposed_lists
+from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY
+from flash_attend.kernels.statistics import Kept, QueryStatistics, prepare_statistics
+from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["attention_backward", "empty_gradients", "prepare_statistics"]
-
-INFINITY = tl.constexpr(float("inf"))
-LONGEST_TILE = tl.constexpr(128)  # queries: a head's DELTA and LSE_LOG2 are whole tiles, so that no load needs a mask
-
-
-@triton.jit
-def padded_length(queries):
-    """How many numbers a head has in DELTA and in LSE_LOG2."""
-    return tl.cdiv(queries, LONGEST_TILE) * LONGEST_TILE
-
-
-@kernel
-def delta_kernel(
-    OUT,
-    GRAD_OUT,
-    LSE,
-    GRAD_LSE,
-    DELTA,
-    LSE_LOG2,
-    queries: tl.int32,
-    heads: tl.int32,
-    out_batch: tl.int64,
-    out_head: tl.int64,
-    out_row: tl.int64,
-    grad_batch: tl.int64,
-    grad_head: tl.int64,
-    grad_row: tl.int64,
-    ALIGN: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE0: tl.constexpr,
-    VALUE1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    ACCUMULATOR: tl.constexpr,
-):
-    """DELTA and LSE_LOG2, padded, for the kernels below. Dead queries and those past the last get delta 0 and LSE +inf:
-    their weights are 0."""
-    first_query, batch, head = tile_of_program(padded_length(queries), heads, 1, BLOCK_M)
-    out_rows = Heads(OUT, out_batch, out_head, out_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(batch, head)
-    grad_rows = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(
-        batch, head
-    )
-    query = first_query + tl.arange(0, BLOCK_M)
-    exists = query < queries
-    out = out_rows.load(first_query, exists, BLOCK_M, MASKED=True)
-    grad = grad_rows.load(first_query, exists, BLOCK_M, MASKED=True)
-    index = batch.to(tl.int64) * heads + head
-    lse = tl.load(LSE + index * queries + query, mask=exists, other=NEGATIVE_INFINITY)
-    dead = lse == NEGATIVE_INFINITY
-    delta = row_products(out, grad, ACCUMULATOR)
-    if GRAD_LSE is not None:
-        delta -= tl.load(GRAD_LSE + index * queries + query, mask=exists, other=0.0)
-    at = index * padded_length(queries) + query
-    tl.store(DELTA + at, tl.where(dead, 0.0, delta))
-    tl.store(LSE_LOG2 + at, tl.where(dead, INFINITY, lse * LOG2E))
+__all__ = ["attention_backward", "empty_gradients"]
 
 
 @aggregate
@@ -108,8 +55,7 @@ class Queries:
 
     q: object
     grad_out: object
-    lse_log2: tl.tensor  # pointers
-    delta: tl.tensor
+    statistics: QueryStatistics
     grad_q: object  # None where the gradient of q is not made here
 
 
@@ -119,8 +65,7 @@ class QueryHeads:
 
     q: object
     grad_out: object
-    lse_log2: tl.tensor
-    delta: tl.tensor
+    statistics: QueryStatistics
     grad_q: object  # a pointer to (b, h, i, d), contiguous, or None
     n_heads: tl.tensor
 
@@ -128,13 +73,12 @@ class QueryHeads:
     def of_head(self, batch, head, queries):
         """The queries of a head."""
         index = batch.to(tl.int64) * self.n_heads + head.to(tl.int64)
-        at = index * padded_length(queries)
         q = self.q.rows(batch, head)
         grad_q = None
         if self.grad_q is not None:
             start = self.grad_q + index * queries * q.DIM
             grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False)
-        return Queries(q, self.grad_out.rows(batch, head), self.lse_log2 + at, self.delta + at, grad_q)
+        return Queries(q, self.grad_out.rows(batch, head), self.statistics.of_head(index, queries), grad_q)
 
 
 @aggregate
@@ -171,15 +115,14 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
     first_query = block * tile.BLOCK_M
     query = first_query + tl.arange(0, tile.BLOCK_M)
     key = keys.first + tl.arange(0, tile.BLOCK_N)
-    lse_log2 = tl.load(queries.lse_log2 + query)
-    delta = tl.load(queries.delta + query)
+    statistics = queries.statistics.load(query)
     alive = None
     if MASKED:
         # What a dead query holds, in q and in the gradient, may be anything: it is not read. No full block has any.
-        alive = lse_log2 < INFINITY
+        alive = statistics.alive()
     q = tile.load(queries.q, first_query, alive, tile.BLOCK_M, MASKED)
     seen = scores.apply(tile.inner_products(keys.k, q))
-    weights = recomputed_weights(seen, lse_log2[None, :], scores.factor_log2)
+    weights = statistics.weights(seen, scores.factor_log2, AXIS=0)
     if MASKED:
         if mask.KIND == DENSE:
             shown = mask.pairs_shown(first_query, keys.first, tile.BLOCK_M, tile.BLOCK_N, TRANSPOSED=True)
@@ -195,7 +138,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
         grad_v = tile.accumulate(grad_v, dropout.drop(weights, kept), grad)
     if grads.NEEDS_K or FUSED:
         grad_weights = dropout.gradient(tile.inner_products(keys.v, grad), kept)
-        grad_scores = scores.gradient(weights * (grad_weights - delta[None, :]))
+        grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[None, :]))
         if MASKED and (mask.KIND == DENSE or (mask.HIDES_KEYS and not FUSED)):
             # Hidden keys were read here, and the NaN that v may hold has survived the zero weight.
             grad_scores = mask.hide(grad_scores, query[None, :], key[:, None], shown, 0.0)
@@ -244,8 +187,9 @@ def backward_kv_kernel(
     GRAD_K,
     GRAD_V,
     GRAD_Q,
-    LSE_LOG2,
     DELTA,
+    LOG2,
+    MAXIMUM,
     VISIBLE,
     LISTS,
     SEED,
@@ -293,7 +237,7 @@ def backward_kv_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_SIGN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -312,7 +256,7 @@ def backward_kv_kernel(
     first_key, batch, kv_head = tile_of_program(keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
     q_heads = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False)
     grad_heads = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False)
-    query_heads = QueryHeads(q_heads, grad_heads, LSE_LOG2, DELTA, GRAD_Q, heads)
+    query_heads = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM), GRAD_Q, heads)
     k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(batch, kv_head)
     v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(batch, kv_head)
     planes = Planes(
@@ -328,7 +272,7 @@ def backward_kv_kernel(
     if not MASKS_DIFFER:
         shown = masks.of_head(batch, kv_head * group).key_shown(key)
     key_tile = _load_keys(k_rows, v_rows, first_key, shown, tile)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
     grads = KeyGradients(
         zeros(BLOCK_N, HEAD0, HEAD1, ACCUMULATOR), zeros(BLOCK_N, VALUE0, VALUE1, ACCUMULATOR), NEEDS_K, NEEDS_V
@@ -370,7 +314,7 @@ def backward_kv_kernel(
 
 @triton.jit
 def _query_gradient_tile(
-    grad_q, q, grad, lse_log2, delta, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
+    grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """One key block for one query tile."""
@@ -386,11 +330,11 @@ def _query_gradient_tile(
     seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
-    weights = recomputed_weights(seen, lse_log2[:, None], scores.factor_log2)
+    weights = statistics.weights(seen, scores.factor_log2, AXIS=1)
     v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     grad_weights = tile.inner_products(grad, v)
     grad_weights = dropout.gradient(grad_weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
-    grad_scores = scores.gradient(weights * (grad_weights - delta[:, None]))
+    grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[:, None]))
     return tile.accumulate(grad_q, grad_scores, k)
 
 
@@ -401,8 +345,9 @@ def backward_q_kernel(
     V,
     GRAD_OUT,
     GRAD_Q,
-    LSE_LOG2,
     DELTA,
+    LOG2,
+    MAXIMUM,
     VISIBLE,
     LISTS,
     SEED,
@@ -447,7 +392,7 @@ def backward_q_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_SIGN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -461,7 +406,9 @@ def backward_q_kernel(
     kv_head = head // group
     q_heads = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False)
     grad_heads = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False)
-    rows = QueryHeads(q_heads, grad_heads, LSE_LOG2, DELTA, None, heads).of_head(batch, head, queries)
+    rows = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM), None, heads).of_head(
+        batch, head, queries
+    )
     k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(batch, kv_head)
     v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(batch, kv_head)
     grad_q_rows = Heads(GRAD_Q, grad_q_batch, grad_q_head, grad_q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
@@ -471,36 +418,33 @@ def backward_q_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
     mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
     query = first_query + tl.arange(0, BLOCK_M)
     exists = query < queries
-    lse_log2 = tl.load(rows.lse_log2 + query)
-    delta = tl.load(rows.delta + query)
+    statistics = rows.statistics.load(query)
     # NaN in a dead query's q stays in its scores, all of which are hidden; in the gradient it must not be read.
     q = tile.load(rows.q, first_query, exists, BLOCK_M, MASKED=True)
-    grad = tile.load(rows.grad_out, first_query, lse_log2 < INFINITY, BLOCK_M, MASKED=True)
+    grad = tile.load(rows.grad_out, first_query, statistics.alive(), BLOCK_M, MASKED=True)
     grad_q = zeros(BLOCK_M, HEAD0, HEAD1, ACCUMULATOR)
     walk = mask.walk_over_keys(first_query, BLOCK_M, BLOCK_N)
     for run in tl.range(0, walk.run_count(), num_stages=1):
         start, end = walk.run_bounds(run)
         for block in tl.range(start, end, num_stages=STAGES):
             grad_q = _query_gradient_tile(
-                grad_q, q, grad, lse_log2, delta, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
+                grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
                 MASKED=False,
             )  # fmt: skip
     for index in tl.range(0, walk.masked_count(), num_stages=1):
         block = walk.masked_block(index)
         grad_q = _query_gradient_tile(
-            grad_q, q, grad, lse_log2, delta, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
+            grad_q, q, grad, statistics, k_rows, v_rows, mask, scores, dropout, first_query, block, tile,
             MASKED=True,
         )  # fmt: skip
-    grad_q_rows.store(first_query, scaled(grad_q, scores.magnitude), exists, BLOCK_M)
-
-
-DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
+    grad_q = clear_rows(scaled(grad_q, scores.magnitude), statistics.alive())
+    grad_q_rows.store(first_query, grad_q, exists, BLOCK_M)
 
 
 def empty_gradients(
@@ -535,14 +479,15 @@ def attention_backward(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    schedule: Schedule,
+    kept: Kept,
     spec: AttentionSpec,
     tiles: Tiles,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
 
-    Everything else is what the forward took and gave. A gradient that is None counts as 0.
+    Everything else is what the forward took and gave: `kept` says of each query what `lse` rounds. A gradient that is
+    None counts as 0.
 
     With a tile for the fused backward, one kernel computes what takes two kernels else, where the gradients of q and of
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
@@ -552,11 +497,12 @@ def attention_backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
-    backward = _prepare(spec, tiles, tuple(needed), schedule.planes, grad_lse is not None, *strides)
+    planes = 0 if kept.visible is None else kept.visible.shape[0]
+    backward = _prepare(spec, tiles, tuple(needed), planes, *strides)
     if backward is not None:
-        return backward.run(grad_out, grad_lse, operands, out, lse, schedule)
+        return backward.run(grad_out, grad_lse, operands, out, kept)
     operands = Operands(readable(q), readable(k), readable(v), mask, seed)
-    given = readable(grad_out), grad_lse, operands, readable(out), lse, schedule
+    given = readable(grad_out), grad_lse, operands, readable(out), lse, kept
     return attention_backward(*given, spec, tiles, needed)
 
 
@@ -565,10 +511,9 @@ class Backward:
     """The backward of calls that differ in nothing but what their tensors hold: it allocates and launches."""
 
     spec: AttentionSpec
+    tiles: Tiles
     grads: tuple[HeadsLayout | None, ...]  # of q, k and v
-    # As `prepare_statistics`, told whether all begin at aligned addresses, or None.
-    statistics: Callable[[Tensor, Tensor | None, Tensor, Tensor, bool | None], tuple[Tensor, Tensor]]
-    by_keys: Prepared | None  # None where neither k nor v needs a gradient
+    by_keys: tuple[tuple[Prepared, bool, bool], ...]  # and which of the gradients of k and v a launch makes
     fused: bool
     by_queries: tuple[Prepared, Prepared] | None  # where k and v do not begin where bulk copies can read, and where
 
@@ -578,29 +523,27 @@ class Backward:
         grad_lse: Tensor | None,
         operands: Operands,
         out: Tensor,
-        lse: Tensor,
-        schedule: Schedule,
+        kept: Kept,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As `attention_backward`."""
         q, k, v, _, seed = operands
-        visible, lists, _ = schedule = schedule.contiguous()
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        lse = lse.contiguous()
+        schedule = kept.schedule
         # What is allocated here is aligned. Where something else is not, each launch sees for itself.
-        aligned = begin_aligned(q, k, v, grad_out, out, lse, grad_lse, visible, lists, seed) or None
-        delta, lse_log2 = self.statistics(grad_out, grad_lse, out, lse, aligned)
+        aligned = begin_aligned(q, k, v, grad_out, schedule.visible, schedule.lists, seed) or None
+        statistics = prepare_statistics(grad_out, grad_lse, out, kept, self.spec, self.tiles)
         grad_q, grad_k, grad_v = [None if layout is None else q.new_empty_strided(*layout) for layout in self.grads]
         inputs = q, k, v, grad_out
-        statistics = lse_log2, delta, visible
-        if self.by_keys is not None:
-            sum_q = torch.zeros(grad_q.shape, dtype=lse.dtype, device=q.device) if self.fused else None
-            by_keys = transposed_lists(schedule)
-            launch(self.by_keys, *inputs, grad_k, grad_v, sum_q, *statistics, by_keys, seed, aligned=aligned)
-            if self.fused:
-                torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
+        accumulator = kept.statistics.dtype
+        sum_q = torch.zeros(grad_q.shape, dtype=accumulator, device=q.device) if self.fused else None
+        by_keys = transposed_lists(schedule) if self.by_keys else None
+        for prepared, makes_k, makes_v in self.by_keys:
+            made = grad_k if makes_k else None, grad_v if makes_v else None, sum_q
+            launch(prepared, *inputs, *made, *statistics, schedule.visible, by_keys, seed, aligned=aligned)
+        if self.fused:
+            torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
         if self.by_queries is not None:
             prepared = self.by_queries[aligned or begin_aligned(k, v)]
-            launch(prepared, *inputs, grad_q, *statistics, lists, seed, aligned=aligned)
+            launch(prepared, *inputs, grad_q, *statistics, schedule.visible, schedule.lists, seed, aligned=aligned)
         return grad_q, grad_k, grad_v
 
 
@@ -610,7 +553,6 @@ def _prepare(
     tiles: Tiles,
     needed: tuple[bool, bool, bool],
     planes: int,
-    with_lse: bool,
     q: Strides,
     k: Strides,
     v: Strides,
@@ -626,11 +568,16 @@ def _prepare(
     by_keys = of_k is not None or of_v is not None
     fused = by_keys and of_q is not None and tiles.backward_fused is not None
     strides = q, k, v, grad_out
+    apart = tiles.backward_kv.apart and not fused
+    made = [steps for steps in (((of_k, None), (None, of_v)) if apart else ((of_k, of_v),)) if steps != (None, None)]
     return Backward(
         spec,
+        tiles,
         grads,
-        partial(_launch_delta, _prepare_delta(spec, tiles, out, grad_out, with_lse), _statistics_layout(spec)),
-        _prepare_kv(spec, tiles, fused, planes, *strides, of_k, of_v) if by_keys else None,
+        tuple(
+            (_prepare_kv(spec, tiles, fused, planes, *strides, *steps), steps[0] is not None, steps[1] is not None)
+            for steps in made
+        ),
         fused,
         None
         if of_q is None or fused
@@ -638,55 +585,7 @@ def _prepare(
     )
 
 
-def prepare_statistics(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, spec: AttentionSpec, tiles: Tiles
-) -> tuple[Tensor, Tensor]:
-    """What every backward kernel reads of each query: delta and the LSE in base 2, `(b, h, i)` with i padded."""
-    prepared = _prepare_delta(spec, tiles, out.stride(), grad_out.stride(), grad_lse is not None)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    return _launch_delta(prepared, _statistics_layout(spec), grad_out, grad_lse, out, lse.contiguous())
-
-
-def _statistics_layout(spec: AttentionSpec) -> HeadsLayout:
-    longest = LONGEST_TILE.value
-    padded = -(-spec.queries // longest) * longest  # `triton.cdiv` takes a microsecond
-    return (spec.batch, spec.heads, padded), (spec.heads * padded, padded, 1)
-
-
-def _launch_delta(
-    prepared: Prepared,
-    layout: HeadsLayout,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    aligned: bool | None = None,
-) -> tuple[Tensor, Tensor]:
-    delta, lse_log2 = lse.new_empty_strided(*layout), lse.new_empty_strided(*layout)
-    launch(prepared, out, grad_out, lse, grad_lse, delta, lse_log2, aligned=aligned)
-    return delta, lse_log2
-
-
 # The launches for tensors with these strides; `at_hand` if k and v begin where bulk copies can read.
-
-
-@lru_cache(maxsize=CALLS_KEPT)
-def _prepare_delta(spec: AttentionSpec, tiles: Tiles, out: Strides, grad_out: Strides, with_lse: bool) -> Prepared:
-    # Calls with a gradient of the LSE and those without are prepared apart: None is a variant of its own.
-    sizes = query_sizes(spec)
-    align, strides = aligned_strides(spec.dtype, (sizes, out), (sizes, grad_out))
-    choices = call_choices(spec, tiles.backward_q, tiles)
-    return Prepared(
-        delta_kernel,
-        spec.batch * spec.heads * triton.cdiv(spec.queries, LONGEST_TILE.value) * (LONGEST_TILE.value // DELTA_ROWS),
-        (spec.queries, spec.heads, *strides),
-        dict(
-            ALIGN=align,
-            BLOCK_M=DELTA_ROWS,
-            **{name: choices[name] for name in ("VALUE_DIM", "VALUE0", "VALUE1", "ACCUMULATOR")},
-        ),
-        num_warps=4,
-    )
 
 
 @lru_cache(maxsize=CALLS_KEPT)

@@ -1,16 +1,22 @@
-"""Tile choices as data.
+"""Tile choices as rules with evidence.
 
-Every row of `ROWS`, `VARIANTS`, `FUSED` and `FUSED_VARIANTS` compiles without spills for its part in the modes of
-aot.py. Those of `HOPPER_ROWS` may spill outside of their main loops, and one of them does a little inside; aot.py says
-how much.
+A row says which tiles each kernel may take on a family of parts: the first one serves, the others are worth timing. The
+first is what the throughput model (estimate.py) takes to be fastest of what public projects chose by measurement and of
+what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the figures. The rules behind it:
 
-A row is `(BLOCK_M, BLOCK_N, num_warps, num_stages, descriptors, ping_pong)`: queries and keys of a tile, warps, buffers
-of the main loop, whether bulk copies fill them, and what `Tile` says of the last.
+- On sm_80 shared memory is the bottleneck: 8 warps of 16 rows each read twice what 4 warps of 32 rows do. A tile has at
+  least as many rows as the product has columns, or weights go through shared memory and sums across warps.
+- On sm_90 a product needs 64 rows for 4 warps, else it falls back to those of single warps.
+- Up to 2% of a main loop's instructions may access spilled registers; outside of it they are free. Where more serve,
+  the model has counted them: as traffic of shared memory.
+- Two stages at least, unless shared memory forbids it; no product is computed twice.
+- Where a grid has fewer programs than the part has multiprocessors, tiles have half as many rows.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -27,6 +33,7 @@ __all__ = [
     "Tiles",
     "as_text",
     "candidate_tiles",
+    "choices_for",
     "head_parts",
     "of_text",
     "override",
@@ -44,6 +51,8 @@ class Tile(NamedTuple):
     num_stages: int
     descriptors: bool = False  # the main loop reads through them where the layouts allow it: for parts with bulk copies
     ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
+    halves: bool = False  # head dimensions in two parts even where they are one power of two
+    apart: bool = False  # of backward_kv: the gradients of k and of v by a launch each, of which neither spills
 
 
 class Tiles(NamedTuple):
@@ -69,7 +78,7 @@ def _schedule_block(tiles: Tiles) -> tuple[int, int]:
 SMALLEST_PART = 16  # the smallest dimension of a tensor-core product
 
 
-def head_parts(dim: int, kind: str) -> tuple[int, int]:
+def head_parts(dim: int, kind: str, halves: bool = False) -> tuple[int, int]:
     """A head dimension as one power of two, or as two where that serves better: 64 -> (64, 0), 80 -> (64, 16).
 
     TF32 and float64 keep to one: in two parts no tile of their backward stays in registers, and spilling costs more
@@ -80,144 +89,99 @@ def head_parts(dim: int, kind: str) -> tuple[int, int]:
     first = power // 2
     second = max(SMALLEST_PART, 1 << max(dim - first - 1, 0).bit_length())
     narrower = kind == "half" and first >= SMALLEST_PART and first + second < power
-    splits = narrower or (kind == "tf32x3" and first >= 64)
+    splits = narrower or (halves and first >= SMALLEST_PART) or (kind == "tf32x3" and first >= 64)
     return (first, second) if splits else (power, 0)
 
 
-# (arch, kind, width) -> forward, backward_kv, backward_q. The kind is that of the products, the width that of the wider
-# head dimension with its parts added up. Each tile keeps everything in registers; larger ones that do may exist.
-ROWS: dict[tuple[str, str, int], Tiles] = {
-    ("sm_80", "half", 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_80", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_80", "half", 128): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
-    ("sm_80", "half", 192): Tiles(Tile(32, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_80", "half", 256): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1)),
-    ("sm_90", "half", 64): Tiles(Tile(128, 128, 8, 3, True), Tile(64, 128, 8, 2), Tile(128, 128, 8, 2, True)),
-    ("sm_90", "half", 96): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 128, 8, 2), Tile(128, 128, 8, 2, True)),
-    ("sm_90", "half", 192): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_90", "half", 256): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1, True)),
-    ("sm_80", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
-    ("sm_80", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    ("sm_90", "double", 64): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
-    ("sm_90", "double", 128): Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    ("sm_80", "tf32", 64): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 32, 8, 2)),
-    ("sm_80", "tf32", 128): Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
-    ("sm_80", "tf32", 256): Tiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_90", "tf32", 64): Tiles(Tile(128, 128, 8, 2, True), Tile(32, 32, 4, 2), Tile(128, 64, 8, 2, True)),
-    ("sm_90", "tf32", 128): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2, True)),
-    ("sm_90", "tf32", 256): Tiles(Tile(32, 32, 8, 1, True), Tile(16, 32, 8, 1), Tile(32, 32, 8, 1, True)),
-    ("sm_80", "tf32x3", 64): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("sm_80", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ("sm_90", "tf32x3", 64): Tiles(Tile(128, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    ("sm_90", "tf32x3", 128): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(64, 16, 8, 1)),
+class Choices(NamedTuple):
+    """What each kernel may take: the first serves, the others are worth timing. A fused backward, which holds most in
+    registers, takes its last with a dense mask or dropout."""
+
+    forward: tuple[Tile, ...]
+    backward_kv: tuple[Tile, ...]
+    backward_q: tuple[Tile, ...]
+    backward_fused: tuple[Tile, ...]
+
+
+TILE = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(d?)(h?)(a?)")
+
+
+def _choices(*kernels: str) -> Choices:
+    """Of four lists of tiles."""
+    return Choices(*(tuple(map(tile_of, kernel.split())) for kernel in kernels))
+
+
+def tile_of(text: str) -> Tile:
+    """A tile from "128x64w4s3": queries, keys, warps, stages; `d` adds descriptors, `h` halves, `a` apart."""
+    *sizes, descriptors, halves, apart = TILE.fullmatch(text).groups()
+    return Tile(*map(int, sizes), descriptors=bool(descriptors), halves=bool(halves), apart=bool(apart))
+
+
+# (family of parts, kind of products, width) -> choices. The width is that of the wider head dimension with its parts
+# added up. A family takes what it has no row for from sm_80.
+# fmt: off
+ROWS: dict[tuple[str, str, int], Choices] = {
+    ("sm_80", "half", 64): _choices(
+        "128x64w4s3 128x32w4s3 128x128w8s2", "32x128w4s2 16x128w4s2 64x128w8s2", "128x32w4s2 128x64w4s2 128x64w8s2",
+        "32x128w4s2 64x128w8s2 32x64w8s2"),
+    ("sm_80", "half", 96): _choices(
+        "128x64w4s2 128x32w4s2", "32x128w8s2 64x64w4s2", "128x32w4s2 128x64w8s2", "16x64w4s2 16x32w8s2"),
+    ("sm_80", "half", 128): _choices(
+        "128x32w4s2 128x64w8s2 128x128w8s2", "64x64w4s2 32x128w8s2", "128x32w4s2 128x64w8s2",
+        "32x32w4s2 64x64w4s2 64x128w8s1 16x32w8s2"),
+    ("sm_80", "half", 192): _choices(
+        "128x32w8s2 64x64w4s2", "32x128w8s2a 32x32w4s2", "64x32w4s2 128x32w8s1", "16x64w8s2 16x16w8s2"),
+    ("sm_86", "half", 192): _choices("128x32w8s2 64x32w4s2", "32x32w4s2", "64x32w4s2", "16x64w8s2 16x16w8s2"),
+    ("sm_80", "half", 256): _choices(
+        "128x32w8s2h 64x64w4s2", "64x64w8s2", "64x64w4s2 64x64w8s1", "32x32w8s2 16x16w8s2"),
+    ("sm_86", "half", 256): _choices("128x32w8s2h", "32x32w4s2", "32x32w4s2", "32x32w8s2 16x16w8s2"),
+    ("sm_90", "half", 64): _choices(
+        "128x64w4s3d 128x128w4s3d 128x128w8s3d", "64x64w4s2 64x128w8s2", "128x64w4s2d 128x128w8s2d",
+        "64x128w8s2 32x32w8s2"),
+    ("sm_90", "half", 96): _choices(
+        "128x64w4s2 128x128w8s2", "64x64w4s2 64x128w8s2", "128x64w8s2", "16x64w4s1 16x32w8s2"),
+    ("sm_90", "half", 128): _choices(
+        "128x128w8s2d 128x64w8s3d", "64x128w8s2 64x64w4s2 32x128w8s2", "128x128w8s2d 128x64w8s2d",
+        "16x128w8s2 32x32w8s2"),
+    ("sm_90", "half", 192): _choices("128x64w8s2", "64x128w8s2a", "128x64w8s2", "16x64w8s2 16x16w8s2"),
+    ("sm_90", "half", 256): _choices("128x64w8s2d", "64x128w8s1a 32x128w8s2a", "128x32w8s2d", "64x32w8s2 32x16w8s2"),
+    ("sm_80", "tf32", 64): _choices(
+        "128x64w4s2h 128x32w4s3", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
+    ("sm_80", "tf32", 128): _choices("128x16w4s2h 128x32w4s2h", "32x64w4s2", "128x16w8s2 64x32w4s2", "16x32w8s2"),
+    ("sm_86", "tf32", 128): _choices("128x16w4s2h 128x32w4s2h", "32x32w4s2", "32x32w4s2", "16x32w8s2"),
+    ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "32x32w4s1a", "32x32w4s1", "16x32w8s1 16x16w8s2"),
+    ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
+    ("sm_90", "tf32", 64): _choices("128x64w4s2d 128x128w8s2d", "32x128w8s2", "128x64w8s2d", "32x64w4s2 32x32w8s2"),
+    ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x64w4s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
+    ("sm_90", "tf32", 256): _choices("32x32w4s2 64x32w4s2d", "32x32w4s1a", "32x32w4s1", "32x16w8s2 16x16w8s2"),
+    ("sm_80", "tf32x3", 64): _choices(
+        "64x32w4s2 32x32w4s2", "16x64w4s1 32x64w4s1 32x32w8s2", "64x16w4s1 64x32w4s1", "32x32w8s1 16x32w8s1"),
+    ("sm_80", "tf32x3", 128): _choices(
+        "64x16w4s1 64x32w4s1", "16x64w4s1 16x16w4s1", "64x16w4s1 16x16w4s1", "16x16w8s1"),
+    ("sm_86", "tf32x3", 128): _choices("64x16w4s1", "16x16w4s1", "16x16w4s1", "16x16w8s1"),
+    ("sm_90", "tf32x3", 64): _choices("128x32w8s2 64x32w4s2", "32x64w4s1", "64x32w4s1", "32x32w8s1"),
+    ("sm_90", "tf32x3", 128): _choices("64x32w4s1 128x32w8s1", "16x64w4s1 16x16w4s1", "64x16w4s1", "16x16w8s1"),
+    ("sm_80", "double", 64): _choices("32x32w4s1", "16x32w4s1", "32x16w4s1", "16x32w8s1 16x16w8s1"),
+    ("sm_80", "double", 128): _choices("16x16w4s1", "16x16w8s1", "16x16w8s1", "16x16w8s1"),
 }
-# Instead of its row, where that would spill in one of these modes.
-VARIANTS: dict[tuple[str, str, int, str], Tiles] = {
-    ("sm_80", "half", 64, "dense+dropout"): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_80", "half", 96, "dense"): Tiles(Tile(128, 64, 8, 2), Tile(16, 128, 8, 1), Tile(64, 32, 8, 2)),
-    ("sm_80", "half", 96, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2), Tile(64, 32, 8, 2)),
-    ("sm_90", "half", 64, "dropout"): Tiles(Tile(128, 128, 8, 3, True), Tile(32, 64, 8, 2), Tile(128, 128, 8, 2, True)),
-    ("sm_90", "half", 64, "dense+dropout"): Tiles(Tile(128, 128, 8, 3, True), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2)),
-    ("sm_90", "half", 128, "dense"): Tiles(Tile(128, 128, 8, 2, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)),
-    ("sm_90", "half", 128, "dropout"): Tiles(Tile(128, 64, 8, 3, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)),
-    ("sm_90", "half", 128, "dense+dropout"): Tiles(
-        Tile(128, 64, 8, 3, True), Tile(64, 32, 8, 2), Tile(128, 64, 8, 2, True)
-    ),
-    ("sm_90", "half", 192, "dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_90", "half", 192, "dense+dropout"): Tiles(Tile(128, 32, 8, 2), Tile(32, 16, 8, 1), Tile(32, 32, 8, 2)),
-    ("sm_90", "half", 256, "dropout"): Tiles(Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(32, 64, 8, 1, True)),
-    ("sm_80", "tf32", 64, "dropout"): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 16, 8, 2)),
-    ("sm_80", "tf32", 64, "dense+dropout"): Tiles(Tile(128, 32, 4, 2), Tile(32, 32, 4, 2), Tile(128, 16, 8, 2)),
-    ("sm_80", "tf32", 128, "dense"): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
-    ("sm_80", "tf32", 128, "dense+dropout"): Tiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2)),
-    ("sm_80", "tf32", 256, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_80", "tf32", 256, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_80", "tf32", 256, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 32, 8, 1)),
-    ("sm_90", "tf32", 128, "dense"): Tiles(Tile(128, 64, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 16, 8, 2, True)),
-    ("sm_90", "tf32", 128, "dropout"): Tiles(Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 32, 8, 2, True)),
-    ("sm_90", "tf32", 128, "dense+dropout"): Tiles(
-        Tile(128, 32, 8, 2, True), Tile(32, 32, 8, 2), Tile(128, 16, 8, 2, True)
-    ),
-    ("sm_90", "tf32x3", 128, "dense"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ("sm_90", "tf32x3", 128, "dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ("sm_90", "tf32x3", 128, "dense+dropout"): Tiles(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
+# fmt: on
+# What serves with dropout, whose numbers take registers and make instructions the bottleneck, where that is not the
+# first: by the kernel.
+DROPOUT: dict[tuple[str, str, int], dict[str, str]] = {
+    ("sm_80", "half", 64): dict(backward_kv="32x128w8s2"),
+    ("sm_80", "half", 128): dict(backward_kv="32x128w8s2"),
+    ("sm_90", "tf32x3", 128): dict(backward_q="16x16w4s1"),
 }
-# (arch, kind, width) -> backward_fused, and instead of it where it would spill in one of these modes.
-FUSED: dict[tuple[str, str, int], Tile] = {
-    ("sm_80", "half", 64): Tile(32, 128, 4, 2),
-    ("sm_80", "half", 96): Tile(16, 64, 4, 2),
-    ("sm_80", "half", 128): Tile(32, 32, 4, 2),
-    ("sm_80", "half", 192): Tile(16, 64, 8, 2),
-    ("sm_80", "half", 256): Tile(32, 32, 8, 2),
-    ("sm_90", "half", 64): Tile(64, 128, 8, 2),
-    ("sm_90", "half", 96): Tile(16, 64, 4, 1),
-    ("sm_90", "half", 128): Tile(16, 128, 8, 2),
-    ("sm_90", "half", 192): Tile(16, 64, 8, 2),
-    ("sm_90", "half", 256): Tile(64, 32, 8, 2),
-    ("sm_80", "double", 64): Tile(16, 32, 8, 1),
-    ("sm_80", "double", 128): Tile(16, 16, 8, 1),
-    ("sm_90", "double", 64): Tile(32, 32, 4, 1),
-    ("sm_90", "double", 128): Tile(16, 16, 8, 1),
-    ("sm_80", "tf32", 64): Tile(32, 64, 4, 2),
-    ("sm_80", "tf32", 128): Tile(16, 32, 8, 2),
-    ("sm_80", "tf32", 256): Tile(16, 32, 8, 1),
-    ("sm_90", "tf32", 64): Tile(32, 64, 4, 2),
-    ("sm_90", "tf32", 128): Tile(64, 32, 8, 2),
-    ("sm_90", "tf32", 256): Tile(32, 16, 8, 2),
-    ("sm_80", "tf32x3", 64): Tile(32, 32, 8, 1),
-    ("sm_80", "tf32x3", 128): Tile(16, 16, 8, 1),
-    ("sm_90", "tf32x3", 64): Tile(32, 32, 8, 1),
-    ("sm_90", "tf32x3", 128): Tile(16, 16, 8, 1),
-}
-FUSED_VARIANTS: dict[tuple[str, str, int, str], Tile] = {
-    ("sm_80", "half", 64, "dense"): Tile(32, 64, 8, 2),
-    ("sm_80", "half", 64, "dropout"): Tile(32, 64, 8, 2),
-    ("sm_80", "half", 64, "dense+dropout"): Tile(32, 64, 8, 2),
-    ("sm_80", "half", 96, "dense"): Tile(16, 64, 8, 2),
-    ("sm_80", "half", 96, "dropout"): Tile(16, 32, 8, 2),
-    ("sm_80", "half", 96, "dense+dropout"): Tile(16, 32, 8, 2),
-    ("sm_80", "half", 128, "dense"): Tile(64, 32, 8, 2),
-    ("sm_80", "half", 128, "dropout"): Tile(16, 32, 8, 2),
-    ("sm_80", "half", 128, "dense+dropout"): Tile(32, 32, 8, 2),
-    ("sm_80", "half", 192, "dense"): Tile(16, 16, 8, 2),
-    ("sm_80", "half", 192, "dropout"): Tile(16, 16, 8, 2),
-    ("sm_80", "half", 192, "dense+dropout"): Tile(16, 32, 8, 2),
-    ("sm_80", "half", 256, "dense"): Tile(32, 16, 8, 2),
-    ("sm_80", "half", 256, "dropout"): Tile(16, 16, 8, 2),
-    ("sm_80", "half", 256, "dense+dropout"): Tile(16, 16, 8, 2),
-    ("sm_90", "half", 64, "dense"): Tile(64, 64, 8, 2),
-    ("sm_90", "half", 64, "dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "half", 64, "dense+dropout"): Tile(64, 32, 8, 1),
-    ("sm_90", "half", 96, "dense"): Tile(16, 64, 8, 2),
-    ("sm_90", "half", 96, "dropout"): Tile(16, 32, 8, 2),
-    ("sm_90", "half", 96, "dense+dropout"): Tile(16, 64, 8, 2),
-    ("sm_90", "half", 128, "dense"): Tile(64, 32, 8, 2),
-    ("sm_90", "half", 128, "dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "half", 128, "dense+dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "half", 192, "dense"): Tile(16, 32, 8, 2),
-    ("sm_90", "half", 192, "dropout"): Tile(16, 16, 8, 2),
-    ("sm_90", "half", 192, "dense+dropout"): Tile(16, 32, 8, 2),
-    ("sm_90", "half", 256, "dense"): Tile(32, 16, 8, 2),
-    ("sm_90", "half", 256, "dropout"): Tile(32, 16, 8, 2),
-    ("sm_90", "half", 256, "dense+dropout"): Tile(32, 16, 8, 2),
-    ("sm_90", "double", 64, "dense"): Tile(16, 32, 8, 1),
-    ("sm_90", "double", 64, "dropout"): Tile(16, 16, 8, 1),
-    ("sm_90", "double", 64, "dense+dropout"): Tile(16, 16, 8, 1),
-    ("sm_80", "tf32", 64, "dense"): Tile(32, 32, 8, 2),
-    ("sm_80", "tf32", 64, "dropout"): Tile(32, 32, 8, 2),
-    ("sm_80", "tf32", 64, "dense+dropout"): Tile(32, 32, 8, 2),
-    ("sm_80", "tf32", 256, "dense"): Tile(16, 16, 8, 2),
-    ("sm_90", "tf32", 64, "dense"): Tile(32, 32, 8, 2),
-    ("sm_90", "tf32", 64, "dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "tf32", 64, "dense+dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "tf32", 128, "dense"): Tile(32, 32, 8, 2),
-    ("sm_90", "tf32", 128, "dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "tf32", 128, "dense+dropout"): Tile(32, 32, 8, 2),
-    ("sm_90", "tf32", 256, "dense"): Tile(16, 16, 8, 2),
-    ("sm_80", "tf32x3", 64, "dense"): Tile(16, 32, 8, 1),
-    ("sm_80", "tf32x3", 64, "dropout"): Tile(16, 32, 8, 1),
-    ("sm_80", "tf32x3", 64, "dense+dropout"): Tile(16, 32, 8, 1),
+# Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
+OLDEST = "sm_80"
+FAMILIES = {
+    "sm_86": "sm_86",
+    "sm_89": "sm_86",
+    "sm_120": "sm_86",
+    "sm_121": "sm_86",
+    "sm_90": "sm_90",
+    "sm_100": "sm_90",
+    "sm_103": "sm_90",
 }
 # Those of the kernels for Hopper, by head dimension (d = dv). With twice the queries or the keys
 # registers are spilled and products serialized, and there is no power of two in between. What a kernel walks over has
@@ -227,7 +191,10 @@ HOPPER_ROWS: dict[int, Tiles] = {
     128: Tiles(Tile(128, 128, 4, 2), Tile(64, 128, 4, 2), Tile(128, 64, 4, 2), Tile(64, 128, 4, 2)),
     256: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 2)),
 }
-ARCHS = frozenset(arch for arch, _, _ in ROWS)
+
+FEWEST_ROWS = 64  # of a tile that is made smaller for a small grid: what four warps take on sm_90
+# For decoding, where the heads of a group are rows: bound by reading k and v, of which much is to be under way.
+ONE_QUERY = Tile(16, 64, 4, 2)
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
@@ -258,16 +225,22 @@ def row_of(spec: AttentionSpec) -> tuple[str, int]:
     return kind, min(width for _, of, width in ROWS if of == kind and width >= widest)
 
 
-def mode_of(spec: AttentionSpec) -> str:
-    """The mode of a call, as `VARIANTS` names it: "", "dense", "dropout" or "dense+dropout"."""
-    return "+".join(["dense"] * (spec.mask == MaskKind.DENSE) + ["dropout"] * (spec.dropout_p > 0))
+def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
+    """What serves a call on a part, first, and what is worth timing."""
+    kind, width = row_of(spec)
+    family = FAMILIES.get(target.arch or "", OLDEST)
+    row = (family if (family, kind, width) in ROWS else OLDEST, kind, width)
+    choices = ROWS[row]
+    if spec.dropout_p > 0:
+        others = {kernel: (tile_of(text), *getattr(choices, kernel)) for kernel, text in DROPOUT.get(row, {}).items()}
+        choices = choices._replace(**others)
+    if spec.dropout_p > 0 or spec.mask == MaskKind.DENSE:
+        choices = choices._replace(backward_fused=choices.backward_fused[::-1])
+    return choices
 
 
 def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
-    """The tiles for a call on a part, whose backward is "separate" or "fused".
-
-    Parts without rows of their own take those of sm_80, which fit them all.
-    """
+    """The tiles for a call on a part, whose backward is "separate" or "fused"."""
     return _override or _look_up_tiles(spec, target, backward)
 
 
@@ -276,22 +249,25 @@ def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str
     return _override or _look_up_hopper_tiles(spec.head_dim, backward)
 
 
+def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> list[Tiles]:
+    """What is worth timing for a call on a part: what serves untuned first, then the same with another tile for
+    one of its kernels. A tile may take more than the part has: whoever times it finds out when it is launched."""
+    first = _tiles_by_rule(spec, target, backward)
+    if target.interpreted:
+        return [first]
+    others = choices_for(spec, target)._asdict()
+    return [first] + [
+        first._replace(**{kernel: tile})
+        for kernel, chosen in zip(Tiles._fields, first, strict=True)
+        for tile in others[kernel]
+        if chosen is not None and tile != chosen
+    ]
+
+
 @lru_cache(maxsize=CALLS_KEPT)
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     fastest = tuned_tiles("triton", kind_of_call(spec), target, backward)
     return of_text(fastest) if fastest else _tiles_by_rule(spec, target, backward)
-
-
-def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> list[Tiles]:
-    """What may be fastest on a part: first the tiles that a call takes untuned, then those of other parts, and of wider
-    head dimensions. What a part cannot hold is found out when it is timed."""
-    usual, (kind, width) = _tiles_by_rule(spec, target, backward), row_of(spec)
-    if backward == "fused":
-        tiles = [tile for (_, of, wide), tile in FUSED.items() if of == kind and wide >= width]
-        others = [usual._replace(backward_fused=tile) for tile in tiles]
-    else:
-        others = [tiles for (_, of, wide), tiles in ROWS.items() if of == kind and wide >= width]
-    return list(dict.fromkeys([usual, *others]))
 
 
 def as_text(tiles: Tiles) -> str:
@@ -306,12 +282,33 @@ def of_text(text: str) -> Tiles:
 
 def _tiles_by_rule(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     if target.interpreted:
-        tiles, fused = INTERPRETED, INTERPRETED_FUSED
+        tiles = INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)
     else:
-        row = (target.arch if target.arch in ARCHS else "sm_80", *row_of(spec))
-        variant = (*row, mode_of(spec))
-        tiles, fused = VARIANTS.get(variant) or ROWS[row], FUSED_VARIANTS.get(variant) or FUSED[row]
-    return tiles._replace(backward_fused=fused) if backward == "fused" else tiles
+        tiles = _filling(Tiles(*(tiles[0] for tiles in choices_for(spec, target))), spec, target)
+    return tiles if backward == "fused" else tiles._replace(backward_fused=None)
+
+
+def _filling(tiles: Tiles, spec: AttentionSpec, target: DeviceTarget) -> Tiles:
+    """The tiles of a row, smaller where they would leave multiprocessors without work (if it is known how many there
+    are), or rows without queries."""
+    if spec.queries == 1 and kind_of(spec) == "half":
+        tiles = tiles._replace(forward=ONE_QUERY)
+    if not target.multiprocessors:
+        return tiles
+    of_queries, of_keys = spec.batch * spec.heads, spec.batch * spec.kv_heads
+    return tiles._replace(
+        forward=_halved(tiles.forward, "block_m", of_queries, spec.queries, target),
+        backward_kv=_halved(tiles.backward_kv, "block_n", of_keys, spec.keys, target),
+        backward_q=_halved(tiles.backward_q, "block_m", of_queries, spec.queries, target),
+    )
+
+
+def _halved(tile: Tile, side: str, heads: int, length: int, target: DeviceTarget) -> Tile:
+    """A tile with half as many rows on this side, and no more warps than they take, if that fills the part better."""
+    rows = getattr(tile, side)
+    if rows <= FEWEST_ROWS or heads * -(-length // rows) >= target.multiprocessors:
+        return tile
+    return tile._replace(**{side: rows // 2}, num_warps=4)
 
 
 @cache

@@ -54,7 +54,7 @@ def reading_keys(
         return tile, tuple
     sizes = key_sizes(spec)
     dims = spec.head_dim, spec.value_dim
-    parts = [head_parts(dim, kind_of(spec)) for dim in dims]
+    parts = [head_parts(dim, kind_of(spec), tile.halves) for dim in dims]
     in_reach = at_hand and all(readable_in_bulk(sizes, strides, spec.dtype.itemsize) for strides in (k, v))
     if in_reach and not any(second for _, second in parts):
         layouts = [

@@ -37,7 +37,8 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import Planes, Schedule, plan_schedule
 from flash_attend.kernels.scores import scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
-from flash_attend.kernels.tiles import Tile, scaled, zeros
+from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
+from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Layouts, Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -67,7 +68,7 @@ def _tile(
     seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
-    weights, correction, softmax = softmax.step(seen, scores.factor_log2, MASKED)
+    weights, correction, softmax = softmax.step(seen, scores.factor_log2)
     weights = dropout.drop(weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
     if not EARLY:
         v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
@@ -81,6 +82,7 @@ def forward_kernel(
     V,
     OUT,
     LSE,
+    STATISTICS,
     VISIBLE,
     LISTS,
     SEED,
@@ -122,13 +124,15 @@ def forward_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
-    NEGATIVE_SCALE: tl.constexpr,
+    SCALE_SIGN: tl.constexpr,
+    EXACT: tl.constexpr,
+    APART: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):
-    """One query tile of one head: OUT (b, h, i, dv) and LSE (b, h, i), contiguous.
+    """One query tile of one head: OUT (b, h, i, dv); LSE (b, h, i) and STATISTICS (b, h, i, 1 or 2), contiguous.
 
     K and V are descriptors, if DESCRIPTORS, of blocks of BLOCK_N keys.
     """
@@ -142,7 +146,7 @@ def forward_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
     mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
-    scores = scaled_scores(scale, NEGATIVE_SCALE, ACCUMULATOR)
+    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
@@ -150,7 +154,7 @@ def forward_kernel(
     exists = query < queries
     q = tile.load(q_rows, first_query, exists, BLOCK_M, MASKED=True)
     total = zeros(BLOCK_M, VALUE0, VALUE1, ACCUMULATOR)
-    softmax = empty_softmax(BLOCK_M, ACCUMULATOR)
+    softmax = empty_softmax(BLOCK_M, ACCUMULATOR, EXACT)
     walk = mask.walk_over_keys(first_query, BLOCK_M, BLOCK_N)
     # Full blocks first: with the masked ones in front, the compiler serializes the products of the main loop.
     for run in tl.range(0, walk.run_count(), num_stages=1):
@@ -165,21 +169,33 @@ def forward_kernel(
             total, softmax, q, k_rows, v_rows, mask, scores, dropout, first_query, block, tile, MASKED=True
         )
 
-    normaliser, lse = softmax.finish()
-    tl.store(LSE + (batch.to(tl.int64) * heads + head) * queries + query, lse, mask=exists)
+    alive = mask.alive(first_query, BLOCK_M, softmax.sum == 0.0)
+    normaliser, lse, log2 = softmax.finish(alive, scores.factor_log2, APART)
+    row = (batch.to(tl.int64) * heads + head) * queries + query
+    tl.store(LSE + row, lse, mask=exists)
+    store_statistics(STATISTICS, row, softmax.maximum, log2, exists, APART)
     if DROPOUT:
         normaliser *= dropout.factor
-    out_rows.store(first_query, scaled(total, normaliser[:, None]), exists, BLOCK_M)
+    # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
+    out_rows.store(first_query, clear_rows(scaled(total, normaliser[:, None]), alive), exists, BLOCK_M)
 
 
-def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    """Where a forward writes `out (b, h, i, dv)` and `lse (b, h, i)`. Also what it gives when nothing is launched."""
+def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Where a forward writes `out (b, h, i, dv)`, `lse (b, h, i)` and the statistics of `Kept`. Also what it gives when
+    nothing is launched."""
     out = layout_like_heads(query_sizes(spec), readable(q).stride(), spec.heads, spec.value_dim)
-    return q.new_empty_strided(*out), q.new_empty_strided(*lse_layout(spec), dtype=spec.accumulator_dtype)
+    lse = q.new_empty_strided(*lse_layout(spec), dtype=spec.accumulator_dtype)
+    return q.new_empty_strided(*out), lse, lse.new_empty_strided(*statistics_layout(spec))
 
 
-def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
-    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and the schedule that the backward reads again."""
+def statistics_layout(spec: AttentionSpec) -> HeadsLayout:
+    """Sizes and strides of the statistics."""
+    (*rows, length), last = query_sizes(spec), statistics_of(spec)
+    return (*rows, length, last), (spec.heads * length * last, length * last, last, 1)
+
+
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Kept]:
+    """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and what the backward reads beside them."""
     q, k, v, *others = operands
     operands = Operands(readable(q), readable(k), readable(v), *others)
     return _prepare(spec, tiles, Layouts.of(operands)).run(operands)
@@ -187,7 +203,7 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> 
 
 def plan_forward(
     spec: AttentionSpec, tiles: Tiles, layouts: Layouts
-) -> Callable[[Operands], tuple[Tensor, Tensor, Schedule]]:
+) -> Callable[[Operands], tuple[Tensor, Tensor, Kept]]:
     """`attention_forward` of all operands with these layouts."""
     dims = spec.head_dim, spec.head_dim, spec.value_dim
     if all(map(is_readable, layouts[:3], dims)):
@@ -201,21 +217,23 @@ class Forward:
 
     out: HeadsLayout
     lse: HeadsLayout
-    lse_dtype: torch.dtype
+    statistics: HeadsLayout
+    lse_dtype: torch.dtype  # and that of the statistics
     schedule: Callable[[Tensor | None], Schedule]  # of the mask
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
 
-    def run(self, operands: Operands) -> tuple[Tensor, Tensor, Schedule]:
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         """As `attention_forward`."""
         q, k, v, mask, seed = operands
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
+        statistics = lse.new_empty_strided(*self.statistics)
         schedule = self.schedule(mask)
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
         prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
-        launch(prepared, q, k, v, out, lse, schedule.visible, schedule.lists, seed, aligned=aligned)
-        return out, lse, schedule
+        launch(prepared, q, k, v, out, lse, statistics, schedule.visible, schedule.lists, seed, aligned=aligned)
+        return out, lse, Kept(statistics, *schedule)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -223,7 +241,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
     schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
-    return Forward(out, lse_layout(spec), spec.accumulator_dtype, schedule, *launches)
+    return Forward(out, lse_layout(spec), statistics_layout(spec), spec.accumulator_dtype, schedule, *launches)
 
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
@@ -240,7 +258,13 @@ def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: St
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
         (*call_arguments(spec, planes, tiles), query_section(spec), *strides),
-        dict(ALIGN=align, DESCRIPTORS=tile.descriptors, **call_choices(spec, tile, tiles)),
+        dict(
+            ALIGN=align,
+            EXACT=is_exact(spec),
+            APART=is_apart(spec),
+            DESCRIPTORS=tile.descriptors,
+            **call_choices(spec, tile, tiles),
+        ),
         tile.num_warps,
         tile.num_stages,
         hand_over=hand_over,

@@ -119,6 +119,49 @@ class Mask:
         full_end = tl.maximum(self.queries // BLOCK_M, full_begin)
         return begin, full_begin, full_end, end
 
+    # Who sees anything at all
+
+    @triton.jit
+    def first_key(self, position):
+        """The first key that the key mask shows, `keys` if none; `position` counts from 0 through a block of the
+        schedule."""
+        key = 0
+        if self.KIND == KEY:
+            first_block = tl.load(self.planes.line_of_keys(self.plane) + 1)
+            candidate = first_block * self.planes.BLOCK_N + position
+            # No block shows any, and there may be none.
+            exists = candidate < self.planes.n_key_blocks * self.planes.BLOCK_N
+            shown = tl.load(self.visible + candidate, mask=exists, other=0)
+            key = tl.min(tl.where(shown != 0, candidate, self.keys), 0)
+        return key
+
+    @triton.jit
+    def first_live_query(self, position):
+        """The first query that sees a key, as all after it do; `queries` if none does. Not of a dense mask."""
+        key = self.first_key(position)
+        if self.CAUSAL:
+            first = tl.minimum(tl.maximum(key - (self.keys - self.queries), 0), self.queries)
+        else:
+            first = tl.where(key < self.keys, 0, self.queries)
+        return first
+
+    @triton.jit
+    def alive(self, first_query, SIZE: tl.constexpr, in_doubt):
+        """Which of SIZE queries see a key. Of a dense mask, those that are `in_doubt` [SIZE]: others count as alive."""
+        query = first_query + tl.arange(0, SIZE)
+        if self.KIND == DENSE:
+            STEP: tl.constexpr = 16
+            any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
+            row = self.visible + query.to(tl.int64) * self.words_per_query
+            seen = tl.zeros([SIZE, STEP], tl.int32)
+            for first in tl.range(0, self.words_per_query * any_in_doubt, STEP):
+                word = first + tl.arange(0, STEP)
+                words = tl.load(row[:, None] + word[None, :], mask=(word < self.words_per_query)[None, :], other=0)
+                seen = tl.where(words != 0, 1, seen)
+            return (tl.max(seen, 1) != 0) | (in_doubt == 0)
+        else:
+            return query >= self.first_live_query(tl.arange(0, self.planes.BLOCK_N))
+
     # What of it is hidden
 
     @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
+from flash_attend.kernels.scores import LOG2E
 from flash_attend.operands import Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
@@ -32,12 +33,14 @@ __all__ = [
     "query_section",
     "query_sizes",
     "readable",
+    "scale_sign",
     "strides_as_queries",
 ]
 
 HeadsLayout = tuple[tuple[int, ...], Strides]  # sizes and strides of a tensor to be allocated
 
 VECTOR_BYTES = 16  # the widest load
+SMALLEST_FACTOR = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}  # that is not 0
 CACHED_BYTES = 32 * 2**20  # in use at once: what an L2 cache of 40 or 50 MB holds beside everything else
 
 
@@ -139,6 +142,13 @@ def query_section(spec: AttentionSpec) -> int:
     return spec.group * (_heads_cached(spec, spec.batch * spec.kv_heads, spec.keys) if spec.causal else 1)
 
 
+def scale_sign(spec: AttentionSpec) -> int:
+    """1 or -1, or 0 for a scale whose factor of base-2 exponents is 0 in the accumulator's dtype."""
+    if abs(spec.scale) * LOG2E.value <= SMALLEST_FACTOR[spec.accumulator_dtype] / 2:
+        return 0
+    return -1 if spec.scale < 0 else 1
+
+
 def key_section(spec: AttentionSpec) -> int:
     """How many key/value heads take turns at tiles of keys: those whose queries and output gradients fit."""
     return _heads_cached(spec, spec.batch * spec.kv_heads, spec.group * spec.queries) if spec.causal else 1
@@ -173,7 +183,8 @@ def call_arguments(spec: AttentionSpec, planes: int, tiles: Tiles) -> tuple:
 def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict:
     """The compile-time choices that all three attention kernels take: each combination is one variant."""
     block_queries, block_keys = tiles.schedule_block
-    (head0, head1), (value0, value1) = (head_parts(dim, kind_of(spec)) for dim in (spec.head_dim, spec.value_dim))
+    dims, kind = (spec.head_dim, spec.value_dim), kind_of(spec)
+    (head0, head1), (value0, value1) = (head_parts(dim, kind, tile.halves) for dim in dims)
     return dict(
         HEAD_DIM=spec.head_dim,
         VALUE_DIM=spec.value_dim,
@@ -188,7 +199,7 @@ def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict:
         SCHEDULE_N=block_keys,
         MASK=int(spec.mask),
         CAUSAL=spec.causal and spec.mask != MaskKind.DENSE,  # a dense mask's schedule holds the causality already
-        NEGATIVE_SCALE=spec.scale < 0,
+        SCALE_SIGN=scale_sign(spec),
         DROPOUT=spec.dropout_p > 0,
         PRECISION=spec.precision,
         ACCUMULATOR=tl.float64 if spec.dtype == torch.float64 else tl.float32,

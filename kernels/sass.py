@@ -1,4 +1,5 @@
-"""What the assembler made of a kernel's loops, read from the machine code: what runs while products are running."""
+"""What the assembler made of a kernel's loops, read from the machine code: what runs while products are running, and
+what each unit of a multiprocessor has to do."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import triton
 
-__all__ = ["ProductLoop", "disassemble", "product_loops"]
+__all__ = ["LoopWork", "ProductLoop", "disassemble", "loop_works", "product_loops"]
 
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(.+?)\s*;")
@@ -23,6 +24,17 @@ EXPONENTIAL = "MUFU.EX2"
 TRY = "SYNCS.PHASECHK"  # whether a barrier's phase is over
 RETRY = 6  # instructions: from a try to the branch back
 SPILLS = ("STL", "LDL")
+SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")  # of an asynchronous product: rows, columns, depth
+DEPTHS = {"16816": 16, "1688": 8, "1684": 4}  # of a product of 16 rows and 8 columns; DMMA.884 has 8 x 8 x 4
+FROM_REGISTERS = re.compile(r"R\d+, R\d+, gdesc")  # the first operand of an asynchronous product
+WIDTH = re.compile(r"\.(128|64)\b")  # bits that a load or store takes of each thread, 32 by default
+# By the pipe that issues them, as far as loops of attention have them.
+FMA = frozenset(("FFMA", "FADD", "FMUL", "IMAD", "FFMA2", "FADD2", "FMUL2"))
+ALU = frozenset((
+    "BMSK", "CS2R", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSETP", "HADD2", "HFMA2", "HMUL2", "IABS", "IADD", "IADD3",
+    "IMNMX", "ISETP", "LEA", "LOP", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "VIADD",
+    "VIADDMNMX", "VIMNMX", "VOTE",
+))  # fmt: skip
 
 
 class ProductLoop(NamedTuple):
@@ -31,6 +43,22 @@ class ProductLoop(NamedTuple):
     instructions: int
     exponentials: int
     covered: int  # of the exponentials: those that run while a product does
+    spills: int  # loads and stores of spilled registers
+
+
+class LoopWork(NamedTuple):
+    """What a round of a loop costs each warp, and four warps together where they multiply together."""
+
+    instructions: int
+    products: int  # instructions of tensor cores
+    multiply_adds: int  # of products that a warp does by itself
+    asynchronous: int  # multiply-adds of products that four warps do together
+    shared_bytes: int  # that a warp moves through shared memory, spilled registers included
+    operand_bytes: int  # that asynchronous products of four warps read there
+    fma: int  # instructions of the pipe for multiply-adds
+    alu: int  # of that for integers, comparisons and conversions
+    special: int  # of that for exponentials
+    barriers: int
     spills: int  # loads and stores of spilled registers
 
 
@@ -45,6 +73,15 @@ def disassemble(cubin: bytes) -> str:
 
 def product_loops(sass: str) -> list[ProductLoop]:
     """The innermost loops with products, the shortest first."""
+    return [_read_loop(body) for body in sorted(_innermost_loops(sass), key=len)]
+
+
+def loop_works(sass: str) -> list[LoopWork]:
+    """What the innermost loops with products have to do, in the order of the code."""
+    return [_work_of(body) for body in _innermost_loops(sass)]
+
+
+def _innermost_loops(sass: str) -> list[list[str]]:
     instructions, labels, loops = [], {}, []
     for line in sass.splitlines():
         if label := LABEL.match(line):
@@ -65,7 +102,7 @@ def product_loops(sass: str) -> list[ProductLoop]:
             and all(end <= other or other_end <= start for other, other_end in innermost)
         ):
             innermost.append((start, end))
-    return [_read_loop(instructions[start:end]) for start, end in innermost]
+    return [instructions[start:end] for start, end in sorted(innermost)]
 
 
 def _read_loop(body: Sequence[str]) -> ProductLoop:
@@ -85,3 +122,53 @@ def _read_loop(body: Sequence[str]) -> ProductLoop:
         covered,
         sum(instruction.startswith(SPILLS) for instruction in body),
     )
+
+
+def _work_of(body: Sequence[str]) -> LoopWork:
+    names = [instruction.split()[0] for instruction in body]
+    bases = [name.partition(".")[0] for name in names]
+    spills = sum(base in SPILLS for base in bases)
+    return LoopWork(
+        instructions=len(body),
+        products=sum(base in PRODUCTS for base in bases),
+        multiply_adds=sum(map(_multiply_adds, names)),
+        asynchronous=sum(rows * columns * depth for rows, columns, depth in map(_shape, names)),
+        shared_bytes=sum(map(_shared_bytes, names)),
+        operand_bytes=sum(map(_operand_bytes, body)),
+        fma=sum(base in FMA for base in bases),
+        alu=sum(base in ALU for base in bases),
+        special=bases.count("MUFU"),
+        barriers=bases.count("BAR"),
+        spills=spills,
+    )
+
+
+def _shape(name: str) -> tuple[int, int, int]:
+    """Of an asynchronous product; zeros of anything else."""
+    shape = SHAPE.search(name) if name.startswith(PRODUCT) else None
+    return (int(shape[1]), int(shape[2]), int(shape[3])) if shape else (0, 0, 0)
+
+
+def _multiply_adds(name: str) -> int:
+    base, _, rest = name.partition(".")
+    shape = rest.partition(".")[0]
+    if base == "HMMA" or (base == "DMMA" and shape in DEPTHS):
+        return 16 * 8 * DEPTHS[shape]
+    return 8 * 8 * 4 if base == "DMMA" else 0
+
+
+def _shared_bytes(name: str) -> int:
+    """What 32 threads move through shared memory, or through the cache that is the same memory."""
+    base = name.partition(".")[0]
+    if base in ("LDSM", "STSM"):  # matrices of 128 bytes
+        return 128 * (4 if ".4" in name else 2 if ".2" in name else 1)
+    if base in ("LDS", "STS", "LDGSTS"):
+        width = WIDTH.search(name)
+        return 4 * int(width[1] if width else 32)
+    return 128 if base in ("SHFL", *SPILLS) else 0
+
+
+def _operand_bytes(instruction: str) -> int:
+    rows, columns, depth = _shape(instruction.split()[0])
+    itemsize = 4 if ".TF32" in instruction else 2
+    return (columns + (0 if FROM_REGISTERS.search(instruction) else rows)) * depth * itemsize

@@ -22,23 +22,20 @@ class Backend:
     device: str
     interpreted: bool = False
     backward: BackwardName = "separate"
-    choosy: bool = False  # serves few calls: tests make theirs by `call_for`
+    choosy: bool = False  # does not serve all calls: tests make theirs by `call_for`
+    dtype: torch.dtype = torch.float32  # of calls which could have any
 
     def __str__(self) -> str:
         where = "interpreter" if self.interpreted else self.device
         return f"{self.name}-{where}" + ("-fused" if self.backward == "fused" else "")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of calls which could have any."""
-        return torch.float16 if self.choosy else torch.float32
-
 
 MATH_CPU = Backend("math", "cpu")
+SDPA_CPU = Backend("sdpa", "cpu", choosy=True)
 TRITON_INTERPRETER = Backend("triton", "cpu", interpreted=True)
 MATH_CUDA = Backend("math", "cuda")
 TRITON_CUDA = Backend("triton", "cuda")
-HOPPER_CUDA = Backend("hopper", "cuda", choosy=True)
+HOPPER_CUDA = Backend("hopper", "cuda", choosy=True, dtype=torch.float16)
 TRITON_FUSED_INTERPRETER = replace(TRITON_INTERPRETER, backward="fused")
 TRITON_FUSED_CUDA = replace(TRITON_CUDA, backward="fused")
 HOPPER_FUSED_CUDA = replace(HOPPER_CUDA, backward="fused")
@@ -56,6 +53,7 @@ FUSED = (
     pytest.param(TRITON_FUSED_CUDA, id=str(TRITON_FUSED_CUDA), marks=pytest.mark.gpu),
 )
 CHOOSY = (
+    pytest.param(SDPA_CPU, id=str(SDPA_CPU)),
     pytest.param(HOPPER_CUDA, id=str(HOPPER_CUDA), marks=pytest.mark.gpu),
     pytest.param(HOPPER_FUSED_CUDA, id=str(HOPPER_FUSED_CUDA), marks=pytest.mark.gpu),
 )
@@ -70,9 +68,12 @@ def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
 
 def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
     """A case's call on the device of a backend, or a skip where a choosy one does not serve it, with the dispatcher's
-    reason. Those take a head dim of 64 for the usual one, which they do not serve."""
-    if backend.choosy and case.d == Case.d:
+    reason. Hopper's kernels take a head dim of 64 for the usual one, which they do not serve; torch's attention takes
+    the gradient of out alone, because where an LSE has one the einsum path computes it."""
+    if backend.name == "hopper" and case.d == Case.d:
         case = replace(case, d=64)
+    if backend.name == "sdpa" and case.grads == "both":
+        case = replace(case, grads="out")
     call = make_call(case, dtype, backend.device)
     if backend.choosy:
         refusal = explain(call.q, call.k, call.v, **call.options, backend=backend.name).refusal

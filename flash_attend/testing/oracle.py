@@ -78,7 +78,8 @@ def attention_oracle(
     scores = torch.einsum("bhid,bhjd->bhij", q64, k64) * scale
     rows = scores[alive].masked_fill(~pairs[alive], -torch.inf)  # (rows that are alive, j)
     rows_lse = rows.logsumexp(dim=1)
-    rows_weights = (rows - rows_lse.unsqueeze(1)).exp()
+    # Where all that a row sees is -inf its weights are NaN, as a softmax of -inf alone is: those that it sees.
+    rows_weights = (rows - rows_lse.unsqueeze(1)).exp().masked_fill(~pairs[alive], 0.0)
     if dropout_p > 0:
         assert keep is not None
         rows_weights = rows_weights * keep[alive] / (1 - dropout_p)

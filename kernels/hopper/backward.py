@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels.backward import empty_gradients, prepare_statistics
+from flash_attend.kernels.backward import empty_gradients
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.hopper.backward_q import query_gradient
@@ -54,9 +54,9 @@ from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import readable
-from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
+from flash_attend.kernels.statistics import Kept, prepare_statistics
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
@@ -175,7 +175,7 @@ def _step(grad_k, grad_v, step, block, shared, mask, scores, n_masked, CONSUMER:
             query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=per_column(BLOCK_M))
             key = gl.arange(0, CONSUMER_ROWS, layout=per_row(BLOCK_M))
             x = mask.hide(x, query[None, :], key[:, None], mask.key_shown(key)[:, None], NEGATIVE_INFINITY)
-    weights = recomputed_weights(x, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2)
+    weights = recomputed_weights(x, None, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2)
     # Issued here, before the wait that follows: it takes every exponential, and so holds them all under the product
     # before it.
     grad_v_token = warpgroup_mma(as_operand(weights, dtype, WIDTH), grad.buffer(), grad_v, is_async=True)
@@ -238,7 +238,7 @@ def hopper_backward_kernel(
     k_descriptor,
     v_descriptor,
     grad_descriptor,
-    lse_descriptor,
+    log2_descriptor,
     delta_descriptor,
     grad_k_descriptor,
     grad_v_descriptor,
@@ -258,7 +258,7 @@ def hopper_backward_kernel(
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr,
+    SCALE_SIGN: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """One tile of BLOCK_N keys of one key/value head: GRAD_K and GRAD_V (b, hk, j, d). FUSED: its share of the sum that
@@ -269,7 +269,7 @@ def hopper_backward_kernel(
     )
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
     # Made here: an argument would be loaded anew in every round.
-    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()
@@ -277,7 +277,7 @@ def hopper_backward_kernel(
     v, barriers = make_ring(barriers, dtype, CONSUMERS, CONSUMER_ROWS, WIDTH, 1)
     q, barriers = make_ring(barriers, dtype, SLOTS, BLOCK_M, WIDTH, CONSUMERS, NUMBERED=True)
     grad, barriers = make_ring(barriers, dtype, SLOTS, BLOCK_M, WIDTH, CONSUMERS, NUMBERED=True)
-    inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_descriptor, lse_descriptor, delta_descriptor)
+    inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_descriptor, log2_descriptor, delta_descriptor)
     outputs = Outputs(grad_k_descriptor, grad_v_descriptor, sum_descriptor)
     if FUSED:
         gl.static_assert(BLOCK_M * WIDTH == CONSUMERS * CONSUMER_ROWS * CONSUMER_ROWS)
@@ -317,7 +317,7 @@ def attention_backward(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    schedule: Schedule,
+    kept: Kept,
     spec: AttentionSpec,
     tiles: Tiles,
     needed: Sequence[bool],
@@ -326,8 +326,8 @@ def attention_backward(
     needs_q, needs_k, needs_v = needed
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
-    schedule = schedule.contiguous()
-    delta, lse_log2 = prepare_statistics(grad_out, grad_lse, out, lse, spec, tiles)
+    schedule = kept.schedule
+    delta, log2, _ = prepare_statistics(grad_out, grad_lse, out, kept, spec, tiles)
 
     needs_keys = needs_k or needs_v
     fused = tiles.backward_fused is not None and needs_q and needs_keys
@@ -338,7 +338,7 @@ def attention_backward(
             grad_v.zero_()
         total = lse.new_zeros(spec.batch, spec.heads, spec.queries, spec.head_dim) if fused else None
         starts_anywhere = spec.causal and (spec.mask == MaskKind.KEY or spec.queries > spec.keys)
-        rows = (_shifted(row, beyond, starts_anywhere) for row, beyond in ((lse_log2, torch.inf), (delta, 0.0)))
+        rows = (_shifted(row, beyond, starts_anywhere) for row, beyond in ((log2, torch.inf), (delta, 0.0)))
         tile = tiles.backward_fused if fused else tiles.backward_kv
         prepare = prepare_wide if spec.head_dim == WIDE else _prepare
         prepared = prepare(spec, tile, tiles, schedule.planes, fused)
@@ -347,7 +347,7 @@ def attention_backward(
     if fused:
         torch.mul(total, abs(spec.scale), out=grad_q)
     elif needs_q:
-        query_gradient(q, k, v, grad_out, grad_q, lse_log2, delta, schedule, spec, tiles)
+        query_gradient(q, k, v, grad_out, grad_q, log2, delta, schedule, spec, tiles)
     return grad_q, grad_k if needs_k else None, grad_v if needs_v else None
 
 

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels.backward import padded_length
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
@@ -47,7 +46,8 @@ from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section
 from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.scores import scores_under
-from flash_attend.kernels.softmax import recomputed_weights
+from flash_attend.kernels.softmax import INFINITY, recomputed_weights
+from flash_attend.kernels.statistics import padded_length
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["query_gradient"]
@@ -58,7 +58,7 @@ class Outputs:
     """What the consumers read of each query, by pointers, and where they write."""
 
     grad_q: object  # a descriptor
-    lse_log2: gl.tensor
+    log2: gl.tensor
     delta: gl.tensor
 
 
@@ -78,12 +78,12 @@ class Rows:
     """A consumer's queries, [CONSUMER_ROWS]."""
 
     row: gl.tensor
-    lse_log2: gl.tensor
+    log2: gl.tensor
     delta: gl.tensor
 
     @gluon.jit
     def weights(self, products, scores):
-        return recomputed_weights(scores.apply(products), self.lse_log2[:, None], scores.factor_log2)
+        return recomputed_weights(scores.apply(products), None, self.log2[:, None], scores.factor_log2)
 
     @gluon.jit
     def grad_scores(self, weights, grad_weights, scores):
@@ -151,16 +151,16 @@ def _step(total, grad_scores, step, shared, scores, rows, CONSUMER: gl.constexpr
 
 
 @gluon.jit
-def _consume(outputs, shared, tiles, tile, scale, NEGATIVE_SCALE: gl.constexpr, CONSUMER: gl.constexpr):
+def _consume(outputs, shared, tiles, tile, scale, SCALE_SIGN: gl.constexpr, CONSUMER: gl.constexpr):
     """A consumer."""
     out = shared.q.of(CONSUMER, 0)
     WIDTH: gl.constexpr = out.buffer().shape[1]
     mask = tile.mask
-    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)  # here: handed over, it would take another register
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
     row = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(tiles.BLOCK_N))
     at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * padded_length(mask.queries) + row
-    rows = Rows(row, gl.load(outputs.lse_log2 + at), gl.load(outputs.delta + at))
+    rows = Rows(row, gl.load(outputs.log2 + at), gl.load(outputs.delta + at))
     n_masked = tile.walk.masked_count()
     n_full = tile.full_count()
 
@@ -176,8 +176,11 @@ def _consume(outputs, shared, tiles, tile, scale, NEGATIVE_SCALE: gl.constexpr, 
     for _ in range(n_full):
         total, grad_scores, step = _step(total, grad_scores, step, shared, scores, rows, CONSUMER)
     total = add_product(total, grad_scores, shared.k.at(step))
+    # Infinity in a key that others of the tile see is not hidden by a dead row's weights of 0.
+    alive = gl.convert_layout(rows.log2, per_row(WIDTH)) != INFINITY
+    total = gl.where(alive[:, None], total * scores.magnitude, 0.0)
     # Nobody reads q any more: its buffer is free.
-    store_rows(total * scores.magnitude, outputs.grad_q, [tile.batch, tile.head, first_row, 0], out.buffer())
+    store_rows(total, outputs.grad_q, [tile.batch, tile.head, first_row, 0], out.buffer())
     tma.store_wait(0)
 
 
@@ -188,11 +191,11 @@ def hopper_backward_q_kernel(
     v_descriptor,
     grad_out_descriptor,
     grad_q_descriptor,
-    LSE_LOG2,
+    LOG2,
     DELTA,
     VISIBLE,
     LISTS,
-    scale: gl.float32,
+    scale: gl.float64,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -208,7 +211,7 @@ def hopper_backward_q_kernel(
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr,
+    SCALE_SIGN: gl.constexpr,
 ):
     """One tile of BLOCK_M queries of one head: its rows of the gradient of q, (b, h, i, d)."""
     dtype: gl.constexpr = q_descriptor.dtype
@@ -226,12 +229,12 @@ def hopper_backward_q_kernel(
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
-    outputs = Outputs(grad_q_descriptor, LSE_LOG2, DELTA)
+    outputs = Outputs(grad_q_descriptor, LOG2, DELTA)
     shared = Shared(q, grad, k, v, cleared)
     gl.warp_specialize(
         [
-            (_consume, (outputs, shared, tiles, tile, scale, NEGATIVE_SCALE, 0)),
-            (_consume, (outputs, shared, tiles, tile, scale, NEGATIVE_SCALE, 1)),
+            (_consume, (outputs, shared, tiles, tile, scale, SCALE_SIGN, 0)),
+            (_consume, (outputs, shared, tiles, tile, scale, SCALE_SIGN, 1)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],
@@ -245,7 +248,7 @@ def query_gradient(
     v: Tensor,
     grad_out: Tensor,
     grad_q: Tensor,
-    lse_log2: Tensor,
+    log2: Tensor,
     delta: Tensor,
     schedule: Schedule,
     spec: AttentionSpec,
@@ -253,11 +256,11 @@ def query_gradient(
 ) -> None:
     """Writes the gradient of q into `grad_q` `(b, h, i, d)`, for the calls that the forward serves.
 
-    The last dimensions of q, k, v and grad_out are contiguous. `lse_log2` and `delta` are what
-    `kernels.backward.prepare_statistics` gives.
+    The last dimensions of q, k, v and grad_out are contiguous. `log2` and `delta` are those of
+    `Statistics`.
     """
     inputs = (bulk_readable(tensor) for tensor in (q, k, v, grad_out))
-    launch(_prepare(spec, tiles, schedule.planes), *inputs, grad_q, lse_log2, delta, schedule.visible, schedule.lists)
+    launch(_prepare(spec, tiles, schedule.planes), *inputs, grad_q, log2, delta, schedule.visible, schedule.lists)
 
 
 @lru_cache(maxsize=CALLS_KEPT)

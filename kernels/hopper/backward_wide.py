@@ -93,7 +93,7 @@ def _weights(products, q, block, tile, scores):
     BLOCK_M: gl.constexpr = products.shape[1]
     mask = tile.mask
     weights = recomputed_weights(
-        scores.apply(products), q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2
+        scores.apply(products), None, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2
     )
     # Where no product mixes keys, hidden ones may have weights: their rows are cleared at the end. Here the weights are
     # hidden, not the scores before them: that takes fewer registers where each consumer has scores of its own.
@@ -138,9 +138,9 @@ def _after(head, block, n_blocks):
 
 
 @gluon.jit
-def _consume_for_v(outputs, shared, tile, scale, NEGATIVE_SCALE: gl.constexpr, FUSED: gl.constexpr):
+def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED: gl.constexpr):
     """The consumer that makes the gradient of v, and what these keys add to that of q."""
-    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)  # here: handed over, it would take another register
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     mask = tile.mask
     k = shared.keys.of(0, 0)
     dtype: gl.constexpr = k.buffer().dtype
@@ -173,9 +173,9 @@ def _consume_for_v(outputs, shared, tile, scale, NEGATIVE_SCALE: gl.constexpr, F
 
 
 @gluon.jit
-def _consume_for_k(outputs, shared, tile, scale, NEGATIVE_SCALE: gl.constexpr, FUSED: gl.constexpr):
+def _consume_for_k(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED: gl.constexpr):
     """The consumer that makes the gradient of k."""
-    scores = scores_under(scale, NEGATIVE_SCALE, gl.float32)  # here: handed over, it would take another register
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     mask = tile.mask
     k = shared.keys.of(0, 0)
     v = shared.keys.of(1, 0)
@@ -220,14 +220,14 @@ def hopper_backward_wide_kernel(
     k_descriptor,
     v_descriptor,
     grad_descriptor,
-    lse_descriptor,
+    log2_descriptor,
     delta_descriptor,
     grad_k_descriptor,
     grad_v_descriptor,
     TOTAL,
     VISIBLE,
     LISTS,
-    scale: gl.float32,
+    scale: gl.float64,
     queries: gl.int32,
     keys: gl.int32,
     heads: gl.int32,
@@ -240,7 +240,7 @@ def hopper_backward_wide_kernel(
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr,
+    SCALE_SIGN: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """One tile of BLOCK_N keys, as many as a consumer takes, of one key/value head: GRAD_K and GRAD_V (b, hk, j, d)."""
@@ -260,13 +260,13 @@ def hopper_backward_wide_kernel(
         grad_scores, barriers = make_ring(barriers, dtype, SLOTS, BLOCK_N, BLOCK_M, 1)
     fence_async_shared()
 
-    inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_descriptor, lse_descriptor, delta_descriptor)
+    inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_descriptor, log2_descriptor, delta_descriptor)
     outputs = Outputs(grad_k_descriptor, grad_v_descriptor, TOTAL, queries, heads)
     shared = Shared(key_rows, q, grad, grad_scores, cleared)
     gl.warp_specialize(
         [
-            (_consume_for_k, (outputs, shared, tile, scale, NEGATIVE_SCALE, FUSED)),
-            (_consume_for_v, (outputs, shared, tile, scale, NEGATIVE_SCALE, FUSED)),
+            (_consume_for_k, (outputs, shared, tile, scale, SCALE_SIGN, FUSED)),
+            (_consume_for_v, (outputs, shared, tile, scale, SCALE_SIGN, FUSED)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],

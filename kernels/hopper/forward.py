@@ -42,13 +42,14 @@ from flash_attend.kernels.hopper.partitions import (
 from flash_attend.kernels.hopper.producer import Inputs, fill_blocks
 from flash_attend.kernels.hopper.products import issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_barriers, make_ring
-from flash_attend.kernels.hopper.walk import QueryTiles, make_mask
+from flash_attend.kernels.hopper.walk import QueryTiles, first_live_query, make_mask
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.operands import query_section, readable
-from flash_attend.kernels.schedule import Schedule, build_schedule
-from flash_attend.kernels.scores import LOG2E, SMALLEST_SCALE, Scores
-from flash_attend.kernels.softmax import NEGATIVE_INFINITY, Softmax
+from flash_attend.kernels.operands import query_section, readable, scale_sign
+from flash_attend.kernels.schedule import build_schedule
+from flash_attend.kernels.scores import LOG2E, Scores
+from flash_attend.kernels.softmax import LOWEST32, NEGATIVE_INFINITY, Softmax
+from flash_attend.kernels.statistics import Kept, store_statistics
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget
@@ -61,7 +62,8 @@ class Outputs:
     """Where the consumers write."""
 
     out: object  # a descriptor
-    lse: gl.tensor  # a pointer
+    lse: gl.tensor  # pointers
+    statistics: gl.tensor
 
 
 @aggregate
@@ -107,7 +109,7 @@ def _weigh(products, softmax, scores, mask, row, block, MASKED: gl.constexpr):
     if MASKED:
         key = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=per_column(BLOCK_N))
         x = mask.hide(x, row[:, None], key[None, :], mask.key_shown(key)[None, :], NEGATIVE_INFINITY)
-    return softmax.step(x, scores.factor_log2, MASKED)
+    return softmax.step(x, scores.factor_log2)
 
 
 @gluon.jit
@@ -155,11 +157,13 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         n_masked = tile.walk.masked_count()
         n_full = tile.full_count()
         block = tile.first_block()
+        first_live = first_live_query(mask)
         first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
         row = first_row + gl.arange(0, CONSUMER_ROWS, layout=of_rows)
         softmax = Softmax(
-            gl.full([CONSUMER_ROWS], NEGATIVE_INFINITY, gl.float32, of_rows),
+            gl.full([CONSUMER_ROWS], LOWEST32, gl.float32, of_rows),
             gl.zeros([CONSUMER_ROWS], gl.float32, of_rows),
+            False,
         )
 
         rows = shared.q.of(CONSUMER, turn)
@@ -190,12 +194,17 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         cleared = state.cleared
         v = shared.v.at(step)
         token = warpgroup_mma(state.weights, v.buffer(), state.total, is_async=True)
-        normaliser, lse = state.softmax.finish()
+        normaliser, lse, log2 = state.softmax.finish(row >= first_live, scores.factor_log2, False)
         at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * mask.queries + row
-        gl.store(outputs.lse + at, lse, mask=row < mask.queries)
+        exists = row < mask.queries
+        gl.store(outputs.lse + at, lse, mask=exists)
+        store_statistics(outputs.statistics, at, None, log2, exists, False)
         total = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
         v.release()
         total = total * gl.convert_layout(normaliser, per_row(WIDTH))[:, None]
+        # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
+        alive = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(WIDTH)) >= first_live
+        total = gl.where(alive[:, None], total, 0.0)
         if not OUT_IN_Q:
             tma.store_wait(0)  # of the tile before
         store_rows(total, outputs.out, [tile.batch, tile.head, first_row, 0], shared.out.index(CONSUMER))
@@ -213,6 +222,7 @@ def hopper_forward_kernel(
     v_descriptor,
     out_descriptor,
     LSE,
+    STATISTICS,
     VISIBLE,
     LISTS,
     factor_log2: gl.float32,
@@ -230,11 +240,11 @@ def hopper_forward_kernel(
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
-    NEGATIVE_SCALE: gl.constexpr,
+    SCALE_SIGN: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     PING_PONG: gl.constexpr,
 ):
-    """Every n-th tile of BLOCK_M queries: OUT (b, h, i, d), and LSE (b, h, i), contiguous."""
+    """Every n-th tile of BLOCK_M queries: OUT (b, h, i, d); LSE (b, h, i) and STATISTICS (b, h, i, 1), contiguous."""
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()
     q, barriers = make_ring(barriers, dtype, CONSUMERS, CONSUMER_ROWS, WIDTH, 1)
@@ -249,9 +259,9 @@ def hopper_forward_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
     )
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
-    scores = Scores(factor_log2, None, NEGATIVE_SCALE)
+    scores = Scores(factor_log2, None, SCALE_SIGN)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, None, None, None)
-    outputs = Outputs(out_descriptor, LSE)
+    outputs = Outputs(out_descriptor, LSE, STATISTICS)
     shared = Shared(q, k, v, out, cleared, turns)
     gl.warp_specialize(
         [
@@ -264,17 +274,17 @@ def hopper_forward_kernel(
     )
 
 
-def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Schedule]:
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Kept]:
     """What `kernels.forward.attention_forward` gives, for the calls that the dispatcher lets through.
 
     Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, and a mask of keys or none.
     """
     q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
-    out, lse = empty_outputs(q, spec)
+    out, lse, statistics = empty_outputs(q, spec)
     schedule = build_schedule(operands.mask, spec, tiles)
     prepared = _prepare(spec, tiles, schedule.planes, DeviceTarget.of(q.device).multiprocessors)
-    launch(prepared, *map(bulk_readable, (q, k, v)), out, lse, schedule.visible, schedule.lists)
-    return out, lse, schedule
+    launch(prepared, *map(bulk_readable, (q, k, v)), out, lse, statistics, schedule.visible, schedule.lists)
+    return out, lse, Kept(statistics, *schedule)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -283,7 +293,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: in
     tile = tiles.forward
     dim = spec.head_dim
     heads_total = spec.batch * spec.heads
-    factor_log2 = max(abs(spec.scale) * LOG2E.value, SMALLEST_SCALE.value)
+    factor_log2 = abs(spec.scale) * LOG2E.value if scale_sign(spec) else 1.0
     n_tiles = heads_total * triton.cdiv(spec.queries, tile.block_m)
     rows, keys = (CONSUMER_ROWS.value, dim), (tile.block_n, dim)
     return Prepared(

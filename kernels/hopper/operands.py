@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import block_strides, readable_in_bulk
 from flash_attend.kernels.launch import begin_aligned
-from flash_attend.kernels.operands import mask_strides
+from flash_attend.kernels.operands import mask_strides, scale_sign
 from flash_attend.spec import AttentionSpec
 
 __all__ = ["bulk_readable", "call_choices", "call_numbers", "described"]
@@ -66,5 +66,5 @@ def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict[str, Any
         SCHEDULE_N=tiles.schedule_block[1],
         MASK=int(spec.mask),
         CAUSAL=spec.causal,
-        NEGATIVE_SCALE=spec.scale < 0,
+        SCALE_SIGN=scale_sign(spec),
     )

@@ -16,7 +16,7 @@ class Inputs:
     k: object
     v: object
     grad: object  # of out
-    lse: object  # to the base 2
+    log2: object  # of `Statistics`
     delta: object
 
 
@@ -59,6 +59,6 @@ def fill_queries(inputs, shared, tile):
             row = tile.first_query + block * BLOCK_M
             shift = row % SHIFTS
             rows, numbers = [tile.batch, head, row, 0], [tile.batch, head, shift, row - shift]
-            shared.q.at(step).fill_both(inputs.q, rows, inputs.lse, numbers)
+            shared.q.at(step).fill_both(inputs.q, rows, inputs.log2, numbers)
             shared.grad.at(step).fill_both(inputs.grad, rows, inputs.delta, numbers)
             step += 1

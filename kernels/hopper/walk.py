@@ -135,12 +135,7 @@ def key_tile_of_program(mask, heads, group, BLOCK_M: gl.constexpr, BLOCK_N: gl.c
 
 @gluon.jit
 def first_live_query(mask):
-    """The first query that sees a key under causality: all after it do. Those before it may hold anything."""
-    key = 0
-    if mask.KIND == KEY:
-        planes = mask.planes
-        first_block = gl.minimum(gl.load(planes.line_of_keys(mask.plane) + 1), planes.n_key_blocks - 1)
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        candidate = first_block * planes.BLOCK_N + gl.arange(0, planes.BLOCK_N, layout=layout)
-        key = gl.min(gl.where(mask.key_shown(candidate), candidate, mask.keys), 0)
-    return gl.minimum(gl.maximum(key - (mask.keys - mask.queries), 0), mask.queries)
+    """The first query that sees a key, as all after it do. Those before it may hold anything."""
+    # Each warp looks at all of a block of the schedule: what they find they need not tell each other.
+    layout: gl.constexpr = gl.SliceLayout(0, gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
+    return mask.first_live_query(gl.arange(0, mask.planes.BLOCK_N, layout=layout))

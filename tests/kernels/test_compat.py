@@ -14,7 +14,19 @@ import triton.language as tl
 from flash_attend.kernels.compat import aggregate, constexpr_function, kernel
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
-MODULES = ("backward", "dropout", "forward", "mask", "programs", "rows", "schedule", "scores", "softmax", "tiles")
+MODULES = (
+    "backward",
+    "dropout",
+    "forward",
+    "mask",
+    "programs",
+    "rows",
+    "schedule",
+    "scores",
+    "softmax",
+    "statistics",
+    "tiles",
+)
 MOST_ARGUMENTS = 14
 
 

@@ -11,27 +11,28 @@ import torch
 
 from flash_attend.backends import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
 from flash_attend.kernels.configs import (
-    FUSED,
-    FUSED_VARIANTS,
+    DROPOUT,
+    FAMILIES,
     HOPPER_ROWS,
     INTERPRETED,
     INTERPRETED_FUSED,
+    ONE_QUERY,
     ROWS,
-    VARIANTS,
     Tile,
     Tiles,
-    mode_of,
+    candidate_tiles,
     override,
     row_of,
     select_hopper_tiles,
     select_tiles,
 )
 from flash_attend.kernels.schedule import BLOCKS_PER_STEP
+from flash_attend.kernels.statistics import LONGEST_TILE
 from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 
 SPEC = AttentionSpec(
-    batch=1, heads=1, kv_heads=1, queries=8, keys=8, head_dim=64, value_dim=64, dtype=torch.float16, scale=0.1
+    batch=1, heads=1, kv_heads=1, queries=99, keys=99, head_dim=64, value_dim=64, dtype=torch.float16, scale=0.1
 )
 KINDS = {
     "half": dict(dtype=torch.float16),
@@ -46,8 +47,9 @@ PARTS = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0))
 SMALL = Tile(16, 16, 4, 1)
 
 
-def part(capability: tuple[int, int] | None, **more) -> DeviceTarget:
-    return DeviceTarget("cuda", "some GPU", capability, 99 * 1024, 100, "3.7.1", **more)
+def part(capability: tuple[int, int] | None, multiprocessors: int = 1, **more) -> DeviceTarget:
+    """With a single multiprocessor, to which every grid gives enough to do."""
+    return DeviceTarget("cuda", "some GPU", capability, 99 * 1024, multiprocessors, "3.7.1", **more)
 
 
 def dims(kind: str) -> range:
@@ -61,46 +63,58 @@ def specs(kind: str) -> list[AttentionSpec]:
     return [replace(SPEC, head_dim=d, value_dim=dv, **KINDS[kind]) for d, dv in sorted(pairs)]
 
 
-@pytest.mark.parametrize("capability", PARTS, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+MODES = {
+    "plain": dict(),
+    "key": dict(mask=MaskKind.KEY),
+    "dense": dict(mask=MaskKind.DENSE),
+    "dropout": dict(dropout_p=0.1),
+    "dense+dropout": dict(mask=MaskKind.DENSE, dropout_p=0.1),
+}
+
+
+ONE_OF_EACH_FAMILY = ((8, 0), (8, 6), (9, 0))
+
+
+def test_parts_are_of_a_family() -> None:
+    families = [FAMILIES.get(part(capability).arch, "sm_80") for capability in PARTS]
+    assert families == ["sm_80", "sm_86", "sm_86", "sm_90", "sm_90", "sm_86", "sm_80"]
+    for capability, family in zip(PARTS, families, strict=True):
+        (same,) = (one for one in ONE_OF_EACH_FAMILY if part(one).arch == family)
+        assert select_tiles(SPEC, part(capability)) == select_tiles(SPEC, part(same))
+
+
+@pytest.mark.parametrize("capability", ONE_OF_EACH_FAMILY, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_has_its_tiles_on_every_part(kind: str, capability: tuple[int, int]) -> None:
     target = part(capability)
-    arch = target.arch if target.arch in ("sm_80", "sm_90") else "sm_80"  # whose tiles fit every other part
+    family = FAMILIES.get(target.arch, "sm_80")
     for spec in specs(kind):
-        row = (arch, *row_of(spec))
-        assert select_tiles(spec, target) == ROWS[row]
-        assert select_tiles(replace(spec, mask=MaskKind.KEY), target) == ROWS[row]
-        dense = replace(spec, mask=MaskKind.DENSE)
-        for special in (dense, replace(spec, dropout_p=0.1), replace(dense, dropout_p=0.1)):
-            variant = (*row, mode_of(special))
-            tiles = VARIANTS.get(variant, ROWS[row])
-            assert select_tiles(special, target) == tiles
-            fused = tiles._replace(backward_fused=FUSED_VARIANTS.get(variant, FUSED[row]))
-            assert select_tiles(special, target, "fused") == fused
+        row = ROWS.get((family, *row_of(spec))) or ROWS[("sm_80", *row_of(spec))]
+        first = Tiles(*(tiles[0] for tiles in row))
+        for mode in ("plain", "key"):
+            assert select_tiles(replace(spec, **MODES[mode]), target, "fused") == first
+            assert select_tiles(replace(spec, **MODES[mode]), target) == first._replace(backward_fused=None)
+        dense = select_tiles(replace(spec, **MODES["dense"]), target, "fused")
+        assert dense == first._replace(backward_fused=row.backward_fused[-1])
+        dropping = select_tiles(replace(spec, **MODES["dropout"]), target, "fused")
+        assert dropping == select_tiles(replace(spec, **MODES["dense+dropout"]), target, "fused")
+        assert dropping.backward_fused == row.backward_fused[-1]
 
 
-def test_modes() -> None:
-    dense = replace(SPEC, mask=MaskKind.DENSE)
-    calls = (SPEC, replace(SPEC, mask=MaskKind.KEY), dense, replace(SPEC, dropout_p=0.1), replace(dense, dropout_p=0.1))
-    assert [mode_of(spec) for spec in calls] == ["", "", "dense", "dropout", "dense+dropout"]
+def test_dropout_has_tiles_of_its_own() -> None:
+    assert DROPOUT.keys() <= ROWS.keys()
+    for (family, kind, width), kernels in DROPOUT.items():
+        spec = replace(SPEC, head_dim=width, value_dim=width, **KINDS[kind])
+        target = part(next(pair for pair in PARTS if FAMILIES.get(part(pair).arch, "sm_80") == family))
+        usual, dropping = (select_tiles(replace(spec, dropout_p=p), target) for p in (0.0, 0.1))
+        assert {name for name in Tiles._fields if getattr(usual, name) != getattr(dropping, name)} == kernels.keys()
 
 
-def test_a_part_has_all_of_its_rows_and_no_other() -> None:
-    """A row that no call takes is a mistake in its key; a part that has rows of its own has them for every call."""
+def test_a_family_has_no_row_that_no_call_takes() -> None:
     taken = {row_of(spec) for kind in KINDS for spec in specs(kind)}
-    assert {arch for arch, *_ in ROWS} == {"sm_80", "sm_90"}
-    assert FUSED.keys() == ROWS.keys()
-    for arch in ("sm_80", "sm_90"):
-        assert {(kind, width) for own, kind, width in ROWS if own == arch} == taken
-
-
-def test_a_variant_stands_beside_a_row_and_differs_from_it() -> None:
-    for (arch, kind, width, mode), tiles in VARIANTS.items():
-        assert mode in ("dense", "dropout", "dense+dropout")
-        assert tiles != ROWS[(arch, kind, width)]
-    for (arch, kind, width, mode), tile in FUSED_VARIANTS.items():
-        assert mode in ("dense", "dropout", "dense+dropout")
-        assert tile != FUSED[(arch, kind, width)]
+    assert {(kind, width) for family, kind, width in ROWS if family == "sm_80"} == taken
+    assert {(kind, width) for _, kind, width in ROWS} == taken
+    assert {family for family, *_ in ROWS} == {"sm_80", *FAMILIES.values()}
 
 
 def test_a_wider_head_dimension_has_the_row_of_a_wider_width() -> None:
@@ -112,11 +126,12 @@ def test_a_wider_head_dimension_has_the_row_of_a_wider_width() -> None:
 
 
 def every_row() -> Iterator[tuple[tuple, Tiles]]:
-    """Every row and variant, with every tile of the fused backward that may stand beside it."""
-    for row, mode in product(ROWS, ("", "dense", "dropout", "dense+dropout")):
-        variant = (*row, mode)
-        tiles, fused = VARIANTS.get(variant, ROWS[row]), FUSED_VARIANTS.get(variant, FUSED[row])
-        yield variant, tiles._replace(backward_fused=fused)
+    """Every tile of every row, each with the first of the other kernels, and those of dropout."""
+    for (family, kind, width), mode in product(ROWS, ("plain", "dropout")):
+        spec = replace(SPEC, head_dim=width, value_dim=width, **KINDS[kind], **MODES[mode])
+        target = part(next(pair for pair in PARTS if FAMILIES.get(part(pair).arch, "sm_80") == family))
+        for number, tiles in enumerate(candidate_tiles(spec, target, "fused")):
+            yield (family, kind, width, mode, number), tiles
 
 
 def is_power_of_two(number: int) -> bool:
@@ -139,6 +154,7 @@ def test_a_row_is_one_that_the_kernels_can_take(row: tuple[object, Tiles]) -> No
         assert is_power_of_two(tile.block_m)
         assert is_power_of_two(tile.block_n)
         assert min(tile.block_m, tile.block_n) >= 16, "the smallest side of a tensor-core product, and of dropout's"
+        assert tile.block_m <= LONGEST_TILE.value, "statistics of queries are padded to that"
         assert tile.num_warps in (4, 8)
         assert tile.num_stages >= 1
         assert block_queries % tile.block_m == 0
@@ -175,3 +191,46 @@ def test_override_holds_within_and_not_beyond() -> None:
             raise RuntimeError("inside")
         assert select_tiles(SPEC, target) is one
     assert select_tiles(SPEC, target) is usual
+
+
+def test_a_small_grid_has_smaller_tiles() -> None:
+    """Half as many queries or keys, where there are fewer programs than multiprocessors."""
+    call = replace(SPEC, batch=2, heads=8, kv_heads=4, queries=1024, keys=1024)
+    usual = select_tiles(call, part((8, 0)))
+    assert [usual.forward.block_m, usual.backward_q.block_m, usual.backward_kv.block_n] == [128] * 3
+    of_queries, of_keys = 2 * 8 * 8, 2 * 4 * 8
+    assert select_tiles(call, part((8, 0), of_keys)) == usual
+    fewer = select_tiles(call, part((8, 0), of_queries))
+    assert fewer == usual._replace(backward_kv=usual.backward_kv._replace(block_n=64, num_warps=4))
+    fewest = select_tiles(call, part((8, 0), of_queries + 1))
+    assert [fewest.forward.block_m, fewest.backward_q.block_m, fewest.backward_kv.block_n] == [64] * 3
+    assert fewest == select_tiles(call, part((8, 0), 10**6)), "no tile is halved twice"
+    assert select_tiles(call, part((8, 0), 0)) == usual, "where their number is not known, it is as if they were few"
+
+
+def test_one_query_has_a_tile_of_its_own() -> None:
+    """Decoding, of grouped heads too, which are read as queries of one head."""
+    one = replace(SPEC, queries=1, heads=32, kv_heads=4, keys=4096)
+    for multiprocessors in (0, 1, 132):
+        target = part((9, 0), multiprocessors)
+        assert select_tiles(one, target).forward == ONE_QUERY
+        for spec in (replace(one, queries=2), replace(one, **KINDS["tf32"])):
+            assert select_tiles(spec, target).forward != ONE_QUERY
+
+
+@pytest.mark.parametrize("backward", ["separate", "fused"])
+@pytest.mark.parametrize("capability", PARTS, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+def test_candidates_begin_with_what_serves_and_differ_in_one_kernel(capability: tuple[int, int], backward: str) -> None:
+    target = part(capability)
+    for spec in (SPEC, replace(SPEC, head_dim=128, value_dim=128), replace(SPEC, head_dim=200, dropout_p=0.1)):
+        first, *others = candidate_tiles(spec, target, backward)
+        assert first == select_tiles(spec, target, backward)
+        assert len({first, *others}) == 1 + len(others)
+        assert len(others) <= 9
+        for other in others:
+            assert sum(one != two for one, two in zip(first, other, strict=True)) == 1
+            assert (other.backward_fused is None) == (backward == "separate")
+
+
+def test_the_interpreter_has_no_candidates() -> None:
+    assert candidate_tiles(SPEC, part((9, 0), interpreted=True)) == [INTERPRETED]

@@ -26,8 +26,10 @@ SMALLEST = Tile(16, 16, 4, 1)
 TILINGS = {
     "smallest": Tiles(SMALLEST, SMALLEST, SMALLEST),
     "large": Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    "all_different": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2), Tile(32, 32, 4, 2)),
-    "tall_and_wide": Tiles(Tile(64, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 128, 4, 1)),
+    "all_different": Tiles(Tile(32, 16, 4, 2), Tile(16, 32, 4, 2, apart=True), Tile(32, 32, 4, 2)),
+    "tall_and_wide": Tiles(
+        Tile(64, 16, 4, 1, halves=True), Tile(16, 64, 4, 1, halves=True), Tile(16, 128, 4, 1, halves=True)
+    ),
     "blocks_far_larger_than_tiles": Tiles(Tile(64, 64, 4, 2), SMALLEST, SMALLEST),
     "by_descriptors": Tiles(*[Tile(32, 64, 4, 2, descriptors=True)] * 3),
     "fused_tall": Tiles(Tile(32, 32, 4, 2), SMALLEST, SMALLEST, Tile(64, 16, 4, 1)),
@@ -84,6 +86,14 @@ def test_accurate_products_are_in_parts_of_at_most_64() -> None:
 def test_parts_of_the_common_head_dimensions() -> None:
     parts = {40: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 128: (128, 0), 160: (128, 32), 192: (128, 64)}
     assert {dim: head_parts(dim, "half") for dim in parts} == parts
+
+
+def test_halves_split_what_is_one_power_of_two() -> None:
+    assert [head_parts(dim, "half", halves=True) for dim in (8, 16, 32, 64, 200, 256)] == [
+        *((16, 0), (16, 0), (16, 16), (32, 32), (128, 128), (128, 128)),
+    ]
+    for dim in range(1, 257):
+        assert sum(head_parts(dim, "half", halves=True)) == sum(head_parts(dim, "half")), "no more than is needed"
 
 
 @kernel

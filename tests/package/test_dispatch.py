@@ -89,15 +89,33 @@ REFUSALS = {
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals(name: str) -> None:
-    """No kernel can serve: "auto" takes the einsum path and says why, by name there is no fallback."""
+    """No kernel can serve: "auto" takes torch's or the einsum path and says why, by name there is no fallback."""
     spec, target, reason = REFUSALS[name]
-    *kernels, math = judge(spec, target, knowledge=WON)
+    *kernels, sdpa, math = judge(spec, target, knowledge=WON)
     assert kernels == [Verdict(backend, False, False, reason) for backend in ("hopper", "triton")]
     assert math == Verdict("math", True, True, "it needs no evidence")
     plan = choose(spec, target, knowledge=WON)
-    assert (plan.name, plan.backward) == chosen(spec, target, "math") == ("math", "einsum")
-    assert (plan.reason, plan.backward_reason) == (f"hopper, triton: {reason}; it needs no evidence", "it has no other")
+    assert chosen(spec, target, "math") == ("math", "einsum")
+    of_sdpa = "" if sdpa.serves else f"; sdpa: {sdpa.reason}"
+    assert (plan.name, plan.backward) == (("sdpa", "torch") if sdpa.serves else ("math", "einsum"))
+    expected = f"hopper, triton: {reason}{of_sdpa}; it needs no evidence", "it has no other"
+    assert (plan.reason, plan.backward_reason) == expected
     assert {refusal(spec, target, backend) for backend in ("hopper", "triton")} == {reason}
+
+
+SDPA_REFUSALS = {
+    "dropout": (replace(SPEC, dropout_p=0.1), CPU, "dropout is on"),
+    "dv": (replace(SPEC, value_dim=128), CPU, "d = 64 and dv = 128 differ"),
+    "cuda": (SPEC, H100, "cuda tensors; it serves a CPU alone"),
+    "mps": (SPEC, DeviceTarget("mps"), "mps tensors; it serves a CPU alone"),
+}
+
+
+@pytest.mark.parametrize("name", SDPA_REFUSALS)
+def test_what_torch_s_attention_does_not_serve(name: str) -> None:
+    spec, target, reason = SDPA_REFUSALS[name]
+    assert verdict_of("sdpa", spec, target, UNKNOWN) == Verdict("sdpa", False, False, reason)
+    assert refusal(spec, target, "sdpa") == reason
 
 
 HOPPER_REFUSALS = {
@@ -125,7 +143,7 @@ def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str) -> No
     assert verdict_of("hopper", spec, target, WON) == Verdict("hopper", False, False, reason)
     assert refusal(spec, target, "hopper") == reason
     assert verdict_of("triton", spec, target, UNKNOWN).serves
-    assert choose(spec, target, knowledge=WON).name == ("math" if target.interpreted else "triton")
+    assert choose(spec, target, knowledge=WON).name == ("sdpa" if target.interpreted else "triton")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +190,8 @@ def test_a_part_is_a_default_only_where_it_was_right(arch: str) -> None:
     assert verdict_of("triton", SPEC, target, wrong) == Verdict("triton", True, False, "its self-check failed here")
     plan = choose(SPEC, target, knowledge=wrong)
     assert plan.name == "math"
-    assert plan.reason.endswith("triton: its self-check failed here; it needs no evidence")
+    others = "triton: its self-check failed here; sdpa: cuda tensors; it serves a CPU alone"
+    assert plan.reason.endswith(f"{others}; it needs no evidence")
     assert plan.warning == (
         f"flash_attend serves a CUDA call by its einsum path: {plan.reason};"
         " please report it, with what `python -m flash_attend` prints"
@@ -181,7 +200,7 @@ def test_a_part_is_a_default_only_where_it_was_right(arch: str) -> None:
 
 
 def test_what_was_fastest_is_asked_first() -> None:
-    for fastest in BACKENDS:
+    for fastest in ("hopper", "triton", "math"):
         plan = choose(SPEC, H100, knowledge=knowing(CHECKED, fastest))
         assert (plan.name, plan.warning) == (fastest, "")
         assert plan.reason.endswith(", measured")
@@ -227,7 +246,7 @@ def test_the_interpreter_serves_by_name_only(device_type: str) -> None:
     target = replace(INTERPRETER, device_type=device_type)
     reason = "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
     assert verdict_of("triton", SPEC, target, RIGHT) == Verdict("triton", True, False, reason)
-    assert choose(SPEC, target, knowledge=RIGHT).name == "math"
+    assert choose(SPEC, target, knowledge=RIGHT).name == ("sdpa" if device_type == "cpu" else "math")
     plan = choose(SPEC, target, "triton", knowledge=RIGHT)
     expected = "triton", "separate", "the fused one was not measured faster in Triton's interpreter"
     assert (plan.name, plan.backward, plan.backward_reason) == expected
@@ -265,7 +284,7 @@ def test_the_interpreter_serves_by_name_only(device_type: str) -> None:
 def test_everything_in_the_contract_is_served_by_the_kernels(changes: dict) -> None:
     spec = replace(SPEC, **changes)
     assert choose(spec, H100, knowledge=RIGHT).name == "triton"
-    assert choose(spec, CPU).name == "math"
+    assert choose(spec, CPU).name == ("math" if spec.dropout_p or spec.head_dim != spec.value_dim else "sdpa")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +326,7 @@ def test_deterministic_gradients_come_by_the_separate_backward(backend: str) -> 
 
 def test_an_override_holds_within_and_not_beyond() -> None:
     def ways() -> list[tuple[str, str]]:
-        return [chosen(SPEC, H100, name, knowledge=WON) for name in BACKENDS]
+        return [chosen(SPEC, H100, name, knowledge=WON) for name in BACKENDS if name != "sdpa"]
 
     served, forced = ([("hopper", way), ("triton", way), ("math", "einsum")] for way in ("fused", "separate"))
     assert ways() == served
@@ -350,7 +369,9 @@ def test_the_fused_backward_of_wide_operands_ends_earlier_with_dropout(changes: 
 
 @pytest.mark.parametrize("name", ("cudnn", "", "Triton", "triton_fused", "hopper_fused", None, 3))
 def test_an_unknown_backend(name: object) -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'auto', 'hopper', 'triton', 'math', got ") as caught:
+    with pytest.raises(
+        ValueError, match="backend must be one of 'auto', 'hopper', 'triton', 'sdpa', 'math', got "
+    ) as caught:
         choose(SPEC, H100, name)
     assert repr(name) in str(caught.value)
     assert not isinstance(caught.value, BackendUnavailable)
@@ -360,15 +381,15 @@ def test_what_cannot_be_imported_does_not_serve(faults: dict[str, str]) -> None:
     faults["hopper"] = "broken"
     assert choose(SPEC, H100, knowledge=WON).name == "triton"
     faults["triton"] = "broken"
-    assert choose(SPEC, H100, knowledge=WON).reason == "hopper, triton: broken; it needs no evidence"
+    assert choose(SPEC, H100, knowledge=WON).reason.startswith("hopper, triton: broken; ")
     for backend in faults:
         assert verdict_of(backend, SPEC, H100, WON) == Verdict(backend, False, False, "broken")
         assert refusal(SPEC, H100, backend) == "broken"
 
 
 def test_what_auto_would_not_take_is_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_try_import", lambda name: "" if name == "math" else pytest.fail(f"{name} imported"))
-    assert choose(SPEC, CPU, knowledge=WON).name == choose(SPEC, INTERPRETER, knowledge=WON).name == "math"
+    monkeypatch.setattr(backends, "_try_import", lambda name: "" if name == "sdpa" else pytest.fail(f"{name} imported"))
+    assert choose(SPEC, CPU, knowledge=WON).name == choose(SPEC, INTERPRETER, knowledge=WON).name == "sdpa"
     monkeypatch.setattr(backends, "_try_import", lambda name: pytest.fail("imported") if name == "hopper" else "")
     assert choose(SPEC, H100, knowledge=RIGHT).name == "triton"
 
@@ -385,9 +406,10 @@ def test_looking_is_pure(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_by_name_is_not_checked() -> None:
     """Nor is one that needs no evidence: whoever names a backend gets it."""
     asks = Knowledge(lambda variant, device: pytest.fail("asked"), lambda kind, device: None)
-    assert [choose(SPEC, H100, name, knowledge=asks).name for name in BACKENDS] == list(BACKENDS)
-    assert choose(SPEC, CPU, knowledge=asks).name == "math"
+    for name in BACKENDS:
+        assert choose(SPEC, CPU if name == "sdpa" else H100, name, knowledge=asks).name == name
+    assert choose(SPEC, CPU, knowledge=asks).name == "sdpa"
 
 
 def test_verdicts_come_in_the_order_of_the_table() -> None:
-    assert [verdict.backend for verdict in judge(SPEC, CPU)] == list(BACKENDS) == ["hopper", "triton", "math"]
+    assert [verdict.backend for verdict in judge(SPEC, CPU)] == list(BACKENDS) == ["hopper", "triton", "sdpa", "math"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,11 @@ def lines_of(**options) -> list[str]:
 def test_one_line_for_every_backend(on) -> None:
     on(DeviceTarget("cpu", triton="3.7.1"))
     assert lines_of() == [
-        "on cpu: math serves",
-        "  backward: einsum, it has no other",
+        "on cpu: sdpa serves",
+        "  backward: torch, it has no other",
         "  hopper  no       cpu tensors; the kernels need a CUDA device",
         "  triton  no       cpu tensors; the kernels need a CUDA device",
+        "  sdpa    yes      it needs no evidence",
         "  math    yes      it needs no evidence",
     ]
 
@@ -63,10 +65,11 @@ def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("FLASH_ATTEND_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch, "_found_out", lambda variant, device: pytest.fail("checked"))
     on(H100)
-    no_hopper, math = "  hopper  no       float32 is not float16 or bfloat16", "  math    yes      it needs no evidence"
+    no_hopper = "  hopper  no       float32 is not float16 or bfloat16"
+    rest = ["  sdpa    no       cuda tensors; it serves a CPU alone", "  math    yes      it needs no evidence"]
     separate = "  backward: separate, the fused one was not measured faster here"
     unknown = "  triton  yes      not checked here yet: the first call does"
-    assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, unknown, math]
+    assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, unknown, *rest]
     assert not list(tmp_path.iterdir())
 
     (*tensors,), store = _tensors(), Store.of(HERE)
@@ -74,7 +77,7 @@ def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     right = Variant.read(variant_of(spec, "triton", "separate", (False, False, False)))
     store.keep(right, Finding(True, "self-checked: fine"))
     yes = "  triton  yes      self-checked: fine"
-    assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, yes, math]
+    assert lines_of() == ["on NVIDIA H100: triton serves", separate, no_hopper, yes, *rest]
 
     fused = Tuned("triton", (("triton", "fused", ""),), "measured fastest")
     store.write(name_of_tuned(Kind(*kind_of_call(spec))), dict(won=fused._asdict()))
@@ -99,6 +102,34 @@ def test_a_backend_by_name_that_cannot_serve_is_told_not_raised(on) -> None:
         flash_attention(*_tensors(), backend="triton")
 
 
+def _gpu(name: str, *capability: int) -> DeviceTarget:
+    return replace(H100, name=name, capability=capability or None)
+
+
+@pytest.mark.parametrize(
+    ("target", "serves", "advised"),
+    [
+        (DeviceTarget("cpu", triton="3.7.1"), "sdpa", False),
+        (_gpu("Tesla T4", 7, 5), "math", True),
+        (_gpu("Tesla V100-SXM2-16GB", 7, 0), "math", True),
+        (_gpu("NVIDIA A10", 8, 6), "triton", False),
+        (_gpu("NVIDIA GeForce RTX 4090", 8, 9), "triton", False),
+        (_gpu("NVIDIA A100-SXM4-80GB", 8, 0), "triton", False),
+        (_gpu("NVIDIA H100 80GB HBM3", 9, 0), "triton", False),
+        (_gpu("NVIDIA B200", 10, 0), "triton", False),
+        (_gpu("AMD Instinct MI300X"), "math", True),
+        (DeviceTarget("mps"), "math", True),
+    ],
+    ids=lambda value: value.name or value.device_type if isinstance(value, DeviceTarget) else None,
+)
+def test_every_kind_of_part_is_told_what_serves(on, target: DeviceTarget, serves: str, advised: bool) -> None:
+    """The table of the README; what no kernel is for gets one sentence of advice."""
+    on(target)
+    found = explain(*_tensors())
+    assert found.plan.name == serves
+    assert str(found).count("advice: no kernel here is for this part") == advised
+
+
 def test_a_head_dim_beyond_the_kernels(on) -> None:
     on(H100)
     assert "d = 320 is beyond the kernels' 256" in str(explain(*_tensors(d=320)))
@@ -108,7 +139,7 @@ def test_a_head_dim_beyond_the_kernels(on) -> None:
 def test_repr_is_what_print_shows() -> None:
     found = explain(*_tensors())
     assert repr(found) == str(found)
-    assert [verdict.backend for verdict in found.verdicts] == ["hopper", "triton", "math"]
+    assert [verdict.backend for verdict in found.verdicts] == ["hopper", "triton", "sdpa", "math"]
 
 
 def test_takes_the_arguments_of_flash_attention() -> None:
@@ -148,7 +179,8 @@ def test_a_cuda_fallback_warns_once_for_every_reason(on, fresh_warnings: None) -
     caught = _collect([{}, {}, {"causal": True}])
     assert [str(warning.message) for warning in caught] == [
         "flash_attend serves a CUDA call by its einsum path: "
-        "hopper, triton: compute capability 7.5 is below 8.0; it needs no evidence"
+        "hopper, triton: compute capability 7.5 is below 8.0; sdpa: cuda tensors; it serves a CPU alone; "
+        "it needs no evidence"
     ]
     assert caught[0].filename == __file__  # it points at the caller
     assert len(_collect([{}, {}], d=300)) == 1  # another reason

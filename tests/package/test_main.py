@@ -69,7 +69,7 @@ def test_without_a_gpu(monkeypatch):
     text = bug_report.report()
     assert value_of("GPU", text) == "none"
     backends = section("backends for", text)
-    assert "cpu: on cpu: math serves" in backends
+    assert "cpu: on cpu: sdpa serves" in backends
     assert "cuda" not in backends.replace("CUDA", "")
     assert "known of" not in text
 

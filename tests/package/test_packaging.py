@@ -195,8 +195,8 @@ import runpy
 from flash_attend import BackendUnavailable, explain
 from flash_attend.target import DeviceTarget
 
-assert explain(q, k, v).plan.name == "math"
-assert "math serves" in str(explain(q, k, v))
+assert explain(q, k, v).plan.name == "sdpa"
+assert "sdpa serves" in str(explain(q, k, v))
 version = DeviceTarget.of(q.device).triton
 part = DeviceTarget("cuda", "a part", (9, 0), triton=version)
 DeviceTarget.of = lambda device: part
@@ -229,12 +229,13 @@ def test_the_kernels_for_every_gpu_are_imported_without_those_for_hopper(install
     code = """
 import sys
 from flash_attend.backends import BACKENDS
-for name in ("math", "triton", "hopper"):
+for name in ("math", "sdpa", "triton", "hopper"):
     assert BACKENDS[name].fault() == ""
     print(name, *(part for part in ("triton", "flash_attend.kernels.hopper") if part in sys.modules))
 """
     assert run_python(code, tmp_path, path=installed).splitlines() == [
         "math",
+        "sdpa",
         "triton triton",
         "hopper triton flash_attend.kernels.hopper",
     ]

@@ -37,7 +37,19 @@ WARPS = "barrier of some warps dropped"
 EARLY = "arrival before the products are through"
 HOPPER = "hopper_"
 
+PLAIN = r"^(forward|backward_\w+)_kernel"
+
 HARMLESS = (
+    # The plain kernels, whose calls have no key masks, no dead rows, and blocks of both kinds
+    Harmless("barrier dropped", r"_load_part|in tl\.range", "the next one comes before the first access, too", PLAIN),
+    Harmless("wait for one group less", r"in tl\.range", "at the end, where nobody reads what comes", PLAIN),
+    Harmless(
+        "commit dropped", "_load_part|_key_value_tile: (lse_log2|delta) = ",
+        "the next group, waited for at the same point, holds both", PLAIN,
+    ),
+    Harmless("nothing hidden", r"Softmax\.(step|finish)", "no row is dead", PLAIN),
+    Harmless("nothing hidden|shuffle over another lane|no shuffle", "clear_rows|any_key", "no key is hidden", PLAIN),
+    Harmless("bound off by one", r"in tl\.range", "it only asks whether there is a block, and there is one", PLAIN),
     # Between warps and lanes
     Harmless("lanes do not wait", "", "what lanes exchange lies between barriers of whole partitions", HOPPER),
     Harmless(WARPS, r"await_(full|empty|both)", "each warp waits for the mbarrier itself", HOPPER),
@@ -51,6 +63,14 @@ HARMLESS = (
     Harmless(
         f"{WARPS}|{EARLY}|wait dropped", r"_step: (k\.release|products = warpgroup_mma_wait)|_fill_block: shared\.k",
         "the producer fills that slot of k after one of v, which is given back later", "hopper_forward",
+    ),
+    Harmless(
+        "wait dropped", r"tile\.first_block\(\).*shared\.v\.at",
+        "the producer has waited for q, which the tile before gives back later", "hopper_forward",
+    ),
+    Harmless(
+        f"{WARPS}|wait dropped", r"Turns\.(take|hand_on)", "it changes who is first, at which another test looks",
+        "hopper_forward",
     ),
     Harmless(WARPS, r"_consume: rows\.release", "k is given back after every product with q", "hopper_forward"),
     Harmless(
@@ -78,6 +98,42 @@ HARMLESS = (
         f"{WARPS}|arrival twice|wait dropped|wait for the other phase", r"shared\.cleared\.meet\(0\)",
         "both meet again before one reads what the other has cleared", "hopper_backward_kernel",
     ),
+    Harmless(
+        "registers not fenced", "_step: grad_k_token", "the fence before it, too, comes after the last write",
+        "hopper_backward_kernel",
+    ),
+    Harmless("products not committed", "_issue_query_gradient", "the next group holds both", "hopper_backward_kernel"),
+    Harmless(
+        "nothing hidden", "clear_hidden_gradients", "hidden keys have no weights, and what they hold is cleared",
+        "hopper fused",
+    ),
+    Harmless(
+        "shuffle over another lane", "key_tile_of_program|first_live_query", "the steps still reach every lane", HOPPER
+    ),
+    Harmless(
+        "maximum dropped", "query_blocks: begin = |key_blocks: full_end = ",
+        "hidden blocks are visited, or pairs looked at that are all visible",
+    ),
+    Harmless(
+        "wait dropped|arrival twice", r"_consume_for_v: shared\.cleared\.meet",
+        "what this consumer reads it has cleared itself", "_wide_kernel",
+    ),
+    Harmless(
+        "wait dropped", r"_consume_for_k: k\.await_full", "the other consumer has waited for it, and they meet",
+        "_wide_kernel",
+    ),
+    Harmless("wait dropped", r"_consume_for_k: grad\.await_full", "that slot has been waited for", "_wide_kernel"),
+    # Of this call
+    Harmless(
+        "sums of four warps begin anew", r"CONSUMER, True\) > _step: total_token",
+        "of a tile two blocks are masked, and the sum is 0 until the second", "hopper_forward",
+    ),
+    Harmless(
+        "load without its predicate", r"first_block: first = gl\.load|masked_block: listed",
+        "what is loaded is there, and then not taken", HOPPER,
+    ),
+    Harmless("bound off by one", r"for turn in range\(tiles\.count", "every program has a tile", "hopper_forward"),
+    Harmless("bound off by one", r"masked_block: block = ", "what is in front of full blocks is listed", HOPPER),
     # The gradient of q
     Harmless("wait dropped", r"tile\.first_block\(\)", "that slot has not been filled before", "hopper_backward_q"),
     Harmless(

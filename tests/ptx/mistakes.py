@@ -92,15 +92,15 @@ MISTAKES: dict[str, Mistake] = {
     "sums of four warps begin anew": Mistake(r"(wgmma\.mma_async[^;]*, )%p\d+(, 1, 1[^;]*;)", r"\g<1>0\2"),
     # What is hidden, and where live rows begin
     "nothing hidden": Mistake(
-        rf"selp\.(f32|b16)\s+(\S+), (?:{NOTHING}, (\S+)|(\S+), {NOTHING}), %p\d+;",
+        rf"selp\.(f32|b16)\s+(\S+), (?:{NOTHING}, (%\S+)|(%\S+), {NOTHING}), %p\d+;",
         lambda match: f"mov.{match[1].replace('f', 'b')} {match[2]}, {match[3] or match[4]};", everywhere=True,
     ),
     "maximum dropped": Mistake(r"max\.s32(\s+%r\d+, )%r\d+, 0;", r"mov.b32\g<1>0;", everywhere=True),
     # Bounds, addresses, lanes
-    "load without its predicate": Mistake(r"@%p\d+ ld\.global", "ld.global"),
-    "store without its predicate": Mistake(r"@%p\d+ st\.global", "st.global"),
+    "load without its predicate": Mistake(r"@%p\d+ ld\.global", "ld.global", everywhere=True),
+    "store without its predicate": Mistake(r"@%p\d+ st\.global", "st.global", everywhere=True),
     "shared memory 16 bytes beside": Mistake(r"\[%r\d+\+(\d+)\]", _count_up(1, 16)),
-    "bound off by one": Mistake(r"setp\.lt\.s32", "setp.le.s32"),
+    "bound off by one": Mistake(r"setp\.lt\.s32", "setp.le.s32", everywhere=True),
     "shuffle over another lane": Mistake(r"shfl\.sync\.bfly\.b32 \t\S+ \S+ (\d+), 31", _count_up(1, 4)),
-    "no shuffle": Mistake(r"shfl\.sync\.bfly\.b32 \t(\S+), (\S+), \d+, 31, -1;", r"mov.b32 \1, \2;"),
+    "no shuffle": Mistake(r"shfl\.sync\.bfly\.b32 \t(\S+), (\S+), \d+, 31, -1;", r"mov.b32 \1, \2;", everywhere=True),
 }  # fmt: skip

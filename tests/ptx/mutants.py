@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +24,10 @@ from executions import execute as execute_call
 from flash_attend.kernels.launch import Launch
 from mistakes import MISTAKES
 
-__all__ = ["SUBJECTS", "Outcome", "Place", "Recording", "Subject", "attempt", "places_of", "recorded"]
+__all__ = ["SUBJECTS", "Outcome", "Place", "Recording", "Subject", "attempt", "execute_text", "places_of", "recorded"]
+
+
+SEEDS = 3  # that decide about turns: some mistakes matter in some orders
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Recording:
     lines: set[int]  # that were executed
     options: Options
 
+    @property
+    def partitions(self) -> bool:
+        """Whether warps have programs of their own, in random turns."""
+        return program_of(self.text).specialized
+
 
 @dataclass
 class _Recorder(Runner):
@@ -116,7 +124,7 @@ def recorded(subject: Subject) -> Recording:
 
 @dataclass(frozen=True)
 class Place:
-    """A statement of the source, and what of the PTX, all of it executed, a mistake would change there."""
+    """A statement of the source, and where in the PTX, all of it executed, a mistake can be made of what it became."""
 
     where: str  # "function: statement", from the partition's own inwards
     matches: tuple[re.Match, ...]
@@ -131,8 +139,7 @@ def places_of(recording: Recording, mistake: str) -> list[Place]:
             where = _where(sources[line], files)
             if re.search(recording.subject.only, f"{mistake}: {where}"):
                 found.setdefault(where, []).append(match)
-    everywhere = MISTAKES[mistake].everywhere
-    return [Place(where, tuple(matches if everywhere else matches[:1])) for where, matches in found.items()]
+    return [Place(where, tuple(matches)) for where, matches in found.items()]
 
 
 def _executed_line(recording: Recording, match: re.Match) -> int | None:
@@ -187,18 +194,29 @@ class Outcome:
 
 def attempt(recording: Recording, mistake: str, place: Place) -> Outcome:
     pieces, last = [], 0
-    for match in place.matches:
+    for match in place.matches if MISTAKES[mistake].everywhere else place.matches[:1]:
         pieces += [recording.text[last : match.start()], MISTAKES[mistake].made(match)]
         last = match.end()
     text = "".join([*pieces, recording.text[last:]])
+    for seed in range(SEEDS):
+        options = replace(recording.options, seed=recording.options.seed + seed)
+        try:
+            tensors = execute_text(recording, text, options)
+        except (Fault, Unsupported) as fault:
+            return Outcome(place.where, "fault", str(fault).split("\n")[0])
+        if any(_differs(got, want) for got, want in zip(tensors, recording.after, strict=True)):
+            return Outcome(place.where, "result")
+        if not recording.partitions:  # threads take turns in one order
+            break
+    return Outcome(place.where, "")
+
+
+def execute_text(recording: Recording, text: str, options: Options | None = None) -> tuple[Tensor | None, ...]:
+    """The launch's tensors after it was repeated with this PTX."""
     tensors = tuple(None if x is None else x.clone() for x in recording.before)
     launch = Launch(recording.launch.prepared, tensors)
-    try:
-        execute(recording.compiled, launch, program_of.__wrapped__(text), recording.options)
-    except (Fault, Unsupported) as fault:
-        return Outcome(place.where, "fault", str(fault).split("\n")[0])
-    differs = any(_differs(got, want) for got, want in zip(tensors, recording.after, strict=True))
-    return Outcome(place.where, "result" if differs else "")
+    execute(recording.compiled, launch, program_of.__wrapped__(text), options or recording.options)
+    return tensors
 
 
 def _differs(got: Tensor | None, want: Tensor | None) -> bool:

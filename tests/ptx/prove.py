@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not tasks:
         parser.error(f"nothing matches {options.only!r}")
     start = time.time()
-    rows = _rows_of(tasks, options.jobs, options.resume)
+    kept = _rows_of(tasks, options.jobs, options.resume)
+    rows = {task: kept[task] for task in tasks}
     tables = [_table(head, [row for task in tasks if task[0] == kind for row in rows[task]])
               for kind, (_, head) in TABLES.items()]  # fmt: skip
     wrong = sum(bool(row[0]) for found in rows.values() for row in found)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from unittest import mock
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+from emulator.groups import GroupProducts
+from emulator.machine import Mask
 from harmless import HARMLESS, reason_for
 from mistakes import MISTAKES
-from mutants import SUBJECTS, Subject, attempt, places_of, recorded
+from mutants import SUBJECTS, Subject, attempt, execute_text, places_of, recorded
 
 pytestmark = pytest.mark.ptx
 
@@ -26,6 +30,34 @@ def test_found(subject: Subject, mistake: str) -> None:
     places = [x for x in places_of(recording, mistake) if not reason_for(subject, mistake, x.where)]
     for place in places[:1]:
         assert attempt(recording, mistake, place).found, f"not found in {place.where}"
+
+
+def test_consumers_issue_their_products_in_turns() -> None:
+    """Nothing comes of another order but waiting."""
+    subject = next(subject for subject in SUBJECTS if "in turns" in subject.execution)
+    recording = recording_of(subject)
+    mistake = MISTAKES["wait dropped"]
+    others = recording.text
+    for place in places_of(recording, "wait dropped"):
+        for match in place.matches:
+            others = others.replace(match[0], mistake.made(match))
+
+    def order(text: str) -> list[int]:
+        """Which consumer issues the products that are scores, in order: four of so many registers each."""
+        issued, issue = [], GroupProducts.issue
+
+        def record(products: GroupProducts, registers: np.ndarray, mask: Mask) -> None:
+            if len(registers) == 64:
+                issued.extend(np.nonzero(products.machine.groups_of(mask))[1].tolist())
+            issue(products, registers, mask)
+
+        with mock.patch.object(GroupProducts, "issue", record):
+            execute_text(recording, text)
+        return issued[::4]
+
+    found = order(recording.text)
+    assert found == [0, 1] * (len(found) // 2)
+    assert order(others) != found
 
 
 def test_the_reasons_are_about_mistakes_that_there_are() -> None:

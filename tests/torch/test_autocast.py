@@ -92,4 +92,4 @@ def test_compiled(backend: Backend) -> None:
 def test_explain_sees_what_is_served() -> None:
     q = torch.zeros(1, 1, 2, 4)
     with torch.autocast("cpu", dtype=HALF):
-        assert explain(q, q.bfloat16(), q.to(HALF)).plan.name == "math"
+        assert explain(q, q.bfloat16(), q.to(HALF)).plan.name == "sdpa"

@@ -1,0 +1,118 @@
+"""Our kernels beside FlexAttention's by the throughput model: the table of `aot --estimate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from flash_attend.kernels.aot import KINDS, Case, compile_case, compile_tasks, spec_of
+from flash_attend.kernels.estimate import RATES, Estimate, total_tflops
+
+__all__ = ["Row", "print_estimates", "rows"]
+
+# Not part of the package: a peer needs more of torch than we do.
+PEER = Path(__file__).resolve().parents[1] / "benchmarks" / "flex_templates.py"
+DIMS = (64, 96, 128, 192, 256)
+KERNELS = {"forward": ("forward",), "backward": ("backward_kv", "backward_k", "backward_v", "backward_q")}
+HEADER = ("call", "tiles", "TFLOP/s", "spills", "FlexAttention's tiles", "TFLOP/s", "spills", "ratio")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A causal call, d = dv, in one direction on one part."""
+
+    arch: str
+    kind: str
+    dim: int
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.arch} {self.kind} d{self.dim}"
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two makes of a row; nothing where its kernels do not compile or do not fit."""
+
+    tiles: str
+    estimates: dict[str, Estimate]
+
+    @property
+    def tflops(self) -> float:
+        """Of a forward, or of a backward: five products, of which two kernels do seven."""
+        return total_tflops(self.estimates) if self.estimates else 0.0
+
+    @property
+    def spills(self) -> str:
+        """Share of the main loops' instructions."""
+        return "/".join(f"{one.spill_share:.0%}" for one in self.estimates.values())
+
+
+def rows(archs: Iterable[str]) -> list[Row]:
+    """All rows of the table, on parts whose rates are known."""
+    known = [arch for arch in archs if arch in RATES]
+    return [Row(*row) for row in product(known, ("half", "tf32"), DIMS, KERNELS)]
+
+
+def measure(row: Row, peer: bool) -> Side:
+    """Compiles one side of a row and reads it."""
+    try:
+        return _measure_peer(row) if peer else _measure_ours(row)
+    except Exception as error:  # a finding about one row, not the end of the table
+        text = str(error).strip().splitlines() or [""]
+        return Side(f"{type(error).__name__}: {text[-1][:120]}", {})
+
+
+def _measure_ours(row: Row) -> Side:
+    call, _ = KINDS[row.kind]
+    case = Case.of(row.arch, spec_of((row.dim, row.dim), causal=True, **call))
+    reports = compile_case(case, KERNELS[row.direction])
+    if errors := [report.error for report in reports if report.error]:
+        return Side(errors[0], {})
+    tiles = ", ".join(" ".join(report.config.split()[-3:]) for report in reports)
+    return Side(tiles, {report.kernel: report.estimate for report in reports if report.estimate})
+
+
+def _measure_peer(row: Row) -> Side:
+    spec = importlib.util.spec_from_file_location(PEER.stem, PEER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return Side(*module.peer_estimates(row.direction, row.arch, row.kind, row.dim))
+
+
+def compare(chosen: list[Row], jobs: int | None = None) -> Iterator[tuple[Row, Side, Side]]:
+    """Both sides of rows, in their order."""
+    tasks = [(row, peer) for row in chosen for peer in (False, True)]
+    sides = dict(compile_tasks(tasks, jobs, measure))
+    for index, row in enumerate(chosen):
+        yield row, sides[2 * index], sides[2 * index + 1]
+
+
+def _cells(row: Row, ours: Side, peer: Side) -> tuple[str, ...]:
+    ratio = f"{ours.tflops / peer.tflops:.2f}" if peer.tflops else ""
+    of_sides = [(side.tiles, f"{side.tflops:.0f}", side.spills) for side in (ours, peer)]
+    return (str(row), *of_sides[0], *of_sides[1], ratio)
+
+
+def print_estimates(archs: Iterable[str], only: str, jobs: int | None, markdown: bool) -> int:
+    """The table of the rows whose names contain `only`. The exit code is 1 unless ours is ahead in each."""
+    chosen = [row for row in rows(archs) if only in str(row)]
+    if not PEER.exists():
+        print(f"{PEER} is not here: estimates need a checkout of the repository", file=sys.stderr)
+        return 2
+    found = list(compare(chosen, jobs))
+    table = [HEADER, *(_cells(*one) for one in found)]
+    if markdown:
+        lines = ["| " + " | ".join(cells) + " |" for cells in table]
+        lines.insert(1, "| --- " * len(HEADER) + "|")
+    else:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    print("\n".join(lines))
+    behind = sum(ours.tflops <= peer.tflops for _, ours, peer in found)
+    print(f"{len(found)} rows, ours behind in {behind}", file=sys.stderr)
+    return 1 if behind else 0
