@@ -382,7 +382,8 @@ def _estimate_of(
         name, case.arch, kind_of(spec), spec.head_dim, choices["HEAD0"] + choices["HEAD1"], choices["BLOCK_M"],
         choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes, serialized,
     )  # fmt: skip
-    return estimate(loop_works(sass)[0], kernel)
+    works = loop_works(sass)
+    return estimate(works[0], kernel) if works else None
 
 
 # The modes that cost most registers come first; together they reach every branch of the kernels.
