@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -61,7 +61,8 @@ class Peer:
     # by name, in a standard run only in the grid's core.
     compiles: bool = False
     ours: bool = False  # held to the contract in every row and key; others only in `Inputs.rows`
-    served: Callable[[Inputs], str] = lambda inputs: ""  # what computed it, of ours
+    served: Callable[[Inputs], str] = lambda inputs: ""  # what computes it, of ours
+    within: Callable[[], AbstractContextManager] = nullcontext  # it is prepared, checked and timed in this context
 
 
 def _hides_future(case: Case) -> bool:
@@ -162,8 +163,7 @@ def _ours(
 
     def bind(inputs: Inputs, function: Callable) -> Callable:
         case = inputs.case
-        call = partial(function, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
-        return call if backward is None else override_backward(backward)(call)
+        return partial(function, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
 
     def prepare(inputs: Inputs) -> Attention:
         if backend == "math":
@@ -174,7 +174,8 @@ def _ours(
         plan = bind(inputs, explain)(inputs.q, inputs.k, inputs.v).plan
         return f"{plan.name}, {plan.backward} backward" if plan else ""
 
-    return Peer(name, about, prepare, devices, ours=True, served=served)
+    within = nullcontext if backward is None else partial(override_backward, backward)
+    return Peer(name, about, prepare, devices, ours=True, served=served, within=within)
 
 
 def _sdpa(name: str, about: str, backend: SDPBackend | None = None, devices: tuple[str, ...] = BOTH_DEVICES) -> Peer:

@@ -141,7 +141,8 @@ class Bench:
 
     def _admit(self, trial: Call | Training, peer: Peer) -> Check:
         try:
-            return trial.admit(peer)
+            with peer.within():
+                return trial.admit(peer)
         except Exception as error:  # whatever stops a peer is what its rows say
             return Check(error=self._reason(error))
 
@@ -156,24 +157,29 @@ class Bench:
         told = {"case": case.name, "group": case.group, "dtype": case.dtype, "mask": case.mask_words}
         told |= {"shape": list(case.shape), "pass": name}
         rows = {peer: told | {"peer": peer.name, "ours": peer.ours} | asdict(check) for peer, check in checks.items()}
-        functions: dict[Peer, Function] = {}
+        samplers: dict[Peer, Callable[[float], list[float]]] = {}
         for peer in (peer for peer, check in checks.items() if not check.error):
             try:
-                functions[peer] = trial.function(peer, name)
-                rows[peer] |= self._measure_beside(trial, peer, name, functions[peer])
+                with peer.within():
+                    function = trial.function(peer, name)
+                    rows[peer] |= self._measure_beside(trial, peer, name, function)
+                samplers[peer] = partial(self._sample, peer, function)
             except Exception as error:
-                functions.pop(peer, None)
                 rows[peer]["error"] = self._reason(error)
         try:
-            samples = measure.interleave(functions, self.sample, rounds=plan.rounds, milliseconds=plan.milliseconds)
+            samples = measure.interleave(samplers, plan.rounds, plan.milliseconds)
             for peer, taken in samples.items():
                 found = measure.summarise(taken)
                 rows[peer] |= found | trial.rates(name, found["ms_median"], self.results.header["ceilings"])
         except torch.OutOfMemoryError as error:  # each of them ran alone
-            for peer in functions:
+            for peer in samplers:
                 rows[peer]["error"] = f"beside the others: {self._reason(error)}"
         for row in rows.values():
             self.results.add(**row)
+
+    def _sample(self, peer: Peer, function: Function, milliseconds: float) -> list[float]:
+        with peer.within():
+            return self.sample(function, milliseconds)
 
     def _measure_beside(self, trial: Call | Training, peer: Peer, name: str, function: Function) -> dict[str, Any]:
         """What is measured of a pass beside its time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -35,6 +36,29 @@ def attention(inputs, **changed):
     return partial(flash_attention, **dict(mask=inputs.mask, causal=case.causal, backend="math") | changed)
 
 
+ENTERED = []
+
+
+@contextmanager
+def within():
+    """What `attention_within` needs to be in."""
+    ENTERED.append(True)
+    try:
+        yield
+    finally:
+        ENTERED.pop()
+
+
+def attention_within(inputs):
+    """Runs only within its peer's context."""
+
+    def attend(*leaves):
+        assert ENTERED == [True]
+        return attention(inputs)(*leaves)
+
+    return attend
+
+
 def unserved(inputs):
     raise Unserved("needs a licence")
 
@@ -54,7 +78,7 @@ def fails_late(inputs):
 FAKES = {
     peer.name: peer
     for peer in (
-        Peer("right", "is right", attention, ours=True, served=lambda inputs: "by hand"),
+        Peer("right", "is right", attention_within, ours=True, served=lambda inputs: "by hand", within=within),
         Peer("wrong", "is wrong", partial(attention, scale=0.5)),
         Peer("unserved", "serves nothing", unserved),
         Peer("fails late", "fails", fails_late),
