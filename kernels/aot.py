@@ -320,9 +320,10 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
+        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
-            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), heavy=case.spec.dropout_p > 0 or case.spec.mask == MaskKind.DENSE,
+            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), heavy=not usual,
         )  # fmt: skip
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
@@ -334,7 +335,6 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
             continue
         spilled = spilled_bytes(log)
         # Of a plain kernel the modes differ in what spills, and in nothing else that is looked for in its loops.
-        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE
         sass = disassemble(compiled.asm["cubin"]) if name in MULTIPLYING and (name in LOOPS or spilled or usual) else ""
         registers, serialized = int(REGISTERS.search(log).group(1)), is_serialized(log)
         reports.append(
