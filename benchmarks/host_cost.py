@@ -31,6 +31,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from flash_attend import flash_attention
+from flash_attend.generation import renew
 from flash_attend.kernels import aot
 from flash_attend.target import DeviceTarget
 
@@ -41,7 +42,7 @@ TINY = (1, 1, 1, 8)  # for PyTorch's own attention, which does compute
 SMALL = (1, 8, 64, 64)  # on a CPU, for both
 KINDS = {"plain": {}, "key mask": dict(mask=True), "causal": dict(causal=True), "dropout": dict(dropout_p=0.1)}
 MODES = [*KINDS, *(f"cpu {kind}" for kind in KINDS)]
-STAGES = ("sdpa", "forward", "without gradients", "sdpa with gradients", "with gradients")
+STAGES = ("sdpa without gradients", "without gradients", "sdpa", "forward", "sdpa with gradients", "with gradients")
 CALLS = 20  # of one stage, before the next one's turn
 
 
@@ -62,7 +63,9 @@ class Deviceless(aot.Part):
 def on_the_part() -> Iterator[None]:
     """Within this context CPU tensors are served as if they lay on the part."""
     with aot.compiled_for(ARCH, Deviceless), mock.patch.object(DeviceTarget, "of", lambda device: PART):
+        renew()
         yield
+    renew()
 
 
 def stages(mode: str) -> dict[str, Callable[[], object]]:
@@ -81,9 +84,10 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
     sdpa = partial(F.scaled_dot_product_attention, *tiny, **same)
     call = partial(flash_attention, q, k, v, backend="auto" if on_cpu else "triton", **options)
     return {
+        "sdpa without gradients": torch.no_grad()(sdpa),
+        "without gradients": torch.no_grad()(call),
         "sdpa": sdpa,
         "forward": call,
-        "without gradients": torch.no_grad()(call),
         "sdpa with gradients": lambda: torch.autograd.grad(sdpa(), tiny, tiny[0].detach()),
         "with gradients": lambda: torch.autograd.grad(call(), (q, k, v), v.detach()),
     }

@@ -19,7 +19,6 @@ from flash_attend.operands import Operands
 from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
 from flash_attend.reference import attention_reference
 from flash_attend.spec import AttentionSpec
-from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
     directly,
@@ -35,45 +34,35 @@ from flash_attend.vmap import map_backward, map_forward
 
 if TYPE_CHECKING:
     from flash_attend.dispatch import Plan
+    from flash_attend.plans import CallPlan
 
-__all__ = ["attend"]
+__all__ = ["attend", "attend_by_operators"]
 
 
-def attend(
-    operands: Operands,
-    spec: AttentionSpec,
-    plan: Plan,
-    target: DeviceTarget,
-    needed: tuple[bool, bool, bool],
-    *,
-    return_lse: bool,
-    opaque: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as a plan for their device says; without `return_lse`
-    the lse may be None. `needed` says which of q, k and v need a gradient.
-
-    `opaque` asks for operators: a compiler would make of the einsum path's loop over chunks as many graphs as there are
-    lengths, and some tensors know operators alone.
-    """
-    einsum = plan.backward == "einsum"
-    if opaque or (not einsum and watched()):
-        return _by_operators(operands, spec, plan, return_lse)
-    if einsum:
+def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as planned, of plain tensors and where nobody watches but the
+    einsum path. Without `return_lse` the lse may be None."""
+    spec, plan = call.spec, call.plan
+    if plan.backward == "einsum":
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
-    functions = plan.backend.load()
-    tiles = functions.tiles(spec, target, plan.backward)
-    if lazy(*operands):
+    forward = call.planned or call.forward
+    q, k, v, mask, _ = operands
+    if lazy(q, k, v, mask):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
-    q, k, v, *_ = operands
-    if True in needed:
-        return _attend_eagerly(q, k, v, (functions, operands, spec, plan, tiles))
-    return functions.forward(operands, spec, tiles)[:2]
+        q, k, v, *_ = operands
+        forward = call.forward
+    if call.differentiated:
+        found = _attend_eagerly(q, k, v, (operands, forward, call, return_lse))
+        return found if return_lse else (found, None)
+    return forward(operands)[:2]
 
 
-def _by_operators(
-    operands: Operands, spec: AttentionSpec, plan: Plan, return_lse: bool
+def attend_by_operators(
+    operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
+    """The same by operators, for tensors that know nothing else and for compilers, which would make of the einsum
+    path's loop over chunks as many graphs as there are lengths."""
     if forward_mode():
         return attention_reference(operands, spec, return_lse=return_lse)
     compiled = torch.compiler.is_compiling()
@@ -101,35 +90,40 @@ def _savable(mask: Tensor | None) -> Tensor | None:
 
 
 class Attention(torch.autograd.Function):
-    """`(q, k, v, call) -> (out, lse)` by a backend's own functions, with what a call consists of."""
+    """`(q, k, v, planned) -> out`, or `(out, lse)` where the lse is asked for, by a backend's own functions."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: tuple) -> tuple[Tensor, Tensor]:
-        functions, operands, spec, plan, tiles = call
-        out, lse, kept = functions.forward(operands, spec, tiles)
-        ctx.save_for_backward(q, k, v, _savable(operands.mask), operands.seed, out, lse, *kept)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: tuple) -> Tensor | tuple[Tensor, Tensor]:
+        operands, forward, call, return_lse = planned
+        out, lse, kept = forward(operands)
+        _, _, _, mask, seed = operands
+        others = kept[:1] if mask is None and seed is None else (*kept, _savable(mask), seed)
+        ctx.save_for_backward(q, k, v, out, lse, *others)
+        ctx.call = call, type(kept)
+        if not return_lse:  # an output costs a microsecond
+            return out
         ctx.set_materialize_grads(False)
-        ctx.call = functions, spec, plan, tiles, type(kept)  # with the tiles: a backward runs in another thread
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        functions, spec, plan, tiles, kept_of = ctx.call
-        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[:3]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        (call, kept_of), needed, saved = ctx.call, ctx.needs_input_grad[:3], ctx.saved_tensors
         # A backward may be differentiated, and transformed where its forward was not.
-        by_operators = torch.is_grad_enabled() or watched() or traced(*grads) or mapped(*grads)
+        by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
         # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
-        if not by_operators and lazy(*saved, *grads):
-            saved, grads = map(settled, saved), tuple(map(settled, grads))
-        q, k, v, mask, seed, out, lse, *kept = saved
+        if not by_operators and lazy(*saved, grad_out, grad_lse):
+            saved, grad_out, grad_lse = map(settled, saved), settled(grad_out), settled(grad_lse)
+        q, k, v, out, lse, *others = saved
+        *kept, mask, seed = others if len(others) > 1 else (*others, None, None)
         operands, kept = Operands(q, k, v, mask, seed), kept_of(*kept)
         if by_operators:
-            numbers, options = ops.options_of(operands, spec, plan, return_lse=True)
+            numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
-            names = list(compress(INPUTS, needed))
-            found = _differentiate(grads, present, [out, lse, *kept.packed()], numbers, options, names)
+            outputs, names = [out, lse, *kept.packed()], list(compress(INPUTS, needed))
+            found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, names)
             return *map(found.get, INPUTS), None
-        return *functions.backward(*grads, operands, out, lse, kept, spec, tiles, needed), None
+        given = grad_out, grad_lse, operands, out, lse, kept
+        return *call.functions.backward(*given, call.spec, call.tiles, needed), None
 
 
 class Kept(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attend.operands import Operands
+from flash_attend.operands import Layouts, Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, release
@@ -43,6 +43,9 @@ class Functions(NamedTuple):
     forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, kept
     backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, kept, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
+    # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
+    # where nothing is worked out of it once
+    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,9 +145,9 @@ def _refuse_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
 def _load_triton() -> Functions:
     from flash_attend.kernels.backward import attention_backward
     from flash_attend.kernels.configs import select_tiles
-    from flash_attend.kernels.forward import attention_forward
+    from flash_attend.kernels.forward import attention_forward, plan_forward
 
-    return Functions(attention_forward, attention_backward, select_tiles)
+    return Functions(attention_forward, attention_backward, select_tiles, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

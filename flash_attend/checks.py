@@ -3,19 +3,28 @@ exception that names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from flash_attend.operands import Operands
+from flash_attend.operands import Layouts, Operands, Strides
 from flash_attend.options import check_flag, check_number, check_probability, shown
-from flash_attend.spec import CALLS_KEPT, LARGEST_LENGTH, AttentionSpec, describe
-from flash_attend.tracing import constant_when_compiled, traced
+from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, describe
+from flash_attend.tracing import constant_when_compiled
 
-__all__ = ["is_dense", "normalise_inputs"]
+__all__ = [
+    "Facts",
+    "Options",
+    "check_call",
+    "facts_of",
+    "is_dense",
+    "layouts_of",
+    "normalise_inputs",
+    "options_of",
+    "view_operands",
+]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMS = {"q": "(b, h, i, d)", "k": "(b, hk, j, d) or (b, j, d)", "v": "(b, hk, j, dv) or (b, j, dv)"}
@@ -25,13 +34,18 @@ FORMS = {"q": "(b, h, i, d)", "k": "(b, hk, j, d) or (b, j, d)", "v": "(b, hk, j
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Facts(NamedTuple):
+Facts = tuple[tuple, tuple, tuple, tuple | None]  # what is known of q, k, v and the mask, each as in `TensorFacts`
+# causal, scale, dropout_p, deterministic, and how float32 products are computed
+Options = tuple[bool, float | None, float, bool, str]
+
+
+class TensorFacts(NamedTuple):
     """A tensor without its values: all that is checked of it, and so what the result is looked up by."""
 
     shape: tuple[int, ...]
+    stride: Strides
     dtype: torch.dtype
     device: torch.device
-    stride: tuple[int, ...] | None = None  # of a mask, which is read once along a dimension that was expanded
 
     @property
     def shown(self) -> str:
@@ -44,11 +58,26 @@ def is_dense(tensor: Tensor) -> bool:
     return initialized and not tensor.is_nested and tensor.layout == torch.strided
 
 
-def _facts(name: str, tensor: Any) -> tuple:
-    """What a `_Facts` is made of: looked up by, in half the time."""
-    if type(tensor) is not Tensor or tensor.is_nested or tensor.layout != torch.strided:  # as few are
-        _check_dense(name, tensor)
-    return tensor.shape, tensor.dtype, tensor.device, tensor.stride() if name == "mask" else None
+def facts_of(q: Any, k: Any, v: Any, mask: Any) -> Facts:
+    """What is known of the tensors of a call. Raises `TypeError` for what is no dense tensor."""
+    strided = torch.strided
+    if not (type(q) is type(k) is type(v) is Tensor and q.layout is k.layout is v.layout is strided):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _check_dense(name, tensor)
+    if mask is not None and not (type(mask) is Tensor and mask.layout is strided):
+        _check_dense("mask", mask)
+    try:
+        return (
+            (q.shape, q.stride(), q.dtype, q.device),
+            (k.shape, k.stride(), k.dtype, k.device),
+            (v.shape, v.stride(), v.dtype, v.device),
+            None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
+        )
+    except RuntimeError:  # a nested tensor has neither sizes nor strides
+        for name, tensor in (("q", q), ("k", k), ("v", v), ("mask", mask)):
+            if tensor is not None:
+                _check_dense(name, tensor)
+        raise
 
 
 def _check_dense(name: str, tensor: object) -> None:
@@ -59,7 +88,7 @@ def _check_dense(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be a dense strided tensor, got a {kind}{type(tensor).__name__}")
 
 
-def _check_tensors(q: _Facts, k: _Facts, v: _Facts, mask: _Facts | None) -> None:
+def _check_tensors(q: TensorFacts, k: TensorFacts, v: TensorFacts, mask: TensorFacts | None) -> None:
     """Each by itself, and whether they are of one kind."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         rank = len(tensor.shape)
@@ -77,7 +106,7 @@ def _check_tensors(q: _Facts, k: _Facts, v: _Facts, mask: _Facts | None) -> None
             raise ValueError(f"{name} must be on q's device {q.device}, got {other.device}")
 
 
-def _check_shapes(q: _Facts, k: _Facts, v: _Facts) -> None:
+def _check_shapes(q: TensorFacts, k: TensorFacts, v: TensorFacts) -> None:
     """Whether q, k and v fit each other."""
     batch, heads, queries, head_dim = q.shape
     kv_heads, value_heads = (x.shape[1] if len(x.shape) == 4 else 1 for x in (k, v))
@@ -100,13 +129,12 @@ def _check_shapes(q: _Facts, k: _Facts, v: _Facts) -> None:
             raise ValueError(f"{name} is {length} long, the limit is {LARGEST_LENGTH}")
 
 
-def _check_mask(mask: _Facts, full: tuple[int, ...]) -> tuple[int, int, int]:
+def _check_mask(mask: TensorFacts, full: tuple[int, ...]) -> tuple[int, int, int]:
     """The sizes `(b|1, h|1, i|1)` that a mask for `full = (b, h, i, j)` is read with: 1 along a dimension that was
     expanded (stride 0)."""
     batch, *_, keys = full
     shape: tuple[int, ...] = mask.shape
     stride = mask.stride
-    assert stride is not None
     if len(shape) == 2:
         if tuple(shape) != (batch, keys):
             raise ValueError(
@@ -133,7 +161,7 @@ def _view_mask(mask: Tensor, sizes: tuple[int, int, int], keys: int) -> Tensor:
     return mask if mask.shape[3] == keys else mask.expand(-1, -1, -1, keys)
 
 
-def _with_heads(q: _Facts, tensor: _Facts) -> tuple[int, ...]:
+def _with_heads(q: TensorFacts, tensor: TensorFacts) -> tuple[int, ...]:
     """The shape `(b, hk, j, d)` that k or v is read with: one head where it names none, none where q has none."""
     heads = tensor.shape[1] if len(tensor.shape) == 4 else 1
     return tensor.shape[0], heads if q.shape[1] else 0, *tensor.shape[-2:]
@@ -160,23 +188,22 @@ def normalise_inputs(
     scale: float | None = None,
     dropout_p: float = 0.0,
     deterministic: bool | None = None,
-    opaque: bool | None = None,
 ) -> tuple[Operands, AttentionSpec]:
-    """Checks a call, once, and describes it. `opaque` is what `traced` says of the tensors, where that is known.
+    """Checks a call and describes it.
 
     Returns operands without a seed, every one of them a view of what came, and the spec.
 
     Raises `TypeError` for a wrong kind (no tensor, dtype, number) and `ValueError` for a wrong value (shape, device,
     range). Nothing is allocated or launched here.
     """
-    # While a call is traced, its lengths may be symbols, which cannot be looked up.
-    opaque = traced(q, k, v, mask) if opaque is None else opaque
-    check = _checked.__wrapped__ if opaque else _checked
-    spec, mask_sizes = check(
-        _facts("q", q),
-        _facts("k", k),
-        _facts("v", v),
-        None if mask is None else _facts("mask", mask),
+    facts = facts_of(q, k, v, mask)
+    spec, mask_sizes = check_call(facts, options_of(q, causal, scale, dropout_p, deterministic))
+    return view_operands(q, k, v, mask, spec, mask_sizes), spec
+
+
+def options_of(q: Tensor, causal: bool, scale: float | None, dropout_p: float, deterministic: bool | None) -> Options:
+    """What a call says beside its tensors, each option checked by itself, with what torch is set to."""
+    return (
         check_flag("causal", causal),
         None if scale is None else check_number("scale", scale),
         check_probability("dropout_p", dropout_p),
@@ -185,25 +212,14 @@ def normalise_inputs(
         else check_flag("deterministic", deterministic),
         _float32_precision() if q.dtype == torch.float32 else "ieee",
     )
-    mask = None if mask is None else _view_mask(mask, mask_sizes, spec.keys)
-    return Operands(q, _view_heads(k, spec.kv_heads), _view_heads(v, spec.kv_heads), mask), spec
 
 
-@lru_cache(maxsize=CALLS_KEPT)
-def _checked(
-    of_q: tuple,
-    of_k: tuple,
-    of_v: tuple,
-    of_mask: tuple | None,
-    causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    deterministic: bool,
-    precision: str,
-) -> tuple[AttentionSpec, tuple[int, int, int]]:
-    """The spec of a call, and the sizes `(b|1, h|1, i|1)` that its mask is read with."""
-    q, k, v = _Facts(*of_q), _Facts(*of_k), _Facts(*of_v)
-    mask = None if of_mask is None else _Facts(*of_mask)
+def check_call(facts: Facts, options: Options) -> tuple[AttentionSpec, tuple[int, int, int]]:
+    """The spec of a call, by `facts_of` its tensors and its `options_of`, and the sizes `(b|1, h|1, i|1)` that its mask
+    is read with."""
+    q, k, v = (TensorFacts(*of_tensor) for of_tensor in facts[:3])
+    mask = None if facts[3] is None else TensorFacts(*facts[3])
+    causal, scale, dropout_p, deterministic, precision = options
     _check_tensors(q, k, v, mask)
     _check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -213,6 +229,27 @@ def _checked(
         sizes = _check_mask(mask, (*q.shape[:3], k.shape[2]))
         mask = mask._replace(shape=sizes)
     return describe(q, k, v, mask, causal, scale, dropout_p, deterministic, precision), sizes
+
+
+def view_operands(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, spec: AttentionSpec, mask_sizes: tuple[int, int, int]
+) -> Operands:
+    """Tensors that were checked as the operands that they are read as."""
+    mask = None if mask is None else _view_mask(mask, mask_sizes, spec.keys)
+    return Operands(q, _view_heads(k, spec.kv_heads), _view_heads(v, spec.kv_heads), mask)
+
+
+def layouts_of(facts: Facts, spec: AttentionSpec, mask_sizes: tuple[int, int, int]) -> Layouts:
+    """How the operands of a call will lie, by `facts_of` its tensors. The strides of a dimension of size 1 are any."""
+    q, k, v = (TensorFacts(*of_tensor).stride for of_tensor in facts[:3])
+    k, v = ((x[0], 0, *x[1:]) if len(x) == 3 else x for x in (k, v))
+    if facts[3] is None:
+        return Layouts(q, k, v)
+    sizes, strides, *_ = facts[3]
+    if len(strides) == 2:
+        sizes, strides = (sizes[0], 1, 1, sizes[1]), (strides[0], 0, 0, strides[1])
+    broadcast = tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
+    return Layouts(q, k, v, (*mask_sizes, spec.keys), broadcast)
 
 
 # A graph that holds the answer is guarded by torch.compile, on what torch itself asks at each product of float32: it

@@ -11,6 +11,7 @@ import torch
 
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
 from flash_attend.evidence import Finding, Tuned, known, tuned, way_of
+from flash_attend.generation import renew
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
@@ -245,15 +246,12 @@ def override_backward(backward: BackwardName) -> Iterator[None]:
     """Within this context gradients come by this backward wherever it can serve: for tests and tuning."""
     global _override
     outer, _override = _override, backward
+    renew()
     try:
         yield
     finally:
         _override = outer
-
-
-def overridden_backward() -> BackwardName | None:
-    """What `override_backward` says at the moment."""
-    return _override
+        renew()
 
 
 def _choose_backward(backend: Backend, question: _Question) -> tuple[BackwardName, str]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flash_attend.generation import renew
 from flash_attend.marks import left, marked
 from flash_attend.target import DeviceTarget, driver_version
 from flash_attend.tracing import constant_when_compiled
@@ -74,6 +75,7 @@ def _tuned_once(store: Store, kind: Kind) -> Tuned | None:
 def read_anew() -> None:
     """Has what was fastest be read again."""
     _tuned_once.cache_clear()
+    renew()
 
 
 def way_of(fastest: Tuned | None, backend: str) -> tuple[str, str]:
@@ -183,6 +185,7 @@ class Store:
     def forget(self, variant: Variant) -> None:
         """Forgets what was found, here and on the disk, so that it is found anew."""
         self._findings.pop(variant, None)
+        renew()
         with suppress(OSError):
             self._path(str(variant)).unlink()
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge
-from flash_attend.functional import NONE, autocast
+from flash_attend.functional import autocast
 from flash_attend.options import check_flag
+from flash_attend.plans import needed_of
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Explanation", "explain"]
@@ -80,7 +80,7 @@ def explain(
         q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
     )
     target = DeviceTarget.of(q.device)
-    needed = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NONE
+    needed = needed_of(q, k, v)
     verdicts = judge(spec, target, needed)
     asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
     if asked is not None and not asked.serves:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache, lru_cache, partial
-from typing import Literal, cast, overload
+from functools import cache, partial
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from flash_attend.autograd import attend
+from flash_attend.autograd import attend, attend_by_operators
 from flash_attend.checks import is_dense, normalise_inputs
-from flash_attend.dispatch import Plan, check_backend, choose, overridden_backward
+from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
-from flash_attend.operands import Operands
 from flash_attend.options import check_flag
-from flash_attend.spec import CALLS_KEPT, AttentionSpec
+from flash_attend.plans import needed_of, plan_call
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import constant_when_compiled, has_autocast, jit_traced, sharded, traced
+from flash_attend.tracing import (
+    constant_when_compiled,
+    has_autocast,
+    jit_traced,
+    sharded,
+    traced,
+    undisturbed,
+    watched,
+)
 
-__all__ = ["flash_attention", "recorded_calls"]
-
-NONE = (False, False, False)
+__all__ = ["flash_attention"]
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -107,71 +110,54 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    return_lse = check_flag("return_lse", return_lse)
+    if undisturbed(q, k, v, mask):
+        call = plan_call(q, k, v, mask, causal, scale, dropout_p, deterministic, backend)
+        out, lse = attend(call.operands(q, k, v, mask), call, return_lse=return_lse)
+        if call.plan.warning:
+            _warn_once(call.plan.warning)
+        return (out, cast(Tensor, lse)) if return_lse else out
+    return _attend_watched(q, k, v, mask, causal, scale, dropout_p, return_lse, deterministic, backend)
+
+
+def _attend_watched(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout_p: float,
+    return_lse: bool,
+    deterministic: bool | None,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
-    return_lse = check_flag("return_lse", return_lse)
+    options: dict[str, Any] = dict(causal=causal, scale=scale, deterministic=deterministic)
     opaque = traced(q, k, v, mask)
     if opaque and sharded(q, k, v, mask):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        here = partial(
-            flash_attention,
-            causal=causal,
-            scale=scale,
-            return_lse=return_lse,
-            deterministic=deterministic,
-            backend=backend,
-        )
+        here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
         return attend_locally(here, q, k, v, mask, dropout_p)
     q, k, v = autocast(q, k, v)
-    (q, k, v, mask, _), spec = normalise_inputs(
-        q,
-        k,
-        v,
-        mask=mask,
-        causal=causal,
-        scale=scale,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        opaque=opaque,
-    )
-    target = DeviceTarget.of(q.device)
-    check_backend(backend)
-    needed = (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NONE
-    if opaque:
-        plan = choose(spec, target, backend, needed)
+    if opaque:  # lengths may be symbols, by which nothing can be looked up
+        operands, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p, **options)
+        plan = choose(spec, DeviceTarget.of(q.device), backend, needed_of(q, k, v))
+        seed = draw_seed(q.device) if spec.dropout_p > 0 else None
+        out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
-        plan = _choose_once(spec, target, backend, needed, overridden_backward())
+        call = plan_call(q, k, v, mask, dropout_p=dropout_p, backend=backend, **options)
+        operands, plan = call.operands(q, k, v, mask), call.plan
+        if plan.backward != "einsum" and watched():
+            out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
+        else:
+            out, lse = attend(operands, call, return_lse=return_lse)
     if plan.warning:
         _warn_once(plan.warning)
-    seed = draw_seed(q.device) if spec.dropout_p > 0 else None
-    operands = Operands(q, k, v, mask, seed)
-    out, lse = attend(operands, spec, plan, target, needed, return_lse=return_lse, opaque=opaque)
     return (out, cast(Tensor, lse)) if return_lse else out
-
-
-@lru_cache(maxsize=CALLS_KEPT)
-def _choose_once(
-    spec: AttentionSpec, target: DeviceTarget, backend: str, needed: tuple[bool, bool, bool], overridden: str | None
-) -> Plan:
-    if _recorded is not None:
-        _recorded.append((spec, target, needed))
-    return choose(spec, target, backend, needed)
-
-
-_recorded: list[tuple[AttentionSpec, DeviceTarget, tuple[bool, bool, bool]]] | None = None
-
-
-@contextmanager
-def recorded_calls() -> Iterator[list[tuple[AttentionSpec, DeviceTarget, tuple[bool, bool, bool]]]]:
-    """Within this context the calls that are made eagerly are collected, each once for each shape and option."""
-    global _recorded
-    outer, _recorded = _recorded, []
-    _choose_once.cache_clear()
-    try:
-        yield _recorded
-    finally:
-        _recorded = outer
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flash_attend import functional
 from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.evidence import Store, Tuned, name_of_tuned, read_anew
-from flash_attend.functional import recorded_calls
 from flash_attend.isolation import Failed, Isolated
+from flash_attend.plans import recorded_calls
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.timing import Call, Candidate, call_as_json
@@ -96,7 +95,6 @@ def _gpus() -> list[torch.device]:
 def _follow() -> None:
     """Has the next call ask anew what is fastest."""
     read_anew()
-    functional._choose_once.cache_clear()
     if configs := sys.modules.get("flash_attend.kernels.configs"):
         configs._look_up_tiles.cache_clear()
     if "torch._dynamo" in sys.modules:

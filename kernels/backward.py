@@ -9,6 +9,7 @@ dQ = scale * dS K and dK = scale * dS^T Q, where delta = rowsum(dO * O) - dLSE (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,18 +19,19 @@ from torch import Tensor
 
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.descriptors import aligned, reading_keys
+from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
-from flash_attend.kernels.launch import Prepared, launch
+from flash_attend.kernels.launch import Prepared, begin_aligned, launch
 from flash_attend.kernels.mask import DENSE, NONE, Mask
 from flash_attend.kernels.operands import (
-    Strides,
+    HeadsLayout,
     aligned_strides,
     call_arguments,
     call_choices,
-    empty_like_heads,
+    is_readable,
     key_section,
     key_sizes,
+    layout_like_heads,
     query_section,
     query_sizes,
     readable,
@@ -41,7 +43,7 @@ from flash_attend.kernels.scores import scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY
 from flash_attend.kernels.statistics import Kept, QueryStatistics, prepare_statistics
 from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward", "empty_gradients"]
@@ -449,11 +451,25 @@ def empty_gradients(
     q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Where a backward writes the gradients of q, k and v that are `needed`."""
-    needs_q, needs_k, needs_v = needed
+    strides = tuple(readable(tensor).stride() for tensor in (q, k, v))
+    grad_q, grad_k, grad_v = gradient_layouts(spec, strides, needed)
     return (
-        empty_like_heads(readable(q), spec.heads, spec.head_dim) if needs_q else None,
-        empty_like_heads(readable(k), spec.kv_heads, spec.head_dim) if needs_k else None,
-        empty_like_heads(readable(v), spec.kv_heads, spec.value_dim) if needs_v else None,
+        None if grad_q is None else q.new_empty_strided(*grad_q),
+        None if grad_k is None else k.new_empty_strided(*grad_k),
+        None if grad_v is None else v.new_empty_strided(*grad_v),
+    )
+
+
+def gradient_layouts(
+    spec: AttentionSpec, strides: Sequence[Strides], needed: Sequence[bool]
+) -> tuple[HeadsLayout | None, ...]:
+    """Sizes and strides of the gradients that are `needed`, of q, k and v with these strides."""
+    of_queries, of_keys = query_sizes(spec), key_sizes(spec)
+    heads = (of_queries, spec.heads), (of_keys, spec.kv_heads), (of_keys, spec.kv_heads)
+    dims = spec.head_dim, spec.head_dim, spec.value_dim
+    return tuple(
+        layout_like_heads(sizes, of_input, n_heads, dim) if need else None
+        for (sizes, n_heads), of_input, dim, need in zip(heads, strides, dims, needed, strict=True)
     )
 
 
@@ -477,33 +493,96 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
+    q, k, v, mask, seed = operands
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
-    q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
-    grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
-    schedule = kept.schedule
-    statistics = prepare_statistics(grad_out, grad_lse, out, kept, spec, tiles)
+    strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
+    planes = 0 if kept.visible is None else kept.visible.shape[0]
+    backward = _prepare(spec, tiles, tuple(needed), planes, *strides)
+    if backward is not None:
+        return backward.run(grad_out, grad_lse, operands, out, kept)
+    operands = Operands(readable(q), readable(k), readable(v), mask, seed)
+    given = readable(grad_out), grad_lse, operands, readable(out), lse, kept
+    return attention_backward(*given, spec, tiles, needed)
 
-    grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, needed)
-    inputs = q, k, v, grad_out
-    strides = q.stride(), k.stride(), v.stride(), grad_out.stride()
-    by_keys = grad_k is not None or grad_v is not None
-    fused = by_keys and grad_q is not None and tiles.backward_fused is not None
-    sum_q = torch.zeros(grad_q.shape, dtype=spec.accumulator_dtype, device=q.device) if fused else None
-    if by_keys:
-        lists = transposed_lists(schedule)
-        apart = tiles.backward_kv.apart and not fused
-        for of_k, of_v in ((grad_k, None), (None, grad_v)) if apart else ((grad_k, grad_v),):
-            if of_k is None and of_v is None:
-                continue
-            steps = (None if grad is None else grad.stride() for grad in (of_k, of_v))
-            prepared = _prepare_kv(spec, tiles, fused, schedule.planes, *strides, *steps)
-            launch(prepared, *inputs, of_k, of_v, sum_q, *statistics, schedule.visible, lists, operands.seed)
-    if fused:
-        torch.mul(sum_q, abs(spec.scale), out=grad_q)
-    elif grad_q is not None:
-        prepared = _prepare_q(spec, tiles, schedule.planes, aligned(k, v), *strides, grad_q.stride())
-        launch(prepared, *inputs, grad_q, *statistics, schedule.visible, schedule.lists, operands.seed)
-    return grad_q, grad_k, grad_v
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """The backward of calls that differ in nothing but what their tensors hold: it allocates and launches."""
+
+    spec: AttentionSpec
+    tiles: Tiles
+    grads: tuple[HeadsLayout | None, ...]  # of q, k and v
+    by_keys: tuple[tuple[Prepared, bool, bool], ...]  # and which of the gradients of k and v a launch makes
+    fused: bool
+    by_queries: tuple[Prepared, Prepared] | None  # where k and v do not begin where bulk copies can read, and where
+
+    def run(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        operands: Operands,
+        out: Tensor,
+        kept: Kept,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As `attention_backward`."""
+        q, k, v, _, seed = operands
+        schedule = kept.schedule
+        # What is allocated here is aligned. Where something else is not, each launch sees for itself.
+        aligned = begin_aligned(q, k, v, grad_out, schedule.visible, schedule.lists, seed) or None
+        statistics = prepare_statistics(grad_out, grad_lse, out, kept, self.spec, self.tiles)
+        grad_q, grad_k, grad_v = [None if layout is None else q.new_empty_strided(*layout) for layout in self.grads]
+        inputs = q, k, v, grad_out
+        accumulator = kept.statistics.dtype
+        sum_q = torch.zeros(grad_q.shape, dtype=accumulator, device=q.device) if self.fused else None
+        by_keys = transposed_lists(schedule) if self.by_keys else None
+        for prepared, makes_k, makes_v in self.by_keys:
+            made = grad_k if makes_k else None, grad_v if makes_v else None, sum_q
+            launch(prepared, *inputs, *made, *statistics, schedule.visible, by_keys, seed, aligned=aligned)
+        if self.fused:
+            torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
+        if self.by_queries is not None:
+            prepared = self.by_queries[aligned or begin_aligned(k, v)]
+            launch(prepared, *inputs, grad_q, *statistics, schedule.visible, schedule.lists, seed, aligned=aligned)
+        return grad_q, grad_k, grad_v
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _prepare(
+    spec: AttentionSpec,
+    tiles: Tiles,
+    needed: tuple[bool, bool, bool],
+    planes: int,
+    q: Strides,
+    k: Strides,
+    v: Strides,
+    grad_out: Strides,
+    out: Strides,
+) -> Backward | None:
+    """None where a row of a tensor is not contiguous: then of copies."""
+    dims = spec.head_dim, spec.head_dim, spec.value_dim, spec.value_dim, spec.value_dim
+    if not all(map(is_readable, (q, k, v, grad_out, out), dims)):
+        return None
+    grads = gradient_layouts(spec, (q, k, v), needed)
+    of_q, of_k, of_v = (None if layout is None else layout[1] for layout in grads)
+    by_keys = of_k is not None or of_v is not None
+    fused = by_keys and of_q is not None and tiles.backward_fused is not None
+    strides = q, k, v, grad_out
+    apart = tiles.backward_kv.apart and not fused
+    made = [steps for steps in (((of_k, None), (None, of_v)) if apart else ((of_k, of_v),)) if steps != (None, None)]
+    return Backward(
+        spec,
+        tiles,
+        grads,
+        tuple(
+            (_prepare_kv(spec, tiles, fused, planes, *strides, *steps), steps[0] is not None, steps[1] is not None)
+            for steps in made
+        ),
+        fused,
+        None
+        if of_q is None or fused
+        else tuple(_prepare_q(spec, tiles, planes, at_hand, *strides, of_q) for at_hand in (False, True)),
+    )
 
 
 # The launches for tensors with these strides; `at_hand` if k and v begin where bulk copies can read.

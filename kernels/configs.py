@@ -23,6 +23,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from flash_attend.evidence import tuned_tiles
+from flash_attend.generation import renew
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
 from flash_attend.variant import kind_of_call
@@ -209,10 +210,12 @@ def override(tiles: Tiles) -> Iterator[None]:
     """Within this context every call takes these tiles: for tests and tuning."""
     global _override
     outer, _override = _override, tiles
+    renew()
     try:
         yield
     finally:
         _override = outer
+        renew()
 
 
 def row_of(spec: AttentionSpec) -> tuple[str, int]:

@@ -16,21 +16,13 @@ from flash_attend.kernels.configs import SMALLEST_PART, Tile, head_parts, kind_o
 from flash_attend.kernels.operands import key_sizes
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["aligned", "block_strides", "readable_in_bulk", "reading_keys"]
+__all__ = ["block_strides", "readable_in_bulk", "reading_keys"]
 
 HandOver = Callable[[tuple[Tensor | None, ...]], tuple]
 
 ALIGNMENT = 16  # bytes: of addresses and strides
 LARGEST_STRIDE = 2**40  # bytes
 SHORT = 64  # of a vector: whole tiles of such fit by pointers too
-
-
-def aligned(*tensors: Tensor) -> bool:
-    """Whether bulk copies can read from where these tensors begin."""
-    addresses = 0
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-    return addresses % ALIGNMENT == 0
 
 
 def readable_in_bulk(sizes: Sequence[int], strides: Sequence[int], itemsize: int) -> bool:
@@ -69,7 +61,7 @@ def reading_keys(
             ([*sizes, dim], block_strides(sizes, strides, width), [1, 1, tile.block_n, width])
             for dim, strides, (width, _) in zip(dims, (k, v), parts, strict=True)
         ]
-        rounds = {"round_f32_to_tf32": True} if BULK_COPIES_ROUND and spec.precision == "tf32" else {}
+        rounds = BULK_COPIES_ROUND and spec.precision == "tf32"
         return tile, partial(_with_blocks, *layouts, rounds)
     whole = in_reach and all(sum(both) <= SHORT for both in parts)
     block_n = tile.block_n if whole else max(SMALLEST_PART, tile.block_n // 2)
@@ -79,10 +71,12 @@ def reading_keys(
 class _Checked(TensorDescriptor):
     """One whose layout was found fit already: Triton would look at it again at every launch."""
 
-    def __post_init__(self) -> None:
-        pass
+    def __init__(
+        self, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], rounds: bool
+    ) -> None:
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+        self.round_f32_to_tf32 = rounds  # which Triton 3.6 does not know
 
 
-def _with_blocks(of_k: tuple, of_v: tuple, rounds: dict[str, bool], tensors: tuple[Tensor | None, ...]) -> tuple:
-    q, k, v, *others = tensors
-    return q, _Checked(k, *of_k, **rounds), _Checked(v, *of_v, **rounds), *others
+def _with_blocks(of_k: tuple, of_v: tuple, rounds: bool, tensors: tuple[Tensor | None, ...]) -> tuple:
+    return tensors[0], _Checked(tensors[1], *of_k, rounds), _Checked(tensors[2], *of_v, rounds), *tensors[3:]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -11,34 +13,36 @@ from torch import Tensor
 
 from flash_attend.kernels.compat import kernel
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.descriptors import aligned, reading_keys
+from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
-from flash_attend.kernels.launch import Prepared, launch
+from flash_attend.kernels.launch import ALIGNMENT, Prepared, begin_aligned, launch
 from flash_attend.kernels.mask import NONE, Mask
 from flash_attend.kernels.operands import (
-    Strides,
+    HeadsLayout,
     aligned_strides,
-    as_queries,
     call_arguments,
     call_choices,
-    empty_like_heads,
+    is_readable,
     key_sizes,
+    layout_like_heads,
+    lse_layout,
     packed_group,
     query_section,
     query_sizes,
     readable,
+    strides_as_queries,
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads
-from flash_attend.kernels.schedule import Planes, build_schedule
+from flash_attend.kernels.schedule import Planes, Schedule, plan_schedule
 from flash_attend.kernels.scores import scaled_scores
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
 from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
-from flash_attend.operands import Operands
+from flash_attend.operands import Layouts, Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_forward", "empty_outputs"]
+__all__ = ["attention_forward", "empty_outputs", "plan_forward"]
 
 WIDEST_PART = tl.constexpr(256)  # of a head dimension
 
@@ -179,38 +183,74 @@ def forward_kernel(
 def empty_outputs(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Where a forward writes `out (b, h, i, dv)`, `lse (b, h, i)` and the statistics of `Kept`. Also what it gives when
     nothing is launched."""
-    out = empty_like_heads(readable(q), spec.heads, spec.value_dim)
-    rows = spec.batch, spec.heads, spec.queries
-    lse = torch.empty(rows, dtype=spec.accumulator_dtype, device=q.device)
-    return out, lse, lse.new_empty(*rows, statistics_of(spec))
+    out = layout_like_heads(query_sizes(spec), readable(q).stride(), spec.heads, spec.value_dim)
+    lse = q.new_empty_strided(*lse_layout(spec), dtype=spec.accumulator_dtype)
+    return q.new_empty_strided(*out), lse, lse.new_empty_strided(*statistics_layout(spec))
+
+
+def statistics_layout(spec: AttentionSpec) -> HeadsLayout:
+    """Sizes and strides of the statistics."""
+    (*rows, length), last = query_sizes(spec), statistics_of(spec)
+    return (*rows, length, last), (spec.heads * length * last, length * last, last, 1)
 
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and what the backward reads beside them."""
-    q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
-    out, lse, statistics = empty_outputs(q, spec)
-    schedule = build_schedule(operands.mask, spec, tiles)
-    q_rows, out_rows = q, out
-    if packed := packed_group(spec):
-        spec, q_rows, out_rows = packed, *(as_queries(tensor, spec.kv_heads) for tensor in (q, out))
-    strides = q_rows.stride(), k.stride(), v.stride(), out_rows.stride()
-    prepared = _prepare(spec, tiles, schedule.planes, aligned(k, v), *strides)
-    launch(prepared, q_rows, k, v, out_rows, lse, statistics, schedule.visible, schedule.lists, operands.seed)
-    return out, lse, Kept(statistics, *schedule)
+    q, k, v, *others = operands
+    operands = Operands(readable(q), readable(k), readable(v), *others)
+    return _prepare(spec, tiles, Layouts.of(operands)).run(operands)
+
+
+def plan_forward(
+    spec: AttentionSpec, tiles: Tiles, layouts: Layouts
+) -> Callable[[Operands], tuple[Tensor, Tensor, Kept]]:
+    """`attention_forward` of all operands with these layouts."""
+    dims = spec.head_dim, spec.head_dim, spec.value_dim
+    if all(map(is_readable, layouts[:3], dims)):
+        return _prepare(spec, tiles, layouts).run
+    return partial(attention_forward, spec=spec, tiles=tiles)
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """The forward of calls that differ in nothing but what their tensors hold: it allocates and launches."""
+
+    out: HeadsLayout
+    lse: HeadsLayout
+    statistics: HeadsLayout
+    lse_dtype: torch.dtype  # and that of the statistics
+    schedule: Callable[[Tensor | None], Schedule]  # of the mask
+    in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
+    by_pointers: Prepared  # the launch where they do not
+
+    def run(self, operands: Operands) -> tuple[Tensor, Tensor, Kept]:
+        """As `attention_forward`."""
+        q, k, v, mask, seed = operands
+        out = q.new_empty_strided(*self.out)
+        lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
+        statistics = lse.new_empty_strided(*self.statistics)
+        schedule = self.schedule(mask)
+        aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
+        prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
+        launch(prepared, q, k, v, out, lse, statistics, schedule.visible, schedule.lists, seed, aligned=aligned)
+        return out, lse, Kept(statistics, *schedule)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _prepare(
-    spec: AttentionSpec,
-    tiles: Tiles,
-    planes: int,
-    at_hand: bool,
-    q: Strides,
-    k: Strides,
-    v: Strides,
-    out: Strides,
-) -> Prepared:
+def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
+    out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
+    launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
+    schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
+    return Forward(out, lse_layout(spec), statistics_layout(spec), spec.accumulator_dtype, schedule, *launches)
+
+
+def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
     """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
+    q, k, v, mask_sizes, _ = layouts
+    planes = 0 if mask_sizes is None else mask_sizes[0] * mask_sizes[1]
+    if packed := packed_group(spec):
+        q, out = (strides_as_queries(strides, spec.group) for strides in (q, out))
+        spec = packed
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
     align, strides = aligned_strides(spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, out))
     tile, hand_over = reading_keys(spec, tiles.forward, at_hand, k, v)

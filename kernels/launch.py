@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.knobs import runtime
+from triton.runtime import driver
 
-__all__ = ["COMPILER_OPTIONS", "Launch", "Prepared", "launch", "recorded_launches"]
+__all__ = ["ALIGNMENT", "COMPILER_OPTIONS", "Launch", "Prepared", "begin_aligned", "launch", "recorded_launches"]
 
 COMPILER_OPTIONS = dict(enable_fp_fusion=True)  # asked for by name: Triton 3.10 turns it off by default
 ALL_REGISTERS = 255  # that a thread can have: with fewer the assembler may spill to fit a second block beside the first
@@ -33,8 +35,9 @@ class Prepared:
     num_stages: int = 1
     registers: int = ALL_REGISTERS  # of a thread
     hand_over: Callable[[tuple], tuple] = tuple  # what the kernel is given for the tensors
-    # By the device's index, -1 for the CPU: the compiled kernel on its grid, and the arguments that follow the tensors.
-    compiled: dict[int, tuple[Callable[..., None], tuple]] = field(default_factory=dict, compare=False)
+    # By the device's index, -1 for the CPU: what runs a compiled kernel, its function and its metadata, and the
+    # arguments that follow the tensors.
+    compiled: dict[int, tuple[Callable[..., None], Any, Any, tuple]] = field(default_factory=dict, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,37 +67,48 @@ def recorded_launches() -> Iterator[list[Launch]]:
         _record = outer
 
 
-def launch(prepared: Prepared, *tensors: Tensor | None) -> None:
+def launch(prepared: Prepared, *tensors: Tensor | None, aligned: bool | None = None) -> None:
     """Runs a kernel on the device of its first tensor; not at all if there are no programs.
 
     Triton finds a compiled kernel anew at each launch, from all of its arguments. Here it is kept, for tensors whose
-    addresses are aligned; others go Triton's way.
+    addresses are aligned; others go Triton's way, and so does everything while somebody watches launches by its hooks.
+    `aligned` says whether all addresses are, where that is known.
     """
     if prepared.programs == 0:
         return
     if _record is not None:
         _record.append(Launch(prepared, tensors))
         return
+    if aligned is None:
+        aligned = begin_aligned(*tensors)
     device = tensors[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(prepared, tensors, device)
+            _run(prepared, tensors, device, aligned)
     else:
-        _run(prepared, tensors, device)
+        _run(prepared, tensors, device, aligned)
 
 
-def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
+def begin_aligned(*tensors: Tensor | None) -> bool:
+    """Whether all of these tensors begin at an address that is aligned, as those do that torch allocates."""
     addresses = 0
     for tensor in tensors:
         if tensor is not None:
             addresses |= tensor.data_ptr()
-    aligned = addresses % ALIGNMENT == 0
-    if aligned and device in prepared.compiled:
-        run, rest = prepared.compiled[device]
-        run(*prepared.hand_over(tensors), *rest)
+    return addresses % ALIGNMENT == 0
+
+
+def _run(prepared: Prepared, tensors: tuple[Tensor | None, ...], device: int, aligned: bool) -> None:
+    kept = prepared.compiled.get(device) if aligned else None
+    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls  # by a profiler
+    if kept is not None and not watched:
+        run, function, metadata, rest = kept
+        stream = driver.active.get_current_stream(device)
+        # As Triton does it, without what it makes for hooks.
+        run(prepared.programs, 1, 1, stream, function, metadata, None, None, None, *prepared.hand_over(tensors), *rest)
         return
     kernel, numbers, choices = prepared.kernel, prepared.numbers, prepared.choices
     compiled = kernel[(prepared.programs,)](*prepared.hand_over(tensors), *numbers, **choices, **prepared.options)
     if aligned and compiled is not None:  # the interpreter compiles nothing
         in_order = (choices[name] for name in kernel.arg_names[len(tensors) + len(numbers) :])
-        prepared.compiled[device] = compiled[prepared.programs, 1, 1], (*numbers, *in_order)
+        prepared.compiled[device] = compiled.run, compiled.function, compiled.packed_metadata, (*numbers, *in_order)

@@ -14,27 +14,30 @@ from torch import Tensor
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
 from flash_attend.kernels.scores import LOG2E
+from flash_attend.operands import Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = [
-    "Strides",
+    "HeadsLayout",
     "aligned_strides",
     "as_bytes",
-    "as_queries",
     "call_arguments",
     "call_choices",
-    "empty_like_heads",
+    "is_readable",
     "key_section",
     "key_sizes",
+    "layout_like_heads",
+    "lse_layout",
     "mask_strides",
     "packed_group",
     "query_section",
     "query_sizes",
     "readable",
     "scale_sign",
+    "strides_as_queries",
 ]
 
-Strides = tuple[int, ...]
+HeadsLayout = tuple[tuple[int, ...], Strides]  # sizes and strides of a tensor to be allocated
 
 VECTOR_BYTES = 16  # the widest load
 SMALLEST_FACTOR = {torch.float32: 2.0**-149, torch.float64: 2.0**-1074}  # that is not 0
@@ -48,6 +51,11 @@ def readable(tensor: Tensor) -> Tensor:
     read again, element by element.
     """
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def is_readable(strides: Strides, dim: int) -> bool:
+    """Whether kernels can read `dim` numbers in a row of a tensor with these strides."""
+    return strides[-1] == 1 or dim == 1
 
 
 def as_bytes(mask: Tensor) -> Tensor:
@@ -84,16 +92,22 @@ def aligned_strides(dtype: torch.dtype, *layouts: tuple[Sequence[int], Strides])
     return unit, tuple(stride // unit for stride in strides)
 
 
-def empty_like_heads(tensor: Tensor, heads: int, dim: int) -> Tensor:
-    """An uninitialised `(b, heads, n, dim)` for a tensor `(b, h, n, d)`, in memory as `(b, n, h, d)` if the tensor is.
+def layout_like_heads(sizes: tuple[int, int, int], strides: Strides, heads: int, dim: int) -> HeadsLayout:
+    """Sizes and strides of `(b, heads, n, dim)` for a tensor `(b, h, n, d)` with these, of which the first three sizes
+    count: in memory as `(b, n, heads, dim)` if the tensor is.
 
     Models that merge heads after attention then need no copy.
     """
-    batch, own_heads, length, _ = tensor.shape
-    _, head_stride, row_stride, _ = tensor.stride()
-    if own_heads > 1 and length > 1 and head_stride < row_stride:
-        return tensor.new_empty(batch, length, heads, dim).transpose(1, 2)
-    return tensor.new_empty(batch, heads, length, dim)
+    batch, own_heads, length = sizes
+    _, head_stride, row_stride, _ = strides
+    inside = own_heads > 1 and length > 1 and head_stride < row_stride
+    head, row = (dim, heads * dim) if inside else (length * dim, dim)
+    return (batch, heads, length, dim), (heads * length * dim, head, row, 1)
+
+
+def lse_layout(spec: AttentionSpec) -> HeadsLayout:
+    """Sizes and strides of the LSE."""
+    return query_sizes(spec), (spec.heads * spec.queries, spec.queries, 1)
 
 
 def mask_strides(spec: AttentionSpec, planes: int) -> tuple[int, int]:
@@ -114,9 +128,10 @@ def packed_group(spec: AttentionSpec) -> AttentionSpec | None:
     return replace(spec, heads=spec.kv_heads, queries=spec.group, causal=False)
 
 
-def as_queries(tensor: Tensor, kv_heads: int) -> Tensor:
-    """A view `(b, hk, group, ...)` of a tensor `(b, h, 1, ...)`."""
-    return tensor.squeeze(2).unflatten(1, (kv_heads, -1))
+def strides_as_queries(strides: Strides, group: int) -> Strides:
+    """The strides of a tensor `(b, h, 1, d)` as `(b, hk, group, d)`."""
+    batch, head, _, last = strides
+    return batch, group * head, head, last
 
 
 def query_section(spec: AttentionSpec) -> int:

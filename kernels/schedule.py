@@ -15,8 +15,8 @@ of them make one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
 
@@ -29,10 +29,11 @@ from torch.nn.functional import pad
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import Strides, as_bytes
+from flash_attend.kernels.operands import as_bytes
+from flash_attend.operands import Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["Schedule", "build_schedule", "empty_packed", "schedule_layout", "transposed_lists"]
+__all__ = ["Schedule", "build_schedule", "empty_packed", "plan_schedule", "schedule_layout", "transposed_lists"]
 
 BITS_PER_WORD = tl.constexpr(32)
 HEADER = tl.constexpr(4)
@@ -67,7 +68,7 @@ class Schedule(NamedTuple):
     @staticmethod
     def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
         """The schedule again, whatever became of its strides."""
-        shapes = [shape for shape, _ in schedule_layout(mask, spec, tiles)]
+        shapes = [] if mask is None else [shape for shape, _ in schedule_layout(mask.shape, spec, tiles)]
         pairs = zip(packed, shapes, strict=True)
         return Schedule(*(x.contiguous().narrow(1, 0, prod(shape[1:])).reshape(shape) for x, shape in pairs))
 
@@ -376,13 +377,12 @@ def line_kernel(
     _close(line, n_blocks, totals)
 
 
-def schedule_layout(
-    mask: Tensor | None, spec: AttentionSpec, tiles: Tiles
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
+Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+def schedule_layout(sizes: Sequence[int], spec: AttentionSpec, tiles: Tiles) -> Shapes:
     """Shape and dtype of each tensor in the schedule of a mask `(b|1, h|1, i|1, j)`, in the order of `Schedule`."""
-    if mask is None:
-        return []
-    planes = mask.shape[0] * mask.shape[1]
+    planes = sizes[0] * sizes[1]
     block_m, block_n = block = tiles.schedule_block
     n_query_blocks, n_key_blocks = block_counts(spec, block)
     length = line_length.fn(n_key_blocks)
@@ -409,23 +409,41 @@ def empty_packed(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> list
     """What `Schedule.packed` gives, uninitialised."""
     if mask is None:
         return []
-    layout = zip(schedule_layout(mask, spec, tiles), SPARE, strict=False)
+    layout = zip(schedule_layout(mask.shape, spec, tiles), SPARE, strict=False)
     return [mask.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
 
 
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
     """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
-    if mask is None:
-        return Schedule()
-    layout = schedule_layout(mask, spec, tiles)
-    device = mask.device
-    visible, lists, *states = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in layout]
-    if spec.mask == MaskKind.KEY:
-        launch(_prepare_keys(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, lists)
-        return Schedule(visible, lists)
-    launch(_prepare_dense(mask.shape, mask.stride(), spec, tiles), as_bytes(mask), visible, *states)
-    _fill_lines(*states, lists)
-    return Schedule(visible, lists, *states)
+    of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
+    return plan_schedule(spec, tiles, *of_mask)(mask)
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def plan_schedule(
+    spec: AttentionSpec, tiles: Tiles, sizes: tuple[int, ...] | None, strides: Strides | None
+) -> Callable[[Tensor | None], Schedule]:
+    """`build_schedule` of all masks with these sizes and strides."""
+    if sizes is None or strides is None:
+        return lambda mask: NO_SCHEDULE
+    build, prepare = (_build_of_keys, _prepare_keys) if spec.mask == MaskKind.KEY else (_build_dense, _prepare_dense)
+    return partial(build, schedule_layout(sizes, spec, tiles), prepare(sizes, strides, spec, tiles))
+
+
+NO_SCHEDULE = Schedule()
+
+
+def _build_of_keys(layout: Shapes, prepared: Prepared, mask: Tensor) -> Schedule:
+    visible, lists = [mask.new_empty(shape, dtype=dtype) for shape, dtype in layout]
+    launch(prepared, as_bytes(mask), visible, lists)
+    return Schedule(visible, lists)
+
+
+def _build_dense(layout: Shapes, prepared: Prepared, mask: Tensor) -> Schedule:
+    visible, lists, states = [mask.new_empty(shape, dtype=dtype) for shape, dtype in layout]
+    launch(prepared, as_bytes(mask), visible, states)
+    _fill_lines(states, lists)
+    return Schedule(visible, lists, states)
 
 
 def transposed_lists(schedule: Schedule) -> Tensor | None:
@@ -447,8 +465,7 @@ def _fill_lines(states: Tensor, lists: Tensor) -> None:
 # The launches for masks and states of these shapes, with these strides; the dtype of `visible` follows from the spec.
 
 
-@lru_cache(maxsize=CALLS_KEPT)
-def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+def _prepare_keys(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
     block = tiles.schedule_block
     _, n_key_blocks = block_counts(spec, block)
     by_batch, by_head, _, by_key = strides
@@ -461,8 +478,7 @@ def _prepare_keys(shape: torch.Size, strides: Strides, spec: AttentionSpec, tile
     )
 
 
-@lru_cache(maxsize=CALLS_KEPT)
-def _prepare_dense(shape: torch.Size, strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+def _prepare_dense(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
     block_m, block_n = block = tiles.schedule_block
     n_query_blocks, n_key_blocks = block_counts(spec, block)
     return Prepared(

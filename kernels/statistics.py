@@ -18,12 +18,13 @@ from torch import Tensor
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import Strides, aligned_strides, call_choices, query_sizes
+from flash_attend.kernels.operands import aligned_strides, call_choices, query_sizes
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.softmax import INFINITY, recomputed_weights
 from flash_attend.kernels.tiles import row_products
+from flash_attend.operands import Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["Kept", "Statistics", "is_apart", "is_exact", "prepare_statistics", "statistics_of"]

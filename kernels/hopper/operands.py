@@ -11,7 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flash_attend.kernels.configs import Tile, Tiles
-from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
+from flash_attend.kernels.descriptors import block_strides, readable_in_bulk
+from flash_attend.kernels.launch import begin_aligned
 from flash_attend.kernels.operands import mask_strides, scale_sign
 from flash_attend.spec import AttentionSpec
 
@@ -26,7 +27,7 @@ def bulk_readable(tensor: Tensor) -> Tensor:
     They need addresses and strides of whole 16 bytes. Which a tensor has is known only when it is there, not to whoever
     chooses a backend for a program that is being compiled: hence a copy, which costs less than the attention saves.
     """
-    if aligned(tensor) and readable_in_bulk(tensor.shape, tensor.stride(), tensor.itemsize):
+    if begin_aligned(tensor) and readable_in_bulk(tensor.shape, tensor.stride(), tensor.itemsize):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 

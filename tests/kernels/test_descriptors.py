@@ -11,9 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import Tile, Tiles
-from flash_attend.kernels.descriptors import aligned, block_strides, readable_in_bulk
+from flash_attend.kernels.descriptors import block_strides, readable_in_bulk
 from flash_attend.kernels.forward import attention_forward
-from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.kernels.launch import Launch, begin_aligned, recorded_launches
 from flash_attend.operands import Operands
 from flash_attend.testing.calls import LAYOUTS
 
@@ -40,8 +40,8 @@ def test_readable_layouts(sizes: tuple[int, ...], strides: tuple[int, ...], read
 
 def test_alignment_counts_for_all() -> None:
     buffer = torch.empty(64, dtype=torch.float16)
-    assert aligned(buffer, buffer[8:])
-    assert not aligned(buffer, buffer[4:])
+    assert begin_aligned(buffer, buffer[8:])
+    assert not begin_aligned(buffer, buffer[4:])
 
 
 def test_strides_that_are_never_used_are_replaced() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.knobs import runtime
 
 from flash_attend.checks import normalise_inputs
+from flash_attend.kernels import launch as launching
 from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.forward import attention_forward
@@ -41,9 +44,18 @@ class FakeKernel:
 @dataclass
 class FakeCompiled:
     calls: list[tuple]
+    function: str = "function"
+    packed_metadata: str = "metadata"
 
-    def __getitem__(self, grid: tuple):
-        return lambda *arguments: self.calls.append((grid, arguments))
+    def run(self, *arguments: object) -> None:
+        self.calls.append((arguments[:9], arguments[9:]))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much of one as launching takes."""
+    active = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
 
 
 def prepared(kernel: FakeKernel, programs: int = 1, **options) -> Prepared:
@@ -61,19 +73,36 @@ def test_a_launch_says_all_of_its_options() -> None:
     ]
 
 
-def test_a_compiled_kernel_is_kept() -> None:
+def test_a_compiled_kernel_is_kept(driver: None) -> None:
     kernel = FakeKernel(compiles=True)
     ready, other = prepared(kernel, 7), torch.zeros(1)
     for tensor in (X, other, X):
         launch(ready, tensor)
     assert len(kernel.calls) == 1
     # Every argument in the kernel's order, the compile-time ones too; None of its options.
-    assert kernel.compiled_calls == [((7, 1, 1), (tensor, 3, 16, True)) for tensor in (other, X)]
+    launched = 7, 1, 1, "stream of -1", "function", "metadata", None, None, None
+    assert kernel.compiled_calls == [(launched, (tensor, 3, 16, True)) for tensor in (other, X)]
     launch(prepared(kernel, 7), X)
     assert len(kernel.calls) == 2, "what is prepared anew asks Triton anew"
 
 
-def test_what_is_not_aligned_goes_by_triton() -> None:
+def test_who_watches_launches_sees_them_all(driver: None) -> None:
+    """A profiler asks Triton to be told, and Triton tells of what goes its way."""
+    kernel, ready = (found := FakeKernel(compiles=True)), prepared(found)
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        launch(ready, X)
+        launch(ready, X)
+        seen = len(kernel.calls)
+        hook.add(print)
+        try:
+            launch(ready, X)
+        finally:
+            hook.remove(print)
+        assert len(kernel.calls) == seen + 1
+    assert len(kernel.compiled_calls) == 3
+
+
+def test_what_is_not_aligned_goes_by_triton(driver: None) -> None:
     """An address that is no multiple of 16 is a variant of its own: Triton's to choose, and not to be kept."""
     kernel = FakeKernel(compiles=True)
     ready = prepared(kernel)

@@ -16,6 +16,7 @@ import torch
 from flash_attend import backends, check, functional
 from flash_attend.backends import BACKENDS, Functions
 from flash_attend.evidence import Store, _store, read_anew
+from flash_attend.generation import renew
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
@@ -64,7 +65,7 @@ def forget() -> None:
     """What only this process knows."""
     _store.cache_clear()
     read_anew()
-    functional._choose_once.cache_clear()
+    renew()
     functional._warn.cache_clear()
 
 

@@ -13,6 +13,7 @@ import torch
 from flash_attend import BackendUnavailable, backends, dispatch, explain, flash_attention, functional
 from flash_attend.checks import normalise_inputs
 from flash_attend.evidence import Finding, Store, Tuned, name_of_tuned, read_anew
+from flash_attend.generation import renew
 from flash_attend.target import DeviceTarget
 from flash_attend.variant import Kind, Variant, kind_of_call, variant_of
 
@@ -31,8 +32,11 @@ def on(monkeypatch: pytest.MonkeyPatch):
 
     def set_target(target: DeviceTarget) -> None:
         monkeypatch.setattr(DeviceTarget, "of", staticmethod(lambda device: target))
+        renew()
 
-    return set_target
+    yield set_target
+    monkeypatch.undo()
+    renew()
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,11 @@ from types import FrameType, ModuleType
 import pytest
 import torch
 from triton.compiler.compiler import LazyDict
+from triton.knobs import HookChain
 from triton.runtime.jit import JITFunction
 
-from flash_attend import BackendUnavailable, checks, flash_attention
-from flash_attend.kernels import backward, forward, schedule
+from flash_attend import BackendUnavailable, flash_attention, plans
+from flash_attend.kernels import backward, forward, schedule, statistics
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.launch import recorded_launches
 
@@ -124,11 +125,13 @@ def test_bad_arguments(host_cost: ModuleType, arguments: list[str]) -> None:
 def nothing_prepared() -> Iterator[None]:
     """Every launch is prepared anew, by this test and by the next."""
     prepare = (
+        plans._work_out,
         forward._prepare,
-        backward._prepare_delta,
+        backward._prepare,
+        statistics._prepare_delta,
         backward._prepare_kv,
         backward._prepare_q,
-        schedule._prepare_keys,
+        schedule.plan_schedule,
     )
     for function in prepare:
         function.cache_clear()
@@ -183,7 +186,8 @@ def described(argument: object) -> object:
     """An argument of a launch; what is in it, if it is made anew each time."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.shape, argument.stride()
-    return argument.data if isinstance(argument, LazyDict) else argument
+    # What is made for hooks, of which there are none.
+    return None if isinstance(argument, (LazyDict, HookChain)) else argument
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,13 +196,13 @@ def described(argument: object) -> object:
 
 # Function calls of a call whose like came before, with a tenth to spare: Python's versions differ a little.
 MOST_CALLS = {
-    ("plain", "forward"): 135,
-    ("causal", "forward"): 140,
-    ("key mask", "forward"): 175,
-    ("dropout", "forward"): 140,
-    ("plain", "without gradients"): 130,
-    ("plain", "with gradients"): 350,
-    ("key mask", "with gradients"): 395,
+    ("plain", "forward"): 60,
+    ("causal", "forward"): 60,
+    ("key mask", "forward"): 96,
+    ("dropout", "forward"): 64,
+    ("plain", "without gradients"): 74,
+    ("plain", "with gradients"): 219,
+    ("key mask", "with gradients"): 268,
 }
 
 
@@ -211,7 +215,7 @@ def test_the_count_sees_work_that_is_done_again(warm: Callable) -> None:
     """Without what is kept of earlier calls the same call is several times the work."""
     call = warm("plain", "forward")
     kept = counted(call)
-    checks._checked.cache_clear()
+    plans._work_out.cache_clear()
     forward._prepare.cache_clear()
     assert counted(call) > 2 * kept
     assert counted(call) < 1.1 * kept
@@ -219,9 +223,11 @@ def test_the_count_sees_work_that_is_done_again(warm: Callable) -> None:
 
 @pytest.mark.parametrize("mode", ("plain", "causal", "key mask", "dropout"))
 def test_a_forward_allocates_and_no_more(warm: Callable, mode: str) -> None:
-    """Beside its outputs, its seed and its schedule, a call asks nothing of torch: no copy, no arithmetic."""
+    """Beside its outputs, what its backward reads, its seed and its schedule, a call asks nothing of torch: no copy, no
+    arithmetic."""
     found = operators(warm(mode, "forward"))
-    allocations = {"plain": 2, "causal": 2, "key mask": 4, "dropout": 3}[mode]
-    assert found["aten::empty"] == allocations
+    allocations = {"plain": 3, "causal": 3, "key mask": 5, "dropout": 4}[mode]
+    assert found["aten::empty"] + found["aten::empty_strided"] == allocations
     random = {"aten::randint", "aten::random_"} if mode == "dropout" else set()
-    assert set(found) <= {"aten::empty", "aten::new_empty", "aten::view", "aten::detach", *random}
+    ways = {"aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+    assert set(found) <= {*ways, "aten::view", "aten::detach", *random}

@@ -62,7 +62,7 @@ class Runner:
     edit: Callable[[str, str], str] = lambda kernel, text: text  # what is made of a kernel's PTX
     launches: list[Launched] = field(default_factory=list)
 
-    def run(self, prepared: launching.Prepared, tensors: tuple[Tensor | None, ...], device: int) -> None:
+    def run(self, prepared: launching.Prepared, tensors: tuple[Tensor | None, ...], device: int, aligned: bool) -> None:
         start = time.perf_counter()
         launch = launching.Launch(prepared, tensors)
         compiled = compile_for(self.arch, launch)
