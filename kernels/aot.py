@@ -268,7 +268,7 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
         with recorded_launches() as launches:
-            forward, backward, _ = BACKENDS[backend].load()
+            forward, backward, *_ = BACKENDS[backend].load()
             operands = Operands(q, k, v, mask, seed)
             out, lse, schedule = forward(operands, spec, tiles)
             backward(torch.empty_like(out), None, operands, out, lse, schedule, spec, tiles, (True, True, True))
