@@ -265,12 +265,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_json():
-    done = command("--json", "--arch", "sm_80", "--subset", "--only", "backward_q sm_80 bfloat16 d64", "--jobs", "1")
+    done = command("--json", "--arch", "sm_80", "--subset", "--only", "forward sm_80 bfloat16 d64", "--jobs", "1")
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     keys = "kernel arch config registers spill_bytes shared_bytes tensor_core_instructions triton problems"
     assert list(row) == keys.split()
-    assert (row["kernel"], row["arch"], row["spill_bytes"], row["problems"]) == ("backward_q", "sm_80", 0, [])
+    assert (row["kernel"], row["arch"], row["problems"]) == ("forward", "sm_80", [])
+    assert row["spill_bytes"] < 100, "outside of its main loop, where a few are free"
     assert row["tensor_core_instructions"] > 0
 
 
