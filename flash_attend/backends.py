@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -74,6 +74,15 @@ class Backend:
     def tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
         """The tiles of a call whose gradients come by `backward`; None where a backend has none."""
         return self.load().tiles(spec, target, backward)
+
+    def tiles_by_lengths(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> str:
+        """The tiles of a call as text, where they are others than long calls have; else empty."""
+        tiles = self.tiles(spec, target, backward)
+        if not target.multiprocessors or tiles == self.tiles(spec, replace(target, multiprocessors=0), backward):
+            return ""
+        from flash_attend.kernels.configs import as_text
+
+        return as_text(tiles)
 
     def fault(self) -> str:
         """Why what runs it cannot be imported; empty where it can. The first call imports it."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -135,7 +134,7 @@ def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> An
         from flash_attend.kernels.configs import of_text
 
         return of_text(variant.tiles)
-    target = replace(DeviceTarget.of(device), multiprocessors=0)  # the tiles of long calls
+    target = DeviceTarget.of_any_length(device)
     return BACKENDS[variant.backend].tiles(spec, target, cast(BackwardName, variant.backward))
 
 

@@ -176,7 +176,9 @@ class _Question:
     def find(self, backend: Backend, backward: BackwardName) -> Finding | None:
         """What is known of the variant that would serve."""
         fastest, tiles = way_of(self.fastest, backend.name)
-        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles if backward == fastest else "")
+        if not tiles or backward != fastest:
+            tiles = backend.tiles_by_lengths(self.spec, self.target, backward)
+        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles)
         return self.knowledge.finding(variant, self.target.device)
 
 

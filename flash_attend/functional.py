@@ -145,7 +145,7 @@ def _attend_watched(
     q, k, v = autocast(q, k, v)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p, **options)
-        plan = choose(spec, DeviceTarget.of(q.device), backend, needed_of(q, k, v))
+        plan = choose(spec, DeviceTarget.of_any_length(q.device), backend, needed_of(q, k, v))
         seed = draw_seed(q.device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:

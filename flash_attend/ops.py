@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import compress
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -136,8 +135,7 @@ class _Call(NamedTuple):
             deterministic=spec.deterministic,
             precision=spec.precision,
         )
-        target = replace(DeviceTarget.of(operands.q.device), multiprocessors=0)  # whose number asks for lengths
-        tiles = backend.tiles(reduced, target, options.backward)
+        tiles = backend.tiles(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
         return _Call(operands, spec, options, backend, tiles)
 
     @property

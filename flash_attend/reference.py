@@ -285,7 +285,7 @@ def _dead_rows(
     mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[int, int]], device: torch.device
 ) -> Tensor | None:
     """The queries that see no key, bool `(b|1, h|1, i|1, 1)`; None where there can be none."""
-    if mask is not None and mask.shape[2] > 1:
+    if mask is not None and mask.shape[2] != 1:
         seen = [visible_pairs(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
     if mask is None:

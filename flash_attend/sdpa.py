@@ -35,6 +35,7 @@ __all__ = ["attention_backward", "attention_forward"]
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
+LARGEST_LSE = 256.0  # in float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
 CONVERTED = 2**20  # elements of q that are converted at one time
 
@@ -88,10 +89,10 @@ def attention_backward(
     tiles: None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v, None where `needed` says so. Torch's operator knows no gradient of an LSE: what
-    has one goes by the einsum path."""
+    """The gradients of q, k and v, None where `needed` says so. Torch's operator knows no gradient of an LSE, and its
+    weights are as exact as an LSE is: what has such a gradient or large scores goes by the einsum path."""
     found: tuple[Tensor, ...] | None = None
-    if grad_out is not None and grad_lse is None:
+    if grad_out is not None and grad_lse is None and _is_exact(lse):
         groups = _split(operands.mask, spec)
         harmless = _harmless(operands, spec, groups, grad_out)
         if harmless is not None and (_hides(groups) or _is_sound(lse)):
@@ -106,6 +107,11 @@ def attention_backward(
 def _hides(groups: list[Group]) -> bool:
     """Whether a part holds hidden pairs."""
     return any(part.causal or part.biased for group in groups for part in group.parts)
+
+
+def _is_exact(lse: Tensor) -> bool:
+    """Whether weights that are recomputed from an LSE are as exact as a softmax's."""
+    return lse.dtype == torch.float64 or not bool((lse.abs() > LARGEST_LSE).logical_and(lse.isfinite()).any())
 
 
 def _is_sound(lse: Tensor) -> bool:

@@ -83,7 +83,7 @@ class DeviceTarget:
     name: str = ""
     capability: tuple[int, int] | None = None  # CUDA compute capability; None elsewhere (ROCm too)
     shared_memory: int = 0  # bytes that one block may use
-    multiprocessors: int = 0
+    multiprocessors: int = 0  # 0 where lengths do not count: tiles are those of long calls
     triton: str | None = None  # Triton's version, None where it is not installed
     interpreted: bool = False
     absent: bool = False  # a CUDA device that this machine lacks: of tensors without data, while a program is traced
@@ -103,6 +103,12 @@ class DeviceTarget:
         if device.type == "cuda" and device.index is None and torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         return _describe(device)
+
+    @staticmethod
+    @constant_when_compiled
+    def of_any_length(device: torch.device) -> DeviceTarget:
+        """The same for calls whose lengths may be symbols: without the number that lengths are compared with."""
+        return replace(DeviceTarget.of(device), multiprocessors=0)
 
 
 @cache

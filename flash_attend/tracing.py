@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 __all__ = [
+    "applied",
     "constant_when_compiled",
     "directly",
     "forward_mode",
@@ -121,6 +123,16 @@ def readable(*tensors: Tensor) -> bool:
     if watched() or traced(*tensors) or mapped(*tensors):
         return False
     return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, also where a level of torch.func runs an operator: in there apply would look for
+    that level, and find no rule."""
+    front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    if not (transformed() and torch._C._dispatch_tls_is_dispatch_key_excluded(front)):
+        return function.apply(*arguments)
+    with enable_single_level_autograd_function():
+        return directly(function)(*arguments)
 
 
 def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:

@@ -35,7 +35,9 @@ class Variant(NamedTuple):
     negative_scale: bool
     one_query: bool
     needed: tuple[bool, bool, bool]  # which of q, k and v need a gradient; where none does, the backward is not run
-    tiles: str = ""  # as `kernels.configs.as_text` has those that were measured fastest; empty for what the rules say
+    # As `kernels.configs.as_text` has those that were measured fastest, or that the rules give calls too short
+    # to fill a part; empty for what they give others.
+    tiles: str = ""
 
     @staticmethod
     def read(fields: tuple) -> Variant:

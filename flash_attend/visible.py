@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flash_attend.tracing import applied
+
 __all__ = ["contract", "pairs"]
 
 
@@ -20,12 +22,12 @@ def pairs(x: Tensor, y: Tensor, visible: Tensor) -> Tensor:
 
     `visible`, bool, broadcasts to the result.
     """
-    return _Pairs.apply(x, y, visible)
+    return applied(_Pairs, x, y, visible)
 
 
 def contract(weights: Tensor, y: Tensor, visible: Tensor) -> Tensor:
     """`sum_j weights[i, j] y[j, c]` over the visible pairs: `(..., i, j), (..., j, d) -> (..., i, d)`."""
-    return _Contract.apply(weights, y, visible)
+    return applied(_Contract, weights, y, visible)
 
 
 class _Product(torch.autograd.Function):

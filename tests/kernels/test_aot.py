@@ -71,8 +71,8 @@ def ready_to_compile(tmp_path, monkeypatch):
         ),
         (dict(estimate=SLOW), "spills: 30.0% of its main loop"),
         (dict(estimate=FAST._replace(spill_share=0.13), row=("backward_q", "sm_80", "half", 256)), None),
-        (dict(estimate=FAST._replace(spill_share=0.09, redundancy=2), drops=True), None),
-        (dict(estimate=FAST._replace(spill_share=0.11), drops=True), "spills: 11.0% of its main loop"),
+        (dict(estimate=FAST._replace(spill_share=0.09, redundancy=2), heavy=True), None),
+        (dict(estimate=FAST._replace(spill_share=0.11), heavy=True), "spills: 11.0% of its main loop"),
         (dict(estimate=FAST._replace(redundancy=2), kernel="backward_fused"), None),
         (dict(shared_bytes=166913), "needs 166913 bytes of shared memory, the part has 166912"),
         (dict(tensor_core_instructions=0), "has no tensor-core instructions"),
@@ -270,7 +270,8 @@ def test_json():
     (row,) = json.loads(done.stdout)
     keys = "kernel arch config registers spill_bytes shared_bytes tensor_core_instructions triton problems"
     assert list(row) == keys.split()
-    assert (row["kernel"], row["arch"], row["spill_bytes"], row["problems"]) == ("forward", "sm_80", 0, [])
+    assert (row["kernel"], row["arch"], row["problems"]) == ("forward", "sm_80", [])
+    assert row["spill_bytes"] < 100, "outside of its main loop, where a few are free"
     assert row["tensor_core_instructions"] > 0
 
 

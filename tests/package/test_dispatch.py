@@ -11,6 +11,7 @@ from flash_attend import backends
 from flash_attend.backends import BACKENDS
 from flash_attend.dispatch import BackendUnavailable, Knowledge, Verdict, choose, judge, override_backward
 from flash_attend.evidence import Finding, Tuned
+from flash_attend.kernels.configs import as_text, select_tiles
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget
 
@@ -228,6 +229,18 @@ def test_the_variant_that_is_asked_for_is_the_calls() -> None:
         variant = "triton", backward, kind, False, True, True, True, (True, False, False), "measured"
         assert asked == [(variant, GPU)]
         asked.clear()
+
+
+def test_what_serves_a_short_call_is_what_is_checked() -> None:
+    """Its tiles are others, which are compiled, and so checked, for themselves. Where lengths may be symbols there are
+    none of them."""
+    asked: list[str] = []
+    knowledge = Knowledge(lambda variant, device: asked.append(variant[-1]), lambda kind, device: None)
+    short, long = (replace(SPEC, queries=length, keys=length) for length in (256, 2**16))
+    for spec, target in ((short, H100), (long, H100), (short, replace(H100, multiprocessors=0))):
+        choose(spec, target, knowledge=knowledge)
+    assert asked == [as_text(select_tiles(short, H100)), "", ""]
+    assert select_tiles(short, H100) != select_tiles(long, H100)
 
 
 @pytest.mark.parametrize(
