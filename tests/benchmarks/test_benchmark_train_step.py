@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the cli
 CPU = torch.device("cpu")
 NAMES = ["flash_attend", "own einsum", "own flash", "own flash, no mask"]
 SMALL = dict(dim=16, depth=2, heads=2, length=24, batch=3)
-OURS = ARMS[0]
+OURS, YARDSTICKS = ARMS[0], Training.yardsticks
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +35,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@cache
+def yardsticks_of(workload):
+    """The same for every arm and every test."""
+    return YARDSTICKS.func(Training(workload, CPU))
+
+
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
     """The rows of a small workload by arm, with told times; ours may be computed by something else."""
     monkeypatch.setattr(run, "peak_bytes", lambda function, device: 1)
+    monkeypatch.setattr(Training, "yardsticks", property(lambda training: yardsticks_of(training.case)))
 
     def measure(model=PADDED, dtype="float32", attention=None):
         arms = peers_for(ARMS, "cpu")
