@@ -57,7 +57,7 @@ def main(device_name: str, case_name: str, peer_name: str) -> None:
     (peer,) = peers_for(PEERS, device.type, [peer_name])
     inputs = make_inputs(case, device)
     synchronize(device)
-    with numerics(case.dtype, threads=case.threads):
+    with numerics(case.dtype, threads=case.threads), peer.within():
         start = time.perf_counter()
         out = peer.prepare(inputs)(inputs.q, inputs.k, inputs.v)
         torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out)

@@ -33,7 +33,7 @@ SLICES = 3
 class Check:
     """What the gate found."""
 
-    rel_error: float | None = None  # the largest of the results', in the 2-norm; None where one is not a number
+    rel_error: float | None = None  # the largest of the results', in the 2-norm; None where it is not known
     budget_used: float | None = None  # the largest share of the budget
     checked: str = ""
     error: str = ""  # empty where the results are right
@@ -56,8 +56,7 @@ class Gate:
     """Judges any number of implementations by one set of inputs. Dropout is judged by what flash_attend keeps."""
 
     def __init__(self, inputs: Inputs) -> None:
-        case = self.case = inputs.case
-        self.inputs = inputs
+        case, self.inputs = inputs.case, inputs
         self.with_gradients = any(name in case.passes for name in (BACKWARD, BOTH, DETERMINISTIC))
         keep = self._keep() if case.dropout_p > 0 else None
         pairs = [(batch, kv_head) for batch in range(case.batch) for kv_head in range(case.kv_heads)]
@@ -68,7 +67,7 @@ class Gate:
             self.slices = [self._slice(*pair, keep) for pair in pairs]
 
     def _keep(self) -> Tensor:
-        inputs, case = self.inputs, self.case
+        inputs, case = self.inputs, self.inputs.case
         _, spec = normalise_inputs(
             inputs.q, inputs.k, inputs.v, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p
         )
@@ -76,7 +75,7 @@ class Gate:
         return keep_mask(draw_seed(inputs.q.device), spec, 0, case.queries)
 
     def _slice(self, batch: int, kv_head: int, keep: Tensor | None) -> _Slice:
-        inputs, case = self.inputs, self.case
+        inputs, case = self.inputs, self.inputs.case
         group = case.heads // case.kv_heads
         heads = slice(kv_head * group, (kv_head + 1) * group)
 
@@ -107,13 +106,11 @@ class Gate:
         results = {"out": out.detach()}
         if self.with_gradients:
             results |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, inputs.grad_out), strict=True)
-        alike = {"out": inputs.grad_out} | dict(zip(("dq", "dk", "dv"), leaves, strict=True))
-        counted = inputs.rows[:, None, :, None]  # (b, 1, i, 1)
-
         complete = len(self.slices) == self.n_slices
         checked = "all of it" if complete else f"{len(self.slices)} of {self.n_slices} slices"
-        squares = {name: (0.0, 0.0) for name in results}  # of the errors, of the truth
-        used = 0.0
+        counted = inputs.rows[:, None, :, None]  # (b, 1, i, 1)
+        alike = dict(zip(results, (inputs.grad_out, *leaves), strict=False))
+        largest, used = 0.0, 0.0
         try:
             for name, result in results.items():
                 got, wanted = tuple(result.shape), tuple(alike[name].shape)
@@ -125,22 +122,15 @@ class Gate:
                 if not whole:  # nobody reads the other rows: they are taken as right
                     rows = counted[piece.batch : piece.batch + 1]
                     parts["out"] = torch.where(rows, parts["out"], piece.truth.out.to(out.dtype))
-                for name, part in parts.items():
-                    truth = getattr(piece.truth, name)
-                    errors, sizes = squares[name]
-                    squares[name] = (
-                        errors + (part.double() - truth).square().sum().item(),
-                        sizes + truth.square().sum().item(),
-                    )
+                largest = max(largest, *(_distance(part, getattr(piece.truth, name)) for name, part in parts.items()))
                 shares = piece.budget.check(Answer(**{name: parts.get(name) for name in NAMES}))
                 used = max(used, *shares.values())
         except AssertionError as wrong:
-            return Check(_relative(squares), None, checked, f"wrong: {str(wrong).splitlines()[0]}")
-        return Check(_relative(squares), used, checked)
+            return Check(largest or None, None, checked, f"wrong: {str(wrong).splitlines()[0]}")
+        return Check(largest, used, checked)
 
 
-def _relative(squares: dict[str, tuple[float, float]]) -> float | None:
-    """The largest relative error; None where there is none to tell."""
-    ratios = [(errors / sizes) ** 0.5 for errors, sizes in squares.values() if sizes > 0]
-    finite = [ratio for ratio in ratios if ratio == ratio and ratio != float("inf")]
-    return max(finite, default=None) if len(finite) == len(ratios) else None
+def _distance(result: Tensor, truth: Tensor) -> float:
+    """In the 2-norm, relative to the truth; 0 where that is 0."""
+    size = truth.norm().item()
+    return (result.double() - truth).norm().item() / size if size else 0.0

@@ -1,6 +1,6 @@
 """What a call costs the host beside PyTorch's own: microseconds, on a machine without a GPU.
 
-    python benchmarks/host_cost.py [--json] [--modes plain causal ...] [--rounds N]
+    python benchmarks/host_cost.py [--modes plain causal ...] [--rounds N]
 
 Up to the CUDA driver's launch and without it the call is a real one, `flash_attention(..., backend="triton")` on small
 CPU tensors, for a part that is only named: Triton compiles the kernels for it, and their arguments go to a launcher
@@ -14,7 +14,6 @@ processor, so that whatever else the machine does counts as little as it can.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -115,9 +114,8 @@ def measure(modes: list[str], rounds: int) -> pd.DataFrame:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints the table, or with --json a list of objects."""
+    """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
     parser.add_argument("--rounds", type=int, default=100, metavar="N", help="turns of each stage, default 100")
     options = parser.parse_args(arguments)
@@ -125,9 +123,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--rounds must be at least 2, got {options.rounds}")
     torch.set_num_threads(1)
     rows = measure(options.modes, options.rounds)
-    if options.json:
-        print(json.dumps(rows.to_dict("records"), indent=1))
-        return
     cells = rows["median_us"].map("{:.1f}".format) + rows["iqr_us"].map(" ({:.1f})".format)
     table = rows.assign(cell=cells).pivot(index="stage", columns="mode", values="cell")
     print("microseconds a call: median (interquartile range)")

@@ -53,21 +53,16 @@ def sample_on(device: torch.device) -> Sampler:
     return _sample_on_cuda
 
 
-def interleave(
-    functions: Mapping[str, Function], sample: Sampler, *, rounds: int, milliseconds: float
-) -> dict[str, Samples]:
-    """Samples of every function by round; a round of one function lasts at most about so many milliseconds.
+def interleave(samplers: Mapping[Any, Callable[[float], list[float]]], rounds: int, milliseconds: float) -> dict:
+    """The `Samples` of every sampler, which takes times for so many milliseconds; a turn lasts at most about so many.
 
-    Every other round goes backwards through the functions: A B B A.
+    Every other round goes backwards through the samplers: A B B A.
     """
-    lasting = {
-        name: min(milliseconds, MOST_SAMPLES * statistics.median(sample(function, 0.0)))
-        for name, function in functions.items()
-    }
-    samples: dict[str, Samples] = {name: [] for name in functions}
+    lasting = {key: min(milliseconds, MOST_SAMPLES * statistics.median(take(0.0))) for key, take in samplers.items()}
+    samples: dict[Any, Samples] = {key: [] for key in samplers}
     for index in range(rounds):
-        for name in list(functions)[:: -1 if index % 2 else 1]:
-            samples[name].append(sample(functions[name], lasting[name]))
+        for key in list(samplers)[:: -1 if index % 2 else 1]:
+            samples[key].append(samplers[key](lasting[key]))
     return samples
 
 

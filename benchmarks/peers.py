@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -42,6 +42,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Who writes all scores down is measured on a GPU up to so many of them, b * h * i * j: beyond, a call takes ten to a
 # hundred times as long as that of anybody else, and they would take most of a run's time.
 MOST_SCORES = 2**28
+BOTH_DEVICES, GPU, CPU = ("cuda", "cpu"), ("cuda",), ("cpu",)
 
 
 class Unserved(Exception):
@@ -55,12 +56,13 @@ class Peer:
     name: str
     about: str  # one line
     prepare: Callable[[Any], Any]  # `Inputs` -> `Attention`; raises `Unserved`, or what the peer itself raises
-    devices: tuple[str, ...] = ("cuda", "cpu")
-    # Whether it compiles for seconds, "once" for many cases or for "each case": on a CPU and in a quick run it is there
-    # only where it is asked for by name.
-    compiles: str = ""
+    devices: tuple[str, ...] = BOTH_DEVICES
+    # Whether it compiles for seconds in each case: on a CPU and in a quick run it is there only where it is asked for
+    # by name, in a standard run only in the grid's core.
+    compiles: bool = False
     ours: bool = False  # held to the contract in every row and key; others only in `Inputs.rows`
-    served: Callable[[Inputs], str] = lambda inputs: ""  # what computed it, of ours
+    served: Callable[[Inputs], str] = lambda inputs: ""  # what computes it, of ours
+    within: Callable[[], AbstractContextManager] = nullcontext  # it is prepared, checked and timed in this context
 
 
 def _hides_future(case: Case) -> bool:
@@ -73,8 +75,8 @@ def _with_four_dims(mask: Tensor) -> Tensor:
     return mask if mask.ndim == 4 else mask[:, None, None, :]
 
 
-def _always(value: Tensor | None) -> Callable[[], Tensor | None]:
-    return lambda: value
+def _no_mask() -> None:
+    """Says that every query sees every key."""
 
 
 def explicit_mask(inputs: Inputs) -> Callable[[], Tensor | None]:
@@ -86,18 +88,17 @@ def explicit_mask(inputs: Inputs) -> Callable[[], Tensor | None]:
     case = inputs.case
     mask = None if inputs.mask is None else _with_four_dims(inputs.mask)
     if not _hides_future(case):
-        return _always(mask)
+        return lambda: mask
     square = torch.ones(1, 1, case.queries, case.keys, dtype=torch.bool, device=inputs.q.device)
     triangle = square.tril(case.keys - case.queries)
-    return _always(triangle) if mask is None else lambda: mask & triangle
+    return lambda: triangle if mask is None else mask & triangle
 
 
-def _up_to_most_scores(prepare: Callable[[Inputs], Attention], inputs: Inputs) -> Attention:
+def _refuse_many_scores(inputs: Inputs) -> None:
     case = inputs.case
     scores = case.batch * case.heads * case.queries * case.keys
     if inputs.q.is_cuda and scores > MOST_SCORES:
         raise Unserved(f"writes down all {scores / 2**20:.0f} Mi scores; measured up to {MOST_SCORES / 2**20:.0f} Mi")
-    return prepare(inputs)
 
 
 class _KeepTokens(torch.autograd.Function):
@@ -155,54 +156,57 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _ours(name: str, about: str, backend: str, backward: BackwardName | None = None) -> Peer:
+def _ours(
+    name: str, about: str, backend: str, backward: BackwardName | None = None, devices: tuple[str, ...] = BOTH_DEVICES
+) -> Peer:
     """One of ours by this backend and, if it is told, this backward."""
 
-    def options(inputs: Inputs) -> dict[str, Any]:
+    def bind(inputs: Inputs, function: Callable) -> Callable:
         case = inputs.case
-        return dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+        return partial(function, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
 
     def prepare(inputs: Inputs) -> Attention:
-        call = partial(flash_attention, **options(inputs))
-        return call if backward is None else override_backward(backward)(call)
+        if backend == "math":
+            _refuse_many_scores(inputs)
+        return bind(inputs, flash_attention)
 
     def served(inputs: Inputs) -> str:
-        with nullcontext() if backward is None else override_backward(backward):
-            plan = explain(inputs.q, inputs.k, inputs.v, **options(inputs)).plan
+        plan = bind(inputs, explain)(inputs.q, inputs.k, inputs.v).plan
         return f"{plan.name}, {plan.backward} backward" if plan else ""
 
-    by_einsum = partial(_up_to_most_scores, prepare)
-    devices = ("cuda", "cpu") if backward is None else ("cuda",)
-    return Peer(name, about, by_einsum if backend == "math" else prepare, devices, ours=True, served=served)
+    within = nullcontext if backward is None else partial(override_backward, backward)
+    return Peer(name, about, prepare, devices, ours=True, served=served, within=within)
+
+
+def _sdpa(name: str, about: str, backend: SDPBackend | None = None, devices: tuple[str, ...] = BOTH_DEVICES) -> Peer:
+    """PyTorch's own with one of its kernels forced, or with None the one that it chooses."""
+    return Peer(name, f"F.scaled_dot_product_attention: {about}", partial(_prepare_sdpa, backend), devices)
 
 
 def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
-    """With one of its kernels forced, or with None the one that PyTorch chooses."""
     case = inputs.case
-    causal_alone = inputs.mask is None and _hides_future(case)
-    is_causal = causal_alone and case.queries == case.keys  # for other lengths it aligns at the top left
-    if is_causal:
-        attn_mask = _always(None)
-    elif causal_alone and case.queries < case.keys and backend not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
-        # Flash and memory-efficient know this alignment; for the others PyTorch would write it out in every call.
-        attn_mask = _always(causal_lower_right(case.queries, case.keys))
-    else:
-        attn_mask = explicit_mask(inputs)
+    if backend is SDPBackend.MATH:
+        _refuse_many_scores(inputs)
+    build, is_causal = explicit_mask(inputs), False
+    if inputs.mask is None and _hides_future(case):
+        # For other lengths `is_causal` is aligned at the top left. Flash and memory-efficient know the alignment at the
+        # bottom right; for the others PyTorch would write it out in every call.
+        is_causal = case.queries == case.keys
+        if is_causal:
+            build = _no_mask
+        elif case.queries < case.keys and backend not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+            build = partial(causal_lower_right, case.queries, case.keys)
     repeats = backend is SDPBackend.EFFICIENT_ATTENTION  # knows no grouped heads
-    grouped = case.heads != case.kv_heads and not repeats
+    options = dict(dropout_p=case.dropout_p, is_causal=is_causal)
+    options["enable_gqa"] = case.heads != case.kv_heads and not repeats
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if repeats:
             k, v = _repeat_heads(k, case.heads), _repeat_heads(v, case.heads)
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask(), dropout_p=case.dropout_p, is_causal=is_causal, enable_gqa=grouped
-        )
+        with nullcontext() if backend is None else sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=build(), **options)
 
-    def attend_forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return attend(q, k, v)
-
-    return attend if backend is None else _with_kernel(attend_forced, inputs)
+    return attend if backend is None else _with_kernel(attend, inputs)
 
 
 def _with_kernel(attend: Attention, inputs: Inputs) -> Attention:
@@ -241,8 +245,8 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _prepare_einsum(inputs: Inputs) -> Attention:
-    case, scale = inputs.case, inputs.case.head_dim**-0.5
-    build = explicit_mask(inputs)
+    _refuse_many_scores(inputs)
+    case, scale, build = inputs.case, inputs.case.head_dim**-0.5, explicit_mask(inputs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = rearrange(q, "b (hk g) i d -> b hk g i d", hk=case.kv_heads)
@@ -394,38 +398,31 @@ def _prepare_own(package: str, flash: str, mask_dims: int, inputs: Inputs) -> At
     return _with_kernel(call, inputs)
 
 
-GPU = ("cuda",)
-SDPA = "F.scaled_dot_product_attention: "
 COMPLEX, NATURALSPEECH2 = "complex_valued_transformer", "naturalspeech2_pytorch"
-ONCE, EACH_CASE = dict(compiles="once"), dict(compiles="each case")
-
-
-def _sdpa(name: str, about: str, backend: SDPBackend | None, *devices: str) -> Peer:
-    prepare = partial(_prepare_sdpa, backend)
-    prepare = partial(_up_to_most_scores, prepare) if backend is SDPBackend.MATH else prepare
-    return Peer(name, f"{SDPA}{about}", prepare, devices or ("cuda", "cpu"))
-
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
 
 # The first that a run holds stands for us.
 PEERS = (
     _ours("flash_attend", "ours, by the backend that serves by default", "auto"),
-    _ours("flash_attend triton", "our Triton kernels; the backward repeats bit by bit", "triton", "separate"),
-    _ours("flash_attend triton fused", "our Triton kernels, the backward in one pass", "triton", "fused"),
-    _ours("flash_attend hopper", "our Gluon kernels; the backward repeats bit by bit", "hopper", "separate"),
-    _ours("flash_attend hopper fused", "our Gluon kernels, the backward in one pass", "hopper", "fused"),
+    _ours("flash_attend triton", "our Triton kernels; the backward repeats bit by bit", "triton", "separate", GPU),
+    _ours("flash_attend triton fused", "our Triton kernels, the backward in one pass", "triton", "fused", GPU),
+    _ours("flash_attend hopper", "our Gluon kernels; the backward repeats bit by bit", "hopper", "separate", GPU),
+    _ours("flash_attend hopper fused", "our Gluon kernels, the backward in one pass", "hopper", "fused", GPU),
+    _ours("flash_attend sdpa", "PyTorch's fused attention, held to our rules", "sdpa", devices=CPU),
     _ours("flash_attend math", "our einsum path", "math"),
-    _sdpa("sdpa", "the kernel that PyTorch chooses", None),
-    _sdpa("sdpa flash", "FlashAttention forced; takes no mask on a GPU", SDPBackend.FLASH_ATTENTION),
-    _sdpa("sdpa cudnn", "cuDNN forced; masks combined in every call", SDPBackend.CUDNN_ATTENTION, *GPU),
-    _sdpa("sdpa efficient", "memory-efficient forced; grouped heads repeated", SDPBackend.EFFICIENT_ATTENTION, *GPU),
-    _sdpa("sdpa math", "its unfused path forced", SDPBackend.MATH),
-    Peer("flex", "FlexAttention; its BlockMask made once, not counted", partial(_prepare_flex, False), **EACH_CASE),
-    Peer("flex + mask", "FlexAttention; its BlockMask made in every call", partial(_prepare_flex, True), **EACH_CASE),
+    _sdpa("sdpa", "the kernel that PyTorch chooses"),
+    _sdpa("sdpa flash", "FlashAttention forced; takes no mask on a GPU", FLASH),
+    _sdpa("sdpa cudnn", "cuDNN forced; masks combined in every call", CUDNN, GPU),
+    _sdpa("sdpa efficient", "memory-efficient forced; grouped heads repeated", EFFICIENT, GPU),
+    _sdpa("sdpa math", "its unfused path forced", MATH),
+    Peer("flex", "FlexAttention; its BlockMask made once, not counted", partial(_prepare_flex, False), compiles=True),
+    Peer("flex + mask", "FlexAttention; its BlockMask made in every call", partial(_prepare_flex, True), compiles=True),
     Peer("varlen", "torch.nn.attention.varlen; unpads and pads in every call", _prepare_varlen, GPU),
-    Peer("flash-attention 4", "flash_attn.cute; unpads as varlen does", _prepare_flash_attention_4, GPU, **ONCE),
+    Peer("flash-attention 4", "flash_attn.cute; unpads as varlen does", _prepare_flash_attention_4, GPU),
     Peer("complex-valued-transformer", "its own Attend, flash=True", partial(_prepare_own, COMPLEX, "flash", 4)),
     Peer("naturalspeech2", "its own Attend, use_flash=True", partial(_prepare_own, NATURALSPEECH2, "use_flash", 2)),
-    Peer("compiled einsum", "einsums, by torch.compile", partial(_up_to_most_scores, _prepare_einsum), **EACH_CASE),
+    Peer("compiled einsum", "einsums, by torch.compile", _prepare_einsum, compiles=True),
 )
 
 

@@ -21,8 +21,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import partial
-from itertools import groupby
+from functools import cache, partial
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Call:
         self.case, self.inputs = case, make_inputs(case, device)
         self.work = work_of(self.inputs)
         self.attends: dict[str, Attention] = {}
-        self.gates: dict[float, Gate] = {}
+        self.gate = cache(self._gate)
 
     def admit(self, peer: Peer) -> Check:
         """Prepares a peer and checks what it computes.
@@ -73,17 +73,14 @@ class Call:
         """
         self.attends[peer.name] = attend = peer.prepare(self.inputs)
         if peer.ours or not self.case.dropout_p:
-            return self._gate(self.case.dropout_p).judge(attend, whole=peer.ours)
-        gate = self._gate(0.0)
+            return self.gate(self.case.dropout_p).judge(attend, whole=peer.ours)
+        gate = self.gate(0.0)
         check = gate.judge(peer.prepare(gate.inputs), whole=False)
         return replace(check, checked=f"{check.checked}, without dropout")
 
     def _gate(self, dropout_p: float) -> Gate:
         try:
-            if dropout_p not in self.gates:
-                case = replace(self.case, dropout_p=dropout_p)
-                self.gates[dropout_p] = Gate(replace(self.inputs, case=case))
-            return self.gates[dropout_p]
+            return Gate(replace(self.inputs, case=replace(self.case, dropout_p=dropout_p)))
         except torch.OutOfMemoryError as error:
             raise RuntimeError("not checked, and so not timed: the check does not fit into memory") from error
 
@@ -96,10 +93,6 @@ class Call:
             return lambda: torch.autograd.grad(attend(*leaves), leaves, self.inputs.grad_out)
         return partial(torch.autograd.grad, attend(*leaves), leaves, self.inputs.grad_out, retain_graph=True)
 
-    def served(self, peer: Peer) -> str:
-        """What computed it, of ours."""
-        return peer.served(self.inputs)
-
     def rates(self, name: str, milliseconds: float, limits: dict[str, Any]) -> dict[str, float]:
         """The fields of a row that follow from its time."""
         work, ceiling = self.work[name], limits["tflops"].get(self.case.dtype)
@@ -109,93 +102,89 @@ class Call:
             rates["ceiling_share"] = measure.rounded(least / milliseconds)
         return rates
 
-    def recheck(self, peer: Peer) -> str:
-        """What became wrong while it was timed: nothing can."""
-        return ""
-
 
 class Bench:
     """A run: every case, and in it every peer, right first and then timed in turn."""
 
-    def __init__(self, results: Results, device: torch.device, plan: Plan, choose_peers: Callable, sample: Sampler):
-        self.results, self.device, self.plan, self.sample = results, device, plan, sample
-        self.choose_peers = choose_peers  # of those given, the ones that take part
+    def __init__(self, results: Results, device: torch.device, plan: Plan, peers: list[Peer], sample: Sampler) -> None:
+        self.results, self.device, self.plan, self.peers, self.sample = results, device, plan, peers, sample
 
     def missing(self, case: Case | Workload) -> list[tuple[str, Peer]]:
-        """The passes and peers of a case that have no row yet."""
-        peers = self.choose_peers(ARMS if isinstance(case, Workload) else PEERS)
-        wanted = ((name, peer) for name in case.passes for peer in peers if self._takes_part(peer, case, name))
-        return [(name, peer) for name, peer in wanted if (case.name, name, peer.name) not in self.results]
+        """The passes and peers of a case that have no row yet.
 
-    def _takes_part(self, peer: Peer, case: Case | Workload, name: str) -> bool:
-        """Whoever compiles anew for each case, and for deterministic passes once more, does it only for the core."""
-        return self.plan.every_case or peer.compiles != "each case" or (case.core and name != DETERMINISTIC)
+        Who compiles anew for each case, and for deterministic passes once more, may do it only for the grid's core.
+        """
+        return [
+            (name, peer)
+            for name, peer in product(case.passes, self.peers)
+            if self.plan.every_case or not peer.compiles or (case.core and name != DETERMINISTIC)
+            if (case.name, name, peer.name) not in self.results
+        ]
 
     def measure(self, case: Case | Workload, progress: Callable[[int, str], object]) -> None:
         """Adds the rows of a case that are missing; `progress` hears how many rows came, and what comes next."""
-        missing = self.missing(case)
         trial = Training(case, self.device) if isinstance(case, Workload) else Call(case, self.device)
-        for deterministic in (False, True):
-            turn = [name for name in case.passes if (name == DETERMINISTIC) == deterministic]
-            peers = list(dict.fromkeys(peer for name, peer in missing if name in turn))
+        turns = groupby(self.missing(case), key=lambda row: row[0] == DETERMINISTIC)
+        for deterministic, rows in turns:
+            passes: dict[str, list[Peer]] = {}
+            for name, peer in rows:
+                passes.setdefault(name, []).append(peer)
             with measure.numerics(case.dtype, deterministic, case.threads):
                 checks = {}
-                for peer in peers:
+                for peer in dict.fromkeys(chain(*passes.values())):
                     progress(0, f"{case.name}: checking {peer.name}")
                     checks[peer] = self._admit(trial, peer)
-                for name in turn:
+                for name, peers in passes.items():
                     progress(0, f"{case.name}: {name}")
-                    wanted = {peer: check for peer, check in checks.items() if (name, peer) in missing}
-                    self._measure_pass(trial, name, wanted)
-                    progress(len(wanted), case.name)
+                    self._measure_pass(trial, name, {peer: checks[peer] for peer in peers})
+                    progress(len(peers), case.name)
 
     def _admit(self, trial: Call | Training, peer: Peer) -> Check:
         try:
-            return trial.admit(peer)
+            with peer.within():
+                return trial.admit(peer)
         except Exception as error:  # whatever stops a peer is what its rows say
-            measure.synchronize(self.device)  # unless it took the device with it, which ends the run
-            return Check(error=_reason(error))
+            return Check(error=self._reason(error))
+
+    def _reason(self, error: Exception) -> str:
+        """What stopped a peer, unless it took the device with it, which ends the run."""
+        measure.synchronize(self.device)
+        return str(error) if isinstance(error, Unserved) else measure.first_line(error)
 
     def _measure_pass(self, trial: Call | Training, name: str, checks: dict[Peer, Check]) -> None:
         """Adds the rows of one pass: what is beside the time one by one, then the times, in turn."""
-        rows: dict[Peer, dict[str, Any]] = {}
-        functions: dict[Peer, Function] = {}
-        for peer, check in checks.items():
-            described = {"pass": name, "peer": peer.name, "ours": peer.ours}
-            row = rows[peer] = self._describe(trial.case) | described | asdict(check)
-            if check.error:
-                continue
+        case, plan = trial.case, self.plan
+        told = {"case": case.name, "group": case.group, "dtype": case.dtype, "mask": case.mask_words}
+        told |= {"shape": list(case.shape), "pass": name}
+        rows = {peer: told | {"peer": peer.name, "ours": peer.ours} | asdict(check) for peer, check in checks.items()}
+        samplers: dict[Peer, Callable[[float], list[float]]] = {}
+        for peer in (peer for peer, check in checks.items() if not check.error):
             try:
-                function = trial.function(peer, name)
-                row |= {"served": trial.served(peer)} | self._measure_beside(trial, peer, name, function)
-                functions[peer] = function
+                with peer.within():
+                    function = trial.function(peer, name)
+                    rows[peer] |= self._measure_beside(trial, peer, name, function)
+                samplers[peer] = partial(self._sample, peer, function)
             except Exception as error:
-                measure.synchronize(self.device)
-                row["error"] = _reason(error)
-        plan = self.plan
+                rows[peer]["error"] = self._reason(error)
         try:
-            samples = measure.interleave(functions, self.sample, rounds=plan.rounds, milliseconds=plan.milliseconds)
+            samples = measure.interleave(samplers, plan.rounds, plan.milliseconds)
             for peer, taken in samples.items():
-                rows[peer]["error"] = trial.recheck(peer)
-                if not rows[peer]["error"]:
-                    found = measure.summarise(taken)
-                    rates = trial.rates(name, found["ms_median"], self.results.header["ceilings"])
-                    rows[peer] |= found | rates
+                found = measure.summarise(taken)
+                rows[peer] |= found | trial.rates(name, found["ms_median"], self.results.header["ceilings"])
         except torch.OutOfMemoryError as error:  # each of them ran alone
-            for peer in functions:
-                rows[peer]["error"] = f"beside the others: {_reason(error)}"
+            for peer in samplers:
+                rows[peer]["error"] = f"beside the others: {self._reason(error)}"
         for row in rows.values():
             self.results.add(**row)
 
-    @staticmethod
-    def _describe(case: Case | Workload) -> dict[str, Any]:
-        told = {"case": case.name, "group": case.group, "dtype": case.dtype}
-        return told | {"mask": case.mask_words, "shape": list(case.shape)}
+    def _sample(self, peer: Peer, function: Function, milliseconds: float) -> list[float]:
+        with peer.within():
+            return self.sample(function, milliseconds)
 
     def _measure_beside(self, trial: Call | Training, peer: Peer, name: str, function: Function) -> dict[str, Any]:
         """What is measured of a pass beside its time."""
         function()  # compiles, and fills the allocator
-        numbers: dict[str, Any] = {"peak_bytes": peak_bytes(function, self.device)}
+        numbers = {"served": peer.served(trial.inputs), "peak_bytes": peak_bytes(function, self.device)}
         everybody, case = self.plan.thorough and self.device.type == "cuda", trial.case
         if everybody and isinstance(case, Case):
             try:
@@ -206,10 +195,6 @@ class Bench:
         if case.overhead and name == BOTH and (peer.ours or everybody):
             numbers["first_call_s"] = [*map(measure.rounded, measure_first_calls(case, peer, self.device))]
         return numbers
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, Unserved) else measure.first_line(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,37 +213,32 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose group and name contain all the words")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PATTERN", help="peers whose name matches, with * ?")
     parser.add_argument("--list", action="store_true", help="print the cases and the peers, and measure nothing")
-    parser.add_argument("--device", type=torch.device, help="default: the GPU if there is one; the CPU for --group cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
     parser.add_argument("--rounds", type=int, help="turns of every peer, default by the grid's size")
     parser.add_argument("--minutes", type=float, metavar="N", help="begin no case after so many; --resume goes on")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<device>/")
-    begin = parser.add_mutually_exclusive_group()
-    begin.add_argument("--resume", action="store_true", help="go on with an unfinished run of this file")
-    begin.add_argument("--restart", action="store_true", help="drop an unfinished run of this file")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of this file")
     options = parser.parse_args(arguments)
-    if options.device is None:
-        gpu = torch.cuda.is_available() and not options.group.startswith("cpu")
-        options.device = torch.device("cuda" if gpu else "cpu")
-    kind = options.device.type
-    if kind not in ("cuda", "cpu") or (kind == "cuda" and not torch.cuda.is_available()):
-        parser.error(f"--device must be cpu, or cuda where torch sees a GPU, got {options.device}")
+    gpu = torch.cuda.is_available()
+    kind = options.device or ("cuda" if gpu and not options.group.startswith("cpu") else "cpu")
+    if kind == "cuda" and not gpu:
+        parser.error("--device cuda needs a GPU, and torch sees none")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out must be the path of a .json file, got {options.out}")
-    options.preset = options.preset or "standard"
-    training = options.group.startswith("training")
-    options.cases = (
-        workloads(kind, options.only) if training else select_cases(kind, options.preset, options.group, options.only)
-    )
+    options.device, options.preset = torch.device(kind), options.preset or "standard"
+    if options.group.startswith("training"):
+        known, options.cases = ARMS, workloads(kind, options.only)
+    else:
+        known, options.cases = PEERS, select_cases(kind, options.preset, options.group, options.only)
     if not options.cases:
         parser.error(
             f"no case of the {options.preset} grid on {kind} is in {options.group!r} and contains"
             f" {options.only!r}; --list prints them"
         )
-    options.choose_peers = partial(peers_for, device=kind, patterns=options.peers, quick=options.preset == "quick")
     try:
-        options.listed_peers = options.choose_peers(ARMS if training else PEERS)
+        options.chosen = peers_for(known, kind, options.peers, quick=options.preset == "quick")
     except ValueError as error:
         parser.error(str(error))
     name = "-".join([options.preset, *options.group.replace(":", "").split()])
@@ -274,7 +254,7 @@ def list_everything(options: argparse.Namespace) -> None:
         for case in cases:
             print(f"    {case.name:<58}{', '.join(case.passes)}")
     print("peers:")
-    for peer in options.listed_peers:
+    for peer in options.chosen:
         print(f"  {peer.name:<28}{peer.about}")
 
 
@@ -283,18 +263,16 @@ def open_results(options: argparse.Namespace) -> Results:
     asked = {name: getattr(options, name) for name in ("preset", "group", "only", "peers")}
     header = measure.environment(options.device) | asked | {"complete": False}
     path = options.out
-    if path.exists():
-        earlier = Results.load(path)
-        unfinished = not earlier.header["complete"]
-        if unfinished and options.resume:
-            if differences := earlier.differences(header):
-                raise SystemExit(f"{path} was measured elsewhere, and cannot be gone on with: {'; '.join(differences)}")
-            return earlier
-        if unfinished and not options.restart:
-            raise SystemExit(f"{path} holds an unfinished run: --resume goes on, --restart drops it")
-    if options.resume:
-        raise SystemExit(f"there is no unfinished run at {path}")
-    return Results(path, header)
+    earlier = Results.load(path) if path.exists() else None
+    unfinished = earlier is not None and not earlier.header["complete"]
+    if unfinished != options.resume:
+        told = "holds an unfinished run: --resume goes on, or delete it" if unfinished else "holds no unfinished run"
+        raise SystemExit(f"{path} {told}")
+    if not options.resume:
+        return Results(path, header)
+    if differences := earlier.differences(header):
+        raise SystemExit(f"{path} was measured elsewhere, and cannot be gone on with: {'; '.join(differences)}")
+    return earlier
 
 
 def run(options: argparse.Namespace, results: Results, bench: Bench) -> None:
@@ -339,7 +317,7 @@ def main(arguments: list[str] | None = None, sample: Sampler | None = None) -> i
     results = open_results(options)
     plan = PLANS[options.preset]
     plan = plan if options.rounds is None else replace(plan, rounds=options.rounds)
-    bench = Bench(results, options.device, plan, options.choose_peers, sample or measure.sample_on(options.device))
+    bench = Bench(results, options.device, plan, options.chosen, sample or measure.sample_on(options.device))
     interrupted = False
     try:
         run(options, results, bench)

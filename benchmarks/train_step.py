@@ -3,13 +3,14 @@
 A step is forward, loss, backward and optimizer, on a batch padded on the right. The models are a small causal
 transformer, whose attention is the client's `Attend` on real tensors, and the client, complex-valued-transformer,
 itself. Every arm starts from the same weights and takes the same batch again and again; it is on the device already.
+The learning rate is 0: the optimizer does its work, and every step that is timed is the one that was judged.
 
 Behind right padding a causal model of which only the valid tokens count needs no mask. Who knows that may leave it out,
 so an arm does: it is what the others have to be compared with.
 
-Right first, as for a call: the first step gives the loss of every token and the gradient of every parameter, and
-`judge` says how far they may be from the same model in float64. An arm that is given the mask is also judged by a loss
-that counts the padding, for without it nothing would show that the mask is heeded.
+Right first, as for a call: the step gives the loss of every token and the gradient of every parameter, and `judge` says
+how far they may be from the same model in float64. An arm that is given the mask is also judged by a loss that counts
+the padding, for without it nothing would show that the mask is heeded.
 
 b batch, h heads, n length, d head dim, v vocabulary.
 """
@@ -28,19 +29,17 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 import flash_attend
 from cases import DTYPES
 from gate import Check
 from measure import rounded
-from peers import Peer
+from peers import GPU, Peer
 
 __all__ = ["ARMS", "Training", "Workload", "judge", "workloads"]
 
 STEP = "training step"
-LEARNING_RATE = 5e-4
 VOCABULARY = 256
 IGNORED = -100  # the label of a padded token
 SMALLEST = 64  # numbers whose error together is no matter of luck
@@ -51,13 +50,14 @@ EPS = torch.finfo(torch.float32).eps
 # up to 0.74 of that is used, and without these 1.47 would be. A scale that is wrong by a tenth uses ten thousand times
 # that.
 ROUNDINGS = 64
+PADDED, COMPLEX, COMPLETE = "padded transformer", "complex-valued-transformer", "complete complex"
 
 
 @dataclass(frozen=True)
 class Workload:
     """One model, its precision and the size of its batch. Described as a `Case` is."""
 
-    model: str  # "padded", "complex" or "complete complex"
+    model: str
     dtype: str  # a key of `cases.DTYPES`
     dim: int
     depth: int
@@ -74,18 +74,16 @@ class Workload:
     @property
     def name(self) -> str:
         """Says all that decides the work."""
-        model = {"padded": "padded transformer", "complex": "complex-valued-transformer"}.get(self.model, self.model)
-        head = f"h{self.heads} d{self.dim // self.heads if self.model == 'padded' else DIM_HEAD}"
-        return f"{model} {self.dtype} dim{self.dim} depth{self.depth} {head} b{self.batch} n{self.length}"
+        head = f"h{self.heads} d{self.dim // self.heads if self.model == PADDED else DIM_HEAD}"
+        return f"{self.model} {self.dtype} dim{self.dim} depth{self.depth} {head} b{self.batch} n{self.length}"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(b, h, hk, i, j, d, dv)` of one call of its Attend."""
+        """`(b, h, hk, i, j, d, dv)` of the calls of attention."""
         batch, dim, value_dim = {
-            "padded": (self.batch, self.dim // self.heads, self.dim // self.heads),
-            "complex": (self.batch, 2 * DIM_HEAD, 2 * DIM_HEAD),
-            # A call for each choice of real and imaginary parts, and v holds both.
-            "complete complex": (4 * self.batch, DIM_HEAD, 2 * DIM_HEAD),
+            PADDED: (self.batch, self.dim // self.heads, self.dim // self.heads),
+            COMPLEX: (self.batch, 2 * DIM_HEAD, 2 * DIM_HEAD),
+            COMPLETE: (4 * self.batch, DIM_HEAD, 2 * DIM_HEAD),
         }[self.model]
         return batch, self.heads, self.heads, self.length, self.length, dim, value_dim
 
@@ -93,18 +91,22 @@ class Workload:
 # What a CPU with two cores does in some seconds, and what gives a GPU something to do and still leaves room for the
 # einsum path's scores. Complex numbers have no bfloat16.
 SIZES = {
-    ("cpu", "padded"): dict(dim=128, depth=2, heads=4, length=256, batch=4),
-    ("cpu", "complex"): dict(dim=64, depth=2, heads=4, length=192, batch=4),
-    ("cuda", "padded"): dict(dim=512, depth=6, heads=8, length=2048, batch=8),
-    ("cuda", "complex"): dict(dim=256, depth=4, heads=8, length=2048, batch=4),
+    "cpu": (
+        dict(dim=128, depth=2, heads=4, length=256, batch=4),
+        dict(dim=64, depth=2, heads=4, length=192, batch=4),
+    ),
+    "cuda": (
+        dict(dim=512, depth=6, heads=8, length=2048, batch=8),
+        dict(dim=256, depth=4, heads=8, length=2048, batch=4),
+    ),
 }
-KINDS = {"cpu": (("padded", "float32"), ("padded", "bfloat16")), "cuda": (("padded", "bfloat16"), ("padded", "tf32"))}
 
 
 def workloads(device: str, only: str = "") -> list[Workload]:
     """Those for "cpu" or "cuda" whose group and name contain all words of `only`."""
-    kinds = [*KINDS[device], ("complex", "float32"), ("complete complex", "float32")]
-    made = [Workload(model, dtype, **SIZES[device, model.split()[-1]]) for model, dtype in kinds]
+    real, complex_ = SIZES[device]
+    made = [Workload(PADDED, dtype, **real) for dtype in ("bfloat16", {"cpu": "float32", "cuda": "tf32"}[device])]
+    made += [Workload(model, "float32", **complex_) for model in (COMPLEX, COMPLETE)]
     return [one for one in made if all(word in f"{one.group}: {one.name}" for word in only.split())]
 
 
@@ -113,66 +115,59 @@ def workloads(device: str, only: str = "") -> list[Workload]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
-    """Self-attention around an `Attend` that it is given."""
+class Block(nn.Module):
+    """Self-attention around an `Attend` that it is given, and a feed-forward; both pre-norm."""
 
     def __init__(self, dim: int, heads: int, attend: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.heads, self.attend, self.norm = heads, attend, nn.LayerNorm(dim)
         # Apart, so that dq, dk and dv each have gradients of their own to be seen in.
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(3))
-        self.split_heads = Rearrange("b n (h d) -> b h n d", h=heads)
-        self.merge_heads = Rearrange("b h n d -> b n (h d)")
-        self.to_out = nn.Linear(dim, dim, bias=False)
-        self.attend = attend
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.feed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.norm(x)
-        q, k, v = (self.split_heads(project(x)) for project in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(self.merge_heads(self.attend(q, k, v, mask=mask)))
+        normed = self.norm(x)
+        q, k, v = (
+            rearrange(project(normed), "b n (h d) -> b h n d", h=self.heads)
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        x = x + self.to_out(rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)"))
+        return x + self.feed(x)
 
 
 class PaddedTransformer(nn.Module):
-    """A causal language model, pre-norm: tokens `(b, n)` and a key mask `(b, 1, 1, n)` to logits `(b, n, v)`."""
+    """A causal language model: tokens `(b, n)` and a key mask `(b, 1, 1, n)` to logits `(b, n, v)`."""
 
-    def __init__(self, *, dim: int, depth: int, heads: int, length: int, make_attend: Callable[[], nn.Module]) -> None:
+    def __init__(self, workload: Workload, make_attend: Callable[[], nn.Module]) -> None:
         super().__init__()
+        dim = workload.dim
         self.embed = nn.Embedding(VOCABULARY, dim)
-        self.positions = nn.Parameter(torch.randn(length, dim))
-        self.attentions = nn.ModuleList(Attention(dim, heads, make_attend()) for _ in range(depth))
-        self.feeds = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-            for _ in range(depth)
-        )
-        self.norm = nn.LayerNorm(dim)
-        self.to_logits = nn.Linear(dim, VOCABULARY, bias=False)
+        self.positions = nn.Parameter(torch.randn(workload.length, dim))
+        self.blocks = nn.ModuleList(Block(dim, workload.heads, make_attend()) for _ in range(workload.depth))
+        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY, bias=False))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.embed(tokens) + self.positions
-        for attention, feed in zip(self.attentions, self.feeds, strict=True):
-            x = x + attention(x, mask)
-            x = x + feed(x)
-        return self.to_logits(self.norm(x))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.to_logits(x)
 
 
-def build(workload: Workload, device: torch.device, flash: bool) -> nn.Module:
+def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.Module:
     """The model with its own Attend, in float32 and with the same weights for every arm."""
     import complex_valued_transformer as client
     from complex_valued_transformer.attend import Attend
 
-    sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if workload.model == "padded":
-            attend = partial(Attend, causal=True, flash=flash)
-            return PaddedTransformer(**sizes, length=workload.length, make_attend=attend).to(device)
-        model = client.ComplexTransformer(
-            num_tokens=VOCABULARY, dim_head=DIM_HEAD, causal=True, flash_attn=flash, **sizes
-        )
+        if workload.model == PADDED:
+            return PaddedTransformer(workload, partial(Attend, causal=True, flash=flash)).to(device)
+        sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads, dim_head=DIM_HEAD)
+        model = client.ComplexTransformer(num_tokens=VOCABULARY, causal=True, flash_attn=flash, **sizes)
     # Its RMS norm gives vectors of RMS gamma / dim: with a gamma of 1 the attention would have next to no weight.
     for norm in (model.norm, *(layer[0] for layer in model.layers)):
         nn.init.constant_(norm.gamma, workload.dim)
-    if workload.model == "complete complex":
+    if workload.model == COMPLETE:
         for layer in model.modules():
             if isinstance(layer, client.ComplexMultiheadAttention):
                 layer.attend = partial(client.complex_attention_complete, **layer.attend.keywords)
@@ -209,19 +204,13 @@ class Arm:
         return model
 
 
-EINSUM = Arm()
 ARMS = (
-    Peer(
-        "flash_attend",
-        "the model, patched",
-        Arm(change=partial(flash_attend.patch, strict=True)),
-        ours=True,
-    ),
-    Peer("own einsum", "the model's own Attend, by whose error the others are judged", EINSUM),
+    Peer("flash_attend", "the model, patched", Arm(change=partial(flash_attend.patch, strict=True)), ours=True),
+    Peer("own einsum", "the model's own Attend, by whose error the others are judged", Arm()),
     Peer("own flash", "the model's own Attend, flash=True", Arm(flash=True)),
     Peer("own flash, no mask", "the same, without the mask", Arm(flash=True, masked=False)),
-    Peer("own flash, any kernel", "the same, by any of PyTorch's kernels", Arm(True, allow_every_kernel), ("cuda",)),
-    Peer("own flash, any kernel, no mask", "both", Arm(True, allow_every_kernel, masked=False), ("cuda",)),
+    Peer("own flash, any kernel", "the same, by any of PyTorch's kernels", Arm(True, allow_every_kernel), GPU),
+    Peer("own flash, any kernel, no mask", "both", Arm(True, allow_every_kernel, masked=False), GPU),
 )
 
 
@@ -252,15 +241,15 @@ class Batch:
 
     def sequences(self) -> list[Batch]:
         """Its sequences, each as a batch, whose losses add up to the whole one's."""
-        ones = (slice(index, index + 1) for index in range(len(self.tokens)))
-        return [replace(self, tokens=self.tokens[one], labels=self.labels[one], mask=self.mask[one]) for one in ones]
+        parts = zip(self.tokens.split(1), self.labels.split(1), self.mask.split(1), strict=True)
+        return [Batch(*part, self.valid) for part in parts]
 
 
 def token_losses(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
-    """The losses `(b, n)` of the tokens, 0 where a label is IGNORED."""
+    """The losses `(b, n)` of the tokens, 0 where a label is IGNORED; added up they are the mean over the valid ones."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         logits = rearrange(model(batch.tokens, mask=batch.mask), "b n v -> b v n")
-        return F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED)
+        return F.cross_entropy(logits, batch.labels, reduction="none", ignore_index=IGNORED) / batch.valid
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,38 +259,34 @@ def token_losses(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
 Answers = dict[str, Tensor]  # float64 `(m,)`, by name
 
 
-def first_step(model: nn.Module, batches: list[Batch], dtype: str) -> Answers:
+def answers_of(model: nn.Module, batches: list[Batch], dtype: str, what: str = "") -> Answers:
     """The losses of the tokens and the gradients, summed over `batches`, which together are one.
 
     The gradients of a parameter and of its namesakes in other layers are one answer, and all gradients another one;
     few numbers alone (a layer's scalar) are in the latter only.
     """
-    losses = []
+    found = defaultdict(list)
     for batch in batches:
-        loss = token_losses(model, batch, dtype)
-        (loss.sum() / batch.valid).backward()
-        losses.append(loss.detach().double().flatten())
-    gradients = defaultdict(list)
+        losses = token_losses(model, batch, dtype)
+        losses.sum().backward()
+        found["loss of the tokens"].append(losses.detach())
     for name, parameter in model.named_parameters():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        gradients[f"gradient of {re.sub('[0-9]+', '*', name)}"].append(gradient.double().flatten())
+        found["gradient of everything"].append(gradient)
+        found[f"gradient of {re.sub('[0-9]+', '*', name)}"].append(gradient)
     model.zero_grad()
-    joined = {name: torch.cat(parts) for name, parts in gradients.items()}
-    return {
-        "loss of the tokens": torch.cat(losses),
-        "gradient of everything": torch.cat(list(joined.values())),
-        **{name: gradient for name, gradient in joined.items() if len(gradient) >= SMALLEST},
-    }
+    joined = {name: torch.cat([part.double().flatten() for part in parts]) for name, parts in found.items()}
+    return {f"{name}{what}": answer for name, answer in joined.items() if len(answer) >= SMALLEST}
 
 
 def all_answers(model: nn.Module, batches: list[Batch], dtype: str) -> Answers:
-    """What is judged: the first step, and for a model that is given the mask one of which the padding is a part."""
-    answers = first_step(model, batches, dtype)
-    if batches[0].mask is None:
-        return answers
-    counted = first_step(model, [batch.counting_padding() for batch in batches], dtype)
-    return answers | {f"{name} with the padding counted": answer for name, answer in counted.items()}
+    """What is judged: a step, and for a model that is given the mask one of which the padding is a part."""
+    answers = answers_of(model, batches, dtype)
+    if batches[0].mask is not None:
+        counted = [batch.counting_padding() for batch in batches]
+        answers |= answers_of(model, counted, dtype, " with the padding counted")
+    return answers
 
 
 def distances(answers: Answers, exact: Answers) -> dict[str, float]:
@@ -316,12 +301,12 @@ def distances(answers: Answers, exact: Answers) -> dict[str, float]:
 def judge(errors: dict[str, float], einsum: dict[str, float], dtype: str) -> Check:
     """Judges the errors of an arm, as `distances` gives them, by twice those of the own einsum path, and beside it one
     rounding to the dtype (eps / 2) and ROUNDINGS of float32's."""
-    checked = "losses and gradients of the first step"
-    eps = torch.finfo(torch.float16 if dtype == "tf32" else DTYPES[dtype][0]).eps  # TF32 has float16's mantissa
-    budgets = {name: 2 * einsum[name] + eps / 2 + ROUNDINGS * EPS for name in errors}
+    checked = "losses and gradients of a step"
     for name, error in errors.items():
         if not math.isfinite(error):
             return Check(None, None, checked, f"wrong: the {name} has NaN or infinity")
+    eps = torch.finfo(torch.float16 if dtype == "tf32" else DTYPES[dtype][0]).eps  # TF32 has float16's mantissa
+    budgets = {name: 2 * einsum[name] + eps / 2 + ROUNDINGS * EPS for name in errors}
     worst = max(errors, key=lambda name: errors[name] / budgets[name])
     used = errors[worst] / budgets[worst]
     wrong = f"wrong: the {worst} is {errors[worst]:.1e} from float64, allowed is {budgets[worst]:.1e}"
@@ -332,7 +317,7 @@ class Training:
     """A workload at work, as `run.Call` is for a case."""
 
     def __init__(self, case: Workload, device: torch.device) -> None:
-        self.case, self.device, self.batch = case, device, Batch.of(case, device)
+        self.case, self.device, self.inputs = case, device, Batch.of(case, device)
         self.models: dict[str, nn.Module] = {}
 
     @cached_property
@@ -340,50 +325,38 @@ class Training:
         """Float64, and the own einsum path's distance from it, a sequence at a time, so that they fit."""
         from complex_valued_transformer import complex_valued_transformer as client
 
-        sequences = self.batch.sequences()
-        model = EINSUM(self.case, self.device)
+        sequences = self.inputs.sequences()
+        model = build(self.case, self.device)
         for held in (*model.parameters(), *model.buffers()):
             held.data = held.data.to(torch.promote_types(held.dtype, torch.float64))
         # The client's attention asserts that it gets what it knows as `cfloat`.
         with mock.patch.object(client, "cfloat", torch.complex128):
             exact = all_answers(model, sequences, "float64")
-        einsum = all_answers(EINSUM(self.case, self.device), sequences, self.case.dtype)
+        einsum = all_answers(build(self.case, self.device), sequences, self.case.dtype)
         return exact, distances(einsum, exact)
 
     def admit(self, peer: Peer) -> Check:
-        """Makes an arm's model and judges its first step, which it leaves undone."""
+        """Makes an arm's model and judges its step."""
         self.models[peer.name] = model = peer.prepare(self.case, self.device)
         exact, einsum = self.yardsticks
         errors = distances(all_answers(model, [self._batch_of(peer)], self.case.dtype), exact)
         return judge(errors, einsum, self.case.dtype)
 
     def _batch_of(self, peer: Peer) -> Batch:
-        return self.batch if peer.prepare.masked else replace(self.batch, mask=None)
-
-    def _loss(self, peer: Peer) -> Tensor:
-        """The mean over the valid tokens."""
-        losses = token_losses(self.models[peer.name], self._batch_of(peer), self.case.dtype)
-        return losses.sum() / self.batch.valid
+        return self.inputs if peer.prepare.masked else replace(self.inputs, mask=None)
 
     def function(self, peer: Peer, name: str) -> Callable[[], object]:
         """A step of training."""
-        optimizer = torch.optim.AdamW(self.models[peer.name].parameters(), lr=LEARNING_RATE)
+        model, batch = self.models[peer.name], self._batch_of(peer)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
         def step() -> None:
-            self._loss(peer).backward()
+            token_losses(model, batch, self.case.dtype).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
 
         return step
 
-    def served(self, peer: Peer) -> str:
-        """Nothing to tell: `patch` asks anew in every call."""
-        return ""
-
     def rates(self, name: str, milliseconds: float, limits: dict[str, Any]) -> dict[str, float]:
         """Tokens that are no padding."""
-        return {"tokens_per_s": rounded(1e3 * self.batch.valid / milliseconds)}
-
-    def recheck(self, peer: Peer) -> str:
-        """Numbers that are none may take another time."""
-        return "" if self._loss(peer).isfinite() else "wrong: the loss is not finite after the training"
+        return {"tokens_per_s": rounded(1e3 * self.inputs.valid / milliseconds)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -81,42 +82,25 @@ def test_dropout_is_judged_by_what_it_keeps():
     assert Gate(inputs).judge(other_dropout, whole=False).error
 
 
-def test_large_calls_are_checked_in_slices(monkeypatch):
+@pytest.mark.parametrize(("error", "everywhere"), [(1e-3, False), (torch.inf, True)])
+def test_large_calls_are_checked_in_slices_and_for_infinity_everywhere(monkeypatch, error, everywhere):
     monkeypatch.setitem(gate.WHOLE, "cpu", 0)
     inputs = make_inputs(CASE, CPU)
-    judge = Gate(inputs).judge
-    check = judge(ours(CASE, inputs), whole=True)
+    large = Gate(inputs)
+    check = large.judge(ours(CASE, inputs), whole=True)
     assert not check.error and check.checked == "3 of 4 slices"
-    checked = {(piece.batch, piece.kv_head) for piece in Gate(inputs).slices}
+    checked = {(piece.batch, piece.kv_head) for piece in large.slices}
+    assert len(checked) == 3
+    for batch, kv_head in itertools.product(range(2), range(2)):
 
-    def wrong_in(batch, kv_head):
-        def attend(q, k, v):
+        def wrong(q, k, v, batch=batch, head=2 * kv_head):
             out = flash_attention(q, k, v, causal=True)
-            error = torch.zeros_like(out)
-            error[batch, 2 * kv_head] = 1e-3
-            return out + error
+            errors = torch.zeros_like(out)
+            errors[batch, head] = error
+            return out + errors
 
-        return attend
-
-    for batch in range(2):
-        for kv_head in range(2):
-            assert bool(judge(wrong_in(batch, kv_head), whole=True).error) == ((batch, kv_head) in checked)
-
-
-def test_infinity_is_seen_in_every_slice(monkeypatch):
-    monkeypatch.setitem(gate.WHOLE, "cpu", 0)
-    monkeypatch.setattr(gate, "SLICES", 1)
-    inputs = make_inputs(CASE, CPU)
-    judge = Gate(inputs)
-
-    def infinite_elsewhere(q, k, v):
-        out = flash_attention(q, k, v, causal=True)
-        piece = judge.slices[0]
-        error = torch.zeros_like(out)
-        error[1 - piece.batch] = torch.inf
-        return out + error
-
-    assert "infinity" in judge.judge(infinite_elsewhere, whole=True).error
+        seen = everywhere or (batch, kv_head) in checked
+        assert bool(large.judge(wrong, whole=True).error) == seen
 
 
 def test_what_an_implementation_raises_goes_through():

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -26,12 +27,14 @@ def test_peers_take_turns_forwards_and_backwards():
         turns.append(taken)
         return [taken] * max(1, int(milliseconds / taken))
 
-    functions = {name: (lambda taken=taken: taken) for name, taken in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    samples = interleave(functions, sample, rounds=4, milliseconds=10.0)
+    samplers = {
+        name: partial(sample, lambda taken=taken: taken) for name, taken in (("a", 1.0), ("b", 2.0), ("c", 4.0))
+    }
+    samples = interleave(samplers, rounds=4, milliseconds=10.0)
     order = "".join({1.0: "a", 2.0: "b", 4.0: "c"}[taken] for taken in turns)
     assert order == "abc" + "abc" + "cba" + "abc" + "cba", "once to learn how long a call takes, then A B B A"
     assert samples == {"a": [[1.0] * 10] * 4, "b": [[2.0] * 5] * 4, "c": [[4.0] * 2] * 4}
-    short = interleave({"a": lambda: 0.125}, sample, rounds=2, milliseconds=1000.0)
+    short = interleave({"a": partial(sample, lambda: 0.125)}, rounds=2, milliseconds=1000.0)
     assert [len(taken) for taken in short["a"]] == [measure.MOST_SAMPLES] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -35,6 +36,29 @@ def attention(inputs, **changed):
     return partial(flash_attention, **dict(mask=inputs.mask, causal=case.causal, backend="math") | changed)
 
 
+ENTERED = []
+
+
+@contextmanager
+def within():
+    """What `attention_within` needs to be in."""
+    ENTERED.append(True)
+    try:
+        yield
+    finally:
+        ENTERED.pop()
+
+
+def attention_within(inputs):
+    """Runs only within its peer's context."""
+
+    def attend(*leaves):
+        assert ENTERED == [True]
+        return attention(inputs)(*leaves)
+
+    return attend
+
+
 def unserved(inputs):
     raise Unserved("needs a licence")
 
@@ -54,7 +78,7 @@ def fails_late(inputs):
 FAKES = {
     peer.name: peer
     for peer in (
-        Peer("right", "is right", attention, ours=True, served=lambda inputs: "by hand"),
+        Peer("right", "is right", attention_within, ours=True, served=lambda inputs: "by hand", within=within),
         Peer("wrong", "is wrong", partial(attention, scale=0.5)),
         Peer("unserved", "serves nothing", unserved),
         Peer("fails late", "fails", fails_late),
@@ -138,19 +162,17 @@ def test_a_peer_that_takes_the_device_with_it_ends_the_run(bench, monkeypatch, t
 
 def test_peers_that_compile_anew_take_part_in_the_core_of_the_standard_grid(tmp_path):
     grid = select_cases("cuda", "standard")
-    core = [case for case in grid if case.core]
+    core = {case.name for case in grid if case.core}
     assert 20 < len(core) < len(grid) / 2
-    assert {case.group for case in core} >= {"lengths", "key padding", "dense mask", "grouped heads", "float32"}
-    peers = [FAKES["right"], replace(FAKES["right"], name="compiling", compiles="each case")]
-    for preset, cases in (("standard", core), ("full", grid)):
-        empty = Results(tmp_path / "x.json", {})
-        bench = run.Bench(empty, torch.device("cpu"), run.PLANS[preset], lambda known: peers, sample)
-        for case in grid:
-            missing = [(name, peer.name) for name, peer in bench.missing(case)]
-            assert {name for name, peer in missing if peer == "right"} == set(case.passes)
-            left_out = {DETERMINISTIC} if preset == "standard" else set()
-            wanted = set(case.passes) - left_out if case in cases else set()
-            assert {name for name, peer in missing if peer == "compiling"} == wanted
+    assert {case.group for case in grid if case.core} >= {"lengths", "key padding", "dense mask", "grouped heads"}
+    peers = [FAKES["right"], replace(FAKES["right"], name="compiling", compiles=True)]
+    everything = {(case.name, name) for case in grid for name in case.passes}
+    part = {(case, name) for case, name in everything if case in core and name != DETERMINISTIC}
+    for preset, wanted in (("standard", part), ("full", everything)):
+        bench = run.Bench(Results(tmp_path / "x.json", {}), torch.device("cpu"), run.PLANS[preset], peers, sample)
+        found = [(case.name, name, peer.name) for case in grid for name, peer in bench.missing(case)]
+        assert {row[:2] for row in found if row[2] == "right"} == everything
+        assert {row[:2] for row in found if row[2] == "compiling"} == wanted
 
 
 def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(bench, monkeypatch, capsys):
@@ -169,7 +191,7 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(bench, monkeypatc
     kept = dict(results.rows)
     assert len(kept) == 3
     assert "--resume goes on" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="unfinished run: --resume goes on, --restart drops it"):
+    with pytest.raises(SystemExit, match="unfinished run: --resume goes on, or delete it"):
         bench()
     with monkeypatch.context() as patch:
         elsewhere = measure.environment
@@ -185,7 +207,8 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(bench, monkeypatc
     code, results = bench("--minutes=0")  # out of time is no failure
     assert code == 0 and not list(results) and not results.header["complete"]
     assert "stopped after 0 minutes" in capsys.readouterr().err
-    assert bench("--restart", "--rounds=1")[1].header["complete"]
+    results.path.unlink()
+    assert bench("--rounds=1")[1].header["complete"]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +218,11 @@ def test_an_interrupted_run_keeps_what_it_measured_and_goes_on(bench, monkeypatc
         (["--peers", "nobody"], "no peer on cpu is named 'nobody'; there are 'flash_attend'"),
         (["--rounds=0"], "--rounds must be at least 1"),
         (["--out=table.csv"], "must be the path of a .json file"),
-        (["--device=meta"], "--device must be cpu, or cuda where torch sees a GPU, got meta"),
+        (["--device=cuda"], "--device cuda needs a GPU, and torch sees none"),
     ],
 )
-def test_bad_options_are_named(options, message, capsys):
+def test_bad_options_are_named(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         run.main(["--device=cpu", *options])
     assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -6,7 +6,6 @@ Work is counted, not timed: calls of functions and of torch's operators are the 
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -86,8 +85,7 @@ def test_every_stage_is_measured(
     host_cost: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # the tests after this one keep theirs
-    host_cost.main(["--json", "--modes", "plain", "cpu key mask", "--rounds", "2"])
-    rows = json.loads(capsys.readouterr().out)
+    rows = host_cost.measure(["plain", "cpu key mask"], 2).to_dict("records")
     assert [(row["mode"], row["stage"]) for row in rows] == [
         (mode, stage) for mode in ("plain", "cpu key mask") for stage in host_cost.STAGES
     ]
