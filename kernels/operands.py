@@ -50,7 +50,9 @@ def readable(tensor: Tensor) -> Tensor:
     Any other stride is read as it is. A copy is cheaper than a strided last dimension, which every query block would
     read again, element by element.
     """
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if is_readable(tensor.stride(), tensor.shape[-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # of no elements `contiguous` would keep the strides
 
 
 def is_readable(strides: Strides, dim: int) -> bool:
