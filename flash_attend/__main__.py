@@ -180,24 +180,40 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from error
+    return text
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the report, or checks, or tunes."""
     parser = argparse.ArgumentParser(prog="python -m flash_attend", description=__doc__)
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("report", help="what a bug report needs, and what is known of this machine; the default")
     checks = commands.add_parser("check", help="has each variant of the kernels check itself on the GPUs at hand")
-    checks.add_argument("--only", default="", metavar="REGEX", help="those whose name it finds, e.g. 'bfloat16 d64 '")
+    checks.add_argument(
+        "--only", type=_pattern, default="", metavar="REGEX", help="those whose name it finds, e.g. 'bfloat16 d64 '"
+    )
     checks.add_argument("--again", action="store_true", help="also those that were right before")
     checks.add_argument("--limit", type=float, default=LONGEST_CHECK, metavar="SECONDS", help="for each variant")
     tunes = commands.add_parser("tune", help="measures what is fastest on the GPUs at hand, for calls like these")
     tunes.add_argument("--minutes", type=float, default=10.0, help="when to stop; the same again goes on, default 10")
     tunes.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=sorted({dtype for dtype, _ in PRODUCTS}))
-    tunes.add_argument("--d", nargs="+", type=int, default=[64, 128], help="head dimensions, default 64 128")
-    tunes.add_argument("--dv", nargs="+", type=int, help="of the values, default those of the keys")
+    tunes.add_argument("--d", nargs="+", type=_count, default=[64, 128], help="head dimensions, default 64 128")
+    tunes.add_argument("--dv", nargs="+", type=_count, help="of the values, default those of the keys")
     tunes.add_argument("--mask", nargs="+", default=["none", "none-causal", "key-causal"], choices=MASKED)
-    tunes.add_argument("--length", nargs="+", type=int, default=[2048], help="queries and keys, default 2048")
-    tunes.add_argument("--tokens", type=int, default=16384, help="of a batch, default 16384")
-    tunes.add_argument("--width", type=int, default=2048, help="of a model: heads times d, default 2048")
+    tunes.add_argument("--length", nargs="+", type=_count, default=[2048], help="queries and keys, default 2048")
+    tunes.add_argument("--tokens", type=_count, default=16384, help="of a batch, default 16384")
+    tunes.add_argument("--width", type=_count, default=2048, help="of a model: heads times d, default 2048")
     options = parser.parse_args(arguments)
     if options.command == "check":
         return _check(options)

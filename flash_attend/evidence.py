@@ -30,6 +30,7 @@ __all__ = ["Finding", "Store", "Tuned", "known", "name_of_tuned", "read_anew", "
 
 FORMAT = 1
 MARK = ".checking"  # the suffix of a check that is under way
+UNREADABLE = (ValueError, RecursionError)  # what is raised where a file holds no JSON, or none that anybody wrote
 
 
 class Finding(NamedTuple):
@@ -176,9 +177,8 @@ class Store:
         """What was fastest for a kind of calls, read at each time."""
         found: Any = (self.read(name_of_tuned(kind)) or {}).get("won")
         try:
-            return Tuned(
-                found["backend"], tuple((str(a), str(b), str(c)) for a, b, c in found["ways"]), found["reason"]
-            )
+            won = Tuned(found["backend"], tuple((str(a), str(b), str(c)) for a, b, c in found["ways"]), found["reason"])
+            return won if isinstance(won.backend, str) and isinstance(won.reason, str) else None
         except (KeyError, TypeError, ValueError):
             return None
 
@@ -196,7 +196,7 @@ class Store:
         """What a file holds; None where there is none that can be relied on."""
         try:
             found = json.loads(self._path(name).read_text())
-        except (OSError, ValueError):
+        except (OSError, *UNREADABLE):
             return None
         head = dict(format=FORMAT, part=self.part, name=name)
         return found if isinstance(found, dict) and {key: found.get(key) for key in head} == head else None
@@ -220,7 +220,7 @@ class Store:
         """All that is on the disk about variants of this part."""
         found = {}
         for path in sorted(self.folder.glob("*.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, KeyError, TypeError, *UNREADABLE):
                 variant = Variant.read(json.loads(path.read_text())["variant"])
                 if finding := self._read_finding(variant):
                     found[variant] = finding
@@ -230,7 +230,7 @@ class Store:
         """Why what was fastest is, by the kind's name, of all kinds on the disk."""
         found = {}
         for path in sorted(self.folder.glob("tuned*.json")):
-            with suppress(OSError, ValueError, KeyError, TypeError):
+            with suppress(OSError, KeyError, TypeError, *UNREADABLE):
                 name = json.loads(path.read_text())["name"]
                 found[name] = (self.read(name) or {})["won"]["reason"]
         return found
@@ -245,7 +245,7 @@ class Store:
         found = {}
         for path in sorted(self.folder.glob(f"*{MARK}")):
             who, _, variant = left(path).partition("\n")
-            with suppress(ValueError, TypeError):
+            with suppress(TypeError, *UNREADABLE):
                 found[Variant.read(json.loads(variant))] = who
         return found
 

@@ -31,7 +31,7 @@ def marked(path: Path, what: str, *, anew: bool = False) -> Iterator[str]:
     if mark is None:
         yield reason
         return
-    with open(mark, "r+") as file:
+    with open(mark, "r+", errors="replace") as file:
         if (died := file.read().partition("\n")[0]) and not anew:
             yield f"{died}, died or was ended in its check; `python -m flash_attend check` tries it again"
             return
@@ -45,7 +45,7 @@ def marked(path: Path, what: str, *, anew: bool = False) -> Iterator[str]:
 def left(path: Path) -> str:
     """What a process that died left: who it was, and in the next line what it did. Empty where none died."""
     try:
-        with path.open() as file:
+        with path.open(errors="replace") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return file.read()
     except (AttributeError, OSError):  # no locks here, or somebody works

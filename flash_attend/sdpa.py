@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import groupby, pairwise
+from math import copysign
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ __all__ = ["attention_backward", "attention_forward"]
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-LARGEST_LSE = 256.0  # in float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most
+# In float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most. In float64 as far off.
+LARGEST_LSE = 256.0
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
 CONVERTED = 2**20  # elements of q that are converted at one time
 
@@ -75,7 +77,7 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> t
             return out, lse, Schedule()
     out, found = attention_reference(operands, spec, return_lse=True)
     assert found is not None
-    return out, found, Schedule()
+    return out.clone(), found.clone(), Schedule()  # a view may not be changed in place by whoever is given it
 
 
 def attention_backward(
@@ -111,7 +113,8 @@ def _hides(groups: list[Group]) -> bool:
 
 def _is_exact(lse: Tensor) -> bool:
     """Whether weights that are recomputed from an LSE are as exact as a softmax's."""
-    return lse.dtype == torch.float64 or not bool((lse.abs() > LARGEST_LSE).logical_and(lse.isfinite()).any())
+    largest = LARGEST_LSE * torch.finfo(torch.float32).eps / torch.finfo(lse.dtype).eps
+    return not bool((lse.abs() > largest).logical_and(lse.isfinite()).any())
 
 
 def _is_sound(lse: Tensor) -> bool:
@@ -180,7 +183,7 @@ def _ranged(first_key: int, last_key: int, spec: AttentionSpec) -> list[Part]:
 def _by_entries(mask: Tensor, spec: AttentionSpec) -> Iterator[Group]:
     """The groups of a mask `(b|1, 1, 1, j)`."""
     shown = mask[:, 0, 0]
-    steps = torch.ones(shown.shape[0], dtype=torch.bool)
+    steps = torch.ones(shown.shape[0], dtype=torch.bool, device=mask.device)
     steps[1:] = (shown[1:] != shown[:-1]).any(dim=1)
     firsts = steps.nonzero().flatten()
     counts, ranges = shown[firsts].sum(dim=1).tolist(), _ranges(shown[firsts])
@@ -199,7 +202,8 @@ def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
         yield Part((0, spec.queries), (0, picked.numel()))
         return
     # Of each query, how many keys it sees.
-    counts = torch.searchsorted(picked, torch.arange(spec.offset + 1, spec.queries + spec.offset + 1)).tolist()
+    last_seen = torch.arange(spec.offset + 1, spec.queries + spec.offset + 1, device=picked.device)
+    counts = torch.searchsorted(picked, last_seen).tolist()
     for first in range(0, spec.queries, ROWS):
         last = min(first + ROWS, spec.queries)
         if counts[last - 1]:
@@ -246,11 +250,10 @@ class _Kernel:
             k, v = k.index_select(2, group.picked), v.index_select(2, group.picked)
         self.picked, mask = group.picked, operands.mask
         self.mask = mask if mask is None or mask.shape[0] == 1 else mask[first:last]
-        # What hides a pair is -inf times a scale that has to be positive.
-        self.sign, self.scale = (
-            (1.0, spec.scale) if spec.scale > 0 else (-1.0, -spec.scale) if spec.scale else (0.0, 1.0)
-        )
-        q = q if self.sign == 1 else q * self.sign
+        # What hides a pair is -inf times a scale that has to be positive in the kernel's own dtype.
+        usual = abs(spec.scale) >= torch.finfo(spec.accumulator_dtype).tiny
+        self.factor, self.scale = (copysign(1.0, spec.scale), abs(spec.scale)) if usual else (spec.scale, 1.0)
+        q = q if self.factor == 1 else q * self.factor
         self.q, self.k, self.v = (_readable_rows(tensor.to(dtype)) for tensor in (q, k, v))
         self.spec = spec
 
@@ -266,7 +269,7 @@ class _Kernel:
         bias, dead = self._bias(part)
         lse = lse if dead is None else lse.masked_fill(dead, 0.0)
         grads = BACKWARD(grad_out, *self._slices(part), out, lse, 0.0, part.causal, attn_mask=bias, scale=self.scale)
-        return (grads[0] if self.sign == 1 else grads[0] * self.sign), grads[1], grads[2]
+        return (grads[0] if self.factor == 1 else grads[0] * self.factor), grads[1], grads[2]
 
     def _slices(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         rows, keys = slice(*part.rows), slice(*part.keys)
@@ -277,7 +280,7 @@ class _Kernel:
         if not part.biased:
             return None, None
         if self.picked is not None:
-            rows = torch.arange(*part.rows)[:, None] + self.spec.offset
+            rows = torch.arange(*part.rows, device=self.picked.device)[:, None] + self.spec.offset
             visible = (self.picked[slice(*part.keys)] <= rows)[None, None]
         else:
             pairs = visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device)
@@ -308,7 +311,10 @@ def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tu
 
 
 def _of_dead_rows(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
-    out = q.new_zeros(spec.batch, spec.queries, spec.heads, spec.value_dim).transpose(1, 2)
+    """In the layout that torch's kernel gives, and no view, which nobody may change in place."""
+    shape = spec.batch, spec.heads, spec.queries, spec.value_dim
+    row = spec.heads * spec.value_dim
+    out = q.new_empty_strided(shape, (spec.queries * row, spec.value_dim, row, 1)).zero_()
     return out, q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
 
 
@@ -317,9 +323,9 @@ def _merged(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(found) == 1:
         return found[0]
     (out, lse), (other, other_lse) = found
-    total = torch.logaddexp(lse, other_lse)
-    share, other_share = ((part - total).exp()[..., None] for part in (lse, other_lse))
-    return out * share + other * other_share, total
+    # Of the difference: both less their sum, which is rounded, would not give shares that add up to 1.
+    share, other_share = ((lse - other_lse).sigmoid()[..., None], (other_lse - lse).sigmoid()[..., None])
+    return out * share + other * other_share, torch.logaddexp(lse, other_lse)
 
 
 def _backward(
@@ -328,7 +334,7 @@ def _backward(
     grads: tuple[Tensor, ...] | None = None
     for group, kernel in _kernels(operands, spec, groups):
         entries, dtype = slice(*group.entries), kernel.q.dtype
-        rows = _readable_rows(grad_out[entries].to(dtype)), out[entries].to(dtype), lse[entries]
+        rows = *(_readable_rows(tensor[entries].to(dtype)) for tensor in (grad_out, out)), lse[entries]
         found = _gradients(kernel, group.parts, *rows)
         if found is None:
             continue

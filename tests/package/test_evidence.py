@@ -73,6 +73,7 @@ def test_all_gradients_tell_of_those_that_the_same_kernels_compute(store: Store)
         lambda text: text[: len(text) // 2],
         lambda text: "\x00" * 100,
         lambda text: "[]",
+        lambda text: "[" * 100_000,
         lambda text: json.dumps({**json.loads(text), "format": 2}),
         lambda text: json.dumps({**json.loads(text), "part": {"name": "another"}}),
         lambda text: json.dumps({**json.loads(text), "name": "another"}),
@@ -96,6 +97,7 @@ def test_what_was_fastest_is_read_whole_or_not(store: Store) -> None:
         ({"backend": "triton"}, False),
         ("triton", False),
         ({**won, "ways": [["triton"]]}, False),
+        ({**won, "backend": ["triton"]}, False),
     ):
         store.write(name_of_tuned(VARIANT.kind), dict(won=found))
         assert (anew(store).tuned(VARIANT.kind) is not None) == tuned
@@ -193,6 +195,17 @@ def in_a_process(work: Callable[[], object]) -> int | None:
     process.start()
     process.join(30)
     return process.exitcode
+
+
+def test_a_mark_that_is_no_text_is_one(store: Store) -> None:
+    mark = store._path(str(VARIANT)).with_suffix(evidence.MARK)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.write_bytes(b"\xff\xfe")
+    assert store.died() == {}
+    with store.checking(VARIANT) as refusal:
+        assert "died or was ended in its check" in refusal
+    with store.checking(VARIANT, anew=True) as refusal:
+        assert refusal == ""
 
 
 def test_who_died_in_a_check_left_a_mark(store: Store) -> None:

@@ -135,3 +135,20 @@ def test_the_driver_tells_its_version_itself(tmp_path, monkeypatch):
     assert target.driver_version() == "580.95.05"
     said.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n")
     assert target.driver_version() == "535.183.01"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    (
+        ("check --only [", "argument --only: '[' is no regular expression"),
+        ("tune --d 64 0", "argument --d: must be an integer of at least 1, got '0'"),
+        ("tune --dv -8", "argument --dv"),
+        ("tune --length 0", "argument --length: must be an integer of at least 1"),
+        ("tune --tokens x", "argument --tokens: must be an integer of at least 1, got 'x'"),
+        ("tune --width 0", "argument --width: must be an integer of at least 1"),
+    ),
+)
+def test_wrong_options_are_told_before_anything_is_done(arguments, told, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bug_report.main(arguments.split())
+    assert told in capsys.readouterr().err

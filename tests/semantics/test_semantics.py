@@ -107,6 +107,7 @@ EMPTY = (
     Case("no_keys_padding", keys=0, mask="b11j"),
     Case("no_keys_dense", keys=0, mask="bhij"),
     Case("no_queries_dense", queries=0, mask="bhij"),
+    Case("no_queries_dense_causal", queries=0, mask="bhij", causal=True),
     Case("no_batch_gqa", batch=0, heads=4, kv_heads=2, mask="b11j"),
 )
 

@@ -1,0 +1,93 @@
+"""What torch's own kernel on a CPU does not do by itself, beyond what every backend is tested for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attend import flash_attention
+from flash_attend.testing.calls import Case, check, make_call, run
+
+SMALL = Case("small", heads=4, kv_heads=2, queries=40, keys=50, d=16, grads="out")
+MASKS = ("none", "pad_left", "holes", "b1ij")
+
+each_mask = pytest.mark.parametrize("mask", MASKS)
+causal_or_not = pytest.mark.parametrize("causal", (False, True))
+
+
+def leaves_of(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@each_mask
+@causal_or_not
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("scale", (1e6, 1e9, -1e9))
+def test_scores_beyond_the_precision_of_their_lse(mask: str, causal: bool, dtype: torch.dtype, scale: float) -> None:
+    """Their exponentials less the LSE overflow; what is merged of two parts has shares that add up to 1."""
+    call = make_call(replace(SMALL, mask=mask, causal=causal), dtype, "cpu")
+    call = call.with_(scale=scale if dtype == torch.float32 else scale * 1e9)
+    check(run(call, "sdpa"), call)
+    alike = call.with_(q=call.q.abs(), k=call.k[:, :, :1].abs().expand_as(call.k))
+    check(run(alike, "sdpa"), alike)
+
+
+@each_mask
+@pytest.mark.parametrize("keys", (40, 50))
+@pytest.mark.parametrize("scale", (1e-39, 1e-46, -1e-46, 1e-300, -5e-324))
+def test_scales_that_are_0_in_the_accumulator(mask: str, keys: int, scale: float) -> None:
+    """Minus infinity times such a scale is NaN."""
+    case = replace(SMALL, mask=mask, causal=True, keys=keys)
+    call = make_call(case, torch.float32, "cpu").with_(scale=scale)
+    found, wanted = run(call, "sdpa"), run(call.with_(scale=0.0), "sdpa")
+    for name in ("out", "lse", "dv"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-6, atol=1e-6)
+    assert max(found.dq.abs().max(), found.dk.abs().max()) <= 1e3 * abs(scale)
+
+
+@each_mask
+@causal_or_not
+def test_the_default_device_is_of_no_account(mask: str, causal: bool) -> None:
+    call = make_call(replace(SMALL, mask=mask, causal=causal), torch.float32, "cpu")
+
+    def found() -> tuple[Tensor, ...]:
+        leaves = leaves_of(call.q, call.k, call.v)
+        out = flash_attention(*leaves, **call.options, backend="sdpa")
+        return out.detach(), *torch.autograd.grad(out, leaves, call.grad_out)
+
+    wanted = found()
+    with torch.device("meta"):
+        got = found()
+    assert all(map(torch.equal, got, wanted))
+
+
+@each_mask
+@causal_or_not
+def test_results_may_be_changed_in_place(mask: str, causal: bool) -> None:
+    """None of them is a view, which autograd lets nobody change that a function of its gave out."""
+    call = make_call(replace(SMALL, mask=mask, causal=causal, queries=150), torch.float32, "cpu")
+    spoilt = call.k.clone()
+    spoilt[0, 0, 30] = torch.nan
+    for k in (call.k, spoilt):
+        for return_lse in (False, True):
+            leaves = leaves_of(call.q, k, call.v)
+            found = flash_attention(*leaves, **call.options, return_lse=return_lse, backend="sdpa")
+            for result in found if return_lse else (found,):
+                before = result.detach().clone()
+                result += 1
+                torch.testing.assert_close(result, before + 1, equal_nan=True)
+
+
+@each_mask
+@causal_or_not
+def test_hooks_may_give_saved_tensors_other_strides(mask: str, causal: bool) -> None:
+    call = make_call(replace(SMALL, mask=mask, causal=causal), torch.float32, "cpu")
+
+    def attend(*args, **options) -> tuple[Tensor, Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.mT.contiguous().mT):
+            return flash_attention(*args, **options)
+
+    check(run(call, "sdpa", attend=attend), call)
