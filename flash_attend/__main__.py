@@ -34,8 +34,8 @@ REPRESENTATIVE = AttentionSpec(
     batch=2,
     heads=8,
     kv_heads=8,
-    queries=1024,
-    keys=1024,
+    queries=4096,
+    keys=4096,
     head_dim=64,
     value_dim=64,
     dtype=torch.float16,
@@ -43,7 +43,7 @@ REPRESENTATIVE = AttentionSpec(
     causal=True,
     scale=64**-0.5,
 )
-REPRESENTATIVE_IN_WORDS = "float16, b 2, h 8, i = j = 1024, d = dv = 64, causal with key padding"
+REPRESENTATIVE_IN_WORDS = "float16, b 2, h 8, i = j = 4096, d = dv = 64, causal with key padding"
 
 
 def report() -> str:

@@ -96,12 +96,12 @@ class _Recorder(Runner):
     subject: Subject | None = None
     recording: Recording | None = field(default=None, init=False)
 
-    def run(self, prepared, tensors, device) -> None:
+    def run(self, prepared, tensors, device, aligned) -> None:
         if self.recording or prepared.kernel.__name__ != self.subject.kernel:
-            super().run(prepared, tensors, device)
+            super().run(prepared, tensors, device, aligned)
             return
         before = [None if x is None else x.clone() for x in tensors]
-        super().run(prepared, tensors, device)
+        super().run(prepared, tensors, device, aligned)
         launch = Launch(prepared, tensors)
         after = [None if x is None else x.clone() for x in tensors]
         text, lines = self.launches[-1].text, self.launches[-1].lines
