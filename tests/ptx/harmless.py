@@ -132,6 +132,14 @@ HARMLESS = (
         "load without its predicate", r"first_block: first = gl\.load|masked_block: listed",
         "what is loaded is there, and then not taken", HOPPER,
     ),
+    Harmless(
+        "load without its predicate", r"Mask\.first_key: shown = tl\.load",
+        "every head has a block that shows a key, and the plane has all of it", HOPPER,
+    ),
+    Harmless(
+        "nothing hidden", r"Softmax\.finish: log2_sum", "a sum of weights is no denormal number, which is scaled there",
+        HOPPER,
+    ),
     Harmless("bound off by one", r"for turn in range\(tiles\.count", "every program has a tile", "hopper_forward"),
     Harmless("bound off by one", r"masked_block: block = ", "what is in front of full blocks is listed", HOPPER),
     # The gradient of q
