@@ -265,7 +265,16 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_json():
-    done = command("--json", "--arch", "sm_80", "--subset", "--only", "forward sm_80 bfloat16 d64", "--jobs", "1")
+    done = command(
+        "--json",
+        "--arch",
+        "sm_80",
+        "--common",
+        "--only",
+        "forward sm_80 bfloat16 d64 dv64 key+causal 128",
+        "--jobs",
+        "1",
+    )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)
     keys = "kernel arch config registers spill_bytes shared_bytes tensor_core_instructions triton problems"
