@@ -240,7 +240,7 @@ def _einsum_backward(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    schedule: Sequence[Tensor],
+    kept: Sequence[Tensor],
     spec: AttentionSpec,
     tiles: None,
     needed: Sequence[bool],

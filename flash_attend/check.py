@@ -141,10 +141,10 @@ def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> An
 def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
     """What the variant computes, on operands with NaN."""
     backend = BACKENDS[variant.backend]
-    out, lse, schedule = backend.forward(call.poisoned, call.spec, tiles)
+    out, lse, kept = backend.forward(call.poisoned, call.spec, tiles)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(variant.needed):
-        saved = call.poisoned, out, lse, schedule, call.spec, tiles
+        saved = call.poisoned, out, lse, kept, call.spec, tiles
         gradients = backend.backward(call.grad_out, None, *saved, variant.needed)
     return Answer(out, lse, *gradients)
 

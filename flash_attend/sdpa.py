@@ -59,7 +59,7 @@ class Group(NamedTuple):
     picked: Tensor | None = None  # the keys that are gathered before: the parts' ranges are ranges of those
 
 
-class Schedule(NamedTuple):
+class Kept(NamedTuple):
     """What a forward leaves for its backward beside its results: nothing."""
 
     def packed(self) -> list[Tensor]:
@@ -67,17 +67,17 @@ class Schedule(NamedTuple):
         return []
 
 
-def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Schedule]:
+def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
     groups = _split(operands.mask, spec)
     harmless = _harmless(operands, spec, groups)
     if harmless is not None:
         out, lse = _forward(harmless[0], spec, groups)
         if _hides(groups) or _is_sound(lse):
-            return out, lse, Schedule()
+            return out, lse, Kept()
     out, found = attention_reference(operands, spec, return_lse=True)
     assert found is not None
-    return out.clone(), found.clone(), Schedule()  # a view may not be changed in place by whoever is given it
+    return out.clone(), found.clone(), Kept()  # a view may not be changed in place by whoever is given it
 
 
 def attention_backward(
@@ -86,7 +86,7 @@ def attention_backward(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    schedule: Schedule,
+    kept: Kept,
     spec: AttentionSpec,
     tiles: None,
     needed: Sequence[bool],
