@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def make(target: str, path: Path) -> subprocess.CompletedProcess:
     """Makes a target with this folder put first on a PATH that holds no CUDA, and the environment taken as it is."""
     environment = os.environ | {"PATH": f"{path}:/usr/bin:/bin"}
-    command = [shutil.which("make") or pytest.skip("no make"), "--old-file=.venv/.installed", target]
+    tool = shutil.which("make") or pytest.skip("reason: there is no make")
+    command = [tool, "--no-print-directory", "--old-file=.venv/.installed", target]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
