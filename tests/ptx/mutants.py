@@ -13,8 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
+import flash_attend.kernels
 from emulator.driver import Runner, compile_for, execute, program_of
 from emulator.faults import Fault, Unsupported
 from emulator.machine import Options
@@ -24,7 +26,18 @@ from executions import execute as execute_call
 from flash_attend.kernels.launch import Launch
 from mistakes import MISTAKES
 
-__all__ = ["SUBJECTS", "Outcome", "Place", "Recording", "Subject", "attempt", "execute_text", "places_of", "recorded"]
+__all__ = [
+    "SUBJECTS",
+    "Outcome",
+    "Place",
+    "Recording",
+    "Subject",
+    "attempt",
+    "execute_text",
+    "places_of",
+    "recorded",
+    "source_of",
+]
 
 
 SEEDS = 3  # that decide about turns: some mistakes matter in some orders
@@ -131,7 +144,7 @@ class Place:
 
 
 def places_of(recording: Recording, mistake: str) -> list[Place]:
-    files = {Path(path).name: path for _, path in FILE.findall(recording.text)}
+    files = {Path(path).name: source_of(path) for _, path in FILE.findall(recording.text)}
     sources = {item.line: item.source for item in program_of(recording.text).kernel.instructions}
     found: dict[str, list[re.Match]] = {}
     for match in re.finditer(MISTAKES[mistake].pattern, recording.text, re.MULTILINE):
@@ -149,7 +162,15 @@ def _executed_line(recording: Recording, match: re.Match) -> int | None:
     return next((line for line in lines if line in recording.lines), None)
 
 
-def _where(source: str, files: dict[str, str]) -> str:
+def source_of(path: str) -> Path:
+    """A file that PTX names, where it is now: Triton keeps what it compiled of the same text in another folder."""
+    parts = Path(path).parts
+    ends = (Path(*parts[start:]) for start in range(1, len(parts)))  # the longest first
+    folders = (Path(flash_attend.kernels.__file__).parent.parent, Path(triton.__file__).parent.parent)
+    return next(found for end in ends for folder in folders if (found := folder / end).exists())
+
+
+def _where(source: str, files: dict[str, Path]) -> str:
     """`ring.py:134:20 @[ forward.py:173:8 @[ forward.py:210 ] ]`, in words, without a partition's own place."""
     frames = [(files[name], int(row)) for name, row in re.findall(r"([\w.]+):(\d+)", source)[::-1]]
     words = [_statement(*frame) for frame in frames]
@@ -157,7 +178,7 @@ def _where(source: str, files: dict[str, str]) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _statement(path: str, row: int) -> str:
+def _statement(path: Path, row: int) -> str:
     """The innermost function around a line, and the line; nothing for the line that a function begins with."""
     text, functions = _functions(path)
     around = [(first, name) for first, last, name in functions if first <= row <= last]
@@ -166,9 +187,9 @@ def _statement(path: str, row: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _functions(path: str) -> tuple[list[str], list[tuple[int, int, str]]]:
+def _functions(path: Path) -> tuple[list[str], list[tuple[int, int, str]]]:
     """A file's lines, and first line, last line and name of each of its functions and methods."""
-    text = Path(path).read_text()
+    text = path.read_text()
     found = []
     for node in ast.walk(ast.parse(text)):
         prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
+import triton
+
 from emulator.groups import GroupProducts
 from emulator.machine import Mask
+from flash_attend.kernels import launch
 from harmless import HARMLESS, reason_for
 from mistakes import MISTAKES
-from mutants import SUBJECTS, Subject, attempt, execute_text, places_of, recorded
+from mutants import SUBJECTS, Subject, attempt, execute_text, places_of, recorded, source_of
 
 pytestmark = pytest.mark.ptx
 
@@ -64,3 +68,10 @@ def test_the_reasons_are_about_mistakes_that_there_are() -> None:
     for row in HARMLESS:
         assert any(re.fullmatch(row.mistakes, mistake) for mistake in MISTAKES), row
         assert any(re.search(row.subjects, str(subject)) for subject in SUBJECTS), row
+
+
+def test_a_source_is_found_where_it_is_now() -> None:
+    """What Triton compiled in another folder it gives out again for the same text."""
+    here = source_of("/elsewhere/kernels/hopper/forward.py")
+    assert here == Path(launch.__file__).parent / "hopper" / "forward.py" and here.exists()
+    assert source_of("/elsewhere/triton/language/standard.py") == Path(triton.language.standard.__file__)
