@@ -120,7 +120,7 @@ def cleared(
 ) -> tuple[Operands, _Hidden]:
     """The operands with zeros where they take no part: whatever stands there reaches no product, and changes no bit.
     With them, where that is. `chunks` are the ranges of queries whose visible pairs are looked at together."""
-    q, k, v, mask, _ = operands
+    q, k, v, mask, *_ = operands
     chunks = _chunks(spec)[0] if chunks is None else chunks
     hidden = _Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks))
     if hidden.rows is not None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from flash_attend.operands import Operands
+
 __all__ = ["attend_locally"]
 
 BATCH, HEADS = Shard(0), Shard(1)
@@ -25,12 +27,7 @@ DIMENSIONS: dict[str, dict[int, tuple[str, ...]]] = {
 
 
 def attend_locally(
-    call: Callable[..., Tensor | tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
+    call: Callable[..., Tensor | tuple[Tensor, Tensor]], given: Operands, dropout_p: float
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`call(q, k, v, mask=mask)`, which is `flash_attention` with its options, on each rank's part of DTensors.
 
@@ -42,6 +39,7 @@ def attend_locally(
         TypeError: some are DTensors and others are not.
         ValueError: the meshes differ, a placement is another one, or `dropout_p` is not 0.
     """
+    q, k, v, mask, *_ = given
     q = _checked("q", q)
     mesh, placements = q.device_mesh, q.placements
     k, v = _checked("k", k, mesh), _checked("v", v, mesh)

@@ -76,7 +76,7 @@ class _Folded:
         if "seed" in given and not self.one_by_one:
             seeds = self.entries(given["seed"], dim_of["seed"])
             given["seed"] = seeds[0] if size else seeds.new_zeros(1)
-        given |= {name: self.fold(given[name], dim_of[name]) for name in ops.INPUTS}
+        given |= {name: self.fold(given[name], dim_of[name]) for name in ("q", "k", "v")}
         self.operands = tuple(given.values())
 
     def entries(self, tensor: Tensor, dim: int | None) -> Tensor:

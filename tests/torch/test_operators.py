@@ -46,7 +46,7 @@ def memory_is_filled() -> Iterator[None]:
 def arguments_of(case: Case, backend: Backend, dtype: torch.dtype = torch.float32) -> tuple[tuple, tuple]:
     """Of the forward, and of a backward that needs the gradients of q and v."""
     call = make_call(case, dtype, backend.device)
-    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    (q, k, v, mask, *_), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
     operands = Operands(q, k, v, mask, draw_seed(q.device) if case.dropout_p else None)
     plan = choose(spec, DeviceTarget.of(q.device), backend.name)
     numbers, options = options_of(operands, spec, plan, return_lse=True)
@@ -98,7 +98,7 @@ def test_options_say_what_the_tensors_do_not(case: Case) -> None:
     """With the tensors and the numbers they give the description of the call again, and it is checked no more."""
     call = make_call(case, torch.float32)
     for options in (call.options, {**call.options, "scale": -1e-300, "deterministic": True}):
-        (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **options)
+        (q, k, v, mask, *_), spec = normalise_inputs(call.q, call.k, call.v, **options)
         plan = choose(spec, DeviceTarget.of(q.device))
         numbers, text = options_of(Operands(q, k, v, mask), spec, plan, return_lse=True)
         read = Options.read(with_gradients(text, ["lse"], ["q", "v"]))
