@@ -237,8 +237,8 @@ def _load_sdpa() -> Functions:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_einsum(spec: AttentionSpec, target: DeviceTarget) -> str:
-    return _refuse_scores(spec)
+def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return ""
 
 
 def _load_math() -> Functions:
@@ -271,6 +271,6 @@ BACKENDS: dict[str, Backend] = {
         Backend("hopper", _refuse_hopper, _refuse_fused, _load_hopper, proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
-        Backend("math", _refuse_einsum, None, _load_math, usual_backward="einsum", proof="none"),
+        Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )
 }

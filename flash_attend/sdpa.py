@@ -93,7 +93,7 @@ def attention_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v, None where `needed` says so. Torch's operator knows no gradient of an LSE, and its
     weights are as exact as an LSE is: what has such a gradient or large scores goes by the einsum path."""
-    found: tuple[Tensor, ...] | None = None
+    found: tuple[Tensor | None, ...] | None = None
     if grad_out is not None and grad_lse is None and _is_exact(lse):
         groups = _split(operands.mask, spec)
         harmless = _harmless(operands, spec, groups, grad_out)
