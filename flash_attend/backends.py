@@ -217,7 +217,7 @@ def _load_hopper() -> Functions:
 def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
     if target.device_type != "cpu":
         return f"{target.device_type} tensors; it serves a CPU alone"
-    if reason := _refuse_scores(spec):
+    if reason := _refuse_scores(spec, ("window", "bias", "alibi")):
         return reason
     if spec.dropout_p > 0:
         return "dropout is on"

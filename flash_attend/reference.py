@@ -27,6 +27,8 @@ __all__ = [
     "attention_reference_gradients",
     "bounded",
     "cleared",
+    "keys_seen",
+    "right_end",
     "visible_pairs",
     "with_whole_mask",
 ]
@@ -94,7 +96,7 @@ def attention_reference_gradients(
         for first, last in chunks:
             given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last
             of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
-            begin, end = _keys_seen(spec, first, last)
+            begin, end = keys_seen(spec, first, last)
             rest = (0, 0, begin, spec.keys - end)  # the keys that no query of the chunk sees
             grads_q.append(of_q)
             grad_k, grad_v = grad_k + pad(of_k, rest), grad_v + pad(of_v, rest)
@@ -128,20 +130,20 @@ def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
 
 
-def _right(spec: AttentionSpec) -> int | None:
+def right_end(spec: AttentionSpec) -> int | None:
     """How many keys behind its own a query sees at most; None for all of them."""
     return 0 if spec.causal else spec.window[1]
 
 
 def _span(spec: AttentionSpec) -> int:
     """How many keys a window shows to a query at most."""
-    left, right = spec.window[0], _right(spec)
+    left, right = spec.window[0], right_end(spec)
     return spec.keys if left is None or right is None else min(spec.keys, left + 1 + right)
 
 
-def _keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
+def keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
     """The range of keys beyond which causality and the window hide all from the queries from `first` to `last`."""
-    left, right = spec.window[0], _right(spec)
+    left, right = spec.window[0], right_end(spec)
     end = spec.keys if right is None else min(max(last + spec.offset + right, 0), spec.keys)
     begin = 0 if left is None else min(max(first + spec.offset - left, 0), end)
     return begin, end
@@ -233,7 +235,7 @@ def _attend(
     both: what a chunk computes again for one that nobody differentiates would stay, and add up over the chunks.
     """
     scores, _, _, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
-    begin, end = _keys_seen(spec, first, last)
+    begin, end = keys_seen(spec, first, last)
 
     weights = scores.softmax(dim=-1)[..., : end - begin]
     if spec.dropout_p > 0:
@@ -266,7 +268,7 @@ def _differentiate(
     """What the queries from `first` to `last` give to the gradients: their own, those of the keys they may see, and in
     the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
     scores, slope, seen, visible, _ = _scores(operands, hidden, spec, guarded, first, last)
-    begin, end = _keys_seen(spec, first, last)
+    begin, end = keys_seen(spec, first, last)
     q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
 
@@ -320,7 +322,7 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
     They are -inf where a pair is hidden, and finite in dead rows: of -inf alone a softmax makes NaN, which a gradient
     of zero would carry on into the keys.
     """
-    begin, end = _keys_seen(spec, first, last)
+    begin, end = keys_seen(spec, first, last)
     q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end]
     visible, dead = visible_pairs(operands.mask, spec, first, last, end, q.device, begin), hidden.rows
     if dead is not None and dead.shape[2] > 1:
@@ -348,7 +350,7 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
 
 def _added(operands: Operands, spec: AttentionSpec, first: int, last: int) -> Iterator[Tensor]:
     """What is added to the scores of a chunk's queries with the keys that any of them may see."""
-    (begin, end), bias, slopes = _keys_seen(spec, first, last), operands.bias, operands.alibi_slopes
+    (begin, end), bias, slopes = keys_seen(spec, first, last), operands.bias, operands.alibi_slopes
     if bias is not None:
         bias = bias if bias.shape[2] == 1 else bias[:, :, first:last]
         yield (bias if bias.shape[3] == 1 else bias[..., begin:end]).to(spec.accumulator_dtype)
@@ -394,7 +396,7 @@ def visible_pairs(
     """Which of the keys from `begin` to `end` each query sees, bool `(b|1, h|1, i|1, end - begin)`; None where it is
     all of them."""
     shown = None if mask is None else (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., begin:end]
-    left, right = spec.window[0], _right(spec)
+    left, right = spec.window[0], right_end(spec)
     query, key = torch.arange(first, last, device=device)[:, None] + spec.offset, None
     if right is not None and end > first + spec.offset + right + 1:
         key = torch.arange(begin, end, device=device)
@@ -416,7 +418,7 @@ def _dead_rows(
     if mask is not None and mask.shape[2] != 1:
         seen = [visible_pairs(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
-    left, right = spec.window[0], _right(spec)
+    left, right = spec.window[0], right_end(spec)
     if mask is None:
         if right is None or spec.offset + right >= 0:
             return None
