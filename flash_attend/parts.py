@@ -20,9 +20,10 @@ from torch import Tensor
 from flash_attend.reference import visible_pairs
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["ROWS", "Group", "Part", "narrow", "split"]
+__all__ = ["ROWS", "Group", "Part", "Range", "narrow", "split"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
+WIDTH = 16  # keys in the registers of a product
 ONE_CALL = 2**20  # multiplications that take as long as one more call of torch's kernel
 
 Range = tuple[int, int]
@@ -157,7 +158,10 @@ def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
     if run.alike and run.hidden * spec.heads * spec.queries * spec.head_dim > ONE_CALL:
         picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
         return Group(run.entries, list(_of_picked(picked, spec)), picked)
-    return Group(run.entries, list(_biased(run.keys, spec)))
+    first_key, last_key = run.keys
+    # The kernel's products are slow where a length is no multiple of this.
+    keys = first_key // WIDTH * WIDTH, min(-(-last_key // WIDTH) * WIDTH, spec.keys)
+    return Group(run.entries, list(_biased(keys, spec)))
 
 
 def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
