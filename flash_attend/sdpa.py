@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flash_attend.operands import Layouts, Operands
-from flash_attend.parts import ROWS, Group, Part, Range, narrow, split
+from flash_attend.parts import Group, Part, Range, split
 from flash_attend.reference import (
     attention_reference,
     attention_reference_gradients,
@@ -96,12 +96,11 @@ def attention_backward(
     if grad_out is not None and grad_lse is None and _is_exact(lse):
         groups = split(operands.mask, spec)
         whole = _whole(groups, spec)
-        square = whole is not None and whole.causal
         rows_alone = all([tensor.stride(-1) == 1 for tensor in (*operands[:3], grad_out, out)])
-        if whole is None or (square and spec.queries > ROWS) or not rows_alone:
+        if whole is None or not rows_alone:
             found = _backward(grad_out, operands, out, lse, spec, groups)
         else:
-            found = BACKWARD(grad_out, *operands[:3], out, lse, 0.0, square, scale=spec.scale)
+            found = BACKWARD(grad_out, *operands[:3], out, lse, 0.0, whole.causal, scale=spec.scale)
         if _leaks(groups, found):
             read, (rows, _) = cleared(operands, spec)
             grad_out = grad_out if rows is None else grad_out.masked_fill(rows, 0.0)
@@ -277,15 +276,14 @@ def _zeros_like(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 def _gradients(kernel: _Kernel, parts: list[Part], of_rows: list[Tensor]) -> tuple[tuple[Tensor, ...], Range, Range]:
     """Those of the queries and keys of a group, by its `grad_out`, `out` and `lse`, and in which ranges they are."""
-    pieces = [piece for part in parts for piece in narrow(part)]
     sums: tuple[Tensor, ...] = ()
-    for piece in pieces:
-        found = kernel.backward(piece, *[_cut(tensor, 2, piece.rows) for tensor in of_rows])
-        if len(pieces) == 1:
-            return found, piece.rows, piece.keys
+    for part in parts:
+        found = kernel.backward(part, *[_cut(tensor, 2, part.rows) for tensor in of_rows])
+        if len(parts) == 1:
+            return found, part.rows, part.keys
         sums = sums or _zeros_like((kernel.q, kernel.k, kernel.v))
-        for total, of_piece, within in zip(sums, found, (piece.rows, piece.keys, piece.keys), strict=True):
-            _cut(total, 2, within).add_(of_piece)
+        for total, of_part, within in zip(sums, found, (part.rows, part.keys, part.keys), strict=True):
+            _cut(total, 2, within).add_(of_part)
     return sums, (0, kernel.q.shape[2]), (0, kernel.k.shape[2])
 
 
