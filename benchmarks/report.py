@@ -9,7 +9,7 @@ same case. Peers take turns, so each round gives a ratio of its own: theirs over
 - loss, too: ours gave none, whatever the others did.
 
 `python benchmarks/report.py PATH.json` writes report and plots beside a results file again, and `--readme` rewrites the
-README's section from all results.
+README's section from all results. `--section` prints that section of the files alone, whole runs or not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -293,8 +293,13 @@ def _newest_runs(folder: Path) -> Iterator[Results]:
 
 def readme_section(folder: Path) -> str:
     """What stands between the README's markers: the sums of each device's newest complete run."""
+    return section_of(_newest_runs(folder))
+
+
+def section_of(runs: Iterable[Results]) -> str:
+    """The sums of these runs."""
     parts = []
-    for run in _newest_runs(folder):
+    for run in runs:
         header, frame = run.header, frame_of(run)
         compared = compare(frame)
         link = quote(Path(os.path.relpath(run.path.with_suffix(".md"), README.parent)).as_posix())
@@ -323,7 +328,11 @@ def main(arguments: list[str] | None = None, readme: Path = README, folder: Path
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, metavar="PATH.json", help="results to report on, beside them")
     parser.add_argument("--readme", action="store_true", help="rewrite the README's section from all results")
+    parser.add_argument("--section", action="store_true", help="print what the README would say of these files alone")
     options = parser.parse_args(arguments)
+    if options.section:
+        print(section_of(map(Results.load, options.files)))
+        return
     for results in map(Results.load, options.files):
         print(terminal(results))
         print("written:", *(f"  {path}" for path in write(results)), sep="\n")

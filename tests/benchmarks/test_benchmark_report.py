@@ -145,8 +145,10 @@ def test_the_readme_tells_of_the_newest_run_and_of_no_cpu_that_is_not_kept(resul
     assert "1 win, 0 even, 0 loss" in section and "8 x CPU" not in section
 
 
-def test_the_readme_is_rewritten_between_its_markers(results, tmp_path):
+def test_the_readme_is_rewritten_between_its_markers(results, tmp_path, capsys):
     results.save()
+    report.main(["--section", str(results.path)])
+    assert capsys.readouterr().out.strip() == report.section_of([results]).strip()
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):
