@@ -96,7 +96,7 @@ def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
     return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows
 
 
-def _runs_of_rows(first: int, last: int, rows: int = ROWS) -> Iterator[Range]:
+def _runs_of_rows(first: int, last: int, rows: int) -> Iterator[Range]:
     return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
 
 
@@ -191,7 +191,7 @@ def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
     # Of each query, how many keys it sees.
     last_seen = torch.arange(spec.offset + 1, spec.queries + spec.offset + 1, device=picked.device)
     counts = torch.searchsorted(picked, last_seen).tolist()
-    for first, last in _runs_of_rows(0, spec.queries):
+    for first, last in _runs_of_rows(0, spec.queries, ROWS):
         if counts[last - 1]:
             yield Part((first, last), (0, counts[last - 1]), biased=counts[first] < counts[last - 1])
 
@@ -201,7 +201,7 @@ def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
     if not spec.causal:
         yield Part((0, spec.queries), keys, biased=True)
         return
-    for first, last in _runs_of_rows(0, spec.queries):
+    for first, last in _runs_of_rows(0, spec.queries, ROWS):
         seen = min(keys[1], last + spec.offset)
         if seen > keys[0]:
             yield Part((first, last), (keys[0], seen), biased=True)
@@ -215,7 +215,7 @@ def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
 def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
     """Runs of queries, with the range of keys that any of them sees."""
     whole = mask.shape[2] == 1 and not spec.causal
-    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
+    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries, ROWS):
         seen = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
         visible = visible_pairs(mask, spec, first, last, seen, mask.device)
         assert visible is not None

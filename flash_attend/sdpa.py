@@ -35,7 +35,7 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.d
 
 # In float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most. In float64 as far off.
 LARGEST_LSE = {torch.float32: 256.0, torch.float64: 256.0 * 2.0**29}
-CONVERTED = 2**20  # elements of q that are converted at one time
+CONVERTED = 2**18  # elements of q that are converted at one time
 
 
 class Kept(NamedTuple):
@@ -230,6 +230,8 @@ def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tu
                 out, lse = _of_dead_rows(operands.q, spec)
             for whole, piece in zip((out, lse), found, strict=True):
                 _cut(_cut(whole, 0, group.entries), 2, rows).copy_(piece)
+            del found, piece  # before the next one is computed
+        del kernel
     return _of_dead_rows(operands.q, spec) if out is None or lse is None else (out, lse)
 
 
@@ -272,6 +274,7 @@ def _backward(
                 _cut(of_entries, 2, within).copy_(of_group)
             else:
                 of_entries.index_copy_(2, group.picked[slice(*within)], of_group.to(whole.dtype))
+        del kernel, found, of_rows, of_group
     return grads or _zeros_like(operands[:3])
 
 
