@@ -25,7 +25,7 @@ __all__ = ["Group", "Part", "Range", "split"]
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
 LARGEST_CUT_SQUARE = 1024
 WIDTH = 16  # keys in the registers of a product
-ONE_CALL = 2**20  # multiplications that take as long as one more call of torch's kernel
+ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
 
 Range = tuple[int, int]
 
@@ -55,7 +55,7 @@ def split(mask: Tensor | None, spec: AttentionSpec) -> list[Group]:
         return []
     if mask.shape[1] == mask.shape[2] == 1:
         return [group for run in _runs(mask, spec) if (group := _of_run(run, mask, spec)).parts]
-    return [Group((0, spec.batch), list(_by_rows(mask, spec)))]
+    return _by_rows(mask, spec)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -212,14 +212,35 @@ def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
-    """Runs of queries, with the range of keys that any of them sees."""
+def _by_rows(mask: Tensor, spec: AttentionSpec) -> list[Group]:
+    """Runs of queries, with the range of keys that any of them sees, in all entries or, where that saves more than the
+    calls take, in each."""
+    apart: list[list[Part]] = [[] for _ in range(mask.shape[0])]
+    together = []
     whole = mask.shape[2] == 1 and not spec.causal
-    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries, ROWS):
-        seen = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
-        visible = visible_pairs(mask, spec, first, last, seen, mask.device)
+    for rows in _runs_of_rows(0, spec.queries, spec.queries if whole else ROWS):
+        seen = min(max(rows[1] + spec.offset, 0), spec.keys) if spec.causal else spec.keys
+        visible = visible_pairs(mask, spec, *rows, seen, mask.device)
         assert visible is not None
-        rows = visible.flatten(0, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
-        keys = _range_of(_bytes_of(rows.amax(dim=0)))
-        if keys[1]:
-            yield Part((first, last), keys, biased=_bytes_of(rows.amin(dim=0)).find(0, *keys) >= 0)
+        pairs = visible.flatten(1, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
+        any_sees, all_see = _bytes_of(pairs.amax(dim=1)), _bytes_of(pairs.amin(dim=1))
+        found = []
+        for entry, parts in enumerate(apart):
+            at = slice(entry * seen, (entry + 1) * seen)
+            keys = _range_of(any_sees[at])
+            if keys[1]:
+                found.append(Part(rows, keys, biased=all_see[at].find(0, *keys) >= 0))
+                parts.append(found[-1])
+        if found:
+            keys = min(part.keys[0] for part in found), max(part.keys[1] for part in found)
+            alike = len(found) == len(apart) and all(part.keys == keys and not part.biased for part in found)
+            together.append(Part(rows, keys, biased=not alike))
+    calls = sum(map(len, apart)) - len(together)
+    saved = spec.batch * _pairs(together) - sum(map(_pairs, apart))
+    if mask.shape[0] == 1 or saved * spec.heads * spec.head_dim <= calls * ONE_CALL:
+        return [Group((0, spec.batch), together)]
+    return [Group((entry, entry + 1), parts) for entry, parts in enumerate(apart)]
+
+
+def _pairs(parts: list[Part]) -> int:
+    return sum([(part.rows[1] - part.rows[0]) * (part.keys[1] - part.keys[0]) for part in parts])
