@@ -410,25 +410,31 @@ KINDS = {
 }
 # Head dims in other parts, and dv != d, that share a row of the kind "half" with those as wide as the row.
 OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}
-SUBSET_WIDTHS = {"half": 96}  # which is in two parts; others of 64
 ALL, COMMON, SUBSET = "all", "common", "subset"  # how many of the calls are compiled
+# Of each kind, where they are not all: 96 is in two parts.
+WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    ALL: {},
+    COMMON: {"tf32": (64, 128), "tf32x3": (64, 128), "double": (64,)},
+    SUBSET: {"half": (96,), "tf32": (64,), "tf32x3": (64,), "double": (64,)},
+}
+HEAVY_WIDTHS = (64, 128)  # of half precision, where COMMON has dropout and a dense mask too
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
 def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
     """The calls that together compile every config row of these parts, or those of a smaller scope.
 
-    COMMON: half precision in the two modes that cost most, with dropout and without; others, and the fused backward, in
-    the first mode alone; the kernels for Hopper with a key mask and causality, and without both. SUBSET: a width of
-    each kind in the first mode, and of the kernels for Hopper all.
+    COMMON: half precision in the mode that costs most, and at two widths with dropout too; other kinds in that mode at
+    two widths; the kernels for Hopper with a key mask and causality. SUBSET: for the last of the parts, a width of each
+    kind, and of the kernels for Hopper all.
     """
-    for arch in archs:
+    for arch in [*archs][-1:] if scope == SUBSET else archs:
         for kind, width in sorted({(kind, width) for _, kind, width in ROWS}):
-            if scope == SUBSET and width != SUBSET_WIDTHS.get(kind, 64):
+            if width not in WIDTHS[scope].get(kind, (width,)):
                 continue
             dtype, n_modes = KINDS[kind]
-            common = MODES[:4:3] if kind == "half" else MODES[:1]
-            modes = {ALL: MODES[:n_modes], COMMON: common, SUBSET: MODES[:1]}[scope]
+            heavy_too = scope == COMMON and kind == "half" and width in HEAVY_WIDTHS
+            modes = MODES[:n_modes] if scope == ALL else MODES[: 4 if heavy_too else 1 : 3]
             calls = [((width, width), mode) for mode in modes]
             if kind == "half" and scope == ALL:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
@@ -454,7 +460,7 @@ def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
 
 
 def _hopper_cases(scope: str) -> Iterator[Case]:
-    modes = {ALL: HOPPER_MODES, COMMON: HOPPER_MODES[::3], SUBSET: HOPPER_MODES[:1]}[scope]
+    modes = HOPPER_MODES if scope == ALL else HOPPER_MODES[:1]
     backwards: tuple[BackwardName, ...] = ("separate", "fused")
     for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
         yield Case.of("sm_90", spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
@@ -557,10 +563,10 @@ def main(arguments: list[str] | None = None) -> int:
         const=COMMON,
         default=ALL,
         dest="scope",
-        help="half precision in two modes, the rest in one",
+        help="half precision in one mode or two, two widths of the rest",
     )
     scope.add_argument(
-        "--subset", action="store_const", const=SUBSET, dest="scope", help="one head width of each kind, one mode"
+        "--subset", action="store_const", const=SUBSET, dest="scope", help="one head width of each kind, one part"
     )
     parser.add_argument(
         "--backend", nargs="+", choices=COMPILED, default=COMPILED, metavar="NAME", help=", ".join(COMPILED)
