@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attend import __main__ as command
-from flash_attend import check, explain, flash_attention
+from flash_attend import check, explain, flash_attention, marks
 from flash_attend.backends import BACKENDS
 from flash_attend.check import servable
 from flash_attend.small_call import small_call
@@ -24,7 +26,7 @@ from flash_attend.testing.budget import TF32Products
 from flash_attend.testing.oracle import visible_pairs
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import Variant, variant_of
-from parts import CPU, PART, VARIANT, forget, serve_as_triton, store, with_fault
+from parts import CPU, FAULTS, PART, VARIANT, forget, serve_as_triton, store, with_fault
 
 
 @pytest.fixture(autouse=True)
@@ -79,31 +81,6 @@ def test_auto_takes_what_was_right(plant: Callable, checks: list[str]) -> None:
     with torch.no_grad():
         flash_attention(*inputs())  # the same kernels as with gradients
     assert len(checks) == 2
-
-
-@pytest.mark.parametrize(
-    ("fault", "where", "told"),
-    (
-        ("wrong", "forward", r"out: largest error .* allowed"),
-        ("wrong", "backward", r"dq: largest error .* allowed"),
-        ("nan", "forward", r"out .*"),
-        ("nan", "backward", r"dq .*"),
-        ("raises", "forward", "RuntimeError: out of resource: shared memory"),
-        ("raises", "backward", "RuntimeError: out of resource: shared memory"),
-    ),
-)
-def test_auto_takes_nothing_that_was_not(plant: Callable, checks: list[str], fault: str, where: str, told: str) -> None:
-    plant(fault, where)
-    for _ in range(2):  # the second as another process: told again, and not checked again
-        with pytest.warns(UserWarning, match=rf"triton: its self-check failed here: .*{told}.*please report") as caught:
-            for length in (2, 3, 5):
-                flash_attention(*(tensor[:, :, :length] for tensor in inputs()))
-        assert len(caught) == 1
-        assert str(VARIANT) in str(caught[0].message)
-        assert served() == "math"
-        assert "triton  by name  its self-check failed here" in str(explain(*inputs()))
-        forget()
-    assert len(checks) == 1
 
 
 class Coarse(TF32Products):
@@ -353,18 +330,91 @@ def test_a_part_without_gpus_has_nothing_to_check(capsys: pytest.CaptureFixture[
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.interpreter
-def test_the_kernels_serve_after_their_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16, which the interpreter computes wrongly, is found out."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """The part is the interpreter, and what serves there as `triton` are the kernels; plants a fault in their run."""
+    from flash_attend.kernels import statistics
     from flash_attend.kernels.configs import INTERPRETED, override
+    from flash_attend.kernels.softmax import Softmax
+
+    places = dict(forward=(Softmax, "finish"), backward=(statistics, "recomputed_weights"))
+
+    def plant(fault: Callable[..., object], where: str = "forward") -> None:
+        right = getattr(*places[where])
+
+        def spoiled(*given: object, **named: object) -> object:
+            found = right(*given, **named)
+            return fault(*found) if isinstance(found, tuple) else fault(found)[0]
+
+        monkeypatch.setattr(*places[where], spoiled)
 
     monkeypatch.setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: PART)))
-    q, k, v = inputs()
     with override(INTERPRETED):
-        out = flash_attention(q, k, v, causal=True)
-        assert explain(q, k, v, causal=True).plan.name == "triton"
-        assert torch.allclose(out, flash_attention(q, k, v, causal=True, backend="math"), atol=1e-6)
-        half = [tensor.detach().bfloat16() for tensor in (q, k, v)]
-        with pytest.warns(UserWarning, match="triton: its self-check failed here: AssertionError: "):
-            flash_attention(*half)
-        assert explain(*half).plan.name == "math"
+        yield plant
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels")
+def test_auto_takes_kernels_that_were_right() -> None:
+    """bfloat16, which the interpreter computes wrongly, is found out."""
+    q, k, v = inputs()
+    out = flash_attention(q, k, v, causal=True)
+    assert explain(q, k, v, causal=True).plan.name == "triton"
+    assert torch.allclose(out, flash_attention(q, k, v, causal=True, backend="math"), atol=1e-6)
+    half = [tensor.detach().bfloat16() for tensor in (q, k, v)]
+    with pytest.warns(UserWarning, match="triton: its self-check failed here: AssertionError: "):
+        flash_attention(*half)
+    assert explain(*half).plan.name == "math"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("fault", "where", "told"),
+    (
+        ("wrong", "forward", r"out: largest error .* allowed"),
+        ("wrong", "backward", r"dq: largest error .* allowed"),
+        ("nan", "forward", "out .*"),
+        ("raises", "forward", ".*RuntimeError.*out of resource: shared memory"),
+    ),
+)
+def test_auto_takes_no_kernels_that_were_not(
+    kernels: Callable, checks: list[str], fault: str, where: str, told: str
+) -> None:
+    kernels(FAULTS[fault], where)
+    for _ in range(2):  # the second as another process: told again, and not checked again
+        with pytest.warns(UserWarning, match=rf"triton: its self-check failed here: .*{told}.*please report") as caught:
+            for length in (2, 3, 5):
+                flash_attention(*(tensor[:, :, :length] for tensor in inputs()))
+        assert len(caught) == 1
+        assert str(VARIANT) in str(caught[0].message)
+        assert served() == "math"
+        assert "triton  by name  its self-check failed here" in str(explain(*inputs()))
+        forget()
+    assert checks == [str(VARIANT)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("fault", ("killed", "hung"))
+def test_auto_takes_no_kernels_that_a_process_died_in(
+    kernels: Callable, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """While they hang they are waited for, and then refused for this process; for others once that one is ended."""
+    fork = multiprocessing.get_context("fork")
+    within = fork.Event()
+    kernels(lambda *found: within.set() or FAULTS[fault](*found))
+    with torch.no_grad():
+        process = fork.Process(target=flash_attention, args=inputs())
+        process.start()
+        assert within.wait(60)
+        if fault == "hung":
+            monkeypatch.setattr(marks, "LONGEST_WAIT", 0.1)
+            with pytest.warns(UserWarning, match="another process has been checking it"):
+                flash_attention(*inputs())
+            assert served() == "math"
+            process.kill()
+            forget()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        with pytest.warns(UserWarning, match="died or was ended in its check; `python -m flash_attend check` tries it"):
+            flash_attention(*inputs())
+        assert served() == "math"
