@@ -169,13 +169,12 @@ def servable(target: DeviceTarget) -> list[Variant]:
     found = []
     flags = product(PRODUCTS, HEAD_DIMS, MASKS, (False, True), (False, True), (False, True))
     for products, dim, (mask, per_head), causal, dropout, grouped in flags:
-        kind = Kind(*products, dim, dim, mask, causal, dropout)
+        kind = Kind(*products, dim, dim, mask, causal, dropout, one_query=False)
         for backend in BACKENDS.values():
             backwards = [backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)]
             tiles = partial(tuned_tiles, backend.name, kind, target)
-            variants = [
-                Variant(backend.name, way, kind, per_head, grouped, False, False, ALL, tiles(way)) for way in backwards
-            ]
+            of_call = kind, per_head, grouped, False, ALL
+            variants = [Variant(backend.name, way, *of_call, tiles(way)) for way in backwards]
             found += [one for one in variants if backend.proof != "none" and not _refused(one, target)]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
 
