@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -106,8 +107,19 @@ def _in_a_thread(function: Callable[[], T]) -> T:
 def _on_the_device(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     if device.type != "cuda":
         return _compare(variant, device)
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), _waiting_allowed():
         return _compare(variant, device)  # which has read its results when it returns
+
+
+@contextmanager
+def _waiting_allowed() -> Iterator[None]:
+    """Within this context the host may wait for the device: a mode of the whole process says whether it may."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _compare(variant: Variant, device: torch.device) -> tuple[Finding, bool]:

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,21 @@ def test_modes_see_nothing_of_a_check(plant: Callable, checks: list[str]) -> Non
     assert len(checks) == 2
     assert all(finding.right for finding in store().findings().values())
     assert not {name for name in watching.seen if "randn" in name or "bmm" in name or "double" in name}
+
+
+def test_a_check_may_wait_where_a_program_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a fake of what torch has for CUDA alone; the program's mode is back after it, and after one that raises."""
+    mode = ["error"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    for name in ("device", "stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+    monkeypatch.setattr(check, "_compare", lambda variant, device: mode[-1])
+    assert check._on_the_device(VARIANT, torch.device("cuda")) == "default"
+    monkeypatch.setattr(check, "_compare", None)
+    with pytest.raises(TypeError):
+        check._on_the_device(VARIANT, torch.device("cuda"))
+    assert mode == ["error", "default", "error", "default", "error"]
 
 
 def test_deterministic_mode_and_the_default_dtype_stay(plant: Callable) -> None:

@@ -225,7 +225,7 @@ def test_the_variant_that_is_asked_for_is_the_calls() -> None:
         knowledge = Knowledge(
             lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
         )
-        choose(spec, H100, "auto", (True, False, False), knowledge)
+        choose(spec, replace(H100, multiprocessors=0), "auto", (True, False, False), knowledge)
         variant = "triton", backward, kind, False, True, True, (True, False, False), "measured"
         assert asked == [(variant, GPU)]
         asked.clear()
