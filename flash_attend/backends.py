@@ -45,7 +45,7 @@ class Functions(NamedTuple):
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
-    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]] | None = None
+    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,9 +212,9 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward
+    from flash_attend.sdpa import attention_backward, attention_forward, plan_forward
 
-    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None)
+    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
