@@ -94,7 +94,7 @@ def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
 
 
 def truth_of(call: SmallCall) -> Answer:
-    q, k, v, mask, seed = call.operands
+    q, k, v, mask, seed, *_ = call.operands
     spec = replace(call.spec, dtype=torch.float64, precision="ieee")
     operands = Operands(q.double(), k.double(), v.double(), mask, seed)
     out, lse = attention_reference(operands, spec, return_lse=True)
@@ -103,7 +103,7 @@ def truth_of(call: SmallCall) -> Answer:
 
 
 def budget_of(call: SmallCall, truth: Answer) -> Budget:
-    (q, k, v, mask, seed), spec = call.operands, call.spec
+    (q, k, v, mask, seed, *_), spec = call.operands, call.spec
     return Budget(
         truth,
         q,

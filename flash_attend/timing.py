@@ -25,7 +25,7 @@ __all__ = ["Call", "Candidate", "call_as_json", "in_turns", "time_pair"]
 
 ROUNDS = 15  # of A B B A
 
-Needed = tuple[bool, bool, bool]
+Needed = tuple[bool, ...]
 
 
 class Call(NamedTuple):

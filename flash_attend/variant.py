@@ -39,7 +39,7 @@ class Variant(NamedTuple):
     mask_per_head: bool
     grouped: bool
     negative_scale: bool
-    needed: tuple[bool, bool, bool]  # which of q, k and v need a gradient; where none does, the backward is not run
+    needed: tuple[bool, ...]  # which of q, k and v need a gradient; where none does, the backward is not run
     # As `kernels.configs.as_text` has those that were measured fastest, or that the rules give calls too short
     # to fill a part; empty for what they give others.
     tiles: str = ""
@@ -68,9 +68,7 @@ def kind_of_call(spec: AttentionSpec) -> tuple:
     return dtype, spec.precision, *dims, mask, spec.causal, _decided(spec.dropout_p > 0), _decided(spec.queries == 1)
 
 
-def variant_of(
-    spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, bool, bool], tiles: str = ""
-) -> tuple:
+def variant_of(spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, ...], tiles: str = "") -> tuple:
     """The fields of the `Variant` that serves a call."""
     flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0
     return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles

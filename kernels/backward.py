@@ -493,7 +493,7 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
-    q, k, v, mask, seed = operands
+    q, k, v, *others = operands
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
@@ -501,7 +501,7 @@ def attention_backward(
     backward = _prepare(spec, tiles, tuple(needed), planes, *strides)
     if backward is not None:
         return backward.run(grad_out, grad_lse, operands, out, kept)
-    operands = Operands(readable(q), readable(k), readable(v), mask, seed)
+    operands = Operands(readable(q), readable(k), readable(v), *others)
     given = readable(grad_out), grad_lse, operands, readable(out), lse, kept
     return attention_backward(*given, spec, tiles, needed)
 
@@ -526,7 +526,7 @@ class Backward:
         kept: Kept,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As `attention_backward`."""
-        q, k, v, _, seed = operands
+        q, k, v, _, seed, *_ = operands
         schedule = kept.schedule
         # What is allocated here is aligned. Where something else is not, each launch sees for itself.
         aligned = begin_aligned(q, k, v, grad_out, schedule.visible, schedule.lists, seed) or None

@@ -225,7 +225,7 @@ class Forward:
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         """As `attention_forward`."""
-        q, k, v, mask, seed = operands
+        q, k, v, mask, seed, *_ = operands
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         statistics = lse.new_empty_strided(*self.statistics)
@@ -246,7 +246,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
     """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
-    q, k, v, mask_sizes, _ = layouts
+    q, k, v, mask_sizes, *_ = layouts
     planes = 0 if mask_sizes is None else mask_sizes[0] * mask_sizes[1]
     if packed := packed_group(spec):
         q, out = (strides_as_queries(strides, spec.group) for strides in (q, out))

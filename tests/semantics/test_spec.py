@@ -82,7 +82,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_are_read_where_they_lie(name: str) -> None:
     given, kind, per_head, shape, strides = MASKS[name]
-    _, (*_, mask, _), spec = _normalise(mask=given)
+    _, (_, _, _, mask, *_), spec = _normalise(mask=given)
     assert (spec.mask, spec.mask_per_head, mask.dtype, tuple(mask.shape)) == (kind, per_head, torch.bool, shape)
     assert tuple(None if wanted is None else s for s, wanted in zip(mask.stride(), strides, strict=True)) == strides
     assert mask.data_ptr() == given.data_ptr()
@@ -94,7 +94,7 @@ def test_masks_are_read_where_they_lie(name: str) -> None:
 def test_a_mask_of_one_head_and_one_query_is_no_key_mask_by_accident() -> None:
     """With a single query every mask is the same for all queries, which is the cheaper kind."""
     q, k, v = torch.randn(B, 1, 1, D), torch.randn(B, 1, KEYS, D), torch.randn(B, 1, KEYS, DV)
-    (*_, mask, _), spec = normalise_inputs(q, k, v, mask=_bool(B, 1, 1, KEYS))
+    (_, _, _, mask, *_), spec = normalise_inputs(q, k, v, mask=_bool(B, 1, 1, KEYS))
     assert (spec.mask, spec.mask_per_head, tuple(mask.shape)) == (MaskKind.KEY, False, (B, 1, 1, KEYS))
 
 

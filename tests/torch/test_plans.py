@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attend import flash_attention, plans
-from flash_attend.checks import facts_of, layouts_of, normalise_inputs
+from flash_attend.checks import Sizes, facts_of, layouts_of, normalise_inputs
 from flash_attend.dispatch import override_backward
 from flash_attend.evidence import Store, read_anew
 from flash_attend.generation import renew
-from flash_attend.operands import Layouts
+from flash_attend.operands import Layouts, Operands
 from flash_attend.plans import CallPlan, plan_call, recorded_calls
 from flash_attend.spec import CALLS_KEPT
 
@@ -28,7 +28,7 @@ MASK = torch.rand(2, 5) < 0.7
 
 def plan(q: Tensor = Q, k: Tensor = K, v: Tensor = K, mask: Tensor | None = None, **options) -> CallPlan:
     usual = dict(causal=False, scale=None, dropout_p=0.0, deterministic=None, backend="auto")
-    return plan_call(q, k, v, mask, **{**usual, **options})
+    return plan_call(Operands(q, k, v, mask), **{**usual, **options})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,8 +246,8 @@ LAYOUTS = {
 def test_layouts_are_those_of_the_operands(name: str) -> None:
     given = {**dict(q=Q, k=K, v=K, mask=None), **LAYOUTS[name]}
     operands, spec = normalise_inputs(given["q"], given["k"], given["v"], mask=given["mask"])
-    sizes = (1, 1, 1) if operands.mask is None else tuple(operands.mask.shape[:3])
-    found, real = layouts_of(facts_of(**given), spec, sizes), Layouts.of(operands)
+    sizes = Sizes() if operands.mask is None else Sizes(tuple(operands.mask.shape[:3]))
+    found, real = layouts_of(facts_of(Operands(**given)), spec, sizes), Layouts.of(operands)
     assert found.mask_sizes == real.mask_sizes
     for ours, theirs, tensor in zip(
         (*found[:3], found.mask), (*real[:3], real.mask), operands[:4], strict=True
