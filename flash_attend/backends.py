@@ -45,7 +45,7 @@ class Functions(NamedTuple):
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
-    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]] | None = None
+    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +217,7 @@ def _load_hopper() -> Functions:
 def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
     if target.device_type != "cpu":
         return f"{target.device_type} tensors; it serves a CPU alone"
-    if reason := _refuse_scores(spec):
+    if reason := _refuse_scores(spec, ("window", "bias", "alibi")):
         return reason
     if spec.dropout_p > 0:
         return "dropout is on"
@@ -227,9 +227,9 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward
+    from flash_attend.sdpa import attention_backward, attention_forward, plan_forward
 
-    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None)
+    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,8 +237,8 @@ def _load_sdpa() -> Functions:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_einsum(spec: AttentionSpec, target: DeviceTarget) -> str:
-    return _refuse_scores(spec)
+def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return ""
 
 
 def _load_math() -> Functions:
@@ -271,6 +271,6 @@ BACKENDS: dict[str, Backend] = {
         Backend("hopper", _refuse_hopper, _refuse_fused, _load_hopper, proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
-        Backend("math", _refuse_einsum, None, _load_math, usual_backward="einsum", proof="none"),
+        Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )
 }

@@ -96,16 +96,16 @@ def facts_of(given: Operands) -> Facts:
             *others,
         )
     except RuntimeError:  # a nested tensor has neither sizes nor strides
-        for name, tensor in zip(("q", "k", "v", "mask"), given, strict=False):
-            if tensor is not None:
-                _check_dense(name, tensor)
+        for name, found in zip(("q", "k", "v", "mask"), given, strict=False):
+            if found is not None:
+                _check_dense(name, found)
         raise
 
 
 def _facts_of_others(**others: Tensor | None) -> tuple:
-    for name, tensor in others.items():
-        if tensor is not None:
-            _check_dense(name, tensor)
+    for name, given in others.items():
+        if given is not None:
+            _check_dense(name, given)
     slopes = others["alibi_slopes"]
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes must not require a gradient, there is none of them; detach them, or pass a bias")

@@ -228,7 +228,8 @@ def backward_composite(
     operands, given = options.operands_of(tensors), dict(zip(options.grads, grads, strict=True))
     spec = spec_of(operands, numbers, options)
     found = attention_reference_gradients(given.get("out"), given.get("lse"), operands, spec)
-    return [grad for name, grad in zip(INPUTS, found, strict=False) if name in options.needed]
+    named = zip(INPUTS, found, strict=False)
+    return [grad for name, grad in named if name in options.needed and grad is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,16 @@ class AttentionSpec:
         return self.bias is None and not (self.softcap or self.alibi or self.sinks)
 
     @property
+    def adds_to_scores(self) -> bool:
+        """Whether a bias or ALiBi is added to the scores."""
+        return self.bias is not None or self.alibi
+
+    @property
+    def banded(self) -> bool:
+        """Whether what a query sees depends on its place, whatever the mask."""
+        return self.causal or self.window != (None, None)
+
+    @property
     def accumulator_dtype(self) -> torch.dtype:
         """The dtype of the softmax statistics, of the LSE and of every sum."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
