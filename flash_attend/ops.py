@@ -208,7 +208,7 @@ def like_backward(
         return [tensor.new_empty(tensor.shape) for tensor in compress(inputs, call.needed)]
     from flash_attend.kernels.backward import empty_gradients
 
-    return [tensor for tensor in empty_gradients(*inputs[:3], call.spec, call.needed) if tensor is not None]
+    return [tensor for tensor in empty_gradients(inputs, call.spec, call.needed) if tensor is not None]
 
 
 # The same by the einsum path, whose parts can be differentiated and transformed.

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import as_bytes
+from flash_attend.kernels.operands import all_edges, as_bytes, window_numbers
 from flash_attend.operands import Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
@@ -155,14 +155,15 @@ class Walk:
     """The blocks that a tile visits: the full ones, run after run, within `[full_begin, full_end)`, and those that need
     masking: the listed ones, those of `[begin, full_begin)` and those of `[tail_begin, end)`.
 
-    If LISTED, `line` says where the runs are, and which blocks are partial; else all within the bounds is one run.
-    RATIO blocks make one of the schedule.
+    If LISTED, `line` says where the runs are, and which blocks are partial, from the one numbered `first_partial` on;
+    else all within the bounds is one run. RATIO blocks make one of the schedule.
     """
 
     line: object
     n_blocks: object  # of the schedule, in the line
     n_runs: object
     n_partial: object
+    first_partial: object  # None for 0, in a walk from the line's beginning on
     begin: object
     full_begin: object
     full_end: tl.tensor
@@ -183,6 +184,8 @@ class Walk:
         end = self.full_end
         if self.LISTED:
             start = tl.load(self.line + HEADER + 2 * run) * self.RATIO
+            if self.first_partial is not None:
+                start = tl.maximum(start, self.full_begin)
             end = tl.minimum(tl.load(self.line + HEADER + 2 * run + 1) * self.RATIO, end)
         return start, end
 
@@ -199,6 +202,8 @@ class Walk:
         block = tl.where(edge < front, self.begin + edge, self.tail_begin + edge - front)
         if self.LISTED:
             at = self.line + HEADER + 2 * self.n_blocks + index // self.RATIO
+            if self.first_partial is not None:
+                at += self.first_partial
             listed = tl.load(at, mask=edge < 0, other=0)
             block = tl.where(edge < 0, listed * self.RATIO + index % self.RATIO, block)
         return block
@@ -207,7 +212,7 @@ class Walk:
 @triton.jit
 def bounded_walk(begin, full_begin, full_end, end):
     """The walk over the blocks `[begin, end)`, of which `[full_begin, full_end)` are full."""
-    return Walk(0, 0, 1, 0, begin, full_begin, full_end, full_end, end, RATIO=1, LISTED=False)
+    return Walk(0, 0, 1, 0, None, begin, full_begin, full_end, full_end, end, RATIO=1, LISTED=False)
 
 
 @triton.jit
@@ -215,7 +220,7 @@ def listed_walk(line, n_blocks, RATIO: tl.constexpr):
     """The walk over a whole line, which knows causality and the ends of the sequences already."""
     last = n_blocks * RATIO
     partial = tl.load(line + 3) * RATIO
-    return Walk(line, n_blocks, tl.load(line), partial, 0, 0, last, last, last, RATIO, LISTED=True)
+    return Walk(line, n_blocks, tl.load(line), partial, None, 0, 0, last, last, last, RATIO, LISTED=True)
 
 
 @triton.jit
@@ -225,7 +230,26 @@ def cut_walk(line, n_blocks, full_end, end, RATIO: tl.constexpr):
     full_end = tl.minimum(full_end, end) // RATIO * RATIO
     tail_begin = tl.minimum(tl.maximum(full_end, tl.load(line + 1) * RATIO), end)
     partial = tl.load(line + HEADER + 3 * n_blocks + full_end // RATIO) * RATIO
-    return Walk(line, n_blocks, tl.load(line), partial, 0, 0, full_end, tail_begin, end, RATIO, LISTED=True)
+    return Walk(line, n_blocks, tl.load(line), partial, None, 0, 0, full_end, tail_begin, end, RATIO, LISTED=True)
+
+
+@triton.jit
+def band_walk(line, n_blocks, begin, full_begin, full_end, end, RATIO: tl.constexpr):
+    """The walk over the blocks `[begin, end)` of a line, in which those outside of `[full_begin, full_end)` are not
+    full, whatever the line says."""
+    first = tl.load(line + 1) * RATIO
+    end = tl.minimum(end, tl.load(line + 2) * RATIO)
+    full_begin = tl.minimum(tl.cdiv(full_begin, RATIO) * RATIO, end)
+    full_end = tl.maximum(tl.minimum(full_end, end) // RATIO * RATIO, full_begin)
+    begin = tl.minimum(tl.maximum(begin, first), full_begin)
+    tail_begin = tl.minimum(tl.maximum(full_end, first), end)
+    ranks = line + HEADER + 3 * n_blocks
+    first_partial = tl.load(ranks + full_begin // RATIO)
+    partial = (tl.load(ranks + full_end // RATIO) - first_partial) * RATIO
+    return Walk(
+        line, n_blocks, tl.load(line), partial, first_partial, begin, full_begin, full_end, tail_begin, end, RATIO,
+        LISTED=True,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,12 +344,16 @@ def dense_schedule_kernel(
     stride_head: tl.int64,
     stride_query: tl.int64,
     stride_key: tl.int64,
+    window_left: tl.int32,
+    window_right: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
 ):
     """One program for each tile of a dense mask: reads it once, through its strides, and writes one bit a pair, with
-    causality and bounds folded in, and the tile's state."""
+    causality, the window and bounds folded in, and the tile's state."""
     tile = tl.program_id(0).to(tl.int64)
     key_block = (tile % n_key_blocks).to(tl.int32)
     query_block = (tile // n_key_blocks % n_query_blocks).to(tl.int32)
@@ -335,6 +363,10 @@ def dense_schedule_kernel(
     exists = (query < queries)[:, None] & (key < keys)[None, :]
     if CAUSAL:
         exists = exists & (key[None, :] <= query[:, None] + (keys - queries))
+    if RIGHT:
+        exists = exists & (key[None, :] <= query[:, None] + (keys - queries + window_right))
+    if LEFT:
+        exists = exists & (key[None, :] >= query[:, None] + (keys - queries - window_left))
     mask = MASK_POINTER + plane // mask_heads * stride_batch + plane % mask_heads * stride_head
     offsets = query.to(tl.int64)[:, None] * stride_query + key.to(tl.int64)[None, :] * stride_key
     shown = (tl.load(mask + offsets, mask=exists, other=0) != 0).to(tl.int32)
@@ -484,8 +516,8 @@ def _prepare_dense(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec
     return Prepared(
         dense_schedule_kernel,
         shape[0] * shape[1] * n_query_blocks * n_key_blocks,
-        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides),
-        dict(BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=spec.causal),
+        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides, *window_numbers(spec)),
+        dict(BLOCK_M=block_m, BLOCK_N=block_n, **all_edges(spec)),
         num_warps=4,
     )
 
