@@ -278,7 +278,7 @@ def test_a_small_call_is_of_its_variant() -> None:
     assert {variant.backend for variant in variants} == {"hopper", "triton"}
     for variant in variants:
         call = small_call(variant, (16, 32), CPU)
-        spec, (q, k, v, mask, _) = call.spec, call.poisoned
+        spec, (q, k, v, mask, *_) = call.spec, call.poisoned
         assert Variant.read(variant_of(spec, *variant[:2], variant.needed)) == variant
         name = str(variant)
         assert (spec.keys > 32 and spec.keys % 32 and spec.queries % 16) or variant.kind.one_query, name
