@@ -252,4 +252,4 @@ class Store:
 
 def name_of_tuned(kind: Kind) -> str:
     """The name of what was measured for a kind of calls."""
-    return "tuned " + " ".join(map(str, kind))
+    return "tuned " + " ".join(filter(None, map(str, kind)))
