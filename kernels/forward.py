@@ -24,6 +24,7 @@ from flash_attend.kernels.operands import (
     bias_strides,
     call_arguments,
     call_choices,
+    contiguous_strides,
     key_sizes,
     layout_like_heads,
     lse_layout,
@@ -37,7 +38,14 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads
-from flash_attend.kernels.schedule import Planes, Schedule, plan_schedule
+from flash_attend.kernels.schedule import (
+    Planes,
+    Schedule,
+    plan_schedule,
+    scheduled_mask,
+    scheduled_sizes,
+    scheduled_spec,
+)
 from flash_attend.kernels.scores import LOG2E, scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
@@ -249,6 +257,7 @@ class Forward:
     schedule: Callable[[Tensor | None], Schedule]  # of the mask
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
+    hides_keys: bool  # the bias may hide some from everybody
     changes_scores: bool  # there is a bias, or there are slopes or sinks
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor, Kept]:
@@ -257,6 +266,8 @@ class Forward:
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         statistics = lse.new_empty_strided(*self.statistics)
+        if self.hides_keys:
+            mask = scheduled_mask(mask, operands.bias)
         schedule = self.schedule(mask)
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
         prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
@@ -270,11 +281,16 @@ class Forward:
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
+    changes_scores = spec.bias is not None or spec.alibi or spec.sinks
+    scheduled = scheduled_spec(spec)
+    hides_keys = scheduled is not spec
+    if hides_keys:
+        sizes = tuple(scheduled_sizes(layouts.mask_sizes, spec))
+        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
     schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
     layouts_of = out, lse_layout(spec), statistics_layout(spec)
-    changes_scores = spec.bias is not None or spec.alibi or spec.sinks
-    return Forward(*layouts_of, spec.accumulator_dtype, schedule, *launches, changes_scores)
+    return Forward(*layouts_of, spec.accumulator_dtype, schedule, *launches, hides_keys, changes_scores)
 
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:

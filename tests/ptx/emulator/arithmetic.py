@@ -189,6 +189,16 @@ def _lg2(item: Instruction) -> Meaning:
     return elementwise(item, np.log2, ("approx",))
 
 
+@instruction("tanh", section=FLOAT)
+def _tanh(item: Instruction) -> Meaning:
+    return elementwise(item, cut_tanh, ("approx",))
+
+
+def cut_tanh(x: np.ndarray) -> np.ndarray:
+    """The hyperbolic tangent of float32 numbers, cut to 12 bits: as far off as the part's may be, 2^-11 of it."""
+    return (np.tanh(x).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+
+
 @instruction("sqrt", section=FLOAT)
 def _sqrt(item: Instruction) -> Meaning:
     return elementwise(item, np.sqrt, ("approx", "rn"))
