@@ -285,17 +285,16 @@ def _lines(frame: pd.DataFrame, column: str, title: str, label: str) -> Any:
     """Values against length, a panel for each pass and head dim, a line for each peer."""
     from matplotlib.figure import Figure
 
-    passes, dims = frame["pass"].unique(), sorted(frame["dim"].unique())
-    figure = Figure(figsize=(1 + 3.2 * len(dims), 1.2 + 2.2 * len(passes)), layout="constrained")
-    grid = figure.subplots(len(passes), len(dims), squeeze=False, sharex=True)
-    for (name, dim), part in frame.groupby(["pass", "dim"]):
-        axes = grid[list(passes).index(name)][dims.index(dim)]
-        for peer, line in part.sort_values("length").groupby("peer", sort=False):
-            axes.plot(line["length"], line[column], marker=".", label=peer, linewidth=2.5 if line["ours"].all() else 1)
+    panels = list(frame.groupby(["pass", "dim"], sort=False))
+    columns = frame["dim"].nunique()
+    figure = Figure(figsize=(1 + 3.2 * columns, 1.2 + 2.2 * len(panels) / columns), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for axes, ((name, dim), part) in zip(grid, panels, strict=False):
+        lines = part.pivot_table(column, "length", "peer", sort=False).sort_index()
+        axes.plot(lines, marker=".", label=list(lines))
         axes.set(title=f"{name}, head dim {dim}", xlabel="length", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
-    handles = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        axes.legend(fontsize="xx-small")
     figure.suptitle(title)
     return figure
 
