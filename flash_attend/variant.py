@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     mask: str  # the name of a `MaskKind`, in lower case
     causal: bool
     dropout: bool
-    one_query: bool  # decoding
+    one_query: bool = False  # decoding
 
     def __str__(self) -> str:
         words = [self.dtype, self.precision * (self.precision != "ieee"), f"d{self.head_dim}", f"dv{self.value_dim}"]
