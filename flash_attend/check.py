@@ -194,7 +194,7 @@ def servable(target: DeviceTarget) -> list[Variant]:
         one
         for products, dim, changes in product(PRODUCTS, HEAD_DIMS, SCORES)
         for one in _of_changes(
-            Kind(*products, dim, dim, "none", True, False, changes.format(dtype=products[0])), target
+            Kind(*products, dim, dim, "none", True, False, scores=changes.format(dtype=products[0])), target
         )
     ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
@@ -202,12 +202,12 @@ def servable(target: DeviceTarget) -> list[Variant]:
 
 def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
     """The variants of a kind whose scores are changed, on a part."""
-    needed = (*ALL, "bias" in kind.scores, "sinks" in kind.scores)
-    needed = needed if any(needed[3:]) else ALL
+    others = "bias" in kind.scores, "sinks" in kind.scores
+    needed = (*ALL, *others) if any(others) else ALL
     found = []
     for backend in BACKENDS.values():
         for way in (backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)):
-            variant = Variant(backend.name, way, kind, False, False, False, False, needed)
+            variant = Variant(backend.name, way, kind, False, False, False, needed)
             found += [variant] if backend.proof != "none" and not _refused(variant, target) else []
     return found
 

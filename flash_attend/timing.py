@@ -58,7 +58,8 @@ def call_of_json(found: dict[str, Any]) -> Call:
     spec = found | dict(dtype=getattr(torch, found["dtype"]), mask=MaskKind(found["mask"]))
     spec["window"] = tuple(found.get("window", (None, None)))
     if (bias := found.get("bias")) is not None:
-        spec["bias"] = BiasKind(*bias[:4], getattr(torch, bias[4]))
+        batch, heads, queries, keys, dtype = bias
+        spec["bias"] = BiasKind(batch, heads, queries, keys, getattr(torch, dtype))
     needed = tuple(spec.pop("needed"))
     return Call(AttentionSpec(**spec), cast(Needed, needed))
 

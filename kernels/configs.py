@@ -10,6 +10,7 @@ what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the fi
 - Up to 2% of a main loop's instructions may access spilled registers; outside of it they are free. Where more serve,
   the model has counted them: as traffic of shared memory.
 - Two stages at least, unless shared memory forbids it; no product is computed twice.
+- In TF32 on sm_80 every warp rounds all keys that it multiplies: 256 queries share them.
 - Where a grid has fewer programs than the part has multiprocessors, tiles have half as many rows.
 """
 
@@ -156,8 +157,9 @@ ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_90", "half", 192): _choices("128x64w8s2", "64x128w8s2a", "128x64w8s2", "16x64w8s2 16x16w8s2"),
     ("sm_90", "half", 256): _choices("128x64w8s2d", "64x128w8s1a 32x128w8s2a", "128x32w8s2d", "64x32w8s2 32x16w8s2"),
     ("sm_80", "tf32", 64): _choices(
-        "128x64w4s2h 128x32w4s3", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
-    ("sm_80", "tf32", 128): _choices("128x16w4s2h 128x32w4s2h", "32x64w4s2", "128x16w8s2 64x32w4s2", "16x32w8s2"),
+        "256x32w4s2h 128x64w4s2h 128x32w4s3", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
+    ("sm_80", "tf32", 128): _choices(
+        "256x32w8s2h 128x16w4s2h 128x32w4s2h", "32x64w4s2", "128x16w8s2 64x32w4s2", "16x32w8s2"),
     ("sm_86", "tf32", 128): _choices("128x16w4s2h 128x32w4s2h", "32x32w4s2", "32x32w4s2", "16x32w8s2"),
     ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "32x32w4s1a", "32x32w4s1", "16x32w8s1 16x16w8s2"),
     ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
