@@ -191,8 +191,8 @@ def servable(target: DeviceTarget) -> list[Variant]:
 
 def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
     """The variants of a kind whose scores are changed, on a part."""
-    needed = (*ALL, "bias" in kind.scores, "sinks" in kind.scores)
-    needed = needed if any(needed[3:]) else ALL
+    others = "bias" in kind.scores, "sinks" in kind.scores
+    needed = (*ALL, *others) if any(others) else ALL
     found = []
     for backend in BACKENDS.values():
         for way in (backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)):

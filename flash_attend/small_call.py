@@ -40,7 +40,13 @@ def spec_of(variant: Variant) -> AttentionSpec:
     """The spec of a variant's small call, but for its lengths."""
     kind = variant.kind
     return AttentionSpec(
-        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if variant.one_query else 2, 1),
+        *(
+            3 if kind.mask != "none" else 2 if "bias-b" in kind.scores else 1,
+            4 if variant.grouped else 2,
+            2,
+            1 if variant.one_query else 2,
+            1,
+        ),
         *(kind.head_dim, kind.value_dim),
         getattr(torch, kind.dtype),
         mask=MaskKind[kind.mask.upper()],
@@ -62,7 +68,8 @@ def _changes(scores: str) -> dict[str, Any]:
     for word in words:
         if word.startswith("bias-"):
             _, form, dtype = word.split("-")
-            found["bias"] = BiasKind(*(letter != "1" for letter in form), getattr(torch, dtype))
+            b, h, i, j = (letter != "1" for letter in form)
+            found["bias"] = BiasKind(b, h, i, j, getattr(torch, dtype))
     return found
 
 
@@ -75,9 +82,8 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     queries = 1 if variant.one_query else queries
     spec = spec_of(variant)
     # So far that there are full blocks in it, and so near that blocks are cut by it.
-    window = tuple(
-        None if end is None else reach for end, reach in zip(spec.window, (2 * edge, edge // 2), strict=True)
-    )
+    left, right = spec.window
+    window = (None if left is None else 2 * edge, None if right is None else edge // 2)
     spec = replace(spec, queries=queries, keys=keys, window=window)
 
     generator = torch.Generator().manual_seed(SEED)
@@ -122,7 +128,9 @@ def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
 
 def truth_of(call: SmallCall) -> Answer:
     spec = replace(call.spec, dtype=torch.float64, precision="ieee")
-    operands = Operands(*(x.double() if x is not None and x.is_floating_point() else x for x in call.operands))
+    q, k, v, mask, seed, *others = call.operands
+    bias, slopes, sinks = (None if x is None else x.double() for x in others)
+    operands = Operands(q.double(), k.double(), v.double(), mask, seed, bias, slopes, sinks)
     out, lse = attention_reference(operands, spec, return_lse=True)
     assert lse is not None
     return Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))

@@ -50,14 +50,16 @@ class Candidate(NamedTuple):
 def call_as_json(call: Call) -> dict[str, Any]:
     dtype = str(call.spec.dtype).removeprefix("torch.")
     bias = None if call.spec.bias is None else [*call.spec.bias[:4], str(call.spec.bias.dtype).removeprefix("torch.")]
-    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), bias=bias, needed=list(call.needed))
+    lists = dict(window=list(call.spec.window), bias=bias, needed=list(call.needed))
+    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), **lists)
 
 
 def call_of_json(found: dict[str, Any]) -> Call:
     spec = found | dict(dtype=getattr(torch, found["dtype"]), mask=MaskKind(found["mask"]))
     spec["window"] = tuple(found.get("window", (None, None)))
     if (bias := found.get("bias")) is not None:
-        spec["bias"] = BiasKind(*bias[:4], getattr(torch, bias[4]))
+        b, h, i, j, dtype = bias
+        spec["bias"] = BiasKind(b, h, i, j, getattr(torch, dtype))
     needed = tuple(spec.pop("needed"))
     return Call(AttentionSpec(**spec), cast(Needed, needed))
 
