@@ -40,7 +40,13 @@ def spec_of(variant: Variant) -> AttentionSpec:
     """The spec of a variant's small call, but for its lengths."""
     kind = variant.kind
     return AttentionSpec(
-        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if kind.one_query else 2, 1),
+        *(
+            3 if kind.mask != "none" else 2 if "bias-b" in kind.scores else 1,
+            4 if variant.grouped else 2,
+            2,
+            1 if kind.one_query else 2,
+            1,
+        ),
         *(kind.head_dim, kind.value_dim),
         getattr(torch, kind.dtype),
         mask=MaskKind[kind.mask.upper()],
@@ -122,7 +128,9 @@ def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
 
 def truth_of(call: SmallCall) -> Answer:
     spec = replace(call.spec, dtype=torch.float64, precision="ieee")
-    operands = Operands(*[x.double() if x is not None and x.is_floating_point() else x for x in call.operands])  # type: ignore[arg-type]
+    q, k, v, mask, seed, *others = call.operands
+    bias, slopes, sinks = (None if x is None else x.double() for x in others)
+    operands = Operands(q.double(), k.double(), v.double(), mask, seed, bias, slopes, sinks)
     out, lse = attention_reference(operands, spec, return_lse=True)
     assert lse is not None
     return Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))

@@ -51,7 +51,8 @@ class Candidate(NamedTuple):
 def call_as_json(call: Call) -> dict[str, Any]:
     dtype = str(call.spec.dtype).removeprefix("torch.")
     bias = None if call.spec.bias is None else [*call.spec.bias[:4], str(call.spec.bias.dtype).removeprefix("torch.")]
-    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), bias=bias, needed=list(call.needed))
+    lists = dict(window=list(call.spec.window), bias=bias, needed=list(call.needed))
+    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), **lists)
 
 
 def call_of_json(found: dict[str, Any]) -> Call:

@@ -41,6 +41,7 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import (
     Planes,
     Schedule,
+    may_hide_keys,
     plan_schedule,
     scheduled_mask,
     scheduled_sizes,
@@ -282,11 +283,10 @@ class Forward:
 def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
     changes_scores = spec.bias is not None or spec.alibi or spec.sinks
-    scheduled = scheduled_spec(spec)
-    hides_keys = scheduled is not spec
+    hides_keys = may_hide_keys(spec)
     if hides_keys:
         sizes = tuple(scheduled_sizes(layouts.mask_sizes, spec))
-        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled
+        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled_spec(spec)
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
     schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
     layouts_of = out, lse_layout(spec), statistics_layout(spec)

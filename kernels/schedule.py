@@ -437,22 +437,26 @@ def layout_of(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Shapes:
     return [] if sizes is None else schedule_layout(sizes, scheduled_spec(spec), tiles)
 
 
+def may_hide_keys(spec: AttentionSpec) -> bool:
+    """Whether keys of a call count as hidden by a key mask where its bias hides them from every query: their rows of k
+    and v may then hold anything."""
+    return spec.bias is not None and spec.bias.keys and spec.mask != MaskKind.DENSE
+
+
 @lru_cache(maxsize=CALLS_KEPT)
 def scheduled_spec(spec: AttentionSpec) -> AttentionSpec:
-    """A call as its schedule is built and kernels see it. A bias of -inf may hide keys from every query, whose rows of
-    k and v may then hold anything: they count as hidden by a key mask, which a call with a bias therefore has."""
-    if spec.bias is None or not spec.bias.keys or spec.mask == MaskKind.DENSE:
+    """A call as its schedule is built and kernels see it: with a key mask, if its bias may hide keys."""
+    if spec.bias is None or not may_hide_keys(spec):
         return spec
     return replace(spec, mask=MaskKind.KEY, mask_per_head=spec.mask_per_head or spec.bias.heads)
 
 
 def scheduled_sizes(sizes: Sequence[int] | None, spec: AttentionSpec) -> Sequence[int] | None:
     """The sizes of the mask of `scheduled_spec`, from those of the mask that was given."""
-    scheduled = scheduled_spec(spec)
-    if scheduled is spec or spec.bias is None:
+    if spec.bias is None or not may_hide_keys(spec):
         return sizes
     per_batch = spec.bias.batch or (sizes is not None and bool(sizes[0] > 1))
-    return (spec.batch if per_batch else 1, spec.heads if scheduled.mask_per_head else 1, 1, spec.keys)
+    return (spec.batch if per_batch else 1, spec.heads if spec.mask_per_head or spec.bias.heads else 1, 1, spec.keys)
 
 
 def scheduled_mask(mask: Tensor | None, bias: Tensor) -> Tensor:

@@ -191,12 +191,13 @@ def _lg2(item: Instruction) -> Meaning:
 
 @instruction("tanh", section=FLOAT)
 def _tanh(item: Instruction) -> Meaning:
-    return elementwise(item, cut_tanh, ("approx",))
+    return elementwise(item, coarse_tanh, ("approx",))
 
 
-def cut_tanh(x: np.ndarray) -> np.ndarray:
-    """The hyperbolic tangent of float32 numbers, cut to 12 bits: as far off as the part's may be, 2^-11 of it."""
-    return (np.tanh(x).view(np.uint32) & np.uint32(0xFFFFF000)).view(np.float32)
+def coarse_tanh(x: np.ndarray) -> np.ndarray:
+    """The hyperbolic tangent of float32 numbers, rounded to 11 bits: as far off as the part's may be, 2^-11 of it."""
+    bits = np.tanh(x).view(np.uint32)
+    return np.where(np.isnan(x), x, ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32))
 
 
 @instruction("sqrt", section=FLOAT)
