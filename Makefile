@@ -45,12 +45,11 @@ demo: $(INSTALLED) ## trains a real model on real text with its own Attend and w
 bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 minutes, and prints the README's table (ARGS=--resume)
-	@$(BIN)/python benchmarks/run.py --group cpu --peers flash_attend sdpa 'sdpa math' --minutes 25 --out $(ON_CPU) $(ARGS)
-	@$(BIN)/python benchmarks/report.py --section $(ON_CPU)
+bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 minutes; the same again goes on
+	@$(BIN)/python benchmarks/run.py --device cpu --peers flash_attend sdpa 'sdpa math' --minutes 25 --out $(ON_CPU) $(ARGS)
 
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
-	@$(BIN)/python benchmarks/run.py --group training $(ARGS)
+	@$(BIN)/python benchmarks/run.py --training $(ARGS)
 
 # Of this peer one file is used, which needs none of what the package requires.
 $(VENV)/.peers: $(VENV)/.made
@@ -106,7 +105,7 @@ sanitize: $(INSTALLED) ## on a GPU: compute-sanitizer's memcheck over a part of 
 aot: $(INSTALLED) ## compiles every row of the configuration table in every mode, without a GPU
 	@$(BIN)/python -m flash_attend.kernels.aot
 
-aot-common: $(INSTALLED) ## compiles those of half precision in two modes, the others in one
+aot-common: $(INSTALLED) ## compiles those of half precision in one mode or two, and two widths of the others
 	@$(BIN)/python -m flash_attend.kernels.aot --common
 
 # What spills differs between Triton versions: that is checked on the pinned one, and of the kernels for Hopper on the

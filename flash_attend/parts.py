@@ -3,7 +3,8 @@
 Work follows the visible pairs. Where keys are padded, each run of batch entries has its own range of keys; where there
 are holes between them, the visible keys are gathered. What that would save in less than a call's time is computed
 hidden, and neighbours with it. Causal attention that is no square is a rectangle, all visible, and a square. Any other
-mask goes by runs of queries, each with the keys that any of them sees. No part has an array of all queries by all keys.
+mask goes by runs of queries, each with the keys that any of them sees, and so do windows, and what is added to scores
+by place. No part has an array of all queries by all keys.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attend.reference import visible_pairs
+from flash_attend.reference import keys_seen, right_end, visible_pairs
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["Group", "Part", "Range", "split"]
@@ -36,7 +37,7 @@ class Part(NamedTuple):
     rows: Range
     keys: Range
     causal: bool = False  # a square, whose first query sees its first key
-    biased: bool = False  # the mask says more than the ranges do
+    biased: bool = False  # the mask says more than the ranges do, or something is added to the scores
 
 
 class Group(NamedTuple):
@@ -67,8 +68,10 @@ def _without_mask(spec: AttentionSpec) -> list[Group]:
 
 def _ranged(keys: Range, spec: AttentionSpec) -> list[Part]:
     """The parts of queries that may see the keys of a range."""
-    if not spec.causal:
-        return [Part((0, spec.queries), keys)]
+    if not spec.banded and not spec.alibi:
+        return [Part((0, spec.queries), keys, biased=spec.adds_to_scores)]
+    if spec.window != (None, None) or spec.adds_to_scores:
+        return list(_banded(keys, spec))
     (first_key, last_key), parts = keys, []
     # Queries before `start` see nothing, those from `turn` on all of the range.
     start = min(max(first_key - spec.offset, 0), spec.queries)
@@ -96,8 +99,21 @@ def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
     return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows
 
 
-def _runs_of_rows(first: int, last: int, rows: int) -> Iterator[Range]:
+def _runs_of_rows(first: int, last: int, rows: int = 0) -> Iterator[Range]:
+    rows = rows or ROWS
     return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
+
+
+def _banded(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
+    """The parts of runs of queries, each with those keys of a range that any of them may see."""
+    (left, _), right = spec.window, right_end(spec)
+    for first, last in _runs_of_rows(0, spec.queries):
+        seen = keys_seen(spec, first, last)
+        begin, end = max(seen[0], keys[0]), min(seen[1], keys[1])
+        late = right is not None and end - 1 > first + spec.offset + right
+        early = left is not None and begin < last - 1 + spec.offset - left
+        if end > begin:
+            yield Part((first, last), (begin, end), biased=late or early or spec.adds_to_scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,26 +201,32 @@ def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
 
 def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
     """The parts of queries that may see the keys at these positions, which are counted from the first of them."""
-    if not spec.causal:
-        yield Part((0, spec.queries), (0, picked.numel()))
+    if not spec.banded and not spec.alibi:
+        yield Part((0, spec.queries), (0, picked.numel()), biased=spec.adds_to_scores)
         return
-    # Of each query, how many keys it sees.
-    last_seen = torch.arange(spec.offset + 1, spec.queries + spec.offset + 1, device=picked.device)
-    counts = torch.searchsorted(picked, last_seen).tolist()
-    for first, last in _runs_of_rows(0, spec.queries, ROWS):
-        if counts[last - 1]:
-            yield Part((first, last), (0, counts[last - 1]), biased=counts[first] < counts[last - 1])
+    # Of each query, the range of keys that it sees.
+    place, (left, _), right = (
+        torch.arange(spec.queries, device=picked.device) + spec.offset,
+        spec.window,
+        right_end(spec),
+    )
+    begins = [0] * spec.queries if left is None else torch.searchsorted(picked, place - left).tolist()
+    all_seen = [picked.numel()] * spec.queries
+    ends = all_seen if right is None else torch.searchsorted(picked, place + right + 1).tolist()
+    for first, last in _runs_of_rows(0, spec.queries):
+        begin, end = begins[first], ends[last - 1]
+        if end > begin:
+            cut = begin < begins[last - 1] or ends[first] < end
+            yield Part((first, last), (begin, end), biased=cut or spec.adds_to_scores)
 
 
 def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
     """The parts of queries that see some keys of a range."""
-    if not spec.causal:
+    if not spec.banded and not spec.alibi:
         yield Part((0, spec.queries), keys, biased=True)
         return
-    for first, last in _runs_of_rows(0, spec.queries, ROWS):
-        seen = min(keys[1], last + spec.offset)
-        if seen > keys[0]:
-            yield Part((first, last), (keys[0], seen), biased=True)
+    for part in _banded(keys, spec):
+        yield part._replace(biased=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,19 +239,20 @@ def _by_rows(mask: Tensor, spec: AttentionSpec) -> list[Group]:
     calls take, in each."""
     apart: list[list[Part]] = [[] for _ in range(mask.shape[0])]
     together = []
-    whole = mask.shape[2] == 1 and not spec.causal
-    for rows in _runs_of_rows(0, spec.queries, spec.queries if whole else ROWS):
-        seen = min(max(rows[1] + spec.offset, 0), spec.keys) if spec.causal else spec.keys
-        visible = visible_pairs(mask, spec, *rows, seen, mask.device)
+    whole = mask.shape[2] == 1 and not spec.banded and not spec.alibi
+    for rows in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
+        begin, end = keys_seen(spec, *rows)
+        visible = visible_pairs(mask, spec, *rows, end, mask.device, begin)
         assert visible is not None
         pairs = visible.flatten(1, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
         any_sees, all_see = _bytes_of(pairs.amax(dim=1)), _bytes_of(pairs.amin(dim=1))
         found = []
         for entry, parts in enumerate(apart):
-            at = slice(entry * seen, (entry + 1) * seen)
-            keys = _range_of(any_sees[at])
-            if keys[1]:
-                found.append(Part(rows, keys, biased=all_see[at].find(0, *keys) >= 0))
+            at = slice(entry * (end - begin), (entry + 1) * (end - begin))
+            first_key, last_key = _range_of(any_sees[at])
+            if last_key:
+                biased = spec.adds_to_scores or all_see[at].find(0, first_key, last_key) >= 0
+                found.append(Part(rows, (begin + first_key, begin + last_key), biased=biased))
                 parts.append(found[-1])
         if found:
             keys = min(part.keys[0] for part in found), max(part.keys[1] for part in found)

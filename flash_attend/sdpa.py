@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import groupby
 from math import copysign, isnan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from flash_attend.reference import (
     attention_reference_gradients,
     bounded,
     cleared,
+    right_end,
     visible_pairs,
+    with_whole_mask,
 )
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -51,6 +53,7 @@ NOTHING = Kept()
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
+    operands, spec = with_whole_mask(operands, spec)
     groups = split(operands.mask, spec)
     for read in (lambda: operands, lambda: cleared(operands, spec)[0]):
         found = _forward(read(), spec, groups)
@@ -90,10 +93,13 @@ def attention_backward(
     tiles: None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v, None where `needed` says so. Torch's operator knows no gradient of an LSE, and its
-    weights are as exact as an LSE is: what has such a gradient or large scores goes by the einsum path."""
-    found: tuple[Tensor, ...] | None = None
-    if grad_out is not None and grad_lse is None and _is_exact(lse):
+    """The gradients of q, k, v and, where there is one, the bias; None where `needed` says so. Torch's operator knows
+    no gradient of an LSE or of a bias, and its weights are as exact as an LSE is: what has such a gradient or large
+    scores goes by the einsum path."""
+    found: Any = None
+    of_bias = spec.bias is not None and needed[3]
+    if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
+        operands, spec = with_whole_mask(operands, spec)
         groups = split(operands.mask, spec)
         whole = _whole(groups, spec)
         rows_alone = all([tensor.stride(-1) == 1 for tensor in (*operands[:3], grad_out, out)])
@@ -108,6 +114,7 @@ def attention_backward(
             found = None if _leaks(groups, found) else found
     if found is None:
         found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
+    found = *found, *[None] * (len(needed) - len(found))
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
 
 
@@ -153,47 +160,74 @@ class _Kernel:
         self.picked, mask = group.picked, operands.mask
         self.mask = mask if mask is None or mask.shape[0] == 1 else _cut(mask, 0, group.entries)
         self.spec, (self.factor, self.scale) = spec, _factors(spec)
+        self.bias, self.slopes = (
+            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
+            for x in (operands.bias, operands.alibi_slopes)
+        )
+        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
+            self.bias = self.bias.index_select(3, group.picked)
         q = q if self.factor == 1 else q * self.factor
         self.q, self.k, self.v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Of a part's queries: out, and the LSE of the part's keys. The kernel makes 0 of both where all scores are
         -inf; None where those may be of visible keys."""
-        bias = self._bias(part)
-        out, lse = FORWARD(*self._cut(part), 0.0, part.causal, attn_mask=self._expanded(bias, part), scale=self.scale)
+        bias, visible = self._bias(part)
+        out, lse = FORWARD(*self._cut(part), 0.0, part.causal, attn_mask=bias, scale=self.scale)
         if _has_no_zero(lse):
             return out, lse
-        if bias is not None:
-            lse = lse.masked_fill(bias.amax(dim=-1) < 0, -torch.inf)
+        if visible is not None:
+            lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
         return (out, lse) if _has_no_zero(lse) or bounded(self.spec, self.q, self.k) else None
 
     def backward(self, part: Part, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a part gives to the gradients of its queries and keys; `out` and `lse` are whole rows' own."""
-        bias = self._bias(part)
-        lse = lse if bias is None else lse.masked_fill(lse == -torch.inf, 0.0)
-        options = dict(attn_mask=self._expanded(bias, part), scale=self.scale)
-        grads = BACKWARD(grad_out, *self._cut(part), out, lse, 0.0, part.causal, **options)
+        bias, visible = self._bias(part)
+        lse = lse if visible is None else lse.masked_fill(lse == -torch.inf, 0.0)
+        grads = BACKWARD(grad_out, *self._cut(part), out, lse, 0.0, part.causal, attn_mask=bias, scale=self.scale)
         return (grads[0] if self.factor == 1 else grads[0] * self.factor), grads[1], grads[2]
 
     def _cut(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         return _cut(self.q, 2, part.rows), _cut(self.k, 2, part.keys), _cut(self.v, 2, part.keys)
 
-    def _bias(self, part: Part) -> Tensor | None:
-        """0 or -inf, `(b|1, h|1, i|1, j)`."""
+    def _bias(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to the scores, -inf where a pair is hidden, `(b, h, i, j)` by strides; and the visible pairs,
+        `(b|1, h|1, i|1, j)`. Each None where there is none, or all are."""
         if not part.biased:
-            return None
-        if self.picked is not None:
-            rows = torch.arange(*part.rows, device=self.picked.device)[:, None] + self.spec.offset
-            visible = (_cut(self.picked, 0, part.keys) <= rows)[None, None]
-        else:
-            pairs = visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device)
-            assert pairs is not None
-            visible = _cut(pairs, 3, part.keys)
-        # As a sum it takes a third of the time of a choice, and a logarithm ten times.
-        return 1 - visible.to(self.spec.accumulator_dtype).reciprocal_()
+            return None, None
+        visible, terms = self._visible(part), [*self._added(part)]
+        if visible is not None:
+            # As a sum it takes a third of the time of a choice, and a logarithm ten times.
+            terms.append(1 - visible.to(self.spec.accumulator_dtype).reciprocal_())
+        shape = (*self.q.shape[:2], part.rows[1] - part.rows[0], part.keys[1] - part.keys[0])
+        bias = terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
+        return bias.expand(shape), visible
 
-    def _expanded(self, bias: Tensor | None, part: Part) -> Tensor | None:
-        return None if bias is None else bias.expand(*self.q.shape[:2], part.rows[1] - part.rows[0], -1)
+    def _ahead(self, part: Part) -> Tensor:
+        """How far a part's keys lie behind its queries' own places, `(i, j)`."""
+        rows = torch.arange(*part.rows, device=self.q.device)[:, None] + self.spec.offset
+        keys = torch.arange(*part.keys, device=self.q.device) if self.picked is None else self.picked[slice(*part.keys)]
+        return keys - rows
+
+    def _visible(self, part: Part) -> Tensor | None:
+        """The visible pairs, `(b|1, h|1, i|1, j)`; None where it is all of them."""
+        if self.picked is None:
+            return visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device, part.keys[0])
+        (left, _), right = self.spec.window, right_end(self.spec)
+        if left is right is None:
+            return None
+        ahead = self._ahead(part)[None, None]
+        visible = torch.ones_like(ahead, dtype=torch.bool) if right is None else ahead <= right
+        return visible if left is None else visible & (ahead >= -left)
+
+    def _added(self, part: Part) -> Iterator[Tensor]:
+        """The bias and ALiBi, `(b|1, h|1, i|1, j|1)`."""
+        dtype = self.spec.accumulator_dtype
+        if self.bias is not None:
+            bias = self.bias if self.bias.shape[2] == 1 else _cut(self.bias, 2, part.rows)
+            yield (bias if bias.shape[3] == 1 else _cut(bias, 3, part.keys)).to(dtype)
+        if self.slopes is not None:
+            yield -self.slopes.to(dtype)[..., None, None] * self._ahead(part).abs()
 
 
 def _cut(tensor: Tensor, dim: int, within: Range) -> Tensor:
