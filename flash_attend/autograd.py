@@ -47,13 +47,14 @@ def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Ten
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
     forward = call.planned or call.forward
-    q, k, v, mask, _ = operands
-    if lazy(q, k, v, mask):
+    q, k, v, mask, _, bias, slopes, sinks = operands
+    if lazy(q, k, v, mask, bias, slopes, sinks):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
-        q, k, v, *_ = operands
+        q, k, v, _, _, bias, _, sinks = operands
         forward = call.forward
     if call.differentiated:
-        found = _attend_eagerly(q, k, v, (operands, forward, call, return_lse))
+        others = () if bias is sinks is None else (bias, sinks)
+        found = _attend_eagerly(q, k, v, (operands, forward, call, return_lse), *others)
         return found if return_lse else (found, None)
     return forward(operands)[:2]
 
@@ -67,7 +68,10 @@ def attend_by_operators(
         return attention_reference(operands, spec, return_lse=return_lse)
     compiled = torch.compiler.is_compiling()
     if not compiled:
-        operands = operands._replace(mask=_savable(operands.mask))
+        operands = operands._replace(
+            mask=_savable(operands.mask), bias=_savable(operands.bias),
+            alibi_slopes=_savable(operands.alibi_slopes), sinks=_savable(operands.sinks),
+        )  # fmt: skip
     numbers, options = ops.options_of(operands, spec, plan, return_lse=return_lse)
     present = [tensor for tensor in operands if tensor is not None]
     if transformed():
@@ -79,9 +83,9 @@ def attend_by_operators(
     return out, others[0] if others else None
 
 
-def _savable(mask: Tensor | None) -> Tensor | None:
-    """The mask, or a copy of one made in inference mode, which may not be saved for a backward."""
-    return mask.clone() if mask is not None and mask.is_inference() else mask
+def _savable(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy of one made in inference mode, which may not be saved for a backward."""
+    return tensor.clone() if tensor is not None and tensor.is_inference() else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,16 +94,22 @@ def _savable(mask: Tensor | None) -> Tensor | None:
 
 
 class Attention(torch.autograd.Function):
-    """`(q, k, v, planned) -> out`, or `(out, lse)` where the lse is asked for, by a backend's own functions."""
+    """`(q, k, v, planned) -> out`, or `(out, lse)` where the lse is asked for, by a backend's own functions. Last
+    come the bias and the sinks, where there is either."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: tuple) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, planned: tuple, *others: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         operands, forward, call, return_lse = planned
         out, lse, kept = forward(operands)
-        _, _, _, mask, seed = operands
-        others = kept[:1] if mask is None and seed is None else (*kept, _savable(mask), seed)
+        _, _, _, mask, seed, bias, slopes, sinks = operands
+        if bias is slopes is sinks is None:
+            others = kept[:1] if mask is seed is None else (*kept, _savable(mask), seed)
+        else:
+            others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks))
         ctx.save_for_backward(q, k, v, out, lse, *others)
-        ctx.call = call, type(kept)
+        ctx.call = call, type(kept), len(kept)
         if not return_lse:  # an output costs a microsecond
             return out
         ctx.set_materialize_grads(False)
@@ -107,23 +117,25 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        (call, kept_of), needed, saved = ctx.call, ctx.needs_input_grad[:3], ctx.saved_tensors
+        (call, kept_of, count), needed, saved = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        needed = *needed[:3], *needed[4:]
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
         # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
         if not by_operators and lazy(*saved, grad_out, grad_lse):
             saved, grad_out, grad_lse = map(settled, saved), settled(grad_out), settled(grad_lse)
         q, k, v, out, lse, *others = saved
-        *kept, mask, seed = others if len(others) > 1 else (*others, None, None)
-        operands, kept = Operands(q, k, v, mask, seed), kept_of(*kept)
+        operands, kept = Operands(q, k, v, *others[count:]), kept_of(*others[:count])
         if by_operators:
             numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
             outputs, names = [out, lse, *kept.packed()], list(compress(INPUTS, needed))
             found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, names)
-            return *map(found.get, INPUTS), None
-        given = grad_out, grad_lse, operands, out, lse, kept
-        return *call.functions.backward(*given, call.spec, call.tiles, needed), None
+            grads = tuple(map(found.get, INPUTS[: len(needed)]))
+        else:
+            given = grad_out, grad_lse, operands, out, lse, kept
+            grads = call.functions.backward(*given, call.spec, call.tiles, needed)
+        return *grads[:3], None, *grads[3:]
 
 
 class Kept(torch.autograd.Function):
@@ -161,7 +173,8 @@ def _first_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[b
     """Of every operand that there is."""
     names = Options.read(ctx.options).operands
     operands, outputs = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
-    found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, list(compress(names, needs)))
+    needed = [name for name in compress(names, needs) if name in INPUTS]  # there is no gradient of slopes
+    found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, needed)
     return [found.get(name) for name in names]
 
 
@@ -173,7 +186,7 @@ def _differentiate(
     options: str,
     needed: list[str],
 ) -> dict[str, Tensor]:
-    """The gradients by name, of those of q, k and v that are `needed`."""
+    """The gradients by name, of those of INPUTS that are `needed`."""
     given = {name: grad for name, grad in zip(OUTPUTS, grads, strict=False) if grad is not None}
     options = ops.with_gradients(options, list(given), needed)
     present = list(given.values())
@@ -194,7 +207,7 @@ def _pull_back(
     """The gradients that are needed by torch's own formulas, which alone have rules for many gradients at once."""
     said = Options.read(options)
     whole = said.operands_of(operands)
-    pairs = zip(INPUTS, whole[:3], strict=True)
+    pairs = [(name, x) for name in INPUTS if (x := getattr(whole, name)) is not None]
     leaves = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in pairs}
     whole = whole._replace(**leaves)
     with torch.enable_grad():
@@ -221,7 +234,7 @@ def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[li
     """Of the gradients that were given, and of every operand that there is."""
     options = Options.read(ctx.options)
     saved = dict(zip((*options.grads, *options.operands), ctx.saved_tensors, strict=True))
-    inputs = {name: saved[name] for name in (*options.grads, *INPUTS)}
+    inputs = {name: saved[name] for name in (*options.grads, *INPUTS) if name in saved}
 
     def gradients(*tensors: Tensor) -> list[Tensor]:
         given = {**saved, **dict(zip(inputs, tensors, strict=True))}

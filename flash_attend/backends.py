@@ -45,7 +45,7 @@ class Functions(NamedTuple):
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
-    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any]] | None = None
+    plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +67,8 @@ class Backend:
 
     @property
     def backward(self) -> Callable[..., Any]:
-        """`(grad_out | None, grad_lse | None, operands, out, lse, kept, spec, tiles, needed) -> (dq, dk, dv)`,
-        None where `needed`, a bool for each, says so."""
+        """`(grad_out | None, grad_lse | None, operands, out, lse, kept, spec, tiles, needed) -> (dq, dk, dv)` and,
+        where there is either, those of the bias and the sinks; None where `needed`, a bool for each, says so."""
         return self.load().backward
 
     def tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
@@ -106,6 +106,17 @@ def _try_import(name: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Triton, for every NVIDIA GPU
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_scores(spec: AttentionSpec, served: tuple[str, ...] = ()) -> str:
+    """Why a call cannot be served by what knows none but the `served` changes of scores."""
+    asked = dict(
+        window=spec.window != (None, None), softcap=spec.softcap > 0, bias=spec.bias is not None,
+        alibi=spec.alibi, sinks=spec.sinks,
+    )  # fmt: skip
+    words = dict(window="a window", softcap="softcap", bias="a bias", alibi="ALiBi", sinks="sinks")
+    missing = [words[name] for name, wanted in asked.items() if wanted and name not in served]
+    return f"it does not serve {' and '.join(missing)}" if missing else ""
 
 
 def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
@@ -165,7 +176,7 @@ def _load_triton() -> Functions:
 
 
 def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
-    if reason := _refuse_triton(spec, target):
+    if reason := _refuse_triton(spec, target) or _refuse_scores(spec):
         return reason
     if target.interpreted:
         return "Triton's interpreter runs no Gluon"
@@ -204,6 +215,8 @@ def _load_hopper() -> Functions:
 def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
     if target.device_type != "cpu":
         return f"{target.device_type} tensors; it serves a CPU alone"
+    if reason := _refuse_scores(spec, ("window", "bias", "alibi")):
+        return reason
     if spec.dropout_p > 0:
         return "dropout is on"
     if spec.head_dim != spec.value_dim:
@@ -212,9 +225,9 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward
+    from flash_attend.sdpa import attention_backward, attention_forward, plan_forward
 
-    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None)
+    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +259,7 @@ def _einsum_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
-    return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
+    return tuple(grad if need else None for grad, need in zip(found, needed, strict=False))
 
 
 # In the order in which "auto" asks them: from what should be fastest to what serves everything.

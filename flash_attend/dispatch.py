@@ -90,7 +90,7 @@ LOOKING = Knowledge(known, tuned)  # without finding out
 
 
 def judge(
-    spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, bool, bool] = ALL, knowledge: Knowledge = LOOKING
+    spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, ...] = ALL, knowledge: Knowledge = LOOKING
 ) -> tuple[Verdict, ...]:
     """Every backend's verdict, in the order in which "auto" asks them. Imports those that could serve."""
     return tuple(_judge_one(backend, _Question.of(spec, target, needed, knowledge)) for backend in BACKENDS.values())
@@ -100,7 +100,7 @@ def choose(
     spec: AttentionSpec,
     target: DeviceTarget,
     backend: str = "auto",
-    needed: tuple[bool, bool, bool] = ALL,
+    needed: tuple[bool, ...] = ALL,
     knowledge: Knowledge = FINDING_OUT,
 ) -> Plan:
     """The plan for a call, of whose q, k and v those need a gradient that `needed` says.
@@ -150,12 +150,12 @@ class _Question:
 
     spec: AttentionSpec
     target: DeviceTarget
-    needed: tuple[bool, bool, bool]
+    needed: tuple[bool, ...]
     knowledge: Knowledge
     fastest: Tuned | None
 
     @staticmethod
-    def of(spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, bool, bool], how: Knowledge) -> _Question:
+    def of(spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, ...], how: Knowledge) -> _Question:
         measurable = target.device_type == "cuda" and not target.absent and target.device is not None
         fastest = how.tuned(kind_of_call(spec), target.device) if measurable else None
         return _Question(spec, target, needed, how, fastest)

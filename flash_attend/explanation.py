@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
-from flash_attend.checks import normalise_inputs
+from flash_attend.checks import needed_of, normalise_call
 from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge
 from flash_attend.functional import autocast
+from flash_attend.operands import Operands
 from flash_attend.options import check_flag
-from flash_attend.plans import needed_of
+from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 
 __all__ = ["Explanation", "explain"]
@@ -60,8 +61,13 @@ def explain(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
+    window: Window | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
@@ -75,12 +81,10 @@ def explain(
     """
     check_flag("return_lse", return_lse)
     check_backend(backend)
-    q, k, v = autocast(q, k, v)
-    (q, k, v, mask, _), spec = normalise_inputs(
-        q, k, v, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, deterministic=deterministic
-    )
-    target = DeviceTarget.of(q.device)
-    needed = needed_of(q, k, v)
+    given = autocast(Operands(q, k, v, mask, None, bias, alibi_slopes, sinks))
+    operands, spec = normalise_call(given, causal, scale, dropout_p, deterministic, window, softcap)
+    target = DeviceTarget.of(operands.q.device)
+    needed = needed_of(operands)
     verdicts = judge(spec, target, needed)
     asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
     if asked is not None and not asked.serves:

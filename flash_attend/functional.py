@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from flash_attend.autograd import attend, attend_by_operators
-from flash_attend.checks import is_dense, normalise_inputs
+from flash_attend.checks import is_dense, needed_of, normalise_call
 from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
+from flash_attend.operands import Operands
 from flash_attend.options import check_flag
-from flash_attend.plans import needed_of, plan_call
+from flash_attend.plans import plan_call
+from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
@@ -41,8 +43,13 @@ def flash_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
+    window: Window | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[False] = False,
     deterministic: bool | None = None,
@@ -57,8 +64,13 @@ def flash_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
+    window: Window | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: Literal[True],
     deterministic: bool | None = None,
@@ -72,22 +84,36 @@ def flash_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
+    window: Window | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     deterministic: bool | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact attention, `softmax(q k^T * scale) v`, with masks.
+    """Exact attention, `softmax(q k^T * scale) v`, with masks, windows, and what is added to scores.
 
     Args:
         q: `(b, h, i, d)`; float16, bfloat16, float32 or float64.
         k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`, and query head `n` reads key head `n // (h // hk)`.
         v: `(b, hk, j, dv)` or `(b, j, dv)`; `dv` may differ from `d`.
         mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
+        bias: added to the scores: q's dtype or float32, of any shape that broadcasts to `(b, h, i, j)`; differentiable,
+            with a gradient of its own shape. Where it is -inf the pair is hidden, as by the mask.
         causal: query `x` sees key `y` iff `y <= x + (j - i)`: the last query sees the last key.
+        window: `(left, right)`, integers or None for no limit: query `x` sees key `y` iff
+            `x + (j - i) - left <= y <= x + (j - i) + right`. With `causal`, right counts as 0.
         scale: factor on the scores, default `d ** -0.5`; any finite number.
+        softcap: a positive number `c`: scores `s` become `c * tanh(s / c)` before the bias is added, as in Gemma 2.
+        alibi_slopes: `(h,)` or `(b, h)`, q's dtype or float32: `slope * abs(y - x - (j - i))` is taken off the score of
+            query `x` and key `y` (Press et al. 2021, arXiv:2108.12409). There is no gradient of slopes.
+        sinks: `(h,)`, q's dtype or float32: logits that take part in the normaliser, and so in the LSE, and have no
+            value; differentiable. Zeros give softmax plus one; -inf is no sink. What sees no key sees no sink.
         dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed,
             drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
@@ -111,46 +137,41 @@ def flash_attention(
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
     return_lse = check_flag("return_lse", return_lse)
-    if undisturbed(q, k, v, mask):
-        call = plan_call(q, k, v, mask, causal, scale, dropout_p, deterministic, backend)
-        out, lse = attend(call.operands(q, k, v, mask), call, return_lse=return_lse)
+    given = Operands(q, k, v, mask, None, bias, alibi_slopes, sinks)
+    if undisturbed(*given):
+        call = plan_call(given, causal, scale, dropout_p, deterministic, backend, window, softcap)
+        out, lse = attend(call.operands(given), call, return_lse=return_lse)
         if call.plan.warning:
             _warn_once(call.plan.warning)
         return (out, cast(Tensor, lse)) if return_lse else out
-    return _attend_watched(q, k, v, mask, causal, scale, dropout_p, return_lse, deterministic, backend)
+    options: dict[str, Any] = dict(
+        causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
+    )
+    return _attend_watched(given, options, return_lse, backend)
 
 
 def _attend_watched(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    dropout_p: float,
-    return_lse: bool,
-    deterministic: bool | None,
-    backend: str,
+    given: Operands, options: dict[str, Any], return_lse: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The same where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
-    options: dict[str, Any] = dict(causal=causal, scale=scale, deterministic=deterministic)
-    opaque = traced(q, k, v, mask)
-    if opaque and sharded(q, k, v, mask):
+    opaque = traced(*given)
+    if opaque and sharded(*given):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
         here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
-        return attend_locally(here, q, k, v, mask, dropout_p)
-    q, k, v = autocast(q, k, v)
+        return attend_locally(here, given, options["dropout_p"])
+    given = autocast(given)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
-        operands, spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p, **options)
-        plan = choose(spec, DeviceTarget.of_any_length(q.device), backend, needed_of(q, k, v))
-        seed = draw_seed(q.device) if spec.dropout_p > 0 else None
+        operands, spec = normalise_call(given, **options)
+        device = operands.q.device
+        plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
+        seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
-        call = plan_call(q, k, v, mask, dropout_p=dropout_p, backend=backend, **options)
-        operands, plan = call.operands(q, k, v, mask), call.plan
+        call = plan_call(given, backend=backend, **options)
+        operands, plan = call.operands(given), call.plan
         if plan.backward != "einsum" and watched():
             out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
         else:
@@ -160,18 +181,26 @@ def _attend_watched(
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as autocast gives them to torch's own attention and einsum: float64 is left alone."""
-    if not isinstance(tensors[0], Tensor):
-        return tensors
-    device = tensors[0].device.type
+HALF = (torch.float16, torch.bfloat16)
+
+
+def autocast(given: Operands) -> Operands:
+    """The tensors as autocast gives them to torch's own attention and einsum: float64 is left alone. What is added to
+    scores or to their normaliser is left in float32, and goes to autocast's dtype from another half precision."""
+    q, k, v, _, _, *others = given
+    if not isinstance(q, Tensor):
+        return given
+    device = q.device.type
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
-        return tensors
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        return tensors
+        return given
+    if not all(isinstance(tensor, Tensor) for tensor in (k, v, *(x for x in others if x is not None))):
+        return given
     dtype = torch.get_autocast_dtype(device)
-    castable = [is_dense(x) and x.is_floating_point() and x.dtype != torch.float64 for x in tensors]
-    return tuple(tensor.to(dtype) if cast else tensor for tensor, cast in zip(tensors, castable, strict=True))
+    castable = [is_dense(x) and x.is_floating_point() and x.dtype != torch.float64 for x in (q, k, v)]
+    q, k, v = (tensor.to(dtype) if cast else tensor for tensor, cast in zip((q, k, v), castable, strict=True))
+    if castable[0]:
+        others = [x.to(dtype) if x is not None and is_dense(x) and x.dtype in HALF else x for x in others]
+    return Operands(q, k, v, given.mask, given.seed, *others)
 
 
 @constant_when_compiled  # so that the compiler warns, and does not compile a warning

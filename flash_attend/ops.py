@@ -20,7 +20,7 @@ from torch import Tensor
 from flash_attend.backends import BACKENDS, Backend, BackwardName
 from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
+from flash_attend.spec import CALLS_KEPT, AttentionSpec, Window, describe
 from flash_attend.target import DeviceTarget
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKWARD", "FIRST_IMPORT", "FORWARD", "INPUTS", "OUTPUTS", "Options", "latest", "options_of", "spec_of"]
 
-INPUTS = ("q", "k", "v")  # what there are gradients of
+INPUTS = ("q", "k", "v", "bias", "sinks")  # what there are gradients of, where there is such a thing
 OUTPUTS = ("out", "lse")  # what there are gradients from
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Options(NamedTuple):
     causal: bool
     deterministic: bool
     return_lse: bool
+    window: Window
     operands: tuple[str, ...]  # the fields of `Operands` that there are, in their order
     grads: tuple[str, ...] = ()  # of a backward: which of OUTPUTS have a gradient
     needed: tuple[str, ...] = ()  # of a backward: which of INPUTS need one
@@ -54,6 +55,7 @@ class Options(NamedTuple):
         """What `options_of` or `with_gradients` wrote."""
         said: dict[str, Any] = dict(item.split("=") for item in text.split())
         said |= {name: said[name] == "1" for name in ("causal", "deterministic", "return_lse")}
+        said["window"] = tuple(int(end) if end else None for end in said["window"].split(","))
         lists = said.keys() & {"operands", "grads", "needed"}
         return Options(**{**said, **{name: tuple(filter(None, said[name].split(","))) for name in lists}})
 
@@ -69,11 +71,13 @@ class Options(NamedTuple):
 
 def options_of(operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool) -> tuple[list[float], str]:
     """The numbers and the options of a call, in words that a compiler follows. Kernels return the lse in any case."""
+    left, right = ["" if end is None else str(int(end)) for end in spec.window]
     present = ",".join([name for name, tensor in zip(Operands._fields, operands, strict=True) if tensor is not None])
     served = f"backend={plan.backend.name} backward={plan.backward} precision={spec.precision}"
     flags = f"causal={int(spec.causal)} deterministic={int(spec.deterministic)}"
     lse = int(return_lse or plan.backward != "einsum")
-    return [spec.scale, spec.dropout_p], f"{served} {flags} return_lse={lse} operands={present}"
+    numbers = [spec.scale, spec.dropout_p, spec.softcap]
+    return numbers, f"{served} {flags} return_lse={lse} window={left},{right} operands={present}"
 
 
 def with_gradients(options: str, grads: Sequence[str], needed: Sequence[str]) -> str:
@@ -83,18 +87,10 @@ def with_gradients(options: str, grads: Sequence[str], needed: Sequence[str]) ->
 
 def spec_of(operands: Operands, numbers: Sequence[float], options: Options) -> AttentionSpec:
     """The description of a call that has been checked."""
-    q, k, v, mask, _ = operands
-    kind = MaskKind.NONE if mask is None else MaskKind.KEY if mask.shape[2] == 1 else MaskKind.DENSE
-    return AttentionSpec(
-        *(q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype),
-        mask=kind,
-        mask_per_head=mask is not None and bool(mask.shape[1] > 1),
-        causal=options.causal,
-        scale=numbers[0],
-        dropout_p=numbers[1],
-        deterministic=options.deterministic,
-        precision=options.precision,
-    )
+    q, k, v, mask, _, bias, slopes, sinks = operands
+    (scale, dropout_p, softcap), flag = numbers, options.deterministic
+    said = options.causal, scale, dropout_p, flag, options.precision, options.window, softcap
+    return describe(q, k, v, mask, *said, bias=bias, alibi=slopes is not None, sinks=sinks is not None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -134,13 +130,24 @@ class _Call(NamedTuple):
             dropout_p=spec.dropout_p,
             deterministic=spec.deterministic,
             precision=spec.precision,
+            window=spec.window,
+            softcap=spec.softcap,
+            bias=spec.bias,
+            alibi=spec.alibi,
+            sinks=spec.sinks,
         )
         tiles = backend.tiles(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
         return _Call(operands, spec, options, backend, tiles)
 
     @property
+    def inputs(self) -> tuple[str, ...]:
+        """What there are gradients of: q, k and v and, where there is either, the bias and the sinks."""
+        others = self.operands.bias is not None or self.operands.sinks is not None
+        return INPUTS if others else INPUTS[:3]
+
+    @property
     def needed(self) -> tuple[bool, ...]:
-        return tuple(name in self.options.needed for name in INPUTS)
+        return tuple(name in self.options.needed for name in self.inputs)
 
 
 def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
@@ -166,13 +173,13 @@ def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str)
     from flash_attend.kernels.forward import empty_outputs
     from flash_attend.kernels.schedule import empty_packed
 
-    return [*empty_outputs(operands.q, spec), *empty_packed(operands.mask, spec, tiles)]
+    return [*empty_outputs(operands.q, spec), *empty_packed(operands, spec, tiles)]
 
 
 def backward(
     grads: Sequence[Tensor], tensors: Sequence[Tensor], outputs: Sequence[Tensor], numbers: Sequence[float], text: str
 ) -> list[Tensor]:
-    """The gradients of those of q, k and v that are needed; `outputs` are those of `forward`."""
+    """The gradients of those of INPUTS that are needed; `outputs` are those of `forward`."""
     call = _Call.of(tensors, numbers, text)
     operands, spec, options, backend, tiles = call
     with torch.no_grad():
@@ -183,7 +190,7 @@ def backward(
         if tiles is not None:
             from flash_attend.kernels.statistics import Kept
 
-            kept = Kept.unpacked(packed, operands.mask, spec, tiles)
+            kept = Kept.unpacked(packed, operands, spec, tiles)
         grad_out, grad_lse = map(dict(zip(options.grads, grads, strict=True)).get, OUTPUTS)
         found = backend.backward(grad_out, grad_lse, operands, out, lse, kept, spec, tiles, call.needed)
         if tiles is None:
@@ -196,12 +203,12 @@ def like_backward(
 ) -> list[Tensor]:
     """What `backward` gives, uninitialised."""
     call = _Call.of(tensors, numbers, text)
-    q, k, v, *_ = call.operands
+    inputs = [getattr(call.operands, name) for name in call.inputs]
     if call.tiles is None:
-        return [tensor.new_empty(tensor.shape) for tensor in compress((q, k, v), call.needed)]
+        return [tensor.new_empty(tensor.shape) for tensor in compress(inputs, call.needed)]
     from flash_attend.kernels.backward import empty_gradients
 
-    return [tensor for tensor in empty_gradients(q, k, v, call.spec, call.needed) if tensor is not None]
+    return [tensor for tensor in empty_gradients(inputs, call.spec, call.needed) if tensor is not None]
 
 
 # The same by the einsum path, whose parts can be differentiated and transformed.
@@ -221,7 +228,8 @@ def backward_composite(
     operands, given = options.operands_of(tensors), dict(zip(options.grads, grads, strict=True))
     spec = spec_of(operands, numbers, options)
     found = attention_reference_gradients(given.get("out"), given.get("lse"), operands, spec)
-    return [grad for name, grad in zip(INPUTS, found, strict=True) if name in options.needed]
+    named = zip(INPUTS, found, strict=False)
+    return [grad for name, grad in named if name in options.needed and grad is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["check_count", "check_flag", "check_number", "check_probability", "optional", "shown"]
+__all__ = [
+    "check_count",
+    "check_flag",
+    "check_number",
+    "check_positive",
+    "check_probability",
+    "check_window",
+    "optional",
+    "shown",
+]
 
 LARGEST_FLOAT = sys.float_info.max
 _T = TypeVar("_T")
@@ -47,6 +56,33 @@ def check_probability(name: str, value: object) -> float:
     if not 0.0 <= probability < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {probability}")
     return probability
+
+
+def check_positive(name: str, value: object) -> float:
+    """`value` as `check_number`, above 0."""
+    number = check_number(name, value)
+    if number <= 0.0:
+        raise ValueError(f"{name} must be above 0, or None for none, got {number}")
+    return number
+
+
+def check_window(name: str, value: object) -> tuple[int | None, int | None]:
+    """`value`, a pair `(left, right)` of integers of at least 0, or None for no limit on that side, as Python's."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name} must be a pair (left, right), got {shown(value)}")
+    left, right = (_check_end(name, end) for end in value)
+    return left, right
+
+
+def _check_end(name: str, value: object) -> int | None:
+    end = value if value is None or type(value) is int else _unwrapped(value)
+    if end is None:
+        return None
+    if isinstance(end, bool) or not isinstance(end, (int, numbers.Integral)):
+        raise TypeError(f"{name} must have integers, or None for no limit, as its ends, got {shown(value)}")
+    if end < 0:
+        raise ValueError(f"{name} must have ends of at least 0, or None for no limit, got {shown(value)}")
+    return int(end)
 
 
 def check_count(name: str, value: object) -> int:

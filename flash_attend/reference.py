@@ -6,6 +6,7 @@ Dimension letters as in `spec.py`; `g` is the number of query heads that read on
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -17,11 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, MaskKind, describe
 from flash_attend.tracing import has_autocast, readable, transformed
 from flash_attend.visible import contract, pairs
 
-__all__ = ["attention_reference", "attention_reference_gradients", "bounded", "cleared", "visible_pairs"]
+__all__ = [
+    "attention_reference",
+    "attention_reference_gradients",
+    "bounded",
+    "cleared",
+    "keys_seen",
+    "right_end",
+    "visible_pairs",
+    "with_whole_mask",
+]
 
 # Sizes in score elements, b * h * i * j. The work goes by chunks of queries: under `causal` a chunk leaves out the keys
 # that none of its queries sees, and a CPU's allocator reuses arrays of 16 MB, where larger ones cost new pages.
@@ -41,12 +51,12 @@ def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: 
         `return_lse`.
     """
     chunks, recompute = _chunks(spec)
-    operands, hidden = _prepared(operands, spec, chunks)
+    operands, spec, hidden = _prepared(operands, spec, chunks)
     guarded = _needs_guard(spec, operands)
 
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands[:3])
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     with _no_autocast(operands.q.device):
@@ -60,8 +70,9 @@ def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: 
 
 def attention_reference_gradients(
     grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, spec: AttentionSpec
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a backward through `attention_reference` gives for q, k and v, itself differentiable any number of times.
+) -> tuple[Tensor | None, ...]:
+    """What a backward through `attention_reference` gives for q, k and v and, where there is either, for the bias and
+    the sinks; itself differentiable any number of times.
 
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
     forward is held.
@@ -72,33 +83,70 @@ def attention_reference_gradients(
     if grad_lse is None:
         grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
     chunks, _ = _chunks(spec)
-    operands, hidden = _prepared(operands, spec, chunks)
+    _, _, _, _, _, bias, _, sinks = operands
+    operands, spec, hidden = _prepared(operands, spec, chunks)
     grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
     if dead is not None:
         grad_out, grad_lse = grad_out.masked_fill(dead, 0.0), grad_lse.masked_fill(dead[..., 0], 0.0)
     guarded = _needs_guard(spec, operands, grad_out, grad_lse)
 
     grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
+    of_scores = []
     with _no_autocast(q.device):
         for first, last in chunks:
-            of_q, of_k, of_v = _differentiate(grad_out, grad_lse, operands, hidden, spec, guarded, first, last)
-            rest = (0, 0, 0, spec.keys - of_k.shape[2])  # the keys that no query of the chunk sees
+            given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last
+            of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
+            begin, end = keys_seen(spec, first, last)
+            rest = (0, 0, begin, spec.keys - end)  # the keys that no query of the chunk sees
             grads_q.append(of_q)
             grad_k, grad_v = grad_k + pad(of_k, rest), grad_v + pad(of_v, rest)
+            of_scores.append((of_bias, of_sinks))
     grad_q = torch.cat(grads_q, dim=2)
     if dead is not None:
         grad_q = grad_q.masked_fill(dead, 0.0)
     if unread is not None:
         grad_k, grad_v = grad_k.masked_fill(unread, 0.0), grad_v.masked_fill(unread, 0.0)
-    return grad_q.to(spec.dtype), grad_k.to(spec.dtype), grad_v.to(spec.dtype)
+    grads = grad_q.to(spec.dtype), grad_k.to(spec.dtype), grad_v.to(spec.dtype)
+    if bias is sinks is None:
+        return grads
+    of_bias_parts, of_sinks_parts = ([x for x in found if x is not None] for found in zip(*of_scores, strict=True))
+    grad_bias = grad_sinks = None
+    if bias is not None:
+        whole = functools.reduce(torch.add, of_bias_parts) if bias.shape[2] == 1 else torch.cat(of_bias_parts, dim=2)
+        grad_bias = whole.to(bias.dtype)
+    if sinks is not None:
+        grad_sinks = functools.reduce(torch.add, of_sinks_parts).to(sinks.dtype)
+    return *grads, grad_bias, grad_sinks
 
 
 def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     """The ranges of queries that are computed at once, and whether there are too many scores to hold them all."""
-    scores_per_query = max(1, spec.batch * spec.heads * spec.keys)
+    span = _span(spec)
+    # A chunk of as many queries as one of them sees keys computes at most twice the scores that it needs.
+    most = max(FEWEST_QUERIES, span) if span < spec.keys else max(FEWEST_QUERIES, spec.queries)
+    scores_per_query = max(1, spec.batch * spec.heads * min(spec.keys, span + most))
     too_many = scores_per_query * spec.queries > HELD_SCORES
-    rows = max(FEWEST_QUERIES, (HELD_SCORES if too_many else CACHED_SCORES) // scores_per_query)
+    rows = max(FEWEST_QUERIES, min(most, (HELD_SCORES if too_many else CACHED_SCORES) // scores_per_query))
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
+
+
+def right_end(spec: AttentionSpec) -> int | None:
+    """How many keys behind its own a query sees at most; None for all of them."""
+    return 0 if spec.causal else spec.window[1]
+
+
+def _span(spec: AttentionSpec) -> int:
+    """How many keys a window shows to a query at most."""
+    left, right = spec.window[0], right_end(spec)
+    return spec.keys if left is None or right is None else min(spec.keys, left + 1 + right)
+
+
+def keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
+    """The range of keys beyond which causality and the window hide all from the queries from `first` to `last`."""
+    left, right = spec.window[0], right_end(spec)
+    end = spec.keys if right is None else min(max(last + spec.offset + right, 0), spec.keys)
+    begin = 0 if left is None else min(max(first + spec.offset - left, 0), end)
+    return begin, end
 
 
 class _Hidden(NamedTuple):
@@ -108,11 +156,29 @@ class _Hidden(NamedTuple):
     keys: Tensor | None  # (b|1, hk|1, j, 1): the keys that no query sees
 
 
-def _prepared(operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> tuple[Operands, _Hidden]:
-    """q, k and v in the accumulator's dtype, cleared where they take no part."""
+def _prepared(
+    operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]]
+) -> tuple[Operands, AttentionSpec, _Hidden]:
+    """q, k and v in the accumulator's dtype, cleared where they take no part, and with a mask that hides all that the
+    bias does."""
+    operands, spec = with_whole_mask(operands, spec)
     operands, hidden = cleared(operands, spec, chunks)
     q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in operands[:3])
-    return operands._replace(q=q, k=k, v=v), hidden
+    return operands._replace(q=q, k=k, v=v), spec, hidden
+
+
+def with_whole_mask(operands: Operands, spec: AttentionSpec) -> tuple[Operands, AttentionSpec]:
+    """The same call, whose mask hides what a bias of -inf hides, and whose bias has no such element."""
+    q, k, v, mask, _, bias, *_ = operands
+    if bias is None:
+        return operands, spec
+    hidden = bias.detach() == -torch.inf
+    if readable(bias) and not hidden.any():
+        return operands, spec
+    shown, bias = ~hidden.expand(-1, -1, -1, spec.keys), bias.masked_fill(hidden, 0.0)
+    mask = shown if mask is None else mask & shown
+    whole = describe(q, k, v, mask, *spec.options, bias=bias, alibi=spec.alibi, sinks=spec.sinks)
+    return operands._replace(mask=mask, bias=bias), whole
 
 
 def cleared(
@@ -120,9 +186,9 @@ def cleared(
 ) -> tuple[Operands, _Hidden]:
     """The operands with zeros where they take no part: whatever stands there reaches no product, and changes no bit.
     With them, where that is. `chunks` are the ranges of queries whose visible pairs are looked at together."""
-    q, k, v, mask, _ = operands
+    q, k, v, mask, *_ = operands
     chunks = _chunks(spec)[0] if chunks is None else chunks
-    hidden = _Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks))
+    hidden = _Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks, q.device))
     if hidden.rows is not None:
         q = q.masked_fill(hidden.rows, 0.0)
     if hidden.keys is not None:
@@ -136,14 +202,20 @@ def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> boo
     On a CPU a look at the tensors says so. Elsewhere, and where there are no values to look at, every call that hides
     pairs of keys and queries which others see is guarded.
     """
+    bias, slopes = operands.bias, operands.alibi_slopes
     partly_hidden = (
         (spec.causal and spec.queries > 1)
+        or spec.window != (None, None)
+        or (bias is not None and spec.mask != MaskKind.NONE)
         or spec.mask == MaskKind.DENSE
         or (spec.mask == MaskKind.KEY and spec.mask_per_head and spec.group > 1)
     )
-    if not partly_hidden or not readable(*operands[:3], *grads):
+    others = [*grads, *(x for x in (bias, slopes) if x is not None)]
+    if not partly_hidden or not readable(*operands[:3], *others):
         return partly_hidden
-    return not bounded(spec, *operands[:3], *grads)
+    if slopes is not None:
+        others[-1] = slopes.to(spec.accumulator_dtype) * max(spec.queries, spec.keys)  # the largest distance
+    return not bounded(spec, *operands[:3], *others)
 
 
 def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
@@ -162,14 +234,14 @@ def _attend(
     With `return_lse` the LSE is one more column. It comes in one tensor with the output so that a backward runs through
     both: what a chunk computes again for one that nobody differentiates would stay, and add up over the chunks.
     """
-    scores, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
-    keys = scores.shape[-1]
+    scores, _, _, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
+    begin, end = keys_seen(spec, first, last)
 
-    weights = scores.softmax(dim=-1)
+    weights = scores.softmax(dim=-1)[..., : end - begin]
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        weights = weights * keep_mask(operands.seed, spec, first, last, keys)
-    out = _weighted(weights, operands.v[:, :, :keys], visible)
+        weights = weights * keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+    out = _weighted(weights, operands.v[:, :, begin:end], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
 
@@ -192,50 +264,100 @@ def _differentiate(
     guarded: bool,
     first: int,
     last: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the queries from `first` to `last` give to the gradients: their own, and those of the keys they may see."""
-    scores, visible, _ = _scores(operands, hidden, spec, guarded, first, last)
-    keys = scores.shape[-1]
-    q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, :keys], operands.v[:, :, :keys]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What the queries from `first` to `last` give to the gradients: their own, those of the keys they may see, and in
+    the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
+    scores, slope, seen, visible, _ = _scores(operands, hidden, spec, guarded, first, last)
+    begin, end = keys_seen(spec, first, last)
+    q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
 
-    weights = kept_weights = scores.softmax(dim=-1)
+    all_weights = scores.softmax(dim=-1)
+    weights = kept_weights = all_weights[..., : end - begin]
     grad_weights = _products(grad_out, v, visible)
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        factor = keep_mask(operands.seed, spec, first, last, keys).to(weights.dtype) / (1 - spec.dropout_p)
+        kept = keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        factor = kept.to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
     delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
     grad_scores = weights * (grad_weights - delta)
+    of_bias = of_sinks = None
+    if operands.bias is not None:
+        of_bias = _gradient_of_bias(grad_scores, seen, operands.bias, begin, spec)
+    if operands.sinks is not None:
+        of_sinks = -(all_weights[..., -1:] * delta).sum(dim=(0, 2, 3))
+    if slope is not None:
+        grad_scores = grad_scores * slope
 
     grad_q = _weighted(grad_scores, k, visible) * spec.scale
     grad_k = _gathered(grad_scores, q, visible, spec.kv_heads)
-    return grad_q, grad_k, _gathered(kept_weights, grad_out, visible, spec.kv_heads)
+    return grad_q, grad_k, _gathered(kept_weights, grad_out, visible, spec.kv_heads), of_bias, of_sinks
 
 
-def _scores(
-    operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The scores `(b, h, i, j)` of the queries from `first` to `last` with the keys that any of them may see.
+def _gradient_of_bias(
+    grad_scores: Tensor, visible: Tensor | None, bias: Tensor, begin: int, spec: AttentionSpec
+) -> Tensor:
+    """That of a chunk's queries, summed over what the bias is broadcast along; the chunk's keys begin at `begin`."""
+    if visible is not None:
+        grad_scores = torch.where(visible, grad_scores, 0.0)
+    kept = zip(bias.shape, grad_scores.shape, strict=True)
+    summed = [dim for dim, (own, size) in enumerate(kept) if own == 1 and (size != 1 or dim == 3)]
+    of_chunk = grad_scores.sum(dim=summed, keepdim=True) if summed else grad_scores
+    rest = spec.keys - begin - grad_scores.shape[3]
+    return of_chunk if bias.shape[3] == 1 else pad(of_chunk, (begin, rest))
 
-    They are -inf where a pair is hidden, and 0 in dead rows: of -inf alone a softmax makes NaN, which a gradient of
-    zero would carry on into the keys. With them come the visible pairs, `(b, hk, g i, j)` or what broadcasts to it,
-    where they are guarded, and the dead rows of the chunk.
+
+class _Scores(NamedTuple):
+    scores: Tensor  # (b, h, i, j) and, where there are sinks, theirs as one more key
+    slope: Tensor | None  # (b, h, i, j): the derivative of the scores by the products, where it is not 1
+    visible: Tensor | None  # the visible pairs, (b|1, h|1, i|1, j), where they are guarded
+    grouped: Tensor | None  # the same as (b, hk, g i, j), or what broadcasts to it
+    dead: Tensor | None  # the dead rows
+
+
+def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int) -> _Scores:
+    """The scores of the queries from `first` to `last` with the keys that any of them may see.
+
+    They are -inf where a pair is hidden, and finite in dead rows: of -inf alone a softmax makes NaN, which a gradient
+    of zero would carry on into the keys.
     """
-    keys = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
-    q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, :keys]
-    visible, dead = visible_pairs(operands.mask, spec, first, last, keys, q.device), hidden.rows
+    begin, end = keys_seen(spec, first, last)
+    q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end]
+    visible, dead = visible_pairs(operands.mask, spec, first, last, end, q.device, begin), hidden.rows
     if dead is not None and dead.shape[2] > 1:
         dead = dead[:, :, first:last]
-    if visible is None:
-        return _products(q, k), None, dead
-    shown = visible if dead is None else visible | dead
-    if not guarded:
+    shown = visible if visible is None or dead is None else visible | dead
+    visible = grouped = visible if guarded else None
+    if visible is not None and spec.group > 1:
+        grouped = _grouped(visible.expand(*q.shape[:3], end - begin), spec.kv_heads)
+    scores, slope = _products(q, k, grouped), None
+    if spec.softcap:
+        bent = torch.tanh(scores / spec.softcap)
+        scores, slope = bent * spec.softcap, 1 - bent.square()
+    for term in _added(operands, spec, first, last):
+        scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
+    if shown is not None and visible is not None:
+        scores = torch.where(shown, scores, -torch.inf)
+    elif shown is not None:
         # 1 - 1 / shown, 0 or -inf: finite scores are hidden by a sum in a third of the time that a choice takes a CPU.
-        return _products(q, k) - shown.to(q.dtype).reciprocal().sub(1), None, dead
-    if spec.group > 1:
-        visible = _grouped(visible.expand(*q.shape[:3], keys), spec.kv_heads)
-    return torch.where(shown, _products(q, k, visible), -torch.inf), visible, dead
+        scores = scores - shown.to(q.dtype).reciprocal().sub(1)
+    if operands.sinks is not None:
+        column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    return _Scores(scores, slope, visible, grouped, dead)
+
+
+def _added(operands: Operands, spec: AttentionSpec, first: int, last: int) -> Iterator[Tensor]:
+    """What is added to the scores of a chunk's queries with the keys that any of them may see."""
+    (begin, end), bias, slopes = keys_seen(spec, first, last), operands.bias, operands.alibi_slopes
+    if bias is not None:
+        bias = bias if bias.shape[2] == 1 else bias[:, :, first:last]
+        yield (bias if bias.shape[3] == 1 else bias[..., begin:end]).to(spec.accumulator_dtype)
+    if slopes is not None:
+        query, key = (torch.arange(*span, device=slopes.device) for span in ((first, last), (begin, end)))
+        distance = (key - query[:, None] - spec.offset).abs()
+        yield -slopes.to(spec.accumulator_dtype)[..., None, None] * distance
 
 
 # Products of query heads with the key/value heads that they read. Where `visible`, `(b, hk, g i, j)`, says which pairs
@@ -269,42 +391,62 @@ def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
 
 
 def visible_pairs(
-    mask: Tensor | None, spec: AttentionSpec, first: int, last: int, keys: int, device: torch.device
+    mask: Tensor | None, spec: AttentionSpec, first: int, last: int, end: int, device: torch.device, begin: int = 0
 ) -> Tensor | None:
-    """Which of the first `keys` keys each query sees, bool `(b|1, h|1, i|1, keys)`; None where it is all of them."""
-    if mask is not None:
-        mask = (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., :keys]
-    if not spec.causal or keys <= first + spec.offset + 1:
-        return mask
-    query = torch.arange(first, last, device=device)
-    causal = torch.arange(keys, device=device) <= query[:, None] + spec.offset
-    return causal[None, None] if mask is None else mask & causal
+    """Which of the keys from `begin` to `end` each query sees, bool `(b|1, h|1, i|1, end - begin)`; None where it is
+    all of them."""
+    shown = None if mask is None else (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., begin:end]
+    left, right = spec.window[0], right_end(spec)
+    query, key = torch.arange(first, last, device=device)[:, None] + spec.offset, None
+    if right is not None and end > first + spec.offset + right + 1:
+        key = torch.arange(begin, end, device=device)
+        before = key <= query + right
+        shown = before[None, None] if shown is None else shown & before
+    if left is not None and begin < last - 1 + spec.offset - left:
+        key = torch.arange(begin, end, device=device) if key is None else key
+        after = key >= query - left
+        shown = after[None, None] if shown is None else shown & after
+    return shown
 
 
 def _dead_rows(
     mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[int, int]], device: torch.device
 ) -> Tensor | None:
     """The queries that see no key, bool `(b|1, h|1, i|1, 1)`; None where there can be none."""
+    if spec.keys == 0:
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     if mask is not None and mask.shape[2] != 1:
         seen = [visible_pairs(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
+    left, right = spec.window[0], right_end(spec)
     if mask is None:
-        dead = torch.arange(spec.queries, device=device) < -spec.offset
-        return dead[None, None, :, None] if spec.causal and spec.offset < 0 else None
-    if not spec.causal:
+        if right is None or spec.offset + right >= 0:
+            return None
+        return (torch.arange(spec.queries, device=device) < -spec.offset - right)[None, None, :, None]
+    if left is right is None:
         return ~mask.any(dim=-1, keepdim=True)
-    # A query sees a key once it is as far on as the first that the mask shows; max of a bool is "any so far".
-    so_far = pad(mask.to(torch.uint8).cummax(dim=-1).values, (1, 0))
-    position = torch.arange(spec.queries, device=device) + spec.offset + 1
-    return (so_far[:, :, 0, position.clamp(min=0)] == 0)[..., None]
+    # How many keys the mask shows before each, and so in any range.
+    shown = pad(mask[:, :, 0].cumsum(dim=-1), (1, 0))
+    query = torch.arange(spec.queries, device=device) + spec.offset
+    begin = torch.zeros_like(query) if left is None else (query - left).clamp(0, spec.keys)
+    end = torch.full_like(query, spec.keys) if right is None else (query + right + 1).clamp(0, spec.keys)
+    return (shown[..., end] <= shown[..., begin])[..., None]
 
 
-def _unread_keys(mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[int, int]]) -> Tensor | None:
-    """The keys that no query sees, bool `(b|1, hk|1, j, 1)`; None without a mask."""
-    if mask is None:
-        return None
-    if mask.shape[2] == 1:
-        read = mask[:, :, 0]  # under `causal` too: the last query sees every key that the mask leaves
+def _unread_keys(
+    mask: Tensor | None, spec: AttentionSpec, chunks: list[tuple[int, int]], device: torch.device
+) -> Tensor | None:
+    """The keys that no query sees, bool `(b|1, hk|1, j, 1)`; None where there can be none."""
+    left = spec.window[0]
+    behind = None if left is None else spec.offset - left  # of all windows
+    if mask is None or mask.shape[2] == 1:
+        # Under `causal` too: the last query sees every key that the mask leaves.
+        read = None if mask is None else mask[:, :, 0]
+        if behind is not None and behind > 0:
+            within = (torch.arange(spec.keys, device=device) >= behind)[None, None]
+            read = within if read is None else read & within
+        if read is None:
+            return None
     else:
         seen = (visible_pairs(mask, spec, *chunk, spec.keys, mask.device) for chunk in chunks)
         read = functools.reduce(torch.logical_or, (part.any(dim=2) for part in seen if part is not None))

@@ -1,62 +1,43 @@
-"""PyTorch's own fused attention on a CPU, held to the contract, with work that follows the visible pairs.
+"""PyTorch's own fused attention on a CPU, held to the contract, a part of a call at a time: `parts.py` says which.
 
-Torch's kernel takes one matrix of queries and one of keys, causal or not, with or without a bias. So a call is split
-into parts. Where keys are padded, each batch entry (or run of equal ones) has its own range of keys; where there are
-holes between them, the visible keys are gathered. Queries that see nothing are left out. Causal attention that is no
-square is a rectangle, all visible, and a square. Any other mask goes by runs of queries, each with the keys that any
-of them sees, and a bias of that size. No part has an array of all queries by all keys.
-
-The kernel lets NaN and infinity through hidden pairs. Where a pair is hidden inside a part, the tensors are looked at
-first, and the einsum path serves those that hold something of the kind.
+The kernel lets NaN and infinity through hidden pairs, and all that comes through is NaN: -inf is added to their scores,
+and their weights, which are 0, multiply values. So a result without NaN is right. One with NaN is computed again with
+zeros where nobody looks, and then by the einsum path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
-from itertools import groupby, pairwise
-from math import copysign
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache
+from itertools import groupby
+from math import copysign, isnan
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_attend.operands import Operands
+from flash_attend.operands import Layouts, Operands
+from flash_attend.parts import Group, Part, Range, split
 from flash_attend.reference import (
     attention_reference,
     attention_reference_gradients,
     bounded,
     cleared,
+    right_end,
     visible_pairs,
+    with_whole_mask,
 )
-from flash_attend.spec import AttentionSpec
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward"]
+__all__ = ["attention_backward", "attention_forward", "plan_forward"]
 
-FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
+FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # In float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most. In float64 as far off.
-LARGEST_LSE = 256.0
-ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
+LARGEST_LSE = {torch.float32: 256.0, torch.float64: 256.0 * 2.0**29}
 CONVERTED = 2**20  # elements of q that are converted at one time
-
-
-class Part(NamedTuple):
-    """Queries and keys, as ranges, in one call of torch's kernel."""
-
-    rows: tuple[int, int]
-    keys: tuple[int, int]
-    causal: bool = False  # a square, whose first query sees its first key
-    biased: bool = False  # the mask says more than the ranges do
-
-
-class Group(NamedTuple):
-    """Batch entries that are split in the same way."""
-
-    entries: tuple[int, int]
-    parts: list[Part]
-    picked: Tensor | None = None  # the keys that are gathered before: the parts' ranges are ranges of those
 
 
 class Kept(NamedTuple):
@@ -67,17 +48,38 @@ class Kept(NamedTuple):
         return []
 
 
+NOTHING = Kept()
+
+
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
-    groups = _split(operands.mask, spec)
-    harmless = _harmless(operands, spec, groups)
-    if harmless is not None:
-        out, lse = _forward(harmless[0], spec, groups)
-        if _hides(groups) or _is_sound(lse):
-            return out, lse, Kept()
-    out, found = attention_reference(operands, spec, return_lse=True)
-    assert found is not None
-    return out.clone(), found.clone(), Kept()  # a view may not be changed in place by whoever is given it
+    operands, spec = with_whole_mask(operands, spec)
+    groups = split(operands.mask, spec)
+    for read in (lambda: operands, lambda: cleared(operands, spec)[0]):
+        found = _forward(read(), spec, groups)
+        if found is not None and not _leaks(groups, found):
+            return *found, NOTHING
+    out, lse = attention_reference(operands, spec, return_lse=True)
+    assert lse is not None
+    return out.clone(), lse.clone(), NOTHING  # a view may not be changed in place by whoever is given it
+
+
+def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable[[Operands], tuple] | None:
+    """The same for operands with these layouts, where torch's kernel takes them as they are; else None."""
+    rows_alone = layouts.q[3] == layouts.k[3] == layouts.v[3] == 1
+    part = _whole(split(None, spec), spec) if layouts.mask is None and rows_alone else None
+    if part is None:
+        return None
+    causal, scale = part.causal, spec.scale
+
+    def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
+        q, k, v, *_ = operands
+        out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
+        if lse.count_nonzero().item() == lse.numel() and not (causal and _has_nan(out)):
+            return out, lse, NOTHING
+        return attention_forward(operands, spec, tiles)
+
+    return forward
 
 
 def attention_backward(
@@ -91,204 +93,149 @@ def attention_backward(
     tiles: None,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v, None where `needed` says so. Torch's operator knows no gradient of an LSE, and its
-    weights are as exact as an LSE is: what has such a gradient or large scores goes by the einsum path."""
-    found: tuple[Tensor, ...] | None = None
-    if grad_out is not None and grad_lse is None and _is_exact(lse):
-        groups = _split(operands.mask, spec)
-        harmless = _harmless(operands, spec, groups, grad_out)
-        if harmless is not None and (_hides(groups) or _is_sound(lse)):
-            cleared_grad = harmless[1]
-            assert cleared_grad is not None
-            found = _backward(cleared_grad, harmless[0], out, lse, spec, groups)
+    """The gradients of q, k, v and, where there is one, the bias; None where `needed` says so. Torch's operator knows
+    no gradient of an LSE or of a bias, and its weights are as exact as an LSE is: what has such a gradient or large
+    scores goes by the einsum path."""
+    found: Any = None
+    of_bias = spec.bias is not None and needed[3]
+    if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
+        operands, spec = with_whole_mask(operands, spec)
+        groups = split(operands.mask, spec)
+        whole = _whole(groups, spec)
+        rows_alone = all([tensor.stride(-1) == 1 for tensor in (*operands[:3], grad_out, out)])
+        if whole is None or not rows_alone:
+            found = _backward(grad_out, operands, out, lse, spec, groups)
+        else:
+            found = BACKWARD(grad_out, *operands[:3], out, lse, 0.0, whole.causal, scale=spec.scale)
+        if _leaks(groups, found):
+            read, (rows, _) = cleared(operands, spec)
+            grad_out = grad_out if rows is None else grad_out.masked_fill(rows, 0.0)
+            found = _backward(grad_out, read, out, lse, spec, groups)
+            found = None if _leaks(groups, found) else found
     if found is None:
         found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
-    return tuple(grad if need else None for grad, need in zip(found, needed, strict=True))
+    found = *found, *[None] * (len(needed) - len(found))
+    return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
 
 
-def _hides(groups: list[Group]) -> bool:
-    """Whether a part holds hidden pairs."""
-    return any(part.causal or part.biased for group in groups for part in group.parts)
+def _whole(groups: list[Group], spec: AttentionSpec) -> Part | None:
+    """The only part of a call that torch's kernel takes as it is, from which everything between it and its caller is
+    left out: of a small call that was half the time."""
+    if len(groups) != 1 or len(groups[0].parts) != 1 or not _takes(spec):
+        return None
+    part = groups[0].parts[0]
+    whole = part.rows == (0, spec.queries) and part.keys == (0, spec.keys) and groups[0].entries == (0, spec.batch)
+    return part if whole and not part.biased else None
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _takes(spec: AttentionSpec) -> bool:
+    """Whether torch's kernel takes a call's dtype and scale."""
+    return _multiplies(spec.dtype) and spec.scale >= torch.finfo(spec.accumulator_dtype).tiny
+
+
+def _leaks(groups: list[Group], found: Iterable[Tensor]) -> bool:
+    """Whether something may have come through a hidden pair."""
+    return any([part.causal or part.biased for group in groups for part in group.parts]) and any(map(_has_nan, found))
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return isnan(tensor.sum().item())
 
 
 def _is_exact(lse: Tensor) -> bool:
     """Whether weights that are recomputed from an LSE are as exact as a softmax's."""
-    largest = LARGEST_LSE * torch.finfo(torch.float32).eps / torch.finfo(lse.dtype).eps
-    return not bool((lse.abs() > largest).logical_and(lse.isfinite()).any())
-
-
-def _is_sound(lse: Tensor) -> bool:
-    """Whether no row can have had scores of -inf alone, which torch's kernel gives an LSE of 0 and an output of 0."""
-    return int(lse.count_nonzero()) == lse.numel()
-
-
-def _harmless(
-    operands: Operands, spec: AttentionSpec, groups: list[Group], grad_out: Tensor | None = None
-) -> tuple[Operands, Tensor | None] | None:
-    """The operands and the gradient, cleared where they take no part if that is needed, so that nothing shows through
-    hidden pairs; None where something would."""
-    if not _hides(groups):
-        return operands, grad_out
-    for attempt in (lambda: (operands, grad_out), lambda: _cleared(operands, spec, grad_out)):
-        tensors, grad = attempt()
-        if bounded(spec, *tensors[:3], *([] if grad is None else [grad])):
-            return tensors, grad
-    return None
-
-
-def _cleared(operands: Operands, spec: AttentionSpec, grad_out: Tensor | None) -> tuple[Operands, Tensor | None]:
-    operands, (rows, _) = cleared(operands, spec)
-    return operands, grad_out if grad_out is None or rows is None else grad_out.masked_fill(rows, 0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is computed: read from the mask
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _split(mask: Tensor | None, spec: AttentionSpec) -> list[Group]:
-    """The parts of a call: every visible pair is in one of them."""
-    if not spec.batch * spec.heads * spec.queries * spec.keys:
-        return []
-    if mask is None:
-        return [Group((0, spec.batch), _ranged(0, spec.keys, spec))]
-    if mask.shape[1] == mask.shape[2] == 1:
-        return list(_by_entries(mask, spec))
-    return [Group((0, spec.batch), list(_by_rows(mask, spec)))]
-
-
-def _ranged(first_key: int, last_key: int, spec: AttentionSpec) -> list[Part]:
-    """The parts of queries that may see the keys of a range."""
-    if not spec.causal:
-        return [Part((0, spec.queries), (first_key, last_key))]
-    parts = []
-    # Queries before `start` see nothing, those from `turn` on all of the range.
-    start = min(max(first_key - spec.offset, 0), spec.queries)
-    turn = min(max(last_key - spec.offset, start), spec.queries)
-    diagonal = start + spec.offset
-    if turn - start == 1:
-        parts.append(Part((start, turn), (first_key, diagonal + 1)))
-    elif turn > start:
-        if diagonal > first_key and turn - start <= ROWS:
-            parts.append(Part((start, turn), (first_key, turn + spec.offset), biased=True))
-        else:
-            if diagonal > first_key:
-                parts.append(Part((start, turn), (first_key, diagonal)))
-            parts.append(Part((start, turn), (diagonal, turn + spec.offset), causal=True))
-    if turn < spec.queries:
-        parts.append(Part((turn, spec.queries), (first_key, last_key)))
-    return parts
-
-
-def _by_entries(mask: Tensor, spec: AttentionSpec) -> Iterator[Group]:
-    """The groups of a mask `(b|1, 1, 1, j)`."""
-    shown = mask[:, 0, 0]
-    steps = torch.ones(shown.shape[0], dtype=torch.bool, device=mask.device)
-    steps[1:] = (shown[1:] != shown[:-1]).any(dim=1)
-    firsts = steps.nonzero().flatten()
-    counts, ranges = shown[firsts].sum(dim=1).tolist(), _ranges(shown[firsts])
-    borders = [*firsts.tolist(), spec.batch]
-    for entries, count, (first_key, last_key) in zip(pairwise(borders), counts, ranges, strict=True):
-        if count == last_key - first_key:
-            yield Group(entries, _ranged(first_key, last_key, spec) if count else [])
-        else:
-            picked = shown[entries[0]].nonzero().flatten()
-            yield Group(entries, list(_of_picked(picked, spec)), picked)
-
-
-def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
-    """The parts of queries that may see the keys at these positions, which are counted from the first of them."""
-    if not spec.causal:
-        yield Part((0, spec.queries), (0, picked.numel()))
-        return
-    # Of each query, how many keys it sees.
-    last_seen = torch.arange(spec.offset + 1, spec.queries + spec.offset + 1, device=picked.device)
-    counts = torch.searchsorted(picked, last_seen).tolist()
-    for first in range(0, spec.queries, ROWS):
-        last = min(first + ROWS, spec.queries)
-        if counts[last - 1]:
-            yield Part((first, last), (0, counts[last - 1]), biased=counts[first] < counts[last - 1])
-
-
-def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
-    """The parts of any mask: runs of queries, with the range of keys that any of them sees."""
-    whole = mask.shape[2] == 1 and not spec.causal
-    rows = spec.queries if whole else ROWS
-    for first in range(0, spec.queries, rows):
-        last = min(first + rows, spec.queries)
-        keys = min(max(last + spec.offset, 0), spec.keys) if spec.causal else spec.keys
-        if not keys:
-            continue
-        visible = visible_pairs(mask, spec, first, last, keys, mask.device)
-        assert visible is not None
-        ((first_key, last_key),) = _ranges(visible.flatten(0, 2).any(dim=0)[None])
-        if last_key > first_key:
-            biased = not visible[..., first_key:last_key].all()
-            yield Part((first, last), (first_key, last_key), biased=biased)
-
-
-def _ranges(shown: Tensor) -> list[tuple[int, int]]:
-    """From the first to behind the last that is True in each row of `(n, j)`; where none is, an empty range."""
-    numbers = shown.to(torch.uint8)
-    firsts, lasts = numbers.argmax(dim=1), shown.shape[1] - numbers.flip(1).argmax(dim=1)
-    lasts = torch.where(shown.any(dim=1), lasts, firsts)
-    return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Torch's kernel
-# ---------------------------------------------------------------------------------------------------------------------
+    sizes, largest = lse.abs(), LARGEST_LSE[lse.dtype]
+    return not lse.numel() or sizes.max().item() <= largest or not ((sizes > largest) & sizes.isfinite()).any()
 
 
 class _Kernel:
     """Torch's kernel on the tensors of one group of batch entries."""
 
     def __init__(self, operands: Operands, spec: AttentionSpec, group: Group, dtype: torch.dtype) -> None:
-        first, last = group.entries
-        q, k, v = (tensor[first:last] for tensor in operands[:3])
+        q, k, v = [_cut(tensor, 0, group.entries) for tensor in operands[:3]]
         if group.picked is not None:
             k, v = k.index_select(2, group.picked), v.index_select(2, group.picked)
         self.picked, mask = group.picked, operands.mask
-        self.mask = mask if mask is None or mask.shape[0] == 1 else mask[first:last]
+        self.mask = mask if mask is None or mask.shape[0] == 1 else _cut(mask, 0, group.entries)
+        self.bias, self.slopes = (
+            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
+            for x in (operands.bias, operands.alibi_slopes)
+        )
+        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
+            self.bias = self.bias.index_select(3, group.picked)
         # What hides a pair is -inf times a scale that has to be positive in the kernel's own dtype.
         usual = abs(spec.scale) >= torch.finfo(spec.accumulator_dtype).tiny
         self.factor, self.scale = (copysign(1.0, spec.scale), abs(spec.scale)) if usual else (spec.scale, 1.0)
         q = q if self.factor == 1 else q * self.factor
-        self.q, self.k, self.v = (_readable_rows(tensor.to(dtype)) for tensor in (q, k, v))
+        self.q, self.k, self.v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
         self.spec = spec
 
-    def forward(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Of a part's queries: out, and the LSE of the part's keys."""
-        q, k, v = self._slices(part)
-        bias, dead = self._bias(part)
-        out, lse = FORWARD(q, k, v, 0.0, part.causal, attn_mask=bias, scale=self.scale)
-        return out, lse if dead is None else lse.masked_fill(dead, -torch.inf)
+    def forward(self, part: Part) -> tuple[Tensor, Tensor] | None:
+        """Of a part's queries: out, and the LSE of the part's keys. The kernel makes 0 of both where all scores are
+        -inf; None where those may be of visible keys."""
+        bias, visible = self._bias(part)
+        out, lse = FORWARD(*self._cut(part), 0.0, part.causal, attn_mask=bias, scale=self.scale)
+        if _has_no_zero(lse):
+            return out, lse
+        if visible is not None:
+            lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
+        return (out, lse) if _has_no_zero(lse) or bounded(self.spec, self.q, self.k) else None
 
     def backward(self, part: Part, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a part gives to the gradients of its queries and keys; `out` and `lse` are whole rows' own."""
-        bias, dead = self._bias(part)
-        lse = lse if dead is None else lse.masked_fill(dead, 0.0)
-        grads = BACKWARD(grad_out, *self._slices(part), out, lse, 0.0, part.causal, attn_mask=bias, scale=self.scale)
+        bias, visible = self._bias(part)
+        lse = lse if visible is None else lse.masked_fill(lse == -torch.inf, 0.0)
+        grads = BACKWARD(grad_out, *self._cut(part), out, lse, 0.0, part.causal, attn_mask=bias, scale=self.scale)
         return (grads[0] if self.factor == 1 else grads[0] * self.factor), grads[1], grads[2]
 
-    def _slices(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        rows, keys = slice(*part.rows), slice(*part.keys)
-        return self.q[:, :, rows], self.k[:, :, keys], self.v[:, :, keys]
+    def _cut(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        return _cut(self.q, 2, part.rows), _cut(self.k, 2, part.keys), _cut(self.v, 2, part.keys)
 
     def _bias(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """0 or -inf, `(b, h, i, j)` by strides, and the rows that see nothing, `(b|1, h|1, i|1)`."""
+        """What is added to the scores, -inf where a pair is hidden, `(b, h, i, j)` by strides; and the visible pairs,
+        `(b|1, h|1, i|1, j)`. Each None where there is none, or all are."""
         if not part.biased:
             return None, None
-        if self.picked is not None:
-            rows = torch.arange(*part.rows, device=self.picked.device)[:, None] + self.spec.offset
-            visible = (self.picked[slice(*part.keys)] <= rows)[None, None]
-        else:
-            pairs = visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device)
-            assert pairs is not None
-            visible = pairs[..., part.keys[0] :]
+        visible, terms = self._visible(part), [*self._added(part)]
+        if visible is not None:
+            # As a sum it takes a third of the time of a choice, and a logarithm ten times.
+            terms.append(1 - visible.to(self.spec.accumulator_dtype).reciprocal_())
         shape = (*self.q.shape[:2], part.rows[1] - part.rows[0], part.keys[1] - part.keys[0])
-        bias = 1 - visible.to(self.spec.accumulator_dtype).reciprocal()
-        return bias.expand(shape), ~visible.any(dim=-1)
+        bias = terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
+        return bias.expand(shape), visible
+
+    def _ahead(self, part: Part) -> Tensor:
+        """How far a part's keys lie behind its queries' own places, `(i, j)`."""
+        rows = torch.arange(*part.rows, device=self.q.device)[:, None] + self.spec.offset
+        keys = torch.arange(*part.keys, device=self.q.device) if self.picked is None else self.picked[slice(*part.keys)]
+        return keys - rows
+
+    def _visible(self, part: Part) -> Tensor | None:
+        """The visible pairs, `(b|1, h|1, i|1, j)`; None where it is all of them."""
+        if self.picked is None:
+            return visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device, part.keys[0])
+        (left, _), right = self.spec.window, right_end(self.spec)
+        if left is right is None:
+            return None
+        ahead = self._ahead(part)[None, None]
+        visible = torch.ones_like(ahead, dtype=torch.bool) if right is None else ahead <= right
+        return visible if left is None else visible & (ahead >= -left)
+
+    def _added(self, part: Part) -> Iterator[Tensor]:
+        """The bias and ALiBi, `(b|1, h|1, i|1, j|1)`."""
+        dtype = self.spec.accumulator_dtype
+        if self.bias is not None:
+            bias = self.bias if self.bias.shape[2] == 1 else _cut(self.bias, 2, part.rows)
+            yield (bias if bias.shape[3] == 1 else _cut(bias, 3, part.keys)).to(dtype)
+        if self.slopes is not None:
+            yield -self.slopes.to(dtype)[..., None, None] * self._ahead(part).abs()
+
+
+def _cut(tensor: Tensor, dim: int, within: Range) -> Tensor:
+    """A range of a dimension: the tensor itself where that is all of it, which saves several microseconds."""
+    first, last = within
+    return tensor if last - first == tensor.shape[dim] else tensor.narrow(dim, first, last - first)
 
 
 def _readable_rows(tensor: Tensor) -> Tensor:
@@ -296,18 +243,26 @@ def _readable_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor]:
+def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor] | None:
+    """`out` and `lse`; None where the kernel may be wrong about a row."""
     out = lse = None
     for group, kernel in _kernels(operands, spec, groups):
         for rows, same in groupby(group.parts, key=lambda part: part.rows):
-            found = _merged([kernel.forward(part) for part in same])
+            pieces = [kernel.forward(part) for part in same]
+            found = _merged(pieces)
+            if found is None:
+                return None
             if group.entries == (0, spec.batch) and rows == (0, spec.queries):
                 return found[0].to(spec.dtype), found[1]
             if out is None or lse is None:
                 out, lse = _of_dead_rows(operands.q, spec)
-            at = slice(*group.entries), slice(None), slice(*rows)
-            out[at], lse[at] = found
+            for whole, piece in zip((out, lse), found, strict=True):
+                _cut(_cut(whole, 0, group.entries), 2, rows).copy_(piece)
     return _of_dead_rows(operands.q, spec) if out is None or lse is None else (out, lse)
+
+
+def _has_no_zero(lse: Tensor) -> bool:
+    return lse.count_nonzero().item() == lse.numel()
 
 
 def _of_dead_rows(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
@@ -318,11 +273,12 @@ def _of_dead_rows(q: Tensor, spec: AttentionSpec) -> tuple[Tensor, Tensor]:
     return out, q.new_full(out.shape[:3], -torch.inf, dtype=spec.accumulator_dtype)
 
 
-def _merged(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _merged(pieces: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
     """The attention over keys that were attended to in one part or in two."""
-    if len(found) == 1:
-        return found[0]
-    (out, lse), (other, other_lse) = found
+    first, second = pieces if len(pieces) == 2 else (pieces[0], None)
+    if len(pieces) == 1 or first is None or second is None:
+        return first if second is None and len(pieces) == 1 else None
+    (out, lse), (other, other_lse) = first, second
     # Of the difference: both less their sum, which is rounded, would not give shares that add up to 1.
     share, other_share = ((lse - other_lse).sigmoid()[..., None], (other_lse - lse).sigmoid()[..., None])
     return out * share + other * other_share, torch.logaddexp(lse, other_lse)
@@ -333,19 +289,17 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     grads: tuple[Tensor, ...] | None = None
     for group, kernel in _kernels(operands, spec, groups):
-        entries, dtype = slice(*group.entries), kernel.q.dtype
-        rows = *(_readable_rows(tensor[entries].to(dtype)) for tensor in (grad_out, out)), lse[entries]
-        found = _gradients(kernel, group.parts, *rows)
-        if found is None:
-            continue
-        if group.entries == (0, spec.batch) and group.picked is None:
-            return tuple(grad.to(spec.dtype) for grad in found)
+        of_rows = [_readable_rows(_cut(tensor, 0, group.entries).to(kernel.q.dtype)) for tensor in (grad_out, out)]
+        found, rows, keys = _gradients(kernel, group.parts, [*of_rows, _cut(lse, 0, group.entries)])
+        if all([grad.shape == tensor.shape for grad, tensor in zip(found, operands[:3], strict=True)]):
+            return tuple([grad.to(spec.dtype) for grad in found])
         grads = grads or _zeros_like(operands[:3])
-        for total, of_group, picked in zip(grads, found, (None, group.picked, group.picked), strict=True):
-            if picked is None:
-                total[entries] = of_group
+        for whole, of_group, within in zip(grads, found, (rows, keys, keys), strict=True):
+            of_entries = _cut(whole, 0, group.entries)
+            if group.picked is None or of_group is found[0]:
+                _cut(of_entries, 2, within).copy_(of_group)
             else:
-                total[entries].index_copy_(2, picked, of_group.to(total.dtype))
+                of_entries.index_copy_(2, group.picked[slice(*within)], of_group.to(whole.dtype))
     return grads or _zeros_like(operands[:3])
 
 
@@ -354,35 +308,17 @@ def _zeros_like(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
 
 
-def _gradients(
-    kernel: _Kernel, parts: list[Part], grad_out: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, ...] | None:
-    """Those of the queries and keys of a group; None where it has no visible pair."""
-    pieces, sums = [piece for part in parts for piece in _narrow(part)], None
-    for piece in pieces:
-        rows, keys = slice(*piece.rows), slice(*piece.keys)
-        found = kernel.backward(piece, grad_out[:, :, rows], out[:, :, rows], lse[:, :, rows])
-        whole = kernel.q, kernel.k, kernel.v
-        if len(pieces) == 1 and all(grad.shape == tensor.shape for grad, tensor in zip(found, whole, strict=True)):
-            return found
-        sums = sums or _zeros_like(whole)
-        for total, of_piece, at in zip(sums, found, (rows, keys, keys), strict=True):
-            total[:, :, at] += of_piece
-    return sums
-
-
-def _narrow(part: Part) -> Iterator[Part]:
-    """A square as narrow squares and the rectangles beside them: the backward computes all of what it is given."""
-    if not part.causal:
-        yield part
-        return
-    (first_row, last_row), (first_key, _) = part.rows, part.keys
-    for first in range(first_row, last_row, ROWS):
-        rows = first, min(first + ROWS, last_row)
-        begin, end = (first_key + row - first_row for row in rows)
-        if begin > first_key:
-            yield Part(rows, (first_key, begin))
-        yield Part(rows, (begin, end), causal=True)
+def _gradients(kernel: _Kernel, parts: list[Part], of_rows: list[Tensor]) -> tuple[tuple[Tensor, ...], Range, Range]:
+    """Those of the queries and keys of a group, by its `grad_out`, `out` and `lse`, and in which ranges they are."""
+    sums: tuple[Tensor, ...] = ()
+    for part in parts:
+        found = kernel.backward(part, *[_cut(tensor, 2, part.rows) for tensor in of_rows])
+        if len(parts) == 1:
+            return found, part.rows, part.keys
+        sums = sums or _zeros_like((kernel.q, kernel.k, kernel.v))
+        for total, of_part, within in zip(sums, found, (part.rows, part.keys, part.keys), strict=True):
+            _cut(total, 2, within).add_(of_part)
+    return sums, (0, kernel.q.shape[2]), (0, kernel.k.shape[2])
 
 
 def _kernels(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> Iterator[tuple[Group, _Kernel]]:

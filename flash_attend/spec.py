@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["CALLS_KEPT", "LARGEST_LENGTH", "AttentionSpec", "MaskKind", "describe", "kind_of"]
+__all__ = ["CALLS_KEPT", "LARGEST_LENGTH", "AttentionSpec", "BiasKind", "MaskKind", "Window", "describe", "kind_of"]
+
+Window = tuple[int | None, int | None]  # how many keys a query sees before its own and after it; None: all of them
 
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
 LARGEST_LENGTH = 2**31 - 1 - 8192  # positions are 32-bit in the kernels, with room for tiles past the end
@@ -27,6 +29,16 @@ class MaskKind(IntEnum):
     NONE = 0
     KEY = 1  # the same for every query of a head: key padding, `(b, j)` or `(b|1, h|1, 1, j)`
     DENSE = 2  # varies over queries
+
+
+class BiasKind(NamedTuple):
+    """Which of its dimensions a bias varies over (along the others it is broadcast), and its dtype."""
+
+    batch: bool
+    heads: bool
+    queries: bool
+    keys: bool
+    dtype: torch.dtype  # q's, or float32
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,13 @@ class AttentionSpec:
     dropout_p: float = 0.0
     deterministic: bool = False
     precision: str = "ieee"  # of float32 products: "tf32", "tf32x3" (float32-accurate); "ieee" for other dtypes
+    # Query `x` sees key `y` iff `x + offset - left <= y <= x + offset + right`. A right end of 0 is `causal`, whose own
+    # right end is None here, and so is an end that hides nothing of these lengths: each meaning has one spec.
+    window: Window = (None, None)
+    softcap: float = 0.0  # scores `s` become `softcap * tanh(s / softcap)`; 0 for none
+    bias: BiasKind | None = None
+    alibi: bool = False  # each head's slope times the distance is taken off its scores
+    sinks: bool = False  # each head has a logit that takes part in the normaliser alone
 
     def __hash__(self) -> int:
         return self._hash
@@ -57,7 +76,9 @@ class AttentionSpec:
         """Taken once: launches are looked up by their spec. Of numbers alone, which hash alike in every process."""
         sizes = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim)
         mode = (int(self.mask), self.mask_per_head, self.causal, self.scale, self.dropout_p, self.deterministic)
-        return hash((sizes, mode, self.dtype.itemsize))
+        bias = None if self.bias is None else (*self.bias[:4], self.bias.dtype.itemsize)
+        scores = (self.window, self.softcap, bias, self.alibi, self.sinks)
+        return hash((sizes, mode, self.dtype.itemsize, scores))
 
     @property
     def group(self) -> int:
@@ -70,9 +91,25 @@ class AttentionSpec:
         return self.keys - self.queries
 
     @property
-    def options(self) -> tuple[bool, float, float, bool, str]:
+    def options(self) -> tuple[bool, float, float, bool, str, Window, float]:
         """What the tensors of a call do not say, in the order in which `describe` takes it."""
-        return self.causal, self.scale, self.dropout_p, self.deterministic, self.precision
+        flags = self.causal, self.scale, self.dropout_p, self.deterministic
+        return *flags, self.precision, self.window, self.softcap
+
+    @property
+    def plain_scores(self) -> bool:
+        """Whether scores are products under a scale, and the softmax is over them alone."""
+        return self.bias is None and not (self.softcap or self.alibi or self.sinks)
+
+    @property
+    def adds_to_scores(self) -> bool:
+        """Whether a bias or ALiBi is added to the scores."""
+        return self.bias is not None or self.alibi
+
+    @property
+    def banded(self) -> bool:
+        """Whether what a query sees depends on its place, whatever the mask."""
+        return self.causal or self.window != (None, None)
 
     @property
     def accumulator_dtype(self) -> torch.dtype:
@@ -104,6 +141,12 @@ def describe(
     dropout_p: float,
     deterministic: bool,
     precision: str,
+    window: Window = (None, None),
+    softcap: float = 0.0,
+    *,
+    bias: _Shaped | None = None,
+    alibi: bool = False,
+    sinks: bool = False,
 ) -> AttentionSpec:
     """The spec of operands, in the shapes of `Operands`, and of the `options` of a call. Nothing is checked."""
     batch, heads, queries, head_dim = q.shape
@@ -118,10 +161,20 @@ def describe(
         value_dim=v.shape[3],
         dtype=q.dtype,
         mask=kind,
-        mask_per_head=mask is not None and mask.shape[1] > 1,
+        mask_per_head=mask is not None and bool(mask.shape[1] > 1),
         causal=causal,
         scale=scale,
         dropout_p=dropout_p,
         deterministic=deterministic,
         precision=precision,
+        window=window,
+        softcap=softcap,
+        bias=None if bias is None else _bias_kind(bias),
+        alibi=alibi,
+        sinks=sinks,
     )
+
+
+def _bias_kind(bias: _Shaped) -> BiasKind:
+    batch, heads, queries, keys = (bool(size != 1) for size in bias.shape)
+    return BiasKind(batch, heads, queries, keys, bias.dtype)

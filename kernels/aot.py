@@ -40,7 +40,7 @@ from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.reports import LOOPS, MULTIPLYING, PARTS, Report, as_json, as_table
 from flash_attend.kernels.sass import disassemble, loop_works, product_loops
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind, kind_of
+from flash_attend.spec import AttentionSpec, BiasKind, MaskKind, kind_of
 from flash_attend.target import interpreting
 
 __all__ = [
@@ -88,6 +88,8 @@ class Case:
         spec = self.spec
         words = [{MaskKind.NONE: "", MaskKind.KEY: "key", MaskKind.DENSE: "dense"}[spec.mask]]
         words += ["causal"] * spec.causal + ["dropout"] * (spec.dropout_p > 0) + ["grouped"] * (spec.group > 1)
+        words += ["window"] * (spec.window != (None, None)) + ["softcap"] * (spec.softcap > 0)
+        words += ["alibi"] * spec.alibi + ["bias"] * (spec.bias is not None) + ["sinks"] * spec.sinks
         return "+".join(filter(None, words)) or "plain"
 
 
@@ -132,11 +134,19 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             heads = spec.heads if spec.mask_per_head else 1
             mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
+        bias = None
+        if spec.bias is not None:
+            sizes = (spec.batch, spec.heads, spec.queries, spec.keys)
+            varies = zip(sizes, spec.bias[:4], strict=True)
+            bias = torch.empty([size if does else 1 for size, does in varies], dtype=spec.bias.dtype)
+        slopes = torch.empty(1, spec.heads) if spec.alibi else None
+        sinks = torch.empty(spec.heads) if spec.sinks else None
+        others = () if bias is sinks is None else (bias is not None, sinks is not None)
         with recorded_launches() as launches:
             functions = BACKENDS[backend].load()
-            operands = Operands(q, k, v, mask, seed)
+            operands = Operands(q, k, v, mask, seed, bias, slopes, sinks)
             out, lse, kept = functions.forward(operands, spec, tiles)
-            grad_out, needed = torch.empty_like(out), (True, True, True)
+            grad_out, needed = torch.empty_like(out), (True, True, True, *others)
             functions.backward(grad_out, None, operands, out, lse, kept, spec, tiles, needed)
     return launches
 
@@ -186,7 +196,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
-        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE
+        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE and case.spec.plain_scores
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
             head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), heavy=not usual,
@@ -260,6 +270,18 @@ MODES = (
     dict(mask=MaskKind.DENSE, dropout_p=0.1, kv_heads=2),
     dict(),
 )
+# Windows and what changes scores, under causality: of half precision at these widths, the last one of every kind at 64.
+CHANGED_WIDTHS = (64, 128)
+CHANGED_MODES = (
+    dict(causal=True, window=(255, None)),
+    dict(causal=True, window=(255, None), softcap=30.0),
+    dict(causal=True, alibi=True, sinks=True),
+    dict(bias=(False, True, True, True)),
+    dict(
+        mask=MaskKind.KEY, causal=True, window=(255, None), softcap=30.0, alibi=True, sinks=True,
+        bias=(False, True, True, True),
+    ),
+)  # fmt: skip
 HOPPER_MODES = (dict(mask=MaskKind.KEY, causal=True), dict(mask=MaskKind.KEY), dict(causal=True), dict())
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
 KINDS = {
@@ -270,29 +292,35 @@ KINDS = {
 }
 # Head dims in other parts, and dv != d, that share a row of the kind "half" with those as wide as the row.
 OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}
-SUBSET_WIDTHS = {"half": 96}  # which is in two parts; others of 64
 ALL, COMMON, SUBSET = "all", "common", "subset"  # how many of the calls are compiled
+# Of each kind, where they are not all: 96 is in two parts.
+WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
+    ALL: {},
+    COMMON: {"tf32": (64, 128), "tf32x3": (64, 128), "double": (64,)},
+    SUBSET: {"half": (96,), "tf32": (64,), "tf32x3": (64,), "double": (64,)},
+}
+HEAVY_WIDTHS = (64, 128)  # of half precision, where COMMON has dropout and a dense mask too
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
 def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
     """The calls that together compile every config row of these parts, or those of a smaller scope.
 
-    COMMON: half precision in the two modes that cost most, with dropout and without; others, and the fused backward, in
-    the first mode alone; the kernels for Hopper with a key mask and causality, and without both. SUBSET: a width of
-    each kind in the first mode, and of the kernels for Hopper all.
+    COMMON: half precision in the mode that costs most, and at two widths with dropout too; other kinds in that mode at
+    two widths; one with changed scores; the kernels for Hopper with a key mask and causality. SUBSET: for the last of
+    the parts, a width of each kind, and of the kernels for Hopper all.
     """
-    for arch in archs:
+    for arch in [*archs][-1:] if scope == SUBSET else archs:
         for kind, width in sorted({(kind, width) for _, kind, width in ROWS}):
-            if scope == SUBSET and width != SUBSET_WIDTHS.get(kind, 64):
+            if width not in WIDTHS[scope].get(kind, (width,)):
                 continue
             dtype, n_modes = KINDS[kind]
-            common = MODES[:4:3] if kind == "half" else MODES[:1]
-            modes = {ALL: MODES[:n_modes], COMMON: common, SUBSET: MODES[:1]}[scope]
+            heavy_too = scope == COMMON and kind == "half" and width in HEAVY_WIDTHS
+            modes = MODES[:n_modes] if scope == ALL else MODES[: 4 if heavy_too else 1 : 3]
             calls = [((width, width), mode) for mode in modes]
             if kind == "half" and scope == ALL:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
-            for dims, mode in calls:
+            for dims, mode in (*calls, *_changed_calls(kind, width, scope)):
                 yield Case.of(arch, spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: with its second tile only in the modes that take that.
             calls = [call for call in calls if call[1] is MODES[0]]
@@ -306,15 +334,28 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
         yield from _hopper_cases(scope)
 
 
+def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Of `CHANGED_MODES`, those that a kind of this width is compiled in; of COMMON, one of half precision."""
+    if kind == "half" and scope == ALL and width in CHANGED_WIDTHS:
+        modes = CHANGED_MODES
+    elif width == 64 and (scope == ALL or (scope == COMMON and kind == "half")):
+        modes = CHANGED_MODES[-1:]
+    else:
+        modes = ()
+    return [((width, width), mode) for mode in modes]
+
+
 def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
-    """A call with the head dimensions d and dv, in one of the modes."""
+    """A call with the head dimensions d and dv, in one of the modes. A bias has q's dtype."""
     head_dim, value_dim = dims
+    if "bias" in mode:
+        mode["bias"] = BiasKind(*mode["bias"], mode["dtype"])
     rest = dict(batch=16, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
     return AttentionSpec(head_dim=head_dim, value_dim=value_dim, **rest)
 
 
 def _hopper_cases(scope: str) -> Iterator[Case]:
-    modes = {ALL: HOPPER_MODES, COMMON: HOPPER_MODES[::3], SUBSET: HOPPER_MODES[:1]}[scope]
+    modes = HOPPER_MODES if scope == ALL else HOPPER_MODES[:1]
     backwards: tuple[BackwardName, ...] = ("separate", "fused")
     for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
         yield Case.of("sm_90", spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
@@ -393,10 +434,10 @@ def main(arguments: list[str] | None = None) -> int:
         const=COMMON,
         default=ALL,
         dest="scope",
-        help="half precision in two modes, the rest in one",
+        help="half precision in one mode or two, two widths of the rest",
     )
     scope.add_argument(
-        "--subset", action="store_const", const=SUBSET, dest="scope", help="one head width of each kind, one mode"
+        "--subset", action="store_const", const=SUBSET, dest="scope", help="one head width of each kind, one part"
     )
     parser.add_argument(
         "--backend", nargs="+", choices=COMPILED, default=COMPILED, metavar="NAME", help=", ".join(COMPILED)

@@ -22,11 +22,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import libdevice
+from triton.runtime.interpreter import TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["BULK_COPIES_ROUND", "INTERPRETED", "aggregate", "constexpr_function", "kernel"]
+__all__ = ["BULK_COPIES_ROUND", "INTERPRETED", "aggregate", "constexpr_function", "kernel", "tanh"]
 
 INTERPRETED = triton.knobs.runtime.interpret
 # To TF32, where a descriptor says so: from Triton 3.7 on. The interpreter would not.
@@ -72,6 +75,22 @@ def _interpreted_aggregate(cls: type) -> type:
 
 def _method(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, *args, **named: function(self, *args, **named)
+
+
+def _interpreted_tanh(x: Any, how: str) -> Any:
+    return tl.tensor(TensorHandle(torch.as_tensor(x.handle.data).tanh().numpy(), x.handle.dtype), x.type)
+
+
+@triton.jit
+def _compiled_tanh(x, HOW: tl.constexpr):
+    if HOW == "fast":  # one instruction, with an error of at most 2^-11 of the result
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return libdevice.tanh(x)
+
+
+# The hyperbolic tangent of a tensor, "fast" (float32 alone) or "exact".
+tanh = _interpreted_tanh if INTERPRETED else _compiled_tanh
 
 
 def constexpr_function(function: Callable[..., Any]) -> Any:

@@ -34,6 +34,7 @@ __all__ = [
     "Tile",
     "Tiles",
     "as_text",
+    "bias_tile",
     "candidate_tiles",
     "choices_for",
     "head_parts",
@@ -76,6 +77,13 @@ class Tiles(NamedTuple):
 def _schedule_block(tiles: Tiles) -> tuple[int, int]:
     used = list(filter(None, tiles))
     return max(tile.block_m for tile in used), max(32, *(tile.block_n for tile in used))
+
+
+def bias_tile(spec: AttentionSpec, tiles: Tiles) -> Tile:
+    """That of the kernel for the gradient of a bias: no wider than a block of the schedule."""
+    size = BIAS_TILES[kind_of(spec)]
+    block_m, block_n = tiles.schedule_block
+    return Tile(min(size, block_m), min(size, block_n), 4, 1)
 
 
 SMALLEST_PART = 16  # the smallest dimension of a tensor-core product
@@ -196,6 +204,8 @@ HOPPER_ROWS: dict[int, Tiles] = {
     256: Tiles(Tile(128, 64, 4, 2), Tile(64, 64, 4, 2), Tile(128, 64, 4, 1), Tile(64, 64, 4, 2)),
 }
 
+# Queries and keys of a tile of a bias whose gradient is computed, by the kind of products.
+BIAS_TILES = {"half": 64, "tf32": 32, "tf32x3": 32, "double": 16}
 FEWEST_ROWS = 64  # of a tile that is made smaller for a small grid: what four warps take on sm_90
 # For decoding, where the heads of a group are rows: bound by reading k and v, of which much is to be under way.
 ONE_QUERY = tuple(map(tile_of, ("16x64w4s2", "16x128w4s2", "16x64w4s3", "16x32w4s3")))

@@ -16,13 +16,15 @@ from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.launch import ALIGNMENT, Prepared, begin_aligned, launch
-from flash_attend.kernels.mask import NONE, Mask
+from flash_attend.kernels.mask import NONE, masks_of_call
 from flash_attend.kernels.operands import (
     HeadsLayout,
     aligned_strides,
+    are_readable,
+    bias_strides,
     call_arguments,
     call_choices,
-    is_readable,
+    contiguous_strides,
     key_sizes,
     layout_like_heads,
     lse_layout,
@@ -30,12 +32,22 @@ from flash_attend.kernels.operands import (
     query_section,
     query_sizes,
     readable,
+    readable_operands,
+    score_numbers,
     strides_as_queries,
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads
-from flash_attend.kernels.schedule import Planes, Schedule, plan_schedule
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.schedule import (
+    Planes,
+    Schedule,
+    may_hide_keys,
+    plan_schedule,
+    scheduled_mask,
+    scheduled_sizes,
+    scheduled_spec,
+)
+from flash_attend.kernels.scores import LOG2E, scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
 from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
@@ -65,7 +77,8 @@ def _tile(
         v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     # NaN in a hidden key's k stays in its own column of the scores and is hidden there; in v it must not be read.
     k = tile.load(k_rows, first_key, key < mask.keys, tile.BLOCK_N, MASKED, WITHIN=False)
-    seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
+    applied = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
+    seen = scores.add(applied, first_query, first_key, MASKED)
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
     weights, correction, softmax = softmax.step(seen, scores.factor_log2)
@@ -86,6 +99,9 @@ def forward_kernel(
     VISIBLE,
     LISTS,
     SEED,
+    BIAS,
+    ALIBI_SLOPES,
+    SINKS,
     scale: tl.float64,
     keep_scale: tl.float64,
     keep_threshold: tl.uint32,
@@ -110,6 +126,15 @@ def forward_kernel(
     out_batch: tl.int64,
     out_head: tl.int64,
     out_row: tl.int64,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    softcap: tl.float64,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
+    slopes_batch: tl.int64,
+    slopes_head: tl.int64,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -124,7 +149,11 @@ def forward_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     SCALE_SIGN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     EXACT: tl.constexpr,
     APART: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -145,8 +174,12 @@ def forward_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
-    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
+    masks = masks_of_call(planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=True)
+    mask = masks.of_head(batch, head)
+    scores = scores_of_call(
+        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
+        queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR,
+    ).of_head(batch, head)  # fmt: skip
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
@@ -170,7 +203,12 @@ def forward_kernel(
         )
 
     alive = mask.alive(first_query, BLOCK_M, softmax.sum == 0.0)
-    normaliser, lse, log2 = softmax.finish(alive, scores.factor_log2, APART)
+    if BIAS is not None:
+        alive = alive & (softmax.sum != 0.0)  # it may hide all that a query sees
+    sink_log2 = None
+    if SINKS is not None:
+        sink_log2 = tl.load(SINKS + head).to(ACCUMULATOR) * LOG2E
+    normaliser, lse, log2 = softmax.finish(alive, scores.factor_log2, APART, sink_log2)
     row = (batch.to(tl.int64) * heads + head) * queries + query
     tl.store(LSE + row, lse, mask=exists)
     store_statistics(STATISTICS, row, softmax.maximum, log2, exists, APART)
@@ -196,8 +234,7 @@ def statistics_layout(spec: AttentionSpec) -> HeadsLayout:
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` in q's dtype, `lse (b, h, i)`, natural, and what the backward reads beside them."""
-    q, k, v, *others = operands
-    operands = Operands(readable(q), readable(k), readable(v), *others)
+    operands = readable_operands(operands)
     return _prepare(spec, tiles, Layouts.of(operands)).run(operands)
 
 
@@ -205,8 +242,7 @@ def plan_forward(
     spec: AttentionSpec, tiles: Tiles, layouts: Layouts
 ) -> Callable[[Operands], tuple[Tensor, Tensor, Kept]]:
     """`attention_forward` of all operands with these layouts."""
-    dims = spec.head_dim, spec.head_dim, spec.value_dim
-    if all(map(is_readable, layouts[:3], dims)):
+    if are_readable(spec, layouts):
         return _prepare(spec, tiles, layouts).run
     return partial(attention_forward, spec=spec, tiles=tiles)
 
@@ -222,31 +258,44 @@ class Forward:
     schedule: Callable[[Tensor | None], Schedule]  # of the mask
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
+    hides_keys: bool  # the bias may hide some from everybody
+    changes_scores: bool  # there is a bias, or there are slopes or sinks
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         """As `attention_forward`."""
-        q, k, v, mask, seed = operands
+        q, k, v, mask, seed, *others = operands
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         statistics = lse.new_empty_strided(*self.statistics)
+        if self.hides_keys:
+            mask = scheduled_mask(mask, operands.bias)
         schedule = self.schedule(mask)
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
         prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
-        launch(prepared, q, k, v, out, lse, statistics, schedule.visible, schedule.lists, seed, aligned=aligned)
+        if aligned and self.changes_scores:
+            aligned = begin_aligned(*others)
+        tensors = q, k, v, out, lse, statistics, schedule.visible, schedule.lists, seed, *others
+        launch(prepared, *tensors, aligned=aligned)
         return out, lse, Kept(statistics, *schedule)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
+    changes_scores = spec.bias is not None or spec.alibi or spec.sinks
+    hides_keys = may_hide_keys(spec)
+    if hides_keys:
+        sizes = tuple(scheduled_sizes(layouts.mask_sizes, spec))
+        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled_spec(spec)
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
     schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
-    return Forward(out, lse_layout(spec), statistics_layout(spec), spec.accumulator_dtype, schedule, *launches)
+    layouts_of = out, lse_layout(spec), statistics_layout(spec)
+    return Forward(*layouts_of, spec.accumulator_dtype, schedule, *launches, hides_keys, changes_scores)
 
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
     """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
-    q, k, v, mask_sizes, _ = layouts
+    q, k, v, mask_sizes, _, bias, slopes, _ = layouts
     planes = 0 if mask_sizes is None else mask_sizes[0] * mask_sizes[1]
     if packed := packed_group(spec):
         q, out = (strides_as_queries(strides, spec.group) for strides in (q, out))
@@ -257,12 +306,13 @@ def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: St
     return Prepared(
         forward_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
-        (*call_arguments(spec, planes, tiles), query_section(spec), *strides),
+        (*call_arguments(spec, planes, tiles), query_section(spec), *strides, *score_numbers(spec, bias, slopes)),
         dict(
             ALIGN=align,
             EXACT=is_exact(spec),
             APART=is_apart(spec),
             DESCRIPTORS=tile.descriptors,
+            BIAS_ALIGN=bias_strides(spec, bias)[0],
             **call_choices(spec, tile, tiles),
         ),
         tile.num_warps,

@@ -55,15 +55,26 @@ class Softmax:
         return weights, correction, Softmax(maximum, self.sum * correction + tl.sum(weights, 1), self.EXACT)
 
     @triton.jit
-    def finish(self, alive, factor_log2, APART: tl.constexpr):
+    def finish(self, alive, factor_log2, APART: tl.constexpr, sink_log2=None):
         """The factor that normalises what was accumulated, the natural LSE, and the base-2 one, if APART without the
-        maximum. They are 0, -inf and +inf for a query that sees no key: is not `alive`.
+        maximum. They are 0, -inf and +inf for a query that sees no key: is not `alive`. A sink, unless None, takes part
+        as one more score, given as a base-2 exponent.
 
         A sum of 0 where it does see some is that of scores which are all -inf: 0 / 0 is NaN.
         """
-        log2_sum = tl.math.log2(self.sum)
-        lse_log2 = (self.maximum * factor_log2 if self.EXACT else self.maximum) + log2_sum
-        normaliser = tl.where(alive, 1.0 / self.sum, 0.0)
+        maximum_log2 = self.maximum * factor_log2 if self.EXACT else self.maximum
+        total = self.sum
+        correction = 1.0
+        if sink_log2 is not None:
+            highest = tl.maximum(maximum_log2, sink_log2)
+            correction = tl.math.exp2(maximum_log2 - highest)
+            total = total * correction + tl.math.exp2(sink_log2 - highest)
+        log2_sum = tl.math.log2(total)
+        lse_log2 = maximum_log2 + log2_sum
+        if sink_log2 is not None:
+            lse_log2 = highest + log2_sum
+            log2_sum += highest - maximum_log2
+        normaliser = tl.where(alive, correction / total, 0.0)
         lse = tl.where(alive, lse_log2 * LN2, NEGATIVE_INFINITY)
         return normaliser, lse, tl.where(alive, log2_sum if APART else lse_log2, INFINITY)
 

@@ -9,9 +9,20 @@ import torch
 
 from flash_attend import explain
 from flash_attend.backends import BackwardName
+from flash_attend.ops import INPUTS
 from flash_attend.testing.calls import Call, Case, make_call
 
-__all__ = ["BACKENDS", "CHOOSY", "FUSED", "KERNELS_ON_A_GPU", "Backend", "call_for", "skip_unless_interpretable"]
+__all__ = [
+    "BACKENDS",
+    "CHOOSY",
+    "FUSED",
+    "KERNELS_ON_A_GPU",
+    "Backend",
+    "call_for",
+    "refusal_of",
+    "skip_unless_interpretable",
+    "skip_unless_served",
+]
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,7 @@ def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
 
 
-def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
+def call_for(backend: Backend, case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
     """A case's call on the device of a backend, or a skip where a choosy one does not serve it, with the dispatcher's
     reason. Hopper's kernels take a head dim of 64 for the usual one, which they do not serve; torch's attention takes
     the gradient of out alone, because where an LSE has one the einsum path computes it."""
@@ -74,12 +85,23 @@ def call_for(backend: Backend, case: Case, dtype: torch.dtype) -> Call:
         case = replace(case, d=64)
     if backend.name == "sdpa" and case.grads == "both":
         case = replace(case, grads="out")
-    call = make_call(case, dtype, backend.device)
-    if backend.choosy:
-        refusal = explain(call.q, call.k, call.v, **call.options, backend=backend.name).refusal
-        if refusal:
-            pytest.skip(f"reason: {refusal}")
+    call = make_call(case, dtype, backend.device, seed)
+    skip_unless_served(backend, call)
     return call
+
+
+def skip_unless_served(backend: Backend, call: Call) -> None:
+    """Skips what a choosy backend does not serve, and changes of scores that any backend does not."""
+    changed = not call.options.keys() <= {"mask", "causal", "scale", "dropout_p"}
+    if (backend.choosy or changed) and (refusal := refusal_of(backend, call)):
+        pytest.skip(f"reason: {refusal}")
+
+
+def refusal_of(backend: Backend, call: Call) -> str:
+    """Why a backend does not serve a call with all its gradients; empty where it does."""
+    given = {name: x for name in INPUTS if (x := getattr(call, name)) is not None}
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    return explain(**{**call.options, **leaves}, backend=backend.name).refusal
 
 
 def skip_unless_quick(backend: Backend, dtype: torch.dtype) -> None:

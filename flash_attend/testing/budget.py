@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attend.testing.oracle import Answer, visible_pairs
+from flash_attend.testing.oracle import Answer, changed_scores, visible_pairs
 
 __all__ = ["Budget", "TF32Products", "assert_within_budget", "eager_answer"]
 
-NAMES = ("out", "lse", "dq", "dk", "dv")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 TF32_EPS = 2.0**-10  # the spacing of what a product of float32 takes in TF32
 
 
@@ -61,26 +61,43 @@ def eager_answer(
     keep: Tensor | None = None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Answer:
-    """What PyTorch's eager path makes of the call, in the dtype of the inputs.
+    """What PyTorch's eager path makes of the call, in the dtype of the inputs. With dropout, or scores that are
+    changed, or sinks, it is written out, in the accumulator's dtype, as torch's own is inside.
 
     `pairs (b, h, i, j)` is who sees whom. Rows that see nobody are computed as if they saw everybody, and carry no
     gradient: compare them not at all.
     """
     alive = pairs.any(dim=3)
     pairs = pairs | ~alive.unsqueeze(3)
-    leaves = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in (q, k, v)]
-    q, k, v = leaves
+    given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+    leaves = {
+        name: x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+        for name, x in given.items()
+        if x is not None
+    }
+    q, k, v = (leaves[name] for name in "qkv")
     k, v = (x.unsqueeze(1) if x.ndim == 3 else x for x in (k, v))
     group = q.shape[1] // max(k.shape[1], 1)
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
 
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.to(accumulator) @ k.to(accumulator).mT * scale).masked_fill(~pairs, -torch.inf)
+    scores = q.to(accumulator) @ k.to(accumulator).mT * scale
+    # What -inf hides is hidden as a pair, and rows that see nobody need something else to see.
+    added = None if bias is None else leaves["bias"].masked_fill(bias == -torch.inf, 0.0)
+    scores = changed_scores(scores, bias=added, softcap=softcap, alibi_slopes=alibi_slopes)
+    scores = scores.masked_fill(~pairs, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, leaves["sinks"].to(accumulator).view(-1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)
     lse = scores.logsumexp(dim=3)
-    if dropout_p > 0:
-        assert keep is not None
-        out = ((scores.softmax(dim=3) * keep / (1 - dropout_p)) @ v.to(accumulator)).to(q.dtype)
+    if dropout_p > 0 or softcap is not None or not (bias is alibi_slopes is sinks is None):
+        weights = scores.softmax(dim=3)[..., : k.shape[2]]
+        weights = weights if keep is None else weights * keep / (1 - dropout_p)
+        out = (weights @ v.to(accumulator)).to(q.dtype)
     else:
         with sdpa_kernel(SDPBackend.MATH):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale)
@@ -91,8 +108,8 @@ def eager_answer(
             losses.append(
                 (output * torch.where(alive.unsqueeze(3) if gradient.ndim == 4 else alive, gradient, 0)).sum()
             )
-    grads = torch.autograd.grad(losses, leaves, allow_unused=True, materialize_grads=True)
-    return Answer(out.detach(), lse.detach(), *grads)
+    found = torch.autograd.grad(losses, [*leaves.values()], allow_unused=True, materialize_grads=True)
+    return Answer(out.detach(), lse.detach(), **{f"d{name}": grad for name, grad in zip(leaves, found, strict=True)})
 
 
 def _magnitudes(
@@ -107,6 +124,10 @@ def _magnitudes(
     keep: Tensor | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    softcap: float | None,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[dict[str, Tensor], float]:
     """The size of the terms behind every element of every result (see the head of this file), and the largest score."""
     alive = pairs.any(dim=3)
@@ -120,14 +141,17 @@ def _magnitudes(
     q = torch.where(alive.unsqueeze(3), q, 0)
     k4, v4 = (torch.where(seen.unsqueeze(3), x, 0) for x in (k4, v4))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k4, v4))
-    scores = torch.where(pairs, q @ k.mT * scale, 0)
-    largest_score = scores.abs().max().item() if scores.numel() else 0.0
+    products = torch.where(pairs, q @ k.mT * scale, 0)
+    capped = changed_scores(products, bias=None, softcap=softcap, alibi_slopes=None)
+    scores = torch.where(pairs, changed_scores(capped, bias=bias, softcap=None, alibi_slopes=alibi_slopes), 0)
+    added, slope2 = (scores - capped) * pairs, 1.0 if softcap is None else (1 - (capped / softcap).square()).square()
+    largest_score = (capped.abs() + added.abs()).max().item() if scores.numel() else 0.0
     p = torch.where(pairs, scores - torch.where(alive, truth.lse, 0).unsqueeze(3), -torch.inf).exp()
     p2 = p.square()
     kept2 = p2 if keep is None else p2 * keep / (1 - dropout_p) ** 2
 
     sums = {"out": kept2 @ v.square()}
-    score2 = scale**2 * (q.square() @ k.square().mT) * pairs
+    score2 = (scale**2 * (q.square() @ k.square().mT) * slope2 + added.square()) * pairs
     # exp and log of the accumulator: an LSE near 0 is still made of terms of size 1.
     sums["lse"] = 1 + (score2.amax(dim=3) if keys else torch.zeros_like(truth.lse))
     do = q.new_zeros(batch, heads, queries, v.shape[3]) if grad_out is None else grad_out.double()
@@ -135,8 +159,14 @@ def _magnitudes(
     do2 = torch.where(alive.unsqueeze(3), do, 0).square()
     dlse2 = torch.where(alive, dlse, 0).square()
     delta2 = ((do2 * truth.out.square()).sum(dim=3) + dlse2).unsqueeze(3)
-    ds2 = scale**2 * (kept2 * (do2 @ v.square().mT) + p2 * delta2)
-    sums["dq"] = ds2 @ k.square() + scale**2 * delta2 * (p @ k).square()
+    of_scores2 = kept2 * (do2 @ v.square().mT) + p2 * delta2
+    ds2 = scale**2 * of_scores2 * slope2
+    sums["dq"] = ds2 @ k.square() + scale**2 * delta2 * ((p * slope2**0.5) @ k).square()
+    if bias is not None:
+        sums["dbias"] = of_scores2.sum_to_size(_whole_shape(bias)).view(bias.shape)
+    if sinks is not None:
+        p_sink = torch.where(alive, sinks.double().view(-1, 1) - truth.lse, -torch.inf).exp()
+        sums["dsinks"] = (p_sink.square() * delta2.squeeze(3)).sum(dim=(0, 2))
 
     def by_kv_head(x: Tensor) -> Tensor:
         return x.view(batch, kv_heads, group, *x.shape[2:]).sum(dim=2)
@@ -146,6 +176,11 @@ def _magnitudes(
     # Terms that are all alike err alike, and then the result's own size is what they err by.
     results = {name: getattr(truth, name) for name in sums} | {"lse": torch.where(alive, truth.lse, 0)}
     return {name: (sums[name] + results[name].square()).sqrt() for name in sums}, largest_score
+
+
+def _whole_shape(bias: Tensor) -> tuple[int, ...]:
+    """The shape of a bias with all four dimensions."""
+    return (1,) * (4 - bias.ndim) + tuple(bias.shape)
 
 
 def _require(holds: bool | Tensor, message: str) -> None:
@@ -169,6 +204,10 @@ def _zero_by_contract(name: str, pairs: Tensor, gradient: Tensor) -> Tensor:
     """Where a gradient is 0 by contract: rows that see nobody, keys that nobody sees. Bool, no last dimension."""
     if name == "dq":
         return ~pairs.any(dim=3)
+    if name == "dbias":
+        return (pairs.float().sum_to_size(_whole_shape(gradient)) == 0).view(gradient.shape)
+    if name == "dsinks":
+        return (~pairs.any(dim=3)).all(dim=2).all(dim=0)
     hidden = ~pairs.any(dim=2)  # (b, h, j)
     if gradient.ndim == 3:
         return hidden.all(dim=1)
@@ -194,6 +233,11 @@ class Budget:
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
         tf32: bool = False,
+        bias: Tensor | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """`tf32`: products of float32 take their operands in TF32, rounded to nearest. Those of the eager path do, on a
         CPU too, and whatever cuBLAS would do with small ones."""
@@ -202,15 +246,20 @@ class Budget:
         scale = q.shape[3] ** -0.5 if scale is None else scale
         self.truth, self.dtype = truth, q.dtype
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
+        self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device, window=window, bias=bias)
         self.alive = self.pairs.any(dim=3)
         common: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
+        common |= dict(softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+        self.exact_dtypes = dict.fromkeys(NAMES, q.dtype) | {"lse": self.accumulator}
+        self.exact_dtypes |= {f"d{name}": x.dtype for name, x in (("bias", bias), ("sinks", sinks)) if x is not None}
         with TF32Products() if tf32 else nullcontext():
             eager = eager_answer(q, k, v, self.pairs, **common)
         magnitudes, largest_score = _magnitudes(q, k, v, self.pairs, truth, **common)
 
         row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
         terms = {"out": row_terms, "lse": row_terms, "dq": row_terms, "dk": column_terms, "dv": column_terms}
+        terms["dsinks"] = batch * queries
+        terms["dbias"] = 1 if bias is None else self.pairs.numel() // max(bias.numel(), 1)
         self.eager_errors: dict[str, tuple[float, float]] = {}  # of the eager path, in the two norms
         self.floors: dict[str, tuple[float, float]] = {}
         for name in NAMES:
@@ -233,14 +282,13 @@ class Budget:
         Exact where the contract is exact: dead rows are 0 and -inf, their dq is 0, and unseen keys have dk and dv of 0.
         Returns how much of its budget each result used, the worse of the two norms.
         """
-        exact_dtypes = {name: self.accumulator if name == "lse" else self.dtype for name in NAMES}
         used: dict[str, float] = {}
         for name in NAMES:
             got, want = getattr(answer, name), getattr(self.truth, name)
             if got is None:
                 continue
             _require(got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-            _require(got.dtype == exact_dtypes[name], f"{name}: {got.dtype}, expected {exact_dtypes[name]}")
+            _require(got.dtype == self.exact_dtypes[name], f"{name}: {got.dtype}, expected {self.exact_dtypes[name]}")
             got = got.double()
             if name in ("out", "lse"):
                 dead_value = 0.0 if name == "out" else -torch.inf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +15,12 @@ from flash_attend.backends import BackwardName
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import override_backward
 from flash_attend.dropout import draw_seed, keep_mask
+from flash_attend.ops import INPUTS
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer, attention_oracle
 
 __all__ = [
+    "BIASES",
     "LAYOUTS",
     "MASKS",
     "Call",
@@ -27,6 +29,7 @@ __all__ = [
     "bits_equal",
     "budget_of",
     "check",
+    "function_of",
     "make_call",
     "run",
     "truth_of",
@@ -125,6 +128,36 @@ MASKS: dict[str, Callable[[Shape], Tensor | None]] = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What changes scores
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _hiding(shape: Shape) -> Tensor:
+    """A bias that hides a third of all pairs, and whole rows and columns among them."""
+    bias = torch.randn(shape, dtype=torch.float64).masked_fill(~_random(*shape), -torch.inf)
+    bias[..., : min(shape[2], 2), :] = -torch.inf
+    bias[..., shape[3] // 2 :][..., :1] = -torch.inf
+    return bias
+
+
+# By the dimensions that they vary over, as letters; 1 where they are broadcast.
+_BIAS_FORMS = ("bhij", "1hij", "b1ij", "11ij", "bh1j", "b11j", "1h1j", "bhi1", "1h11", "1111", "hij", "ij", "j")
+BIASES: dict[str, Callable[[Shape], Tensor | None]] = {
+    "none": lambda s: None,
+    **{form: lambda s, form=form: torch.randn(_sizes(form, s), dtype=torch.float64) for form in _BIAS_FORMS},  # type: ignore[misc]
+    "hiding": _hiding,
+    "hiding_keys": lambda s: _hiding((s[0], 1, 1, s[3]))[..., : s[3]],
+    "hiding_queries": lambda s: _hiding((1, s[1], s[2], 1)) if s[2] else torch.zeros(1, s[1], 0, 1).double(),
+    "strided": lambda s: torch.randn(s[3], s[1], s[2] + 1, 2 * s[0]).double()[..., 1:, ::2].permute(3, 1, 2, 0),
+    "expanded": lambda s: torch.randn(1, s[1], s[2], s[3], dtype=torch.float64).expand(s),
+}
+
+
+def _sizes(form: str, shape: Shape) -> tuple[int, ...]:
+    return tuple(dict(zip("bhij", shape, strict=True)).get(letter, 1) for letter in form)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Layouts
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -180,6 +213,12 @@ class Case:
     layout: str = "contiguous"
     grad_layout: str = "contiguous"
     grads: str = "both"  # which of out and lse the loss is made of
+    bias: str = "none"
+    bias_in_float32: bool = False  # else in q's dtype; slopes and sinks too
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    alibi: str = "none"  # the dimensions that slopes have: "h" or "bh"
+    sinks: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -198,11 +237,18 @@ class Call:
     causal: bool = False
     scale: float | None = None
     dropout_p: float = 0.0
+    bias: Tensor | None = None
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
     torch_seed: int = 1234  # dropout draws its own seed from torch's generator, set to this before every run
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(mask=self.mask, causal=self.causal, scale=self.scale, dropout_p=self.dropout_p)
+        names = ("bias", "window", "softcap", "alibi_slopes", "sinks")
+        asked = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return dict(mask=self.mask, causal=self.causal, scale=self.scale, dropout_p=self.dropout_p, **asked)
 
     def with_(self, **changes: Any) -> Call:
         return replace(self, **changes)
@@ -224,43 +270,53 @@ def make_call(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     grad_lse = torch.randn(b, h, i, dtype=torch.float64).to(device, accumulator)
     mask = MASKS[case.mask]((b, h, i, j))
+    bias = BIASES[case.bias]((b, h, i, j))
+    own = torch.float32 if case.bias_in_float32 else dtype
+    slopes = None if case.alibi == "none" else torch.rand(_sizes(case.alibi, (b, h, i, j)), dtype=torch.float64)
     return Call(
         q,
         k,
         v,
-        mask if mask is None else _to(mask, device),
+        mask if mask is None else _to(mask, device, torch.bool),
         grad_out if case.grads in ("both", "out") else None,
         grad_lse if case.grads in ("both", "lse") else None,
         causal=case.causal,
         scale=case.scale,
         dropout_p=case.dropout_p,
+        bias=bias if bias is None else _to(bias, device, own),
+        window=case.window,
+        softcap=case.softcap,
+        alibi_slopes=slopes if slopes is None else slopes.to(device, own),
+        sinks=torch.randn(h, dtype=torch.float64).to(device, own) if case.sinks else None,
     )
 
 
-def _to(mask: Tensor, device: str) -> Tensor:
-    """Moves a mask and keeps its strides (`Tensor.to` makes an expanded one dense)."""
-    if mask.device.type == device:
-        return mask
-    expanded = [dim for dim in range(mask.ndim) if mask.stride(dim) == 0]
-    small = mask
-    for dim in expanded:
-        small = small.narrow(dim, 0, 1)
-    return small.to(device).expand(mask.shape)
+def _to(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """Moves a mask or a bias and keeps its strides (`Tensor.to` makes an expanded one dense)."""
+    if tensor.device.type == device and tensor.dtype == dtype:
+        return tensor
+    small = tensor
+    for dim in range(tensor.ndim):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            small = small.narrow(dim, 0, 1)
+    return small.to(device, dtype).expand(tensor.shape)
 
 
 def run(
     call: Call,
     backend: str,
-    needs: str = "qkv",
+    needs: Collection[str] = INPUTS,
     attend: Callable = flash_attention,
     backward: BackwardName | None = None,
 ) -> Answer:
     """Answers a call through the public function, or what was made of it, with the gradients of the inputs named in
     `needs`, by the backward that is named."""
-    leaves = {name: getattr(call, name).detach().requires_grad_(name in needs) for name in "qkv"}
+    given = {name: x for name in INPUTS if (x := getattr(call, name)) is not None}
+    leaves = {name: x.detach().requires_grad_(name in needs) for name, x in given.items()}
+    options = {**call.options, **{name: leaf for name, leaf in leaves.items() if name not in "qkv"}}
     torch.manual_seed(call.torch_seed)
     with override_backward(backward) if backward else nullcontext():
-        out, lse = attend(*leaves.values(), **call.options, return_lse=True, backend=backend)
+        out, lse = attend(*(leaves[name] for name in "qkv"), **options, return_lse=True, backend=backend)
     # The LSE does not depend on v: where v alone needs a gradient, a backend may say so.
     pairs = [(x, g) for x, g in ((out, call.grad_out), (lse, call.grad_lse)) if g is not None and x.requires_grad]
     wanted = {name: leaf for name, leaf in leaves.items() if name in needs}
@@ -272,7 +328,23 @@ def run(
     else:
         found = [torch.zeros_like(leaf) for leaf in wanted.values()]
     gradients = dict(zip(wanted, found, strict=True))
-    return Answer(out.detach(), lse.detach(), *(gradients.get(name) for name in "qkv"))
+    return Answer(out.detach(), lse.detach(), *map(gradients.get, INPUTS))
+
+
+def function_of(call: Call, backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """A call as a function of all that there are gradients of, which drops the same weights each time; and those
+    inputs, which need them. Its LSE is that of the queries that see something: -inf has no differences."""
+    given = {name: x.clone().requires_grad_() for name in INPUTS if (x := getattr(call, name)) is not None}
+    alive = budget_of(call).alive
+    assert alive.any()
+
+    def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(call.torch_seed)
+        read = {**call.options, **dict(zip(given, inputs, strict=True))}
+        out, lse = flash_attention(**read, return_lse=True, backend=backend)
+        return out, lse[alive]
+
+    return attend, tuple(given.values())
 
 
 def keep_of(call: Call) -> Tensor | None:
@@ -317,7 +389,7 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
 
 def assert_same_bits(a: Answer, b: Answer) -> None:
     """Fails unless two answers are bitwise the same in everything that they hold."""
-    for name in ("out", "lse", "dq", "dk", "dv"):
+    for name in ("out", "lse", *(f"d{name}" for name in INPUTS)):
         x, y = getattr(a, name), getattr(b, name)
         assert (x is None) == (y is None), f"{name}: only one answer has it"
         if x is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Answer", "attention_oracle", "visible_pairs"]
+__all__ = ["Answer", "attention_oracle", "changed_scores", "visible_pairs"]
 
 
 @dataclass(frozen=True)
@@ -24,20 +24,57 @@ class Answer:
     dq: Tensor | None
     dk: Tensor | None  # in the shape that k came in, 3-D or 4-D
     dv: Tensor | None
+    dbias: Tensor | None = None  # in the shape that the bias came in
+    dsinks: Tensor | None = None  # (h,)
 
 
 def visible_pairs(
-    batch: int, heads: int, queries: int, keys: int, mask: Tensor | None, causal: bool, device: torch.device
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    mask: Tensor | None,
+    causal: bool,
+    device: torch.device,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Who may see whom: bool `(b, h, i, j)`, materialised."""
     pairs = torch.ones(batch, heads, queries, keys, dtype=torch.bool, device=device)
     if mask is not None:
         pairs = pairs & (mask[:, None, None, :] if mask.ndim == 2 else mask)
+    if bias is not None:
+        pairs = pairs & (bias.detach() != -torch.inf)
+    ahead = _ahead(queries, keys, device)
+    left, right = window or (None, None)
     if causal:
-        positions_q = torch.arange(queries, device=device).view(-1, 1) + (keys - queries)
-        positions_k = torch.arange(keys, device=device).view(1, -1)
-        pairs = pairs & (positions_k <= positions_q)
+        pairs = pairs & (ahead <= 0)
+    if left is not None:
+        pairs = pairs & (ahead >= -left)
+    if right is not None:
+        pairs = pairs & (ahead <= right)
     return pairs
+
+
+def _ahead(queries: int, keys: int, device: torch.device) -> Tensor:
+    """How far each key lies behind (positive) or before a query's own place, where the last ones meet: `(i, j)`."""
+    return torch.arange(keys, device=device) - torch.arange(queries, device=device).view(-1, 1) - (keys - queries)
+
+
+def changed_scores(
+    products: Tensor, *, bias: Tensor | None, softcap: float | None, alibi_slopes: Tensor | None
+) -> Tensor:
+    """The scores `(b, h, i, j)` that become of products under the scale."""
+    scores = products
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if alibi_slopes is not None:
+        distance = _ahead(scores.shape[2], scores.shape[3], scores.device).abs()
+        scores = scores - alibi_slopes.to(scores.dtype).view(-1, scores.shape[1], 1, 1) * distance
+    return scores
 
 
 def attention_oracle(
@@ -46,8 +83,13 @@ def attention_oracle(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
     causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
     grad_out: Tensor | None = None,
@@ -59,15 +101,18 @@ def attention_oracle(
     `sum(out * grad_out) + sum(lse * grad_lse)`, where a missing term is left out; without both they are None.
     """
     wants_gradients = grad_out is not None or grad_lse is not None
-    leaves = [x.detach().double().clone().requires_grad_(wants_gradients) for x in (q, k, v)]
-    q64, k64, v64 = leaves
+    given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
+    leaves = {name: x.detach().double().clone() for name, x in given.items() if x is not None}
+    for leaf in leaves.values():
+        leaf.requires_grad_(wants_gradients)
+    q64, k64, v64 = (leaves[name] for name in "qkv")
     k64, v64 = (x.unsqueeze(1) if x.ndim == 3 else x for x in (k64, v64))
     batch, heads, queries, head_dim = q64.shape
     kv_heads, keys = k64.shape[1:3]
     group = heads // max(kv_heads, 1)
     scale = head_dim**-0.5 if scale is None else scale
 
-    pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device)
+    pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device, window=window, bias=bias)
     alive = pairs.any(dim=3)  # (b, h, i): the queries that see a key
     seen = pairs.view(batch, kv_heads, group, queries, keys).any(dim=3).any(dim=2)  # (b, hk, j): keys that a query sees
     q64 = torch.where(alive.unsqueeze(3), q64, 0.0)
@@ -75,9 +120,14 @@ def attention_oracle(
 
     reads = torch.arange(heads, device=q.device) // max(group, 1)  # the kv head of every query head
     k64, v64 = k64[:, reads], v64[:, reads]
-    scores = torch.einsum("bhid,bhjd->bhij", q64, k64) * scale
+    products = torch.einsum("bhid,bhjd->bhij", q64, k64) * scale
+    scores = changed_scores(products, bias=leaves.get("bias"), softcap=softcap, alibi_slopes=alibi_slopes)
     rows = scores[alive].masked_fill(~pairs[alive], -torch.inf)  # (rows that are alive, j)
-    rows_lse = rows.logsumexp(dim=1)
+    if sinks is None:
+        rows_lse = rows.logsumexp(dim=1)
+    else:
+        own_sink = leaves["sinks"].view(1, heads, 1).expand(batch, heads, queries)[alive]
+        rows_lse = torch.cat([rows, own_sink.unsqueeze(1)], dim=1).logsumexp(dim=1)
     # Where all that a row sees is -inf its weights are NaN, as a softmax of -inf alone is: those that it sees.
     rows_weights = (rows - rows_lse.unsqueeze(1)).exp().masked_fill(~pairs[alive], 0.0)
     if dropout_p > 0:
@@ -95,5 +145,6 @@ def attention_oracle(
         loss = loss + (out[alive] * grad_out[alive].double()).sum()
     if grad_lse is not None:
         loss = loss + (rows_lse * grad_lse[alive].double()).sum()
-    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)
-    return Answer(out.detach(), lse.detach(), *gradients)
+    found = torch.autograd.grad(loss, [*leaves.values()], materialize_grads=True, allow_unused=True)
+    gradients = {f"d{name}": gradient for name, gradient in zip(leaves, found, strict=True)}
+    return Answer(out.detach(), lse.detach(), **gradients)

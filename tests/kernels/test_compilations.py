@@ -72,7 +72,7 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable[Launch]], di
 
 def launches_of(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> list[Launch]:
     """What a forward and a backward launch for tensors on the meta device, through their strides."""
-    (q, k, v, mask, _), spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p)
+    (q, k, v, mask, *_), spec = normalise_inputs(q, k, v, mask=mask, dropout_p=dropout_p)
     seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout_p else None
     operands = Operands(q, k, v, mask, seed)
     with recorded_launches() as launches:

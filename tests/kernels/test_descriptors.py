@@ -54,7 +54,7 @@ def launched(
     """The forward's launch for k and v that were changed so."""
     q = torch.zeros(2, 2, 40, head_dim, dtype=torch.float16)
     k = v = change(torch.zeros(2, 2, 70, head_dim, dtype=torch.float16))
-    (q, k, v, mask, _), spec = normalise_inputs(q, k, v)
+    (q, k, v, mask, *_), spec = normalise_inputs(q, k, v)
     with recorded_launches() as launches:
         attention_forward(Operands(q, k, v, mask), spec, tiles)
     return launches[0]

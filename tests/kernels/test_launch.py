@@ -170,7 +170,7 @@ def launches_of(b: int, h: int, i: int, j: int, mask_rows: int | None = None) ->
     """What a call and its backward launch, on the meta device. `mask_rows`: 1 for a key mask, i for a dense one."""
     q, k = (torch.empty(b, h, n, 16, device="meta", dtype=torch.float16) for n in (i, j))
     mask = None if mask_rows is None else torch.empty(b, h, mask_rows, j, device="meta", dtype=torch.bool)
-    (q, k, v, mask, _), spec = normalise_inputs(q, k, k, mask=mask)
+    (q, k, v, mask, *_), spec = normalise_inputs(q, k, k, mask=mask)
     with recorded_launches() as launches:
         operands = Operands(q, k, v, mask)
         out, lse, schedule = attention_forward(operands, spec, TILES)

@@ -101,7 +101,7 @@ def gradients(operands: Operands, spec: AttentionSpec, grad_out: Tensor, grad_ls
     tiles = Tiles(tile, tile, tile)
     out, lse, schedule = attention_forward(operands, spec, tiles)
     saved = [None if tensor is None else change(tensor) for tensor in (*operands, out, lse, *schedule)]
-    operands, (out, lse), schedule = Operands(*saved[:5]), saved[5:7], type(schedule)(*saved[7:])
+    operands, (out, lse), schedule = Operands(*saved[:8]), saved[8:10], type(schedule)(*saved[10:])
     return (
         out,
         lse,
@@ -120,7 +120,7 @@ def test_the_backward_reads_values_whatever_their_strides(device: str, mask: tup
     """Hooks on saved tensors give back what they like, and gradients come as autograd makes them."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, n, 16, device=device) for n in (21, 37, 37))
-    (*inputs, _), spec = normalise_inputs(q, k, v, mask=torch.rand(mask, device=device) < 0.7, causal=True)
+    (*inputs, _, _, _, _), spec = normalise_inputs(q, k, v, mask=torch.rand(mask, device=device) < 0.7, causal=True)
     grads = torch.randn(2, 2, 21, 16, device=device), torch.randn(2, 2, 21, device=device)
     found = gradients(Operands(*inputs), spec, *grads, in_another_order)
     for one, other in zip(found, gradients(Operands(*inputs), spec, *grads, torch.clone), strict=True):
@@ -133,7 +133,7 @@ def test_a_mask_made_for_inference_serves_training(device: str, shape: tuple[int
     q, k = (torch.randn(2, 2, n, 16, device=device, requires_grad=True) for n in (21, 37))
     with torch.inference_mode():
         mask = torch.rand(shape, device=device) < 0.7
-    (*inputs, _), spec = normalise_inputs(q, k, k, mask=mask)
+    (*inputs, _, _, _, _), spec = normalise_inputs(q, k, k, mask=mask)
     tile = Tile(32, 32, 4, 1)
     _, lse, schedule = attention_forward(Operands(*inputs), spec, Tiles(tile, tile, tile))
     assert not any(tensor.is_inference() for tensor in (lse, *schedule) if tensor is not None)

@@ -76,7 +76,7 @@ def launch_of(spec: AttentionSpec) -> Launch:
             (spec.kv_heads, spec.keys, spec.value_dim),
         )
     )
-    (*inputs, _), spec = normalise_inputs(q, k, v, causal=spec.causal)
+    (*inputs, _, _, _, _), spec = normalise_inputs(q, k, v, causal=spec.causal)
     with recorded_launches() as launches:
         attention_forward(Operands(*inputs), spec, Tiles(TILE, TILE, TILE))
     return launches[0]

@@ -31,7 +31,7 @@ def schedule_of(mask: Tensor, shape: Sequence[int], tiles: Tiles, device: str, c
     b, h, i, j = shape
     q, k = torch.empty(b, h, i, 16, device=device), torch.empty(b, h, j, 16, device=device)
     mask = mask.to(device)
-    (_, _, _, view, _), spec = normalise_inputs(q, k, k, mask=mask, causal=causal)
+    (_, _, _, view, *_), spec = normalise_inputs(q, k, k, mask=mask, causal=causal)
     return build_schedule(view, spec, tiles), spec
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_attend import flash_attention
+from flash_attend import flash_attention, parts, sdpa
+from flash_attend.checks import normalise_inputs
 from flash_attend.testing.calls import Case, check, make_call, run
 
 SMALL = Case("small", heads=4, kv_heads=2, queries=40, keys=50, d=16, grads="out")
@@ -91,3 +92,45 @@ def test_hooks_may_give_saved_tensors_other_strides(mask: str, causal: bool) -> 
             return flash_attention(*args, **options)
 
     check(run(call, "sdpa", attend=attend), call)
+
+
+ADDED = (
+    Case("bias", bias="1hij"),
+    Case("bias_causal", bias="hiding", causal=True),
+    Case("bias_of_keys", bias="bh1j", mask="holes"),
+    Case("alibi", alibi="bh", mask="pad_left"),
+    Case("alibi_holes", alibi="h", mask="holes", causal=True),
+    Case("window", window=(20, 30)),
+    Case("window_holes", window=(20, 30), mask="holes"),
+    Case("window_holes_left", window=(20, None), mask="holes", bias="11ij", scale=-0.3),
+    Case("window_padded_causal", window=(9, None), causal=True, mask="pad_left"),
+    Case("window_dense", window=(20, 20), alibi="h", mask="b1ij"),
+)
+
+
+@pytest.mark.parametrize("one_call", (0, parts.ONE_CALL), ids=("gathered", "hidden"))
+@pytest.mark.parametrize("case", ADDED, ids=str)
+def test_biases_and_windows_go_by_torchs_kernel(case: Case, one_call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In runs of queries, forward and backward; the gradient of a bias alone goes by the einsum path."""
+    monkeypatch.setattr(parts, "ONE_CALL", one_call)
+    call = make_call(replace(case, queries=200, keys=230, d=16, heads=4, kv_heads=2, grads="out"), torch.float32, "cpu")
+    with monkeypatch.context() as patch:
+        for name in ("attention_reference", "attention_reference_gradients"):
+            patch.setattr(sdpa, name, lambda *_, **__: pytest.fail("the einsum path was taken"))
+        check(run(call, "sdpa", needs="qkv"), call)
+    if call.bias is not None:
+        check(run(call, "sdpa"), call)
+
+
+def test_the_work_of_a_window_is_linear_in_it() -> None:
+    def area(length: int) -> int:
+        q = torch.empty(1, 1, length, 8)
+        spec = normalise_inputs(q, q, q, window=(100, 50))[1]
+        return sum(
+            (last - first) * (end - begin)
+            for group in parts.split(None, spec)
+            for (first, last), (begin, end), *_ in group.parts
+        )
+
+    for length in (1024, 8192):
+        assert area(length) <= length * (100 + 50 + parts.ROWS)

@@ -15,12 +15,11 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, skip_unless_served
 from flash_attend import flash_attention
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
-from flash_attend.operands import Operands
 from flash_attend.ops import BACKWARD, FORWARD, Options, options_of, spec_of, with_gradients
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run
@@ -29,6 +28,7 @@ SMALL = dict(heads=2, kv_heads=1, queries=5, keys=7, d=3, dv=4)
 CASES = (
     Case("padded_per_head", **SMALL, mask="1h1j", causal=True),
     Case("dense_mask_dropout", **SMALL, mask="b1ij", dropout_p=0.3),
+    Case("changed_scores", **SMALL, bias="1hij", window=(3, 2), softcap=1.5, alibi="h", sinks=True),
 )
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -46,14 +46,16 @@ def memory_is_filled() -> Iterator[None]:
 def arguments_of(case: Case, backend: Backend, dtype: torch.dtype = torch.float32) -> tuple[tuple, tuple]:
     """Of the forward, and of a backward that needs the gradients of q and v."""
     call = make_call(case, dtype, backend.device)
-    (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    operands = Operands(q, k, v, mask, draw_seed(q.device) if case.dropout_p else None)
+    skip_unless_served(backend, call)
+    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    q = operands.q
+    operands = operands._replace(seed=draw_seed(q.device) if case.dropout_p else None)
     plan = choose(spec, DeviceTarget.of(q.device), backend.name)
     numbers, options = options_of(operands, spec, plan, return_lse=True)
     present = [x for x in operands if x is not None]
     outputs = FORWARD(present, numbers, options)
     grads = {name: grad for name, grad in (("out", call.grad_out), ("lse", call.grad_lse)) if grad is not None}
-    last = with_gradients(options, [*grads], ["q", "v"])
+    last = with_gradients(options, [*grads], ["q", "v", *(["bias", "sinks"] if case.sinks else [])])
     return (present, numbers, options), ([*grads.values()], present, outputs, numbers, last)
 
 
@@ -65,9 +67,8 @@ def requiring_gradients(arguments: tuple, tensors: int) -> tuple:
 
 @on_every_backend
 @pytest.mark.usefixtures("memory_is_filled")
-@each_case
-def test_opcheck(case: Case, backend: Backend) -> None:
-    first, last = arguments_of(case, backend)
+def test_opcheck(backend: Backend) -> None:
+    first, last = arguments_of(CASES[1], backend)  # which has all operands
     opcheck(FORWARD, requiring_gradients(first, 1))
     opcheck(BACKWARD, last)
     # All but the tracing of second derivatives with symbolic lengths, which takes half a minute.
@@ -80,17 +81,26 @@ def layout_of(x: Tensor) -> object:
 
 
 @on_every_backend
-@pytest.mark.parametrize("layout", ("contiguous", "heads_inside", "interleaved", "broadcast_batch"))
-def test_the_fake_operators_say_what_the_real_ones_give(layout: str, backend: Backend) -> None:
-    for dtype, mask, grads in ((torch.float16, "bhij", "out"), (torch.float64, "pad_left", "both")):
-        case = Case("x", **{**SMALL, "kv_heads": 2}, mask=mask, layout=layout, grad_layout=layout, grads=grads)
-        plain = arguments_of(case, backend, dtype)
-        negated = tree_map_only(Tensor, lambda x: torch._neg_view(x) if x.is_floating_point() else x, plain)
-        for operator, *given in zip((FORWARD, BACKWARD), plain, negated, strict=True):
-            for arguments in given:
-                with FakeTensorMode() as mode:
-                    fake = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
-                assert [*map(layout_of, fake)] == [*map(layout_of, operator(*arguments))]
+@pytest.mark.parametrize(
+    ("layout", "dtype", "mask", "grads"),
+    (
+        ("contiguous", torch.float16, "bhij", "out"),
+        ("heads_inside", torch.float64, "pad_left", "both"),
+        ("interleaved", torch.float16, "pad_left", "both"),
+        ("broadcast_batch", torch.float64, "bhij", "out"),
+    ),
+)
+def test_the_fake_operators_say_what_the_real_ones_give(
+    layout: str, dtype: torch.dtype, mask: str, grads: str, backend: Backend
+) -> None:
+    case = Case("x", **{**SMALL, "kv_heads": 2}, mask=mask, layout=layout, grad_layout=layout, grads=grads)
+    plain = arguments_of(case, backend, dtype)
+    negated = tree_map_only(Tensor, lambda x: torch._neg_view(x) if x.is_floating_point() else x, plain)
+    for operator, *given in zip((FORWARD, BACKWARD), plain, negated, strict=True):
+        for arguments in given:
+            with FakeTensorMode() as mode:
+                fake = operator(*tree_map_only(Tensor, mode.from_tensor, arguments))
+            assert [*map(layout_of, fake)] == [*map(layout_of, operator(*arguments))]
 
 
 @each_case
@@ -98,13 +108,14 @@ def test_options_say_what_the_tensors_do_not(case: Case) -> None:
     """With the tensors and the numbers they give the description of the call again, and it is checked no more."""
     call = make_call(case, torch.float32)
     for options in (call.options, {**call.options, "scale": -1e-300, "deterministic": True}):
-        (q, k, v, mask, _), spec = normalise_inputs(call.q, call.k, call.v, **options)
-        plan = choose(spec, DeviceTarget.of(q.device))
-        numbers, text = options_of(Operands(q, k, v, mask), spec, plan, return_lse=True)
+        operands, spec = normalise_inputs(call.q, call.k, call.v, **options)
+        plan = choose(spec, DeviceTarget.of(operands.q.device), "math")
+        numbers, text = options_of(operands, spec, plan, return_lse=True)
         read = Options.read(with_gradients(text, ["lse"], ["q", "v"]))
-        assert spec_of(Operands(q, k, v, mask), numbers, read) == spec
+        assert spec_of(operands, numbers, read) == spec
         assert (read.backend, read.backward, read.return_lse) == ("math", "einsum", True)
-        assert (read.operands, read.grads, read.needed) == (("q", "k", "v", "mask"), ("lse",), ("q", "v"))
+        present = tuple(name for name, x in operands._asdict().items() if x is not None)
+        assert (read.operands, read.grads, read.needed) == (present, ("lse",), ("q", "v"))
 
 
 class Seen(TorchDispatchMode):

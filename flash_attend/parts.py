@@ -1,0 +1,247 @@
+"""How a call is split into what one matrix of queries and one of keys can compute: all visible, causal, or with a bias.
+
+Work follows the visible pairs. Where keys are padded, each run of batch entries has its own range of keys; where there
+are holes between them, the visible keys are gathered. What that would save in less than a call's time is computed
+hidden, and neighbours with it. Causal attention that is no square is a rectangle, all visible, and a square. Any other
+mask goes by runs of queries, each with the keys that any of them sees, and so do windows, and what is added to scores
+by place. No part has an array of all queries by all keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import string_at
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attend.reference import keys_seen, right_end, visible_pairs
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
+
+__all__ = ["Group", "Part", "Range", "split"]
+
+ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
+LARGEST_CUT_SQUARE = 1024
+WIDTH = 16  # keys in the registers of a product
+ONE_CALL = 2**20  # multiplications that take as long as one more call of torch's kernel
+
+Range = tuple[int, int]
+
+
+class Part(NamedTuple):
+    """Queries and keys, as ranges, that are computed at once."""
+
+    rows: Range
+    keys: Range
+    causal: bool = False  # a square, whose first query sees its first key
+    biased: bool = False  # the mask says more than the ranges do, or something is added to the scores
+
+
+class Group(NamedTuple):
+    """Batch entries that are split in the same way."""
+
+    entries: Range
+    parts: list[Part]
+    picked: Tensor | None = None  # the keys that are gathered before: the parts' ranges are ranges of those
+
+
+def split(mask: Tensor | None, spec: AttentionSpec) -> list[Group]:
+    """The parts of a call on a CPU: every visible pair is in one of them."""
+    if mask is None:
+        return _without_mask(spec)
+    if not spec.batch * spec.heads * spec.queries * spec.keys:
+        return []
+    if mask.shape[1] == mask.shape[2] == 1:
+        return [group for run in _runs(mask, spec) if (group := _of_run(run, mask, spec)).parts]
+    return [Group((0, spec.batch), list(_by_rows(mask, spec)))]
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _without_mask(spec: AttentionSpec) -> list[Group]:
+    if not spec.batch * spec.heads * spec.queries * spec.keys:
+        return []
+    return [Group((0, spec.batch), _ranged((0, spec.keys), spec))]
+
+
+def _ranged(keys: Range, spec: AttentionSpec) -> list[Part]:
+    """The parts of queries that may see the keys of a range."""
+    if not spec.banded and not spec.alibi:
+        return [Part((0, spec.queries), keys, biased=spec.adds_to_scores)]
+    if spec.window != (None, None) or spec.adds_to_scores:
+        return list(_banded(keys, spec))
+    (first_key, last_key), parts = keys, []
+    # Queries before `start` see nothing, those from `turn` on all of the range.
+    start = min(max(first_key - spec.offset, 0), spec.queries)
+    turn = min(max(last_key - spec.offset, start), spec.queries)
+    diagonal = start + spec.offset
+    if turn - start == 1:
+        parts.append(Part((start, turn), (first_key, diagonal + 1)))
+    elif turn > start and diagonal > first_key and turn - start <= ROWS:
+        parts.append(Part((start, turn), (first_key, turn + spec.offset), biased=True))
+    else:
+        for first, last in _runs_of_rows(start, turn, _rows_of_square(turn - start, spec)):
+            if first + spec.offset > first_key:
+                parts.append(Part((first, last), (first_key, first + spec.offset)))
+            parts.append(Part((first, last), (first + spec.offset, last + spec.offset), causal=True))
+    if turn < spec.queries:
+        parts.append(Part((turn, spec.queries), keys))
+    return parts
+
+
+def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
+    """How many queries of a causal square are computed at once, with a rectangle beside each: the kernel computes all
+    of a square of up to 512, and from a thousand on leaves out enough."""
+    narrow = max(ROWS, -(-rows // 4))
+    saved = spec.batch * spec.heads * narrow**2 * spec.head_dim
+    return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows
+
+
+def _runs_of_rows(first: int, last: int, rows: int = ROWS) -> Iterator[Range]:
+    return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
+
+
+def _banded(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
+    """The parts of runs of queries, each with those keys of a range that any of them may see."""
+    (left, _), right = spec.window, right_end(spec)
+    for first, last in _runs_of_rows(0, spec.queries):
+        seen = keys_seen(spec, first, last)
+        begin, end = max(seen[0], keys[0]), min(seen[1], keys[1])
+        late = right is not None and end - 1 > first + spec.offset + right
+        early = left is not None and begin < last - 1 + spec.offset - left
+        if end > begin:
+            yield Part((first, last), (begin, end), biased=late or early or spec.adds_to_scores)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Key masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Run(NamedTuple):
+    """Neighbouring batch entries, and the range of keys that any of them sees: empty where none does."""
+
+    entries: Range
+    keys: Range
+    visible: int  # pairs of an entry and a key that it sees
+    alike: bool = True  # all entries see the same keys
+
+    @property
+    def hidden(self) -> int:
+        """Pairs of an entry and a key in the range that it does not see."""
+        (first, last), (first_key, last_key) = self.entries, self.keys
+        return (last - first) * (last_key - first_key) - self.visible
+
+    def joined(self, other: _Run) -> _Run:
+        """The entries of both, of which the other's follow."""
+        ranges = [run.keys for run in (self, other) if run.visible] or [self.keys]
+        keys = min(first for first, _ in ranges), max(last for _, last in ranges)
+        return _Run((self.entries[0], other.entries[1]), keys, self.visible + other.visible, alike=False)
+
+
+def _runs(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
+    """The batch entries of a mask `(b|1, 1, 1, j)`, together where they are alike, or where that takes less time."""
+    last = None
+    for run in _alike(mask, spec):
+        together = run if last is None else last.joined(run)
+        if last is not None and _wasted(together, spec) - _wasted(last, spec) - _wasted(run, spec) > ONE_CALL:
+            yield last
+            together = run
+        last = together
+    if last is not None:
+        yield last
+
+
+def _wasted(run: _Run, spec: AttentionSpec) -> int:
+    """Multiplications of hidden pairs. Gathering the keys of one mask leaves them out, and takes a call's time."""
+    products = run.hidden * spec.heads * spec.queries * spec.head_dim
+    return min(products, ONE_CALL) if run.alike else products
+
+
+def _alike(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
+    """Runs of entries that see the same keys."""
+    shown, entry = _bytes_of(mask), 0
+    rows = (shown[start : start + spec.keys] for start in range(0, len(shown), spec.keys))
+    for row, same in groupby(rows):
+        count = spec.batch if mask.shape[0] == 1 else sum(1 for _ in same)
+        first_key, last_key = keys = _range_of(row)
+        # What is searched first says of most masks that there is nothing to count.
+        visible = row.count(1) if row.find(0, first_key, last_key) >= 0 else last_key - first_key
+        yield _Run((entry, entry + count), keys, count * visible)
+        entry += count
+
+
+def _bytes_of(mask: Tensor) -> bytes:
+    """The elements of a tensor of bytes, in their order: a search in them takes a tenth of the time that torch's
+    operators need to start."""
+    mask = mask.contiguous()
+    return string_at(mask.data_ptr(), mask.numel())
+
+
+def _range_of(shown: bytes) -> Range:
+    """From the first to behind the last that is True, `(0, 0)` where none is."""
+    first = shown.find(1)
+    return (first, shown.rfind(1) + 1) if first >= 0 else (0, 0)
+
+
+def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
+    if not run.hidden:
+        return Group(run.entries, _ranged(run.keys, spec) if run.visible else [])
+    if run.alike and _wasted(run, spec) == ONE_CALL:
+        picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
+        return Group(run.entries, list(_of_picked(picked, spec)), picked)
+    first_key, last_key = run.keys
+    # The kernel's products are slow where a length is no multiple of this.
+    keys = first_key // WIDTH * WIDTH, min(-(-last_key // WIDTH) * WIDTH, spec.keys)
+    return Group(run.entries, list(_biased(keys, spec)))
+
+
+def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
+    """The parts of queries that may see the keys at these positions, which are counted from the first of them."""
+    if not spec.banded and not spec.alibi:
+        yield Part((0, spec.queries), (0, picked.numel()), biased=spec.adds_to_scores)
+        return
+    # Of each query, the range of keys that it sees.
+    place, (left, _), right = (
+        torch.arange(spec.queries, device=picked.device) + spec.offset,
+        spec.window,
+        right_end(spec),
+    )
+    begins = [0] * spec.queries if left is None else torch.searchsorted(picked, place - left).tolist()
+    all_seen = [picked.numel()] * spec.queries
+    ends = all_seen if right is None else torch.searchsorted(picked, place + right + 1).tolist()
+    for first, last in _runs_of_rows(0, spec.queries):
+        begin, end = begins[first], ends[last - 1]
+        if end > begin:
+            cut = begin < begins[last - 1] or ends[first] < end
+            yield Part((first, last), (begin, end), biased=cut or spec.adds_to_scores)
+
+
+def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
+    """The parts of queries that see some keys of a range."""
+    if not spec.banded and not spec.alibi:
+        yield Part((0, spec.queries), keys, biased=True)
+        return
+    for part in _banded(keys, spec):
+        yield part._replace(biased=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any mask
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
+    """Runs of queries, with the range of keys that any of them sees."""
+    whole = mask.shape[2] == 1 and not spec.banded and not spec.alibi
+    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
+        begin, end = keys_seen(spec, first, last)
+        visible = visible_pairs(mask, spec, first, last, end, mask.device, begin)
+        assert visible is not None
+        rows = visible.flatten(0, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
+        first_key, last_key = keys = _range_of(_bytes_of(rows.amax(dim=0)))
+        if last_key:
+            biased = spec.adds_to_scores or _bytes_of(rows.amin(dim=0)).find(0, *keys) >= 0
+            yield Part((first, last), (begin + first_key, begin + last_key), biased=biased)
