@@ -44,7 +44,7 @@ def spec_of(variant: Variant) -> AttentionSpec:
             3 if kind.mask != "none" else 2 if "bias-b" in kind.scores else 1,
             4 if variant.grouped else 2,
             2,
-            1 if variant.one_query else 2,
+            1 if kind.one_query else 2,
             1,
         ),
         *(kind.head_dim, kind.value_dim),
@@ -68,8 +68,8 @@ def _changes(scores: str) -> dict[str, Any]:
     for word in words:
         if word.startswith("bias-"):
             _, form, dtype = word.split("-")
-            b, h, i, j = (letter != "1" for letter in form)
-            found["bias"] = BiasKind(b, h, i, j, getattr(torch, dtype))
+            batch, heads, queries, keys = (letter != "1" for letter in form)
+            found["bias"] = BiasKind(batch, heads, queries, keys, getattr(torch, dtype))
     return found
 
 
@@ -79,11 +79,11 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     keys = 2 * edge + edge // 2 + 5
     # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
     queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
-    queries = 1 if variant.one_query else queries
+    queries = 1 if kind.one_query else queries
     spec = spec_of(variant)
     # So far that there are full blocks in it, and so near that blocks are cut by it.
     left, right = spec.window
-    window = (None if left is None else 2 * edge, None if right is None else edge // 2)
+    window = None if left is None else 2 * edge, None if right is None else edge // 2
     spec = replace(spec, queries=queries, keys=keys, window=window)
 
     generator = torch.Generator().manual_seed(SEED)

@@ -22,7 +22,13 @@ class Kind(NamedTuple):
     mask: str  # the name of a `MaskKind`, in lower case
     causal: bool
     dropout: bool
+    one_query: bool = False  # decoding
     scores: str = ""  # what changes them, and a window's edges: words with "+" between them, as `_changes` has them
+
+    def __str__(self) -> str:
+        words = [self.dtype, self.precision * (self.precision != "ieee"), f"d{self.head_dim}", f"dv{self.value_dim}"]
+        words += [self.mask * (self.mask != "none"), "causal" * self.causal, "dropout" * self.dropout]
+        return " ".join(filter(None, [*words, "one-query" * self.one_query, *self.scores.split("+")]))
 
 
 class Variant(NamedTuple):
@@ -34,7 +40,6 @@ class Variant(NamedTuple):
     mask_per_head: bool
     grouped: bool
     negative_scale: bool
-    one_query: bool
     # Which of q, k and v need a gradient and, where there is either, the bias and the sinks; where none does, the
     # backward is not run.
     needed: tuple[bool, ...]
@@ -45,23 +50,14 @@ class Variant(NamedTuple):
     @staticmethod
     def read(fields: tuple) -> Variant:
         """The variant of `variant_of`, or from JSON."""
-        backend, backward, kind, per_head, grouped, negative, one_query, needed, tiles = fields
-        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, one_query, tuple(needed), tiles)
+        backend, backward, kind, per_head, grouped, negative, needed, tiles = fields
+        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, tuple(needed), tiles)
 
     def __str__(self) -> str:
-        of = self.kind
         names = zip(("q", "k", "v", "-bias", "-sinks"), self.needed, strict=False)
         gradients = "".join(name for name, need in names if need)
-        words = [self.backend, self.backward, of.dtype, of.precision * (of.precision != "ieee")]
-        words += [f"d{of.head_dim}", f"dv{of.value_dim}", of.mask * (of.mask != "none")]
-        words += [
-            "per-head" * self.mask_per_head,
-            "causal" * of.causal,
-            "dropout" * of.dropout,
-            "grouped" * self.grouped,
-        ]
-        words += of.scores.split("+")
-        words += ["negative-scale" * self.negative_scale, "one-query" * self.one_query]
+        words = [self.backend, self.backward, str(self.kind)]
+        words += ["per-head" * self.mask_per_head, "grouped" * self.grouped, "negative-scale" * self.negative_scale]
         words += [f"gradients-{gradients}" if gradients else "forward-only", f"tiles {self.tiles}" * bool(self.tiles)]
         return " ".join(filter(None, words))
 
@@ -73,7 +69,8 @@ def kind_of_call(spec: AttentionSpec) -> tuple:
     """The fields of a call's `Kind`."""
     mask = "none" if spec.mask == 0 else "key" if spec.mask == 1 else "dense"
     dtype, dims = str(spec.dtype).removeprefix("torch."), (index(spec.head_dim), index(spec.value_dim))
-    return dtype, spec.precision, *dims, mask, spec.causal, _decided(spec.dropout_p > 0), _changes(spec)
+    decided = spec.dropout_p > 0, spec.queries == 1
+    return dtype, spec.precision, *dims, mask, spec.causal, *map(_decided, decided), _changes(spec)
 
 
 def _changes(spec: AttentionSpec) -> str:
@@ -89,7 +86,7 @@ def _changes(spec: AttentionSpec) -> str:
 
 def variant_of(spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, ...], tiles: str = "") -> tuple:
     """The fields of the `Variant` that serves a call."""
-    flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0, spec.queries == 1
+    flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0
     return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles
 
 

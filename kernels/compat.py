@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
@@ -79,10 +79,10 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _interpreted_tanh(x: Any, how: str) -> Any:
-    data = x.handle.data
+    data = torch.as_tensor(x.handle.data)
     if how == "fast":
-        data = data / data.dtype.type(TWICE_LOG2E.value)
-    return tl.tensor(TensorHandle(numpy.tanh(data), x.handle.dtype), x.type)
+        data = data / TWICE_LOG2E.value
+    return tl.tensor(TensorHandle(data.tanh().numpy(), x.handle.dtype), x.type)
 
 
 @triton.jit
