@@ -45,7 +45,7 @@ bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine:
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
-	@$(BIN)/python benchmarks/run.py --group training $(ARGS)
+	@$(BIN)/python benchmarks/run.py --training $(ARGS)
 
 # Of this peer one file is used, which needs none of what the package requires.
 $(VENV)/.peers: $(VENV)/.made

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -106,8 +107,19 @@ def _in_a_thread(function: Callable[[], T]) -> T:
 def _on_the_device(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     if device.type != "cuda":
         return _compare(variant, device)
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), _waiting_allowed():
         return _compare(variant, device)  # which has read its results when it returns
+
+
+@contextmanager
+def _waiting_allowed() -> Iterator[None]:
+    """Within this context the host may wait for the device: a mode of the whole process says whether it may."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _compare(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
@@ -169,13 +181,12 @@ def servable(target: DeviceTarget) -> list[Variant]:
     found = []
     flags = product(PRODUCTS, HEAD_DIMS, MASKS, (False, True), (False, True), (False, True))
     for products, dim, (mask, per_head), causal, dropout, grouped in flags:
-        kind = Kind(*products, dim, dim, mask, causal, dropout)
+        kind = Kind(*products, dim, dim, mask, causal, dropout, one_query=False)
         for backend in BACKENDS.values():
             backwards = [backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)]
             tiles = partial(tuned_tiles, backend.name, kind, target)
-            variants = [
-                Variant(backend.name, way, kind, per_head, grouped, False, False, ALL, tiles(way)) for way in backwards
-            ]
+            of_call = kind, per_head, grouped, False, ALL
+            variants = [Variant(backend.name, way, *of_call, tiles(way)) for way in backwards]
             found += [one for one in variants if backend.proof != "none" and not _refused(one, target)]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
 

@@ -176,8 +176,7 @@ class _Question:
     def find(self, backend: Backend, backward: BackwardName) -> Finding | None:
         """What is known of the variant that would serve."""
         fastest, tiles = way_of(self.fastest, backend.name)
-        if not tiles or backward != fastest:
-            tiles = backend.tiles_by_lengths(self.spec, self.target, backward)
+        tiles = backend.tiles_by_lengths(self.spec, self.target, backward) or (tiles if backward == fastest else "")
         variant = variant_of(self.spec, backend.name, backward, self.needed, tiles)
         return self.knowledge.finding(variant, self.target.device)
 

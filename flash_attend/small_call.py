@@ -40,7 +40,7 @@ def spec_of(variant: Variant) -> AttentionSpec:
     """The spec of a variant's small call, but for its lengths."""
     kind = variant.kind
     return AttentionSpec(
-        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if variant.one_query else 2, 1),
+        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if kind.one_query else 2, 1),
         *(kind.head_dim, kind.value_dim),
         getattr(torch, kind.dtype),
         mask=MaskKind[kind.mask.upper()],
@@ -58,7 +58,7 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     keys = 2 * edge + edge // 2 + 5
     # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
     queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
-    queries = 1 if variant.one_query else queries
+    queries = 1 if kind.one_query else queries
     spec = replace(spec_of(variant), queries=queries, keys=keys)
 
     generator = torch.Generator().manual_seed(SEED)

@@ -20,7 +20,7 @@ __all__ = ["CALLS_KEPT", "LARGEST_LENGTH", "AttentionSpec", "BiasKind", "MaskKin
 Window = tuple[int | None, int | None]  # how many keys a query sees before its own and after it; None: all of them
 
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
-LARGEST_LENGTH = 2**31 - 1 - 4096  # positions are 32-bit in the kernels, with room for one tile past the end
+LARGEST_LENGTH = 2**31 - 1 - 8192  # positions are 32-bit in the kernels, with room for tiles past the end
 
 
 class MaskKind(IntEnum):

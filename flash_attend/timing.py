@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -18,6 +18,7 @@ from flash_attend.check import checked
 from flash_attend.dispatch import override_backward
 from flash_attend.functional import flash_attention
 from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.target import DeviceTarget
 from flash_attend.variant import ALL, variant_of
 
 __all__ = ["Call", "Candidate", "call_as_json", "in_turns", "time_pair"]
@@ -39,7 +40,7 @@ class Candidate(NamedTuple):
 
     backend: str
     backward: BackwardName
-    tiles: str = ""  # as `configs.as_text` has them, of a backend that has some to choose from
+    tiles: str = ""  # as `configs.as_text` has them, of a backend that has some to choose from; empty: by the rules
 
     def __str__(self) -> str:
         return f"{self.backend} ({self.backward}{f', tiles {self.tiles}' if self.tiles else ''})"
@@ -59,7 +60,7 @@ def call_of_json(found: dict[str, Any]) -> Call:
 def time_pair(request: dict[str, Any]) -> list[float]:
     """Seconds of a call by each of two candidates, in turns. Raises `ValueError` where one is not right."""
     device, call = torch.device(request["device"]), call_of_json(request["call"])
-    pair = [Candidate(*one) for one in request["pair"]]
+    pair = [_with_tiles(Candidate(*one), call.spec, device) for one in request["pair"]]
     for candidate in pair:
         if BACKENDS[candidate.backend].proof != "none":
             finding = checked(variant_of(call.spec, *candidate[:2], call.needed, candidate.tiles), device)
@@ -67,20 +68,47 @@ def time_pair(request: dict[str, Any]) -> list[float]:
                 raise ValueError(finding.reason)
     run = make_run(call, device)
     clock = _on_the_gpu if device.type == "cuda" else _on_the_cpu
-    return in_turns(*(partial(run, candidate) for candidate in pair), clock=clock)
+
+    def take(candidate: Candidate) -> float:
+        with _served_by(candidate):
+            run(candidate)  # makes the call's plan, which the other's turn took away
+            return clock(partial(run, candidate))
+
+    return in_turns(*(partial(take, candidate) for candidate in pair))
 
 
-def in_turns(
-    first: Callable[[], object], second: Callable[[], object], *, clock: Callable[[Callable[[], object]], float]
-) -> list[float]:
-    """The median seconds of two calls, which are taken A B B A."""
-    for call in (first, second) * 2:
-        call()  # compiles, and fills caches
+def in_turns(first: Callable[[], float], second: Callable[[], float]) -> list[float]:
+    """The median seconds of two, each of which takes its own time, in turns: A B B A."""
+    for take in (first, second) * 2:
+        take()  # compiles, and fills caches
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(ROUNDS):
         for number in (0, 1, 1, 0):
-            times[number].append(clock((first, second)[number]))
+            times[number].append((first, second)[number]())
     return [statistics.median(of) for of in times]
+
+
+def _with_tiles(candidate: Candidate, spec: AttentionSpec, device: torch.device) -> Candidate:
+    """A candidate with the tiles that it has for a call, where its backend has some to choose from."""
+    if candidate.backend != "triton":
+        return candidate
+    from flash_attend.kernels.configs import as_text, tiles_of
+
+    tiles = tiles_of(candidate.tiles, spec, DeviceTarget.of(device), candidate.backward)
+    return candidate._replace(tiles=as_text(tiles))
+
+
+@contextmanager
+def _served_by(candidate: Candidate) -> Iterator[None]:
+    """Within this context calls of a candidate's backend go by its backward, with its tiles."""
+    with ExitStack() as stack:
+        if candidate.backward != "einsum":
+            stack.enter_context(override_backward(candidate.backward))
+        if candidate.tiles:
+            from flash_attend.kernels.configs import of_text, override
+
+            stack.enter_context(override(of_text(candidate.tiles)))
+        yield
 
 
 def _on_the_gpu(call: Callable[[], object]) -> float:
@@ -119,16 +147,9 @@ def make_run(call: Call, device: torch.device) -> Callable[[Candidate], None]:
     leaves = [tensor for tensor in (q, k, v) if tensor.requires_grad]
 
     def run(candidate: Candidate) -> None:
-        with ExitStack() as stack:
-            if candidate.backward != "einsum":
-                stack.enter_context(override_backward(candidate.backward))
-            if candidate.tiles:
-                from flash_attend.kernels.configs import of_text, override
-
-                stack.enter_context(override(of_text(candidate.tiles)))
-            out = flash_attention(q, k, v, **options, backend=candidate.backend)
-            if leaves:
-                torch.autograd.grad(out, leaves, grad_out)
+        out = flash_attention(q, k, v, **options, backend=candidate.backend)
+        if leaves:
+            torch.autograd.grad(out, leaves, grad_out)
 
     return run
 

@@ -16,6 +16,7 @@ what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the fi
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ __all__ = [
     "override",
     "select_hopper_tiles",
     "select_tiles",
+    "tiles_of",
 ]
 
 
@@ -154,8 +156,9 @@ ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_90", "half", 192): _choices("128x64w8s2", "64x128w8s2a", "128x64w8s2", "16x64w8s2 16x16w8s2"),
     ("sm_90", "half", 256): _choices("128x64w8s2d", "64x128w8s1a 32x128w8s2a", "128x32w8s2d", "64x32w8s2 32x16w8s2"),
     ("sm_80", "tf32", 64): _choices(
-        "128x64w4s2h 128x32w4s3", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
-    ("sm_80", "tf32", 128): _choices("128x16w4s2h 128x32w4s2h", "32x64w4s2", "128x16w8s2 64x32w4s2", "16x32w8s2"),
+        "256x32w4s2h 128x64w4s2h 128x32w4s3", "32x128w8s2 32x128w4s2", "128x32w4s2 128x32w8s2", "32x64w4s2 32x32w8s2"),
+    ("sm_80", "tf32", 128): _choices(
+        "256x32w8s2h 128x16w4s2h 128x32w4s2h", "32x64w4s2", "128x16w8s2 64x32w4s2", "16x32w8s2"),
     ("sm_86", "tf32", 128): _choices("128x16w4s2h 128x32w4s2h", "32x32w4s2", "32x32w4s2", "16x32w8s2"),
     ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "32x32w4s1a", "32x32w4s1", "16x32w8s1 16x16w8s2"),
     ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
@@ -204,7 +207,7 @@ HOPPER_ROWS: dict[int, Tiles] = {
 BIAS_TILES = {"half": 64, "tf32": 32, "tf32x3": 32, "double": 16}
 FEWEST_ROWS = 64  # of a tile that is made smaller for a small grid: what four warps take on sm_90
 # For decoding, where the heads of a group are rows: bound by reading k and v, of which much is to be under way.
-ONE_QUERY = Tile(16, 64, 4, 2)
+ONE_QUERY = tuple(map(tile_of, ("16x64w4s2", "16x128w4s2", "16x64w4s3", "16x32w4s3")))
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
@@ -246,7 +249,7 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
         choices = choices._replace(**others)
     if spec.dropout_p > 0 or spec.mask == MaskKind.DENSE:
         choices = choices._replace(backward_fused=choices.backward_fused[::-1])
-    return choices
+    return choices._replace(forward=ONE_QUERY) if spec.queries == 1 and kind == "half" else choices
 
 
 def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
@@ -262,7 +265,7 @@ def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str
 def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> list[Tiles]:
     """What is worth timing for a call on a part: what serves untuned first, then the same with another tile for
     one of its kernels. A tile may take more than the part has: whoever times it finds out when it is launched."""
-    first = _tiles_by_rule(spec, target, backward)
+    first = tiles_of("", spec, target, backward)
     if target.interpreted:
         return [first]
     others = choices_for(spec, target)._asdict()
@@ -276,8 +279,14 @@ def candidate_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _look_up_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
-    fastest = tuned_tiles("triton", kind_of_call(spec), target, backward)
-    return of_text(fastest) if fastest else _tiles_by_rule(spec, target, backward)
+    return tiles_of(tuned_tiles("triton", kind_of_call(spec), target, backward), spec, target, backward)
+
+
+def tiles_of(text: str, spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
+    """The tiles for a call on a part by a text of `as_text` or, where that is empty, by the rules; smaller where they
+    would leave multiprocessors without work, if it is known how many there are."""
+    tiles = of_text(text) if text else _tiles_by_rule(spec, target, backward)
+    return _filling(tiles, spec, target) if target.multiprocessors else tiles
 
 
 def as_text(tiles: Tiles) -> str:
@@ -286,25 +295,27 @@ def as_text(tiles: Tiles) -> str:
 
 
 def of_text(text: str) -> Tiles:
-    """The tiles of `as_text`."""
-    return Tiles(*(tile and Tile(*tile) for tile in json.loads(text)))
+    """The tiles of `as_text`. Raises `ValueError` for any other text."""
+    try:
+        tiles = Tiles(*(tile and Tile(*tile) for tile in json.loads(text)))
+        if not all(
+            operator.index(number) >= 0 for tile in tiles[:3] + tuple(filter(None, tiles[3:])) for number in tile
+        ):
+            raise ValueError("a negative number")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"not the tiles of a call: {text[:100]!r} ({error})") from error
+    return tiles
 
 
 def _tiles_by_rule(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
     if target.interpreted:
         tiles = INTERPRETED._replace(backward_fused=INTERPRETED_FUSED)
     else:
-        tiles = _filling(Tiles(*(tiles[0] for tiles in choices_for(spec, target))), spec, target)
+        tiles = Tiles(*(tiles[0] for tiles in choices_for(spec, target)))
     return tiles if backward == "fused" else tiles._replace(backward_fused=None)
 
 
 def _filling(tiles: Tiles, spec: AttentionSpec, target: DeviceTarget) -> Tiles:
-    """The tiles of a row, smaller where they would leave multiprocessors without work (if it is known how many there
-    are), or rows without queries."""
-    if spec.queries == 1 and kind_of(spec) == "half":
-        tiles = tiles._replace(forward=ONE_QUERY)
-    if not target.multiprocessors:
-        return tiles
     of_queries, of_keys = spec.batch * spec.heads, spec.batch * spec.kv_heads
     return tiles._replace(
         forward=_halved(tiles.forward, "block_m", of_queries, spec.queries, target),

@@ -54,14 +54,14 @@ def measure(tmp_path, monkeypatch):
         # `serve_by` puts another `patch` in its place.
         arms[0] = replace(OURS, prepare=Arm(change=partial(flash_attend.patch, strict=True)))
         results = Results(tmp_path / "x.json", {"ceilings": {"tflops": {}, "copy_gbps": 1.0}})
-        plan = run.Plan(rounds=2, milliseconds=1.0)
+        monkeypatch.setitem(run.PLANS, "quick", (2, 1.0))
         turns = iter(range(1, 100))
 
         def sample(function, milliseconds):
             function()
             return [float(next(turns))]
 
-        bench = run.Bench(results, CPU, plan, arms, sample)
+        bench = run.Bench(results, CPU, "quick", arms, sample)
         bench.measure(Workload(model, dtype, **SMALL), lambda rows, text: None)
         return {row["peer"]: row for row in results}
 
@@ -210,7 +210,7 @@ def test_a_model_that_cannot_be_patched_fails_the_command(tmp_path, monkeypatch,
     monkeypatch.setattr(run, "ARMS", [replace(OURS, prepare=Arm(change=refuse))])
     monkeypatch.setattr(run, "workloads", lambda *_: [Workload(PADDED, "float32", **SMALL)])
     monkeypatch.setattr(timing, "ceilings", lambda device, sample: {"tflops": {}, "copy_gbps": 1.0})
-    assert run.main(["--device=cpu", "--group=training", f"--out={tmp_path / 'x.json'}"]) == 1
+    assert run.main(["--device=cpu", "--training", f"--out={tmp_path / 'x.json'}"]) == 1
     assert "flash_attend FAILED" in capsys.readouterr().err and "no Attend here" in (tmp_path / "x.md").read_text()
 
 
