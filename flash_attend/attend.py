@@ -10,7 +10,16 @@ from torch.fx import Proxy
 
 from flash_attend.dispatch import check_backend
 from flash_attend.functional import flash_attention
-from flash_attend.options import check_count, check_flag, check_number, check_probability, optional
+from flash_attend.options import (
+    check_count,
+    check_flag,
+    check_number,
+    check_positive,
+    check_probability,
+    check_window,
+    optional,
+)
+from flash_attend.spec import Window
 
 __all__ = ["Attend"]
 
@@ -28,6 +37,9 @@ class Attend(nn.Module):
         flash: None or True for the fastest backend that can serve a call, False for the einsum path ("math").
         heads: accepted because callers pass it, and unused: q says how many heads there are.
         scale: factor on the scores, a finite number; default `d ** -0.5`.
+        window: `(left, right)`, integers or None for no limit: query `x` sees key `y` iff
+            `x + (j - i) - left <= y <= x + (j - i) + right`. With `causal`, right counts as 0.
+        softcap: a positive number `c`: scores `s` become `c * tanh(s / c)`.
         backend: "auto" or a backend by name, as in `flash_attention`; one asked for by name never falls back.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
 
@@ -49,6 +61,8 @@ class Attend(nn.Module):
         flash: bool | None = None,
         heads: int | None = None,
         scale: float | None = None,
+        window: Window | None = None,
+        softcap: float | None = None,
         backend: str = "auto",
         deterministic: bool | None = None,
     ) -> None:
@@ -62,6 +76,8 @@ class Attend(nn.Module):
         self.flash = asked != {False}
         self.heads = heads
         self.scale = scale
+        self.window = window
+        self.softcap = softcap
         self.backend = backend
         self.deterministic = deterministic
         self._asked_backend()
@@ -92,7 +108,17 @@ class Attend(nn.Module):
     def use_flash(self, flash: bool) -> None:
         self.flash = flash
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        *,
+        alibi_slopes: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Attends.
 
         Args:
@@ -100,6 +126,11 @@ class Attend(nn.Module):
             k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`.
             v: `(b, hk, j, dv)` or `(b, j, dv)`.
             mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
+            attn_bias: added to the scores: q's dtype or float32, of any shape that broadcasts to `(b, h, i, j)`;
+                differentiable. Where it is -inf the pair is hidden.
+            alibi_slopes: `(h,)` or `(b, h)`: `slope * abs(y - x - (j - i))` is taken off the score of query `x` and key
+                `y`.
+            sinks: `(h,)`, logits that take part in the normaliser alone; differentiable.
 
         Returns:
             `(b, h, i, dv)` in q's dtype, or in autocast's where it is on. A query that sees no key gives 0.
@@ -108,20 +139,32 @@ class Attend(nn.Module):
             TypeError, ValueError: as `flash_attention`.
         """
         if isinstance(q, Proxy):  # torch.fx records a call of this module, which keeps its options and its dropout
-            return q.tracer.create_proxy("call_module", q.tracer.path_of_module(self), (q, k, v, mask), {})
+            others = dict(attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks)
+            given = {name: tensor for name, tensor in others.items() if tensor is not None}
+            return q.tracer.create_proxy("call_module", q.tracer.path_of_module(self), (q, k, v, mask), given)
         layer = self.attn_dropout
         dropout_p = _probability_of("attn_dropout", layer)
-        return flash_attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            causal=self.causal,
-            scale=self.scale,
-            dropout_p=dropout_p if layer.training else 0.0,
-            deterministic=self.deterministic,
-            backend=self._asked_backend(),
-        )
+        try:
+            return flash_attention(
+                q,
+                k,
+                v,
+                mask=mask,
+                bias=attn_bias,
+                causal=self.causal,
+                window=self.window,
+                scale=self.scale,
+                softcap=self.softcap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+                dropout_p=dropout_p if layer.training else 0.0,
+                deterministic=self.deterministic,
+                backend=self._asked_backend(),
+            )
+        except (TypeError, ValueError) as error:
+            if attn_bias is None or not str(error).startswith("bias "):
+                raise
+            raise type(error)(f"attn_{error}") from error  # as it is called here
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
@@ -137,7 +180,15 @@ class Attend(nn.Module):
 
     def extra_repr(self) -> str:
         """What is not at its default; the dropout is shown by its submodule."""
-        defaults = {"heads": None, "scale": None, "flash": True, "backend": "auto", "deterministic": None}
+        defaults = {
+            "heads": None,
+            "scale": None,
+            "window": None,
+            "softcap": None,
+            "flash": True,
+            "backend": "auto",
+            "deterministic": None,
+        }
         told = [
             f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
         ]
@@ -181,6 +232,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "use_flash": _check_flash,
     "heads": optional(check_count),
     "scale": optional(check_number),
+    "window": optional(check_window),
+    "softcap": optional(check_positive),
     "backend": _check_backend,
     "deterministic": optional(check_flag),
 }

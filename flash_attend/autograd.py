@@ -174,7 +174,8 @@ def _first_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[b
     """Of every operand that there is."""
     names = Options.read(ctx.options).operands
     operands, outputs = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
-    found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, list(compress(names, needs)))
+    needed = [name for name in compress(names, needs) if name in INPUTS]  # there is no gradient of slopes
+    found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, needed)
     return [found.get(name) for name in names]
 
 

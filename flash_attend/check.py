@@ -168,6 +168,8 @@ def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 PRODUCTS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float64", "ieee"))
 MASKS = (("none", False), ("key", False), ("key", True), ("dense", False))
+# Of causal calls without a mask: what models have.
+SCORES = ("left", "softcap", "left+softcap", "alibi", "left+sinks", "bias-1hij-{dtype}")
 
 
 def answer(request: list) -> list:
@@ -188,7 +190,26 @@ def servable(target: DeviceTarget) -> list[Variant]:
             of_call = kind, per_head, grouped, False, ALL
             variants = [Variant(backend.name, way, *of_call, tiles(way)) for way in backwards]
             found += [one for one in variants if backend.proof != "none" and not _refused(one, target)]
+    found += [
+        one
+        for products, dim, changes in product(PRODUCTS, HEAD_DIMS, SCORES)
+        for one in _of_changes(
+            Kind(*products, dim, dim, "none", True, False, changes.format(dtype=products[0])), target
+        )
+    ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
+
+
+def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
+    """The variants of a kind whose scores are changed, on a part."""
+    others = "bias" in kind.scores, "sinks" in kind.scores
+    needed = (*ALL, *others) if any(others) else ALL
+    found = []
+    for backend in BACKENDS.values():
+        for way in (backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)):
+            variant = Variant(backend.name, way, kind, False, False, False, False, needed)
+            found += [variant] if backend.proof != "none" and not _refused(variant, target) else []
+    return found
 
 
 def _refused(variant: Variant, target: DeviceTarget) -> str:

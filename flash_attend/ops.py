@@ -173,7 +173,7 @@ def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str)
     from flash_attend.kernels.forward import empty_outputs
     from flash_attend.kernels.schedule import empty_packed
 
-    return [*empty_outputs(operands.q, spec), *empty_packed(operands.mask, spec, tiles)]
+    return [*empty_outputs(operands.q, spec), *empty_packed(operands, spec, tiles)]
 
 
 def backward(
@@ -190,7 +190,7 @@ def backward(
         if tiles is not None:
             from flash_attend.kernels.statistics import Kept
 
-            kept = Kept.unpacked(packed, operands.mask, spec, tiles)
+            kept = Kept.unpacked(packed, operands, spec, tiles)
         grad_out, grad_lse = map(dict(zip(options.grads, grads, strict=True)).get, OUTPUTS)
         found = backend.backward(grad_out, grad_lse, operands, out, lse, kept, spec, tiles, call.needed)
         if tiles is None:

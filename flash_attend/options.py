@@ -79,9 +79,9 @@ def _check_end(name: str, value: object) -> int | None:
     if end is None:
         return None
     if isinstance(end, bool) or not isinstance(end, (int, numbers.Integral)):
-        raise TypeError(f"each end of {name} must be an integer, or None for no limit, got {shown(value)}")
+        raise TypeError(f"{name} must have integers, or None for no limit, as its ends, got {shown(value)}")
     if end < 0:
-        raise ValueError(f"each end of {name} must be at least 0, or None for no limit, got {shown(value)}")
+        raise ValueError(f"{name} must have ends of at least 0, or None for no limit, got {shown(value)}")
     return int(end)
 
 

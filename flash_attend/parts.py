@@ -21,9 +21,11 @@ from torch import Tensor
 from flash_attend.reference import keys_seen, right_end, visible_pairs
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["ROWS", "Group", "Part", "narrow", "split"]
+__all__ = ["Group", "Part", "Range", "split"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
+LARGEST_CUT_SQUARE = 1024
+WIDTH = 16  # keys in the registers of a product
 ONE_CALL = 2**20  # multiplications that take as long as one more call of torch's kernel
 
 Range = tuple[int, int]
@@ -77,22 +79,34 @@ def _ranged(keys: Range, spec: AttentionSpec) -> list[Part]:
     diagonal = start + spec.offset
     if turn - start == 1:
         parts.append(Part((start, turn), (first_key, diagonal + 1)))
-    elif turn > start:
-        if diagonal > first_key and turn - start <= ROWS:
-            parts.append(Part((start, turn), (first_key, turn + spec.offset), biased=True))
-        else:
-            if diagonal > first_key:
-                parts.append(Part((start, turn), (first_key, diagonal)))
-            parts.append(Part((start, turn), (diagonal, turn + spec.offset), causal=True))
+    elif turn > start and diagonal > first_key and turn - start <= ROWS:
+        parts.append(Part((start, turn), (first_key, turn + spec.offset), biased=True))
+    else:
+        for first, last in _runs_of_rows(start, turn, _rows_of_square(turn - start, spec)):
+            if first + spec.offset > first_key:
+                parts.append(Part((first, last), (first_key, first + spec.offset)))
+            parts.append(Part((first, last), (first + spec.offset, last + spec.offset), causal=True))
     if turn < spec.queries:
         parts.append(Part((turn, spec.queries), keys))
     return parts
 
 
+def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
+    """How many queries of a causal square are computed at once, with a rectangle beside each: the kernel computes all
+    of a square of up to 512, and from a thousand on leaves out enough."""
+    narrow = max(ROWS, -(-rows // 4))
+    saved = spec.batch * spec.heads * narrow**2 * spec.head_dim
+    return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows
+
+
+def _runs_of_rows(first: int, last: int, rows: int = ROWS) -> Iterator[Range]:
+    return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
+
+
 def _banded(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
     """The parts of runs of queries, each with those keys of a range that any of them may see."""
     (left, _), right = spec.window, right_end(spec)
-    for first, last in _runs_of_rows(spec):
+    for first, last in _runs_of_rows(0, spec.queries):
         seen = keys_seen(spec, first, last)
         begin, end = max(seen[0], keys[0]), min(seen[1], keys[1])
         late = right is not None and end - 1 > first + spec.offset + right
@@ -154,8 +168,8 @@ def _alike(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
 
 
 def _bytes_of(mask: Tensor) -> bytes:
-    """The elements of a bool tensor, in their order. A search in bytes is memchr's: it takes a tenth of the time that
-    torch's operators need to start."""
+    """The elements of a tensor of bytes, in their order: a search in them takes a tenth of the time that torch's
+    operators need to start."""
     mask = mask.contiguous()
     return string_at(mask.data_ptr(), mask.numel())
 
@@ -172,7 +186,10 @@ def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
     if run.alike and run.hidden * spec.heads * spec.queries * spec.head_dim > ONE_CALL:
         picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
         return Group(run.entries, list(_of_picked(picked, spec)), picked)
-    return Group(run.entries, list(_biased(run.keys, spec)))
+    first_key, last_key = run.keys
+    # The kernel's products are slow where a length is no multiple of this.
+    keys = first_key // WIDTH * WIDTH, min(-(-last_key // WIDTH) * WIDTH, spec.keys)
+    return Group(run.entries, list(_biased(keys, spec)))
 
 
 def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
@@ -189,7 +206,7 @@ def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
     begins = [0] * spec.queries if left is None else torch.searchsorted(picked, place - left).tolist()
     all_seen = [picked.numel()] * spec.queries
     ends = all_seen if right is None else torch.searchsorted(picked, place + right + 1).tolist()
-    for first, last in _runs_of_rows(spec):
+    for first, last in _runs_of_rows(0, spec.queries):
         begin, end = begins[first], ends[last - 1]
         if end > begin:
             cut = begin < begins[last - 1] or ends[first] < end
@@ -205,10 +222,6 @@ def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
         yield part._replace(biased=True)
 
 
-def _runs_of_rows(spec: AttentionSpec) -> Iterator[Range]:
-    return ((first, min(first + ROWS, spec.queries)) for first in range(0, spec.queries, ROWS))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Any mask
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,25 +230,12 @@ def _runs_of_rows(spec: AttentionSpec) -> Iterator[Range]:
 def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
     """Runs of queries, with the range of keys that any of them sees."""
     whole = mask.shape[2] == 1 and not spec.banded and not spec.alibi
-    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(spec):
+    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
         begin, end = keys_seen(spec, first, last)
         visible = visible_pairs(mask, spec, first, last, end, mask.device, begin)
         assert visible is not None
-        first_key, last_key = _range_of(_bytes_of(visible.flatten(0, 2).any(dim=0)))
-        if last_key > first_key:
-            biased = spec.adds_to_scores or not visible[..., first_key:last_key].all()
+        rows = visible.flatten(0, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
+        first_key, last_key = keys = _range_of(_bytes_of(rows.amax(dim=0)))
+        if last_key:
+            biased = spec.adds_to_scores or _bytes_of(rows.amin(dim=0)).find(0, *keys) >= 0
             yield Part((first, last), (begin + first_key, begin + last_key), biased=biased)
-
-
-def narrow(part: Part) -> Iterator[Part]:
-    """A square as narrow squares and the rectangles beside them, for what computes all of what it is given."""
-    if not part.causal:
-        yield part
-        return
-    (first_row, last_row), (first_key, _) = part.rows, part.keys
-    for first in range(first_row, last_row, ROWS):
-        rows = first, min(first + ROWS, last_row)
-        begin, end = (first_key + row - first_row for row in rows)
-        if begin > first_key:
-            yield Part(rows, (first_key, begin))
-        yield Part(rows, (begin, end), causal=True)

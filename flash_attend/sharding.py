@@ -23,27 +23,31 @@ DIMENSIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "k": {4: ("batch", "heads", "keys", "d"), 3: ("batch", "keys", "d")},
     "v": {4: ("batch", "heads", "keys", "dv"), 3: ("batch", "keys", "dv")},
     "mask": {4: ("batch", "heads", "queries", "keys"), 2: ("batch", "keys")},
+    "bias": {rank: ("batch", "heads", "queries", "keys")[4 - rank :] for rank in range(5)},
+    "alibi_slopes": {1: ("heads",), 2: ("batch", "heads")},
+    "sinks": {1: ("heads",)},
 }
 
 
 def attend_locally(
     call: Callable[..., Tensor | tuple[Tensor, Tensor]], given: Operands, dropout_p: float
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`call(q, k, v, mask=mask)`, which is `flash_attention` with its options, on each rank's part of DTensors.
+    """`call(q, k, v, mask=mask, ...)`, which is `flash_attention` with its options, on each rank's part of DTensors.
 
     Shapes as in `flash_attention`. On each dimension of the mesh q is replicated or sharded on batch or heads, and k
-    and v are as q is; where q is sharded on heads and k and v have only one, they are replicated. The mask is as q is,
-    replicated where its own dimension is 1, or replicated as a whole. What comes back is placed as q is.
+    and v are as q is; where q is sharded on heads and k and v have only one, they are replicated. The mask, the bias,
+    the slopes and the sinks are as q is, replicated where they have no such dimension or one of 1, or replicated as a
+    whole where they need no gradient. What comes back is placed as q is.
 
     Raises:
         TypeError: some are DTensors and others are not.
         ValueError: the meshes differ, a placement is another one, or `dropout_p` is not 0.
     """
-    q, k, v, mask, *_ = given
-    q = _checked("q", q)
+    q = _checked("q", given.q)
     mesh, placements = q.device_mesh, q.placements
-    k, v = _checked("k", k, mesh), _checked("v", v, mesh)
-    mask = None if mask is None else _checked("mask", mask, mesh)
+    k, v = _checked("k", given.k, mesh), _checked("v", given.v, mesh)
+    names = ("mask", "bias", "alibi_slopes", "sinks")
+    others = {name: _checked(name, x, mesh) for name in names if (x := getattr(given, name)) is not None}
     if dropout_p:  # what is dropped depends on the place in the whole batch, and ranks draw seeds of their own
         raise ValueError(f"dropout_p must be 0 for DTensors, got {dropout_p}")
     for at, placement in enumerate(placements):
@@ -56,8 +60,7 @@ def attend_locally(
         # Where every rank has heads of its own for the same k and v, each finds a part of their gradients.
         parts = [Partial() if ours != theirs else ours for ours, theirs in zip(wanted, placements, strict=True)]
         inputs.append(_part(name, tensor, parts))
-    local_mask = None if mask is None else _part("mask", mask.redistribute(placements=_places_of_mask(mask, q)))
-    found = call(*inputs, mask=local_mask)
+    found = call(*inputs, **{name: _other_part(name, tensor, q) for name, tensor in others.items()})
 
     even = all(q.shape[one.dim] % mesh.size(at) == 0 for at, one in enumerate(placements) if isinstance(one, Shard))
 
@@ -117,17 +120,31 @@ def _places_of_heads(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:
     return wanted
 
 
-def _places_of_mask(mask: DTensor, q: DTensor) -> list[Placement]:
-    """Where the mask has to be for q; raises if it cannot come there without being sent."""
-    wanted = []
-    for at, (placement, found) in enumerate(zip(q.placements, mask.placements, strict=True)):
-        dim = placement.dim if isinstance(placement, Shard) else None
-        own = mask.ndim == 4 or dim == 0
-        follows = dim is not None and own and mask.shape[dim] > 1
-        wanted.append(placement if follows else Replicate())
-        if found not in (wanted[-1], Replicate()):
-            either = f"replicated or {_told('mask', mask, at, placement)}" if follows else "replicated"
-            raise _misplaced("mask", mask, at, f"{either}, as q is {_told('q', q, at)}")
+def _other_part(name: str, tensor: DTensor, q: DTensor) -> Tensor:
+    """What this rank reads of a mask, of a bias, of slopes or of sinks."""
+    wanted = _places_of(name, tensor, q)
+    # What is the same for several ranks has a part of its gradient from each.
+    pairs = zip(wanted, q.placements, strict=True)
+    parts = [Partial() if ours == Replicate() != theirs else ours for ours, theirs in pairs]
+    if list(tensor.placements) != wanted:  # of a tensor without a gradient, which would be gathered
+        tensor = tensor.redistribute(placements=wanted)
+    return _part(name, tensor, parts)
+
+
+def _places_of(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:
+    """Where a mask, a bias, slopes or sinks have to be for q; raises if they cannot come there without being sent."""
+    wanted: list[Placement] = []
+    own = DIMENSIONS[name][tensor.ndim]
+    for at, (placement, found) in enumerate(zip(q.placements, tensor.placements, strict=True)):
+        dimension = DIMENSIONS["q"][4][placement.dim] if isinstance(placement, Shard) else ""
+        follows = dimension in own and tensor.shape[own.index(dimension)] > 1
+        wanted.append(Shard(own.index(dimension)) if follows else Replicate())
+        # The gradient of what each rank cuts out of a replicated tensor would have to be gathered.
+        cut = not (follows and tensor.requires_grad)
+        if found != wanted[-1] and not (cut and found == Replicate()):
+            as_q = _told(name, tensor, at, wanted[-1])
+            either = (f"replicated or {as_q}" if cut else as_q) if follows else "replicated"
+            raise _misplaced(name, tensor, at, f"{either}, as q is {_told('q', q, at)}")
     return wanted
 
 

@@ -17,7 +17,7 @@ from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.check import checked
 from flash_attend.dispatch import override_backward
 from flash_attend.functional import flash_attention
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, BiasKind, MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.variant import ALL, variant_of
 
@@ -32,7 +32,9 @@ class Call(NamedTuple):
     """A call that is to be fast."""
 
     spec: AttentionSpec
-    needed: Needed = ALL  # which of q, k and v get a gradient; where none does, the forward alone is timed
+    # Which of q, k and v get a gradient and, where there is either, the bias and the sinks; where none does, the
+    # forward alone is timed.
+    needed: Needed = ALL
 
 
 class Candidate(NamedTuple):
@@ -48,11 +50,17 @@ class Candidate(NamedTuple):
 
 def call_as_json(call: Call) -> dict[str, Any]:
     dtype = str(call.spec.dtype).removeprefix("torch.")
-    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), needed=list(call.needed))
+    bias = None if call.spec.bias is None else [*call.spec.bias[:4], str(call.spec.bias.dtype).removeprefix("torch.")]
+    lists = dict(window=list(call.spec.window), bias=bias, needed=list(call.needed))
+    return asdict(call.spec) | dict(dtype=dtype, mask=int(call.spec.mask), **lists)
 
 
 def call_of_json(found: dict[str, Any]) -> Call:
     spec = found | dict(dtype=getattr(torch, found["dtype"]), mask=MaskKind(found["mask"]))
+    spec["window"] = tuple(found.get("window", (None, None)))
+    if (bias := found.get("bias")) is not None:
+        b, h, i, j, dtype = bias
+        spec["bias"] = BiasKind(b, h, i, j, getattr(torch, dtype))
     needed = tuple(spec.pop("needed"))
     return Call(AttentionSpec(**spec), cast(Needed, needed))
 
@@ -144,7 +152,19 @@ def make_run(call: Call, device: torch.device) -> Callable[[Candidate], None]:
     options: dict[str, Any] = dict(
         mask=_mask(spec, device), causal=spec.causal, scale=spec.scale, dropout_p=spec.dropout_p
     )
-    leaves = [tensor for tensor in (q, k, v) if tensor.requires_grad]
+    options |= dict(window=spec.window, softcap=spec.softcap or None)
+    if spec.alibi:
+        options["alibi_slopes"] = torch.rand(spec.heads, generator=generator, device=device)
+    others = needed[3:] or (False, False)
+    if spec.bias is not None:
+        sizes = (spec.batch, spec.heads, spec.queries, spec.keys)
+        shape = [size if varies else 1 for size, varies in zip(sizes, spec.bias[:4], strict=True)]
+        made = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
+        options["bias"] = made.to(spec.bias.dtype).requires_grad_(others[0])
+    if spec.sinks:
+        options["sinks"] = torch.randn(spec.heads, generator=generator, device=device).requires_grad_(others[1])
+    inputs = (q, k, v, options.get("bias"), options.get("sinks"))
+    leaves = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
 
     def run(candidate: Candidate) -> None:
         out = flash_attention(q, k, v, **options, backend=candidate.backend)

@@ -1,7 +1,8 @@
 """Rules for `torch.vmap`: the dimension that is mapped over is folded into the batch, so that one launch serves all.
 
 With dropout and randomness="different" each entry has drawn a seed; the first serves the folded batch, whose entries
-differ by their place. With randomness="same" they share a seed, and each takes a launch of its own.
+differ by their place. With randomness="same" they share a seed, and each takes a launch of its own. So do entries with
+sinks of their own, and those whose gradients of sinks are asked for, each a sum over one entry.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def map_backward(
     by_rows = map(call.fold, outputs[:ROWS], of_outputs[:ROWS])
     folded = *map(call.fold, grads, of_grads), *call.operands, *by_rows, *schedule
     results = apply(numbers, options, *folded)
-    return tuple(call.unfold(grad, call.batch) for grad in results), tuple(0 for _ in results)
+    found = (call.unfold_gradient(name, grad) for name, grad in zip(said.needed, results, strict=True))
+    return tuple(found), tuple(0 for _ in results)
 
 
 class _Folded:
@@ -61,13 +63,16 @@ class _Folded:
 
     def __init__(self, size: int, options: str, operands: Sequence[Tensor], dims: Dims) -> None:
         self.size = size
+        self.sizes: dict[str, int] = {}  # of the batch of a bias and of slopes: 1 where that is broadcast
         dim_of = dict(zip(Options.read(options).operands, dims, strict=True))
         given = dict(zip(dim_of, operands, strict=True))
         mask = given.get("mask")
         # Whether the mask, and so its schedule, is the same for the whole of the folded batch.
         self.shared_mask = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
-        # Those that share a seed drop the same weights, which depend on the place in the batch.
-        self.one_by_one = size > 0 and "seed" in given and dim_of["seed"] is None
+        needed = Options.read(options).needed
+        # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch.
+        own_sinks = "sinks" in given and (dim_of["sinks"] is not None or "sinks" in needed)
+        self.one_by_one = size > 0 and (own_sinks or ("seed" in given and dim_of["seed"] is None))
         self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
         if mask is not None and not self.shared_mask:
             mask = self.entries(mask, dim_of["mask"]).expand(-1, self.batch, -1, -1, -1)
@@ -76,6 +81,13 @@ class _Folded:
         if "seed" in given and not self.one_by_one:
             seeds = self.entries(given["seed"], dim_of["seed"])
             given["seed"] = seeds[0] if size else seeds.new_zeros(1)
+        for name in given.keys() & {"bias", "alibi_slopes"}:
+            entries = self.entries(given[name], dim_of[name])
+            self.sizes[name] = entries.shape[1]
+            if dim_of[name] is not None or entries.shape[1] > 1 or name in needed:
+                given[name] = entries.expand(-1, self.batch, *entries.shape[2:]).flatten(0, 1)
+        if own_sinks and not size:
+            given["sinks"] = given["q"].new_zeros(self.entries(given["q"], dim_of["q"]).shape[2])
         given |= {name: self.fold(given[name], dim_of[name]) for name in ("q", "k", "v")}
         self.operands = tuple(given.values())
 
@@ -90,6 +102,13 @@ class _Folded:
     def unfold(self, tensor: Tensor, rows: int) -> Tensor:
         """`(size * rows, ...)` as `(size, rows, ...)`."""
         return tensor.unflatten(0, (self.size, rows))
+
+    def unfold_gradient(self, name: str, grad: Tensor) -> Tensor:
+        """The gradient of an input for each entry."""
+        if name == "sinks":  # of no entries: others are taken one by one
+            return grad.new_zeros(self.size, *grad.shape)
+        grad = self.unfold(grad, self.batch)
+        return grad.sum(dim=1, keepdim=True) if self.sizes.get(name, self.batch) != self.batch else grad
 
     def each(self, apply: Apply, numbers: list[float], options: str, tensors: Sequence[Tensor], dims: Dims) -> Mapped:
         def entry(index: int) -> Sequence[Tensor]:

@@ -1,7 +1,7 @@
 """Compiles the kernels of every config row for real parts, without one: registers, spills, shared memory, instructions.
 
     python -m flash_attend.kernels.aot [--json] [--common | --subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
-    python -m flash_attend.kernels.aot --estimate [--markdown] [--only TEXT] [--jobs N]
+    python -m flash_attend.kernels.aot --estimate [--markdown | --window KEYS [--length N]] [--only TEXT] [--jobs N]
 
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
@@ -41,7 +41,7 @@ from flash_attend.kernels.hopper.partitions import CONSUMERS
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.sass import ProductLoop, disassemble, loop_works, product_loops
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind, kind_of
+from flash_attend.spec import AttentionSpec, BiasKind, MaskKind, kind_of
 from flash_attend.target import DeviceTarget, interpreting
 
 __all__ = [
@@ -155,6 +155,8 @@ class Case:
         spec = self.spec
         words = [{MaskKind.NONE: "", MaskKind.KEY: "key", MaskKind.DENSE: "dense"}[spec.mask]]
         words += ["causal"] * spec.causal + ["dropout"] * (spec.dropout_p > 0) + ["grouped"] * (spec.group > 1)
+        words += ["window"] * (spec.window != (None, None)) + ["softcap"] * (spec.softcap > 0)
+        words += ["alibi"] * spec.alibi + ["bias"] * (spec.bias is not None) + ["sinks"] * spec.sinks
         return "+".join(filter(None, words)) or "plain"
 
 
@@ -272,11 +274,19 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             heads = spec.heads if spec.mask_per_head else 1
             mask = torch.empty(spec.batch, heads, rows, spec.keys, dtype=torch.bool)
         seed = torch.empty(1, dtype=torch.int64) if spec.dropout_p > 0 else None
+        bias = None
+        if spec.bias is not None:
+            sizes = (spec.batch, spec.heads, spec.queries, spec.keys)
+            varies = zip(sizes, spec.bias[:4], strict=True)
+            bias = torch.empty([size if does else 1 for size, does in varies], dtype=spec.bias.dtype)
+        slopes = torch.empty(1, spec.heads) if spec.alibi else None
+        sinks = torch.empty(spec.heads) if spec.sinks else None
+        others = () if bias is sinks is None else (bias is not None, sinks is not None)
         with recorded_launches() as launches:
             functions = BACKENDS[backend].load()
-            operands = Operands(q, k, v, mask, seed)
+            operands = Operands(q, k, v, mask, seed, bias, slopes, sinks)
             out, lse, kept = functions.forward(operands, spec, tiles)
-            grad_out, needed = torch.empty_like(out), (True, True, True)
+            grad_out, needed = torch.empty_like(out), (True, True, True, *others)
             functions.backward(grad_out, None, operands, out, lse, kept, spec, tiles, needed)
     return launches
 
@@ -326,7 +336,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
-        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE
+        usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE and case.spec.plain_scores
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
             head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), heavy=not usual,
@@ -400,6 +410,18 @@ MODES = (
     dict(mask=MaskKind.DENSE, dropout_p=0.1, kv_heads=2),
     dict(),
 )
+# Windows and what changes scores, under causality: of half precision at these widths, the last one of every kind at 64.
+CHANGED_WIDTHS = (64, 128)
+CHANGED_MODES = (
+    dict(causal=True, window=(255, None)),
+    dict(causal=True, window=(255, None), softcap=30.0),
+    dict(causal=True, alibi=True, sinks=True),
+    dict(bias=(False, True, True, True)),
+    dict(
+        mask=MaskKind.KEY, causal=True, window=(255, None), softcap=30.0, alibi=True, sinks=True,
+        bias=(False, True, True, True),
+    ),
+)  # fmt: skip
 HOPPER_MODES = (dict(mask=MaskKind.KEY, causal=True), dict(mask=MaskKind.KEY), dict(causal=True), dict())
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
 KINDS = {
@@ -419,7 +441,8 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
     """The calls that together compile every config row of these parts, or those of a smaller scope.
 
     COMMON: half precision in the two modes that cost most, with dropout and without; others, and the fused backward, in
-    the first mode alone; the kernels for Hopper with a key mask and causality, and without both. SUBSET: a width of
+    the first mode alone; with changed scores, one; the kernels for Hopper with a key mask and causality, and without
+    both. SUBSET: a width of
     each kind in the first mode, and of the kernels for Hopper all.
     """
     for arch in archs:
@@ -432,7 +455,7 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             calls = [((width, width), mode) for mode in modes]
             if kind == "half" and scope == ALL:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
-            for dims, mode in calls:
+            for dims, mode in (*calls, *_changed_calls(kind, width, scope)):
                 yield Case.of(arch, spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: with its second tile only in the modes that take that.
             calls = [call for call in calls if call[1] is MODES[0]]
@@ -446,9 +469,22 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
         yield from _hopper_cases(scope)
 
 
+def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Of `CHANGED_MODES`, those that a kind of this width is compiled in; of COMMON, one of half precision."""
+    if kind == "half" and scope == ALL and width in CHANGED_WIDTHS:
+        modes = CHANGED_MODES
+    elif width == 64 and (scope == ALL or (scope == COMMON and kind == "half")):
+        modes = CHANGED_MODES[-1:]
+    else:
+        modes = ()
+    return [((width, width), mode) for mode in modes]
+
+
 def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
-    """A call with the head dimensions d and dv, in one of the modes."""
+    """A call with the head dimensions d and dv, in one of the modes. A bias has q's dtype."""
     head_dim, value_dim = dims
+    if "bias" in mode:
+        mode["bias"] = BiasKind(*mode["bias"], mode["dtype"])
     rest = dict(batch=16, heads=8, kv_heads=8, queries=1000, keys=1000, scale=0.1) | mode
     return AttentionSpec(head_dim=head_dim, value_dim=value_dim, **rest)
 
@@ -578,14 +614,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--estimate", action="store_true", help="print the model's TFLOP/s beside FlexAttention's instead"
     )
     parser.add_argument("--markdown", action="store_true", help="of the estimates: a table for docs/estimates.md")
+    parser.add_argument("--window", type=int, metavar="KEYS", help="of the estimates: causal calls with such a window")
+    parser.add_argument("--length", type=int, default=16384, metavar="N", help="of these calls: queries and keys")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
     if options.estimate:
-        from flash_attend.kernels.comparison import print_estimates
+        from flash_attend.kernels.comparison import print_estimates, print_windowed
 
+        if options.window is not None:
+            return print_windowed(options.arch, options.only, options.jobs, options.window, options.length)
         return print_estimates(options.arch, options.only, options.jobs, options.markdown)
     reports = compile_all(
         options.arch, scope=options.scope, only=options.only, backends=options.backend, jobs=options.jobs

@@ -44,7 +44,7 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads, Rows
-from flash_attend.kernels.schedule import Planes, transposed_lists
+from flash_attend.kernels.schedule import Planes, scheduled_spec, transposed_lists
 from flash_attend.kernels.scores import scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY
 from flash_attend.kernels.statistics import Kept, QueryStatistics, prepare_statistics
@@ -552,6 +552,7 @@ def attention_backward(
         given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
         grads = attention_backward(*given, spec, tiles, needed)
         return *grads[:3], *(g if g is None else g.to(x.dtype) for x, g in zip((bias, sinks), grads[3:], strict=False))
+    spec = scheduled_spec(spec)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()

@@ -1,4 +1,4 @@
-"""Our kernels beside FlexAttention's by the throughput model: the table of `aot --estimate`."""
+"""Our kernels beside FlexAttention's by the throughput model: the table of `aot --estimate`; and what windows save."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from itertools import product
 from pathlib import Path
 
 from flash_attend.kernels.aot import KINDS, Case, compile_case, compile_tasks, spec_of
-from flash_attend.kernels.estimate import RATES, Estimate, total_tflops
+from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, total_tflops
 
-__all__ = ["Row", "print_estimates", "rows"]
+__all__ = ["Row", "blocks_visited", "print_estimates", "print_windowed", "rows"]
 
 # Not part of the package: a peer needs more of torch than we do.
 PEER = Path(__file__).resolve().parents[1] / "benchmarks" / "flex_templates.py"
@@ -90,6 +91,46 @@ def compare(chosen: list[Row], jobs: int | None = None) -> Iterator[tuple[Row, S
     sides = dict(compile_tasks(tasks, jobs, measure))
     for index, row in enumerate(chosen):
         yield row, sides[2 * index], sides[2 * index + 1]
+
+
+def blocks_visited(length: int, window: int | None, block_m: int, block_n: int) -> int:
+    """How many tiles of a causal call of so many queries and keys hold a pair that a window, of so many keys before
+    each query's own, lets meet."""
+    total = 0
+    for first in range(0, length, block_m):
+        last = min(first + block_m, length) - 1
+        begin = 0 if window is None else max(first - window, 0) // block_n
+        total += last // block_n + 1 - begin
+    return total
+
+
+def _measure_window(row: Row, length: int, window: int | None) -> tuple[int, float]:
+    """The tiles that the kernels of a row visit in one head, and how many microseconds of a whole part that takes."""
+    call, _ = KINDS[row.kind]
+    shape = dict(queries=length, keys=length, causal=True, window=(window, None))
+    case = Case.of(row.arch, spec_of((row.dim, row.dim), **shape, **call))
+    tiles, seconds = 0, 0.0
+    for report in compile_case(case, KERNELS[row.direction]):
+        if report.estimate is None:
+            raise RuntimeError(report.error or f"{report.kernel}: there is no estimate")
+        tile = getattr(case.tiles, report.kernel if report.kernel in Tiles._fields else "backward_kv")
+        visited = blocks_visited(length, window, tile.block_m, tile.block_n)
+        useful = 2 * PRODUCTS[report.kernel] * tile.block_m * tile.block_n * row.dim
+        tiles, seconds = tiles + visited, seconds + visited * useful / (report.estimate.tflops * 1e12)
+    return tiles, 1e6 * seconds
+
+
+def print_windowed(archs: Iterable[str], only: str, jobs: int | None, window: int, length: int) -> int:
+    """The rows whose names contain `only`, causal and with a window beside it: tiles visited, and time for a head."""
+    chosen = [row for row in rows(archs) if only in str(row)]
+    tasks = [(row, length, reach) for row in chosen for reach in (None, window)]
+    found = dict(compile_tasks(tasks, jobs, _measure_window))
+    title = f"a head of {length} positions"
+    print(f"{title:<36}{'tiles':>9}{'us':>9}{'windowed':>10}{'us':>9}{'ratio':>7}")
+    for index, row in enumerate(chosen):
+        (tiles, time), (fewer, shorter) = found[2 * index], found[2 * index + 1]
+        print(f"{row!s:<36}{tiles:>9}{time:>9.1f}{fewer:>10}{shorter:>9.1f}{time / shorter:>7.1f}")
+    return 0
 
 
 def _cells(row: Row, ours: Side, peer: Side) -> tuple[str, ...]:

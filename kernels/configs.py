@@ -109,7 +109,7 @@ def head_parts(dim: int, kind: str, halves: bool = False) -> tuple[int, int]:
 
 class Choices(NamedTuple):
     """What each kernel may take: the first serves, the others are worth timing. A fused backward, which holds most in
-    registers, takes its last with a dense mask or dropout."""
+    registers, takes its last with a dense mask, dropout or changed scores."""
 
     forward: tuple[Tile, ...]
     backward_kv: tuple[Tile, ...]
@@ -187,6 +187,10 @@ DROPOUT: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_80", "half", 128): dict(backward_kv="32x128w8s2"),
     ("sm_90", "tf32x3", 128): dict(backward_q="16x16w4s1"),
 }
+# And with a bias, whose tile takes registers beside the scores.
+BIAS: dict[tuple[str, str, int], dict[str, str]] = {
+    ("sm_80", "half", 64): dict(backward_kv="16x128w4s2"),
+}
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
 FAMILIES = {
@@ -252,10 +256,11 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
     family = FAMILIES.get(target.arch or "", OLDEST)
     row = (family if (family, kind, width) in ROWS else OLDEST, kind, width)
     choices = ROWS[row]
-    if spec.dropout_p > 0:
-        others = {kernel: (tile_of(text), *getattr(choices, kernel)) for kernel, text in DROPOUT.get(row, {}).items()}
-        choices = choices._replace(**others)
-    if spec.dropout_p > 0 or spec.mask == MaskKind.DENSE:
+    for applies, tiles in ((spec.dropout_p > 0, DROPOUT), (spec.bias is not None, BIAS)):
+        if applies:
+            others = {kernel: (tile_of(text), *getattr(choices, kernel)) for kernel, text in tiles.get(row, {}).items()}
+            choices = choices._replace(**others)
+    if spec.dropout_p > 0 or spec.mask == MaskKind.DENSE or not spec.plain_scores:
         choices = choices._replace(backward_fused=choices.backward_fused[::-1])
     return choices._replace(forward=ONE_QUERY) if spec.queries == 1 and kind == "half" else choices
 

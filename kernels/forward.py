@@ -38,7 +38,15 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.programs import part_of_program, tile_of_program
 from flash_attend.kernels.rows import Heads
-from flash_attend.kernels.schedule import Planes, Schedule, plan_schedule
+from flash_attend.kernels.schedule import (
+    Planes,
+    Schedule,
+    may_hide_keys,
+    plan_schedule,
+    scheduled_mask,
+    scheduled_sizes,
+    scheduled_spec,
+)
 from flash_attend.kernels.scores import LOG2E, query_of, scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
@@ -383,6 +391,7 @@ class Forward:
     schedule: Callable[[Tensor | None], Schedule]  # of the mask
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
+    hides_keys: bool  # the bias may hide some from everybody
     changes_scores: bool  # there is a bias, or there are slopes or sinks
     merge: Merge | None  # of a call whose keys are split
 
@@ -392,6 +401,8 @@ class Forward:
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         statistics = lse.new_empty_strided(*self.statistics)
+        if self.hides_keys:
+            mask = scheduled_mask(mask, operands.bias)
         schedule = self.schedule(mask)
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
         prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
@@ -421,15 +432,19 @@ class Merge:
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
+    changes_scores = spec.bias is not None or spec.alibi or spec.sinks
+    hides_keys = may_hide_keys(spec)
+    if hides_keys:
+        sizes = tuple(scheduled_sizes(layouts.mask_sizes, spec))
+        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled_spec(spec)
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
     schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
     layouts_of = out, lse_layout(spec), statistics_layout(spec)
-    changes_scores = spec.bias is not None or spec.alibi or spec.sinks
     merge = None
     if (splits := key_splits(spec, tiles.forward)) > 1:
         sizes = *query_sizes(spec), splits, spec.value_dim
         merge = Merge(sizes, _prepare_merge(spec, tiles, layouts, out[1], splits))
-    return Forward(*layouts_of, spec.accumulator_dtype, schedule, *launches, changes_scores, merge)
+    return Forward(*layouts_of, spec.accumulator_dtype, schedule, *launches, hides_keys, changes_scores, merge)
 
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:

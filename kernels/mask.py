@@ -269,12 +269,12 @@ class Mask:
 
     @triton.jit
     def key_shown(self, key):
-        """[SIZE] booleans: keys that exist and that the key mask shows."""
-        if self.KIND == KEY:
-            # int32, not bytes: a byte load behind a product's operand makes the compiler choose a poor layout for it.
-            return tl.load(self.visible + key) != 0
-        else:
-            return key < self.keys
+        """[SIZE] booleans: keys that exist, that the key mask shows, and that do not lie before every window."""
+        # int32, not bytes: a byte load behind a product's operand makes the compiler choose a poor layout for it.
+        shown = tl.load(self.visible + key) != 0 if self.KIND == KEY else key < self.keys
+        if self.left is not None:
+            shown = shown & (key >= self.first_offset())
+        return shown
 
     @triton.jit
     def pairs_shown(

@@ -16,6 +16,7 @@ of them make one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.operands import all_edges, as_bytes, window_numbers
-from flash_attend.operands import Strides
+from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["Schedule", "build_schedule", "empty_packed", "plan_schedule", "schedule_layout", "transposed_lists"]
@@ -66,9 +67,9 @@ class Schedule(NamedTuple):
         return [pad(tensor.flatten(1), (0, spare)) for tensor, spare in present]
 
     @staticmethod
-    def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+    def unpacked(packed: Sequence[Tensor], operands: Operands, spec: AttentionSpec, tiles: Tiles) -> Schedule:
         """The schedule again, whatever became of its strides."""
-        shapes = [] if mask is None else [shape for shape, _ in schedule_layout(mask.shape, spec, tiles)]
+        shapes = [shape for shape, _ in layout_of(operands.mask, spec, tiles)]
         pairs = zip(packed, shapes, strict=True)
         return Schedule(*(x.contiguous().narrow(1, 0, prod(shape[1:])).reshape(shape) for x, shape in pairs))
 
@@ -430,6 +431,42 @@ def schedule_layout(sizes: Sequence[int], spec: AttentionSpec, tiles: Tiles) -> 
     ]
 
 
+def layout_of(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Shapes:
+    """The same of the schedule of a call, which has none without a mask, or a bias that may hide keys."""
+    sizes = scheduled_sizes(None if mask is None else mask.shape, spec)
+    return [] if sizes is None else schedule_layout(sizes, scheduled_spec(spec), tiles)
+
+
+def may_hide_keys(spec: AttentionSpec) -> bool:
+    """Whether keys of a call count as hidden by a key mask where its bias hides them from every query: their rows of k
+    and v may then hold anything."""
+    return spec.bias is not None and spec.bias.keys and spec.mask != MaskKind.DENSE
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def scheduled_spec(spec: AttentionSpec) -> AttentionSpec:
+    """A call as its schedule is built and kernels see it: with a key mask, if its bias may hide keys."""
+    if spec.bias is None or not may_hide_keys(spec):
+        return spec
+    return replace(spec, mask=MaskKind.KEY, mask_per_head=spec.mask_per_head or spec.bias.heads)
+
+
+def scheduled_sizes(sizes: Sequence[int] | None, spec: AttentionSpec) -> Sequence[int] | None:
+    """The sizes of the mask of `scheduled_spec`, from those of the mask that was given."""
+    if spec.bias is None or not may_hide_keys(spec):
+        return sizes
+    per_batch = spec.bias.batch or (sizes is not None and bool(sizes[0] > 1))
+    return (spec.batch if per_batch else 1, spec.heads if spec.mask_per_head or spec.bias.heads else 1, 1, spec.keys)
+
+
+def scheduled_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """The mask of `scheduled_spec`, contiguous: `(b|1, h|1, 1, j)`."""
+    if bias.shape[2] == 0:
+        return bias.new_ones(*bias.shape[:2], 1, bias.shape[3], dtype=torch.bool) & (True if mask is None else mask)
+    shown = bias.amax(2, keepdim=True) != -torch.inf
+    return shown if mask is None else (shown & mask).contiguous()
+
+
 def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]:
     """How many such blocks of queries and of keys a schedule has."""
     block_m, block_n = block
@@ -437,12 +474,10 @@ def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]
     return -(-spec.queries // block_m), -(-spec.keys // block_n)
 
 
-def empty_packed(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
+def empty_packed(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
     """What `Schedule.packed` gives, uninitialised."""
-    if mask is None:
-        return []
-    layout = zip(schedule_layout(mask.shape, spec, tiles), SPARE, strict=False)
-    return [mask.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
+    layout = zip(layout_of(operands.mask, spec, tiles), SPARE, strict=False)
+    return [operands.q.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
 
 
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:

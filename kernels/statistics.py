@@ -24,7 +24,7 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.softmax import INFINITY, recomputed_weights
 from flash_attend.kernels.tiles import row_products
-from flash_attend.operands import Strides
+from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["Kept", "Statistics", "is_apart", "is_exact", "prepare_statistics", "statistics_of"]
@@ -51,9 +51,9 @@ class Kept(NamedTuple):
         return [self.statistics, *Schedule(*self[1:]).packed()]
 
     @staticmethod
-    def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Kept:
+    def unpacked(packed: Sequence[Tensor], operands: Operands, spec: AttentionSpec, tiles: Tiles) -> Kept:
         """The same again."""
-        return Kept(packed[0], *Schedule.unpacked(packed[1:], mask, spec, tiles))
+        return Kept(packed[0], *Schedule.unpacked(packed[1:], operands, spec, tiles))
 
 
 def is_exact(spec: AttentionSpec) -> bool:

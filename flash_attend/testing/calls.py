@@ -29,6 +29,7 @@ __all__ = [
     "bits_equal",
     "budget_of",
     "check",
+    "function_of",
     "make_call",
     "run",
     "truth_of",
@@ -328,6 +329,22 @@ def run(
         found = [torch.zeros_like(leaf) for leaf in wanted.values()]
     gradients = dict(zip(wanted, found, strict=True))
     return Answer(out.detach(), lse.detach(), *map(gradients.get, INPUTS))
+
+
+def function_of(call: Call, backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """A call as a function of all that there are gradients of, which drops the same weights each time; and those
+    inputs, which need them. Its LSE is that of the queries that see something: -inf has no differences."""
+    given = {name: x.clone().requires_grad_() for name in INPUTS if (x := getattr(call, name)) is not None}
+    alive = budget_of(call).alive
+    assert alive.any()
+
+    def attend(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(call.torch_seed)
+        read = {**call.options, **dict(zip(given, inputs, strict=True))}
+        out, lse = flash_attention(**read, return_lse=True, backend=backend)
+        return out, lse[alive]
+
+    return attend, tuple(given.values())
 
 
 def keep_of(call: Call) -> Tensor | None:

@@ -33,6 +33,8 @@ def calls(monkeypatch) -> list[dict]:
 # Construction
 # ---------------------------------------------------------------------------------------------------------------------
 
+UNSET = dict.fromkeys(("bias", "window", "softcap", "alibi_slopes", "sinks"))
+
 OPTIONS = ("dropout", "causal", "flash", "use_flash", "heads", "scale", "backend", "deterministic")
 
 
@@ -79,8 +81,41 @@ def test_is_one_functional_call(calls):
     options = dict(causal=True, scale=0.3, deterministic=True, backend="math")
     out = Attend(**options)(q, k, v, mask)
     assert torch.equal(out, flash_attention(q, k, v, mask=mask, causal=True, scale=0.3, backend="math"))
-    assert calls == [{"mask": mask, "dropout_p": 0.0, **options}]
+    assert calls == [{**UNSET, "mask": mask, "dropout_p": 0.0, **options}]
     assert calls[0]["mask"] is mask
+
+
+def test_what_changes_scores_reaches_the_call(calls):
+    q, k, v = inputs()
+    given = dict(attn_bias=torch.randn(4, 6, 6), alibi_slopes=torch.rand(4), sinks=torch.randn(4))
+    attend = Attend(window=(3, 2), softcap=5)
+    out = attend(q, k, v, None, **given)
+    assert calls[0]["bias"] is given["attn_bias"]
+    bias, *rest = given.values()
+    assert torch.equal(
+        out,
+        flash_attention(
+            q, k, v, bias=bias, window=(3, 2), softcap=5.0, **dict(zip(("alibi_slopes", "sinks"), rest, strict=True))
+        ),
+    )
+    assert "window=(3, 2), softcap=5.0" in repr(attend)
+    assert torch.equal(attend(q, k, v, None, bias), Attend(window=[3, 2], softcap=5.0)(q, k, v, attn_bias=bias))
+    attend.window = attend.softcap = None
+    assert torch.equal(attend(q, k, v), Attend()(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(attn_bias=torch.zeros(3, 6, 6)), r"^attn_bias \(3, 6, 6\) does not broadcast to .*: h is 3"),
+        (dict(attn_bias=0.0), "^attn_bias must be a torch.Tensor, got float 0.0"),
+        (dict(sinks=torch.zeros(3)), r"^sinks must be \(h,\) = \(4,\), got \(3,\)"),
+        (dict(alibi_slopes=torch.zeros(4, 2)), r"^alibi_slopes must be \(h,\) = \(4,\) or"),
+    ],
+)
+def test_errors_name_the_argument(wrong, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Attend()(*inputs(), **wrong)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +143,7 @@ def test_options_are_live(calls):
     attend.use_flash = False
     attend(*inputs())
     options = {"causal": False, "scale": 2.0, "dropout_p": 0.25, "deterministic": False}
-    assert calls == [{"mask": None, **options, "backend": "math"}]
+    assert calls == [{**UNSET, "mask": None, **options, "backend": "math"}]
     attend.flash = None
     attend(*inputs())
     assert calls[1]["backend"] == "auto"

@@ -23,6 +23,13 @@ GOOD = {
     "mask": torch.ones(B, KEYS, dtype=torch.bool),
 }
 
+# What a call may have beside them.
+OTHERS = {
+    "bias": torch.randn(H, QUERIES, KEYS),
+    "alibi_slopes": torch.rand(B, H),
+    "sinks": torch.randn(H),
+}
+
 
 def _bool(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.bool)
@@ -79,6 +86,28 @@ VALUES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mask_queries": (dict(mask=_bool(B, H, QUERIES + 1, KEYS)), ("mask", f"i is {QUERIES + 1}")),
     "mask_keys": (dict(mask=_bool(B, H, QUERIES, KEYS - 1)), ("mask", f"j is {KEYS - 1}")),
     "mask_empty": (dict(mask=_bool(B, H, QUERIES, 0)), ("mask", "j is 0")),
+    **{
+        f"{name}_device": ({name: x.to("meta")}, (f"{name} must be on q's device cpu", "meta"))
+        for name, x in OTHERS.items()
+    },
+    "bias_5d": (dict(bias=torch.zeros(1, 1, 1, 1, 1)), ("bias must broadcast to (b, h, i, j)", "5 dimensions")),
+    "bias_heads": (dict(bias=torch.zeros(HK, 1, 1)), (f"({B}, {H}, {QUERIES}, {KEYS})", f"({HK}, 1, 1)", "h is 2")),
+    "bias_keys": (dict(bias=torch.zeros(KEYS - 1)), ("bias (6,) does not broadcast", "j is 6")),
+    "bias_queries": (dict(bias=torch.zeros(KEYS, KEYS)), ("bias", "i is 7")),
+    "bias_batch": (dict(bias=torch.zeros(3, 1, 1, 1)), ("bias", "b is 3")),
+    "slopes_heads": (
+        dict(alibi_slopes=torch.zeros(HK)),
+        ("alibi_slopes must be (h,) = (4,) or (b, h) = (2, 4)", "(2,)"),
+    ),
+    "slopes_batch": (dict(alibi_slopes=torch.zeros(3, H)), ("alibi_slopes must be", "got (3, 4)")),
+    "slopes_3d": (dict(alibi_slopes=torch.zeros(B, H, 1)), ("alibi_slopes must be", "got (2, 4, 1)")),
+    "slopes_gradient": (
+        dict(alibi_slopes=torch.zeros(H, requires_grad=True)),
+        ("alibi_slopes must not require a gradient",),
+    ),
+    "sinks_heads": (dict(sinks=torch.zeros(HK)), ("sinks must be (h,) = (4,)", "got (2,)")),
+    "sinks_batch": (dict(sinks=torch.zeros(B, H)), ("sinks must be (h,) = (4,)", "got (2, 4)")),
+    "sinks_0d": (dict(sinks=torch.zeros(())), ("sinks must be (h,) = (4,)", "got ()")),
 }
 
 
@@ -88,12 +117,12 @@ class OwnTensor(Tensor):
 
 def _kinds(name: str) -> dict[str, tuple[object, tuple[str, ...]]]:
     """What is no tensor of a kind that attention reads, in the place of a good one."""
-    good = GOOD[name]
+    good = {**GOOD, **OTHERS}[name]
     dense = f"{name} must be a dense strided tensor"
-    nested = [good[0].float(), good[1].float()] if name == "mask" else [good[0], good[1, :, :3]]
-    if name == "mask":
-        nested = [x.bool() for x in nested]
+    nested = [good[:1], good] if name in OTHERS else [good[0], good[1, ..., :3]]
     numbers = "mask must be bool" if name == "mask" else f"{name} must be float16, bfloat16"
+    if name in OTHERS:
+        numbers = f"{name} must have q's dtype torch."
     kinds: dict[str, tuple[object, tuple[str, ...]]] = {
         "list": ([[1.0]], (f"{name} must be a torch.Tensor", "list")),
         "number": (3.0, (f"{name} must be a torch.Tensor", "float 3.0")),
@@ -113,6 +142,11 @@ def _kinds(name: str) -> dict[str, tuple[object, tuple[str, ...]]]:
     }
     if name == "mask":
         return {**kinds, "float": (good.float(), (numbers, "torch.float32"))}
+    if name in OTHERS:
+        others = (torch.float16, torch.float64, torch.complex64, torch.bool)
+        kinds |= {str(dtype): (good.to(dtype), (numbers, f", or float32, got {dtype}")) for dtype in others}
+        few = ("number", "sparse", "torch.int64", "torch.float16")
+        return kinds if name == "bias" else {kind: kinds[kind] for kind in few}
     kinds["none"] = (None, (f"{name} must be a torch.Tensor", "NoneType"))
     kinds["bool"] = (good.bool(), (numbers, "torch.bool"))
     for dtype in (torch.complex64, torch.complex128):
@@ -123,7 +157,7 @@ def _kinds(name: str) -> dict[str, tuple[object, tuple[str, ...]]]:
     return kinds
 
 
-KINDS = {f"{name}_{kind}": ({name: x}, told) for name in GOOD for kind, (x, told) in _kinds(name).items()}
+KINDS = {f"{name}_{kind}": ({name: x}, told) for name in (*GOOD, *OTHERS) for kind, (x, told) in _kinds(name).items()}
 MISTAKES = [
     pytest.param(changes, error, told, id=name)
     for table, error in ((VALUES, ValueError), (KINDS, TypeError))
@@ -147,7 +181,7 @@ def test_a_wrong_kind_under_autocast_and_from_attend(name: str, backend: str) ->
     """Whichever backend is asked for, and where dtypes that differ would be made one."""
     changes, told = KINDS[name]
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError) as caught:
-        Attend(backend=backend)(**{**GOOD, **changes})
+        Attend(backend=backend)(**{**GOOD, **{name.replace("bias", "attn_bias"): x for name, x in changes.items()}})
     assert told[0] in str(caught.value)
 
 
@@ -173,6 +207,7 @@ def test_lengths_beyond_what_the_kernels_count(name: str) -> None:
 def test_the_good_call_is_good() -> None:
     """Everything above is one change away from a call that is served; `explain` runs nothing even then."""
     assert flash_attention(**GOOD).shape == (B, H, QUERIES, DV)
+    assert flash_attention(**GOOD, **OTHERS).shape == (B, H, QUERIES, DV)
     with NothingRuns():
         explain(**GOOD)
     with NothingRuns(), pytest.raises(AssertionError, match="ran before the arguments were checked"):

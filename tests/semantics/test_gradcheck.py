@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
-from backends import BACKENDS, FUSED, Backend
-from flash_attend import flash_attention
-from flash_attend.testing.calls import Case, make_call
-from flash_attend.testing.oracle import visible_pairs
+from backends import BACKENDS, FUSED, Backend, skip_unless_served
+from flash_attend.testing.calls import Case, function_of, make_call
 
 
 def _small(name: str, **changes: object) -> Case:
@@ -38,12 +35,18 @@ CASES = (
     _small("dropout", dropout_p=0.4),
     _small("dropout_grouped_padding_causal", heads=4, kv_heads=2, dropout_p=0.3, mask="pad_left", causal=True),
     _small("dropout_dense_mask", queries=5, dropout_p=0.3, mask="bhij"),
+    _small("bias", bias="1hij", batch=2),
+    _small("bias_of_keys_dropout", bias="b11j", batch=2, dropout_p=0.3, mask="pad_left"),
+    _small("softcap", softcap=1.5, causal=True),
+    _small("sinks_dead_rows", sinks=True, causal=True, queries=6, keys=3),
+    _small("window_alibi", window=(2, 1), alibi="h", queries=6, keys=9),
+    _small("all_of_scores", bias="11ij", window=(3, None), softcap=1.0, alibi="bh", sinks=True, mask="bh1j", batch=2),
 )
 
 # The fused backward: dead rows, every way of hiding keys, and the signs of the scale.
 OF_FUSED = (
     *("padding_causal_dead_rows", "grouped_per_head_mask", "dense_mask_causal", "negative_scale", "several_tiles"),
-    "dropout_grouped_padding_causal",
+    *("dropout_grouped_padding_causal", "all_of_scores"),
 )
 FUSED_CASES = tuple(case for case in CASES if case.name in OF_FUSED)
 
@@ -69,16 +72,8 @@ def test_gradcheck_of_the_fused_backward(backend: Backend, case: Case) -> None:
 
 def _check_gradients(backend: Backend, case: Case, between_runs: float = 0.0) -> None:
     call = make_call(case, torch.float64, backend.device)
-    pairs = visible_pairs(*call.q.shape[:3], call.k.shape[-2], call.mask, call.causal, call.q.device)
-    alive = pairs.any(dim=3)
-    assert alive.any()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(call.torch_seed)  # the same dropout in every evaluation
-        out, lse = flash_attention(q, k, v, **call.options, return_lse=True, backend=backend.name)
-        return out, lse[alive]  # minus infinity has no differences
-
-    inputs = tuple(x.clone().requires_grad_() for x in (call.q, call.k, call.v))
+    skip_unless_served(backend, call)
+    attend, inputs = function_of(call, backend.name)
     projected = backend.interpreted and case.name not in WHOLE
     tolerances = dict(atol=1e-8, rtol=1e-6, nondet_tol=between_runs)
     assert torch.autograd.gradcheck(attend, inputs, eps=1e-6, **tolerances, fast_mode=projected)

@@ -115,9 +115,30 @@ BACKEND_NAMES = {
     },
 }
 
+SOFTCAPS = {
+    **{name: row for name, row in NUMBERS.items() if name not in ("numpy_int", "int")},
+    "none": (None, None),
+    "zero": (0, (ValueError, "must be above 0, or None for none, got 0.0")),
+    "negative": (np.float32(-0.5), (ValueError, "must be above 0, or None for none, got -0.5")),
+}
+WINDOWS: dict[str, tuple[Any, Any]] = {
+    "none": (None, None),
+    "number": (3, (TypeError, r"must be a pair \(left, right\), got int 3")),
+    "three": ((1, 2, 3), (TypeError, r"must be a pair \(left, right\), got tuple")),
+    "array": (np.array([1, 2]), (TypeError, r"must be a pair \(left, right\), got ndarray")),
+    "tensor": (torch.tensor([1, 2]), (TypeError, r"must be a pair \(left, right\), got Tensor")),
+    "float": ((3.0, 1), (TypeError, "must have integers, or None for no limit, as its ends, got float 3.0")),
+    "bool": ((None, True), (TypeError, "must have integers, or None for no limit, as its ends, got bool True")),
+    "nan": ((float("nan"), 0), (TypeError, "must have integers, or None for no limit, as its ends, got float nan")),
+    "infinite": ((-1, -1), (ValueError, "must have ends of at least 0, or None for no limit, got int -1")),
+    "too_long_to_print": ((0, -(10**5000)), (ValueError, "must have ends of at least 0, .* got int of 16610 bits")),
+}
+
 OF_CALLS = {
     "causal": SURE_FLAGS,
     "scale": SCALES,
+    "softcap": SOFTCAPS,
+    "window": WINDOWS,
     "dropout_p": PROBABILITIES,
     "return_lse": SURE_FLAGS,
     "deterministic": {**FLAGS, "none": (None, None)},
@@ -126,6 +147,8 @@ OF_CALLS = {
 OF_ATTEND = {
     "causal": SURE_FLAGS,
     "scale": SCALES,
+    "softcap": SOFTCAPS,
+    "window": WINDOWS,
     "dropout": PROBABILITIES,
     "flash": {**FLAGS, "none": (None, True)},
     "use_flash": {**FLAGS, "none": (None, True)},
@@ -178,6 +201,15 @@ def test_a_call_takes_an_option_as_python_s_own(backend: Backend, name: str, val
     assert explain(q, k, v, backend=backend.name, **{name: value}).plan
     assert all(map(bits_equal, call(value), call(wanted))), name
     assert len(call(value)) == len(call(wanted))
+
+
+@pytest.mark.parametrize("given", ((1, 2), [1, None], (np.int64(1), np.array(2)), (10**30, 0)))
+def test_windows_are_kept_as_python_s_own(given: Any) -> None:
+    wanted = tuple(end if end is None else int(end) for end in given)
+    attend = Attend(window=given)
+    assert attend.window == wanted
+    assert [type(end) for end in attend.window] == [type(end) for end in wanted]
+    assert torch.equal(attend(Q, K, V), flash_attention(Q, K, V, window=wanted))
 
 
 @each_way

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_attend.checks import normalise_inputs
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, MaskKind, describe
+from flash_attend.spec import AttentionSpec, BiasKind, MaskKind, describe
 
 B, H, QUERIES, KEYS, D, DV = 2, 4, 5, 7, 8, 6
 
@@ -98,9 +98,61 @@ def test_a_mask_of_one_head_and_one_query_is_no_key_mask_by_accident() -> None:
     assert (spec.mask, spec.mask_per_head, tuple(mask.shape)) == (MaskKind.KEY, False, (B, 1, 1, KEYS))
 
 
+# given, for b 2, h 4, i 5 and j 7: what it varies over, and the shape and the strides it comes back with; those of one
+# whose gradient is needed, whose elements are all its own.
+BIASES = {
+    "(b, h, i, j)": (torch.randn(2, 4, 5, 7), "bhij", (2, 4, 5, 7), (140, 35, 7, 1)),
+    "(h, i, j)": (torch.randn(4, 5, 7), "hij", (1, 4, 5, 7), (None, 35, 7, 1)),
+    "(i, j)": (torch.randn(5, 7), "ij", (1, 1, 5, 7), (None, None, 7, 1)),
+    "(j)": (torch.randn(7), "j", (1, 1, 1, 7), (None, None, None, 1)),
+    "()": (torch.randn(()), "", (1, 1, 1, 1), (None,) * 4),
+    "(b, 1, i, 1)": (torch.randn(2, 1, 5, 1), "bi", (2, 1, 5, 1), (5, None, 1, None)),
+    "transposed": (torch.randn(4, 7, 5).mT, "hij", (1, 4, 5, 7), (None, 35, 1, 5)),
+    "expanded": (torch.randn(1, 4, 1, 7).expand(2, 4, 5, 7), "hj", (1, 4, 1, 7), (None, 7, None, 1)),
+    "expanded, with a gradient": (
+        torch.randn(1, 4, 1, 7).expand(2, 4, 5, 7).requires_grad_(), "bhij", (2, 4, 5, 7), (0, 7, 0, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases_are_read_where_they_lie(name: str) -> None:
+    given, letters, shape, strides = BIASES[name]
+    _, operands, spec = _normalise(bias=given)
+    assert (spec.bias[:4], spec.bias.dtype) == (tuple(letter in letters for letter in "bhij"), torch.float32)
+    bias = operands.bias
+    assert tuple(bias.shape) == shape
+    assert tuple(None if wanted is None else s for s, wanted in zip(bias.stride(), strides, strict=True)) == strides
+    assert bias.data_ptr() == given.data_ptr()
+    assert torch.equal(bias.expand(B, H, QUERIES, KEYS), given.expand(B, H, QUERIES, KEYS))
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize(
+    ("given", "wanted"),  # of 5 queries and 7 keys: the window, and whether it is causal
+    [
+        (None, ((None, None), False)),
+        ((6, 4), ((None, None), False)),
+        ((5, 3), ((5, 3), False)),
+        ((0, 0), ((0, None), True)),
+        ((10**30, 0), ((None, None), True)),
+        ((None, 3), ((None, 3), False)),
+        ((2, None), ((2, None), False)),
+    ],
+)
+def test_a_meaning_has_one_description(given: tuple | None, wanted: tuple, causal: bool) -> None:
+    """An end that hides nothing is none, a right end of 0 is causality, and causality's own right end is 0."""
+    spec = _normalise(window=given, causal=causal)[-1]
+    (left, right), of_window = wanted
+    assert (spec.window, spec.causal) == ((left, None if causal else right), causal or of_window)
+
+
 @pytest.mark.parametrize(
     ("options", "field", "wanted"),
     [
+        (dict(softcap=2), "softcap", 2.0),
+        (dict(alibi_slopes=torch.rand(4)), "alibi", True),
+        (dict(sinks=torch.rand(4)), "sinks", True),
         *((dict(scale=given), "scale", scale) for given, scale in ((None, D**-0.5), (0, 0.0), (-2, -2.0), (1.5, 1.5))),
         (dict(dropout_p=0), "dropout_p", 0.0),
         *((dict(kv_heads=heads), "group", group) for heads, group in ((4, 1), (2, 2), (1, 4), (None, 4))),
@@ -152,6 +204,14 @@ CHANGES = (
     dict(scale=0.5),
     dict(dropout_p=0.1),
     dict(deterministic=True),
+    dict(window=(3, None)),
+    dict(window=(None, 3)),
+    dict(softcap=2.0),
+    dict(bias=BiasKind(True, True, True, True, torch.float32)),
+    dict(bias=BiasKind(False, True, True, True, torch.float32)),
+    dict(bias=BiasKind(True, True, True, True, torch.float16)),
+    dict(alibi=True),
+    dict(sinks=True),
 )
 
 

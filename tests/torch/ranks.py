@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from flash_attend import Attend, flash_attention
+from flash_attend.ops import INPUTS
 
 __all__ = ["RANKS", "SAME_SUMS", "Call", "Ranks", "attend", "attend_compiled", "refusal", "train"]
 
@@ -148,11 +149,15 @@ class Call:
     kv_heads: int | None = 4  # None: k and v have no dimension of heads
     mesh: tuple[int, ...] = (RANKS,)
     options: dict[str, Any] = field(default_factory=dict)
+    bias: Sequence[Placement] | None = None  # of a bias of `bias_sizes`
+    bias_sizes: tuple[int, ...] = (1, 4, 5, 7)
+    sinks: Sequence[Placement] | None = None  # of sinks, and of slopes beside them
 
     @property
     def places(self) -> dict[str, list[Placement]]:
         """The placements by the tensor's name."""
-        return {"q": self.q, "k": self.kv, "v": self.kv, "grad_out": self.q, "grad_lse": self.q, "mask": self.mask}
+        return {"q": self.q, "k": self.kv, "v": self.kv, "grad_out": self.q, "grad_lse": self.q, "mask": self.mask,
+                "bias": self.bias, "sinks": self.sinks, "alibi_slopes": self.sinks}  # fmt: skip
 
     def tensors(self) -> Tensors:
         """The whole tensors, the same in every process."""
@@ -169,7 +174,13 @@ class Call:
             "grad_out": new(self.batch, self.heads, 5, 6),
             "grad_lse": new(self.batch, self.heads, 5),
         }
-        return tensors if self.mask is None else tensors | {"mask": new(*self.mask_sizes) > -0.5}
+        if self.mask is not None:
+            tensors["mask"] = new(*self.mask_sizes) > -0.5
+        if self.bias is not None:
+            tensors["bias"] = new(*self.bias_sizes)
+        if self.sinks is not None:
+            tensors |= {"sinks": new(self.heads), "alibi_slopes": new(self.heads)}
+        return tensors
 
 
 def _distribute(call: Call, device: str, *, gradients: bool) -> dict[str, DTensor]:
@@ -185,11 +196,9 @@ def _distribute(call: Call, device: str, *, gradients: bool) -> dict[str, DTenso
 def attend(call: Call, device: str, backend: str) -> tuple[dict[str, list[Placement]], Tensors, dict[str, int]]:
     """What a rank has of the outputs and gradients, where they lie, and what was sent for them."""
     given = _distribute(call, device, gradients=True)
-    q, k, v = (given[name].requires_grad_() for name in "qkv")
     with CommDebugMode() as sent:
-        found = flash_attention(q, k, v, mask=given.get("mask"), return_lse=True, backend=backend, **call.options)
-        grads = torch.autograd.grad(found, (q, k, v), (given["grad_out"], given["grad_lse"]))
-    results = dict(zip(("out", "lse", "dq", "dk", "dv"), (*found, *grads), strict=True))
+        results = answer(given, backend=backend, **call.options)
+    found = results["out"], results["lse"]
     assert found[0].shape == given["grad_out"].shape
     assert found[1].shape == given["grad_lse"].shape
     return (
@@ -197,6 +206,15 @@ def attend(call: Call, device: str, backend: str) -> tuple[dict[str, list[Placem
         {name: x.detach().to_local().cpu() for name, x in results.items()},
         {str(operation): count for operation, count in sent.get_comm_counts().items()},
     )
+
+
+def answer(given: Tensors, **options: Any) -> Tensors:
+    """Out, lse and the gradients of the tensors of a call, plain or distributed."""
+    leaves = {name: given[name].requires_grad_() for name in INPUTS if name in given}
+    read = {name: x for name, x in given.items() if not name.startswith("grad")}
+    out, lse = flash_attention(**read, return_lse=True, **options)
+    grads = torch.autograd.grad((out, lse), [*leaves.values()], (given["grad_out"], given["grad_lse"]))
+    return {"out": out, "lse": lse} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def attend_compiled(calls: Sequence[Call]) -> None:
@@ -227,6 +245,6 @@ def refusal(call: Call, plain: str = "", cut: str = "") -> str:
         part, mesh, places = whole.to_local()[:1], whole.device_mesh, whole.placements
         given[cut] = DTensor.from_local(part, mesh, places, run_check=False, shape=whole.shape, stride=whole.stride())
     with CommDebugMode() as sent, pytest.raises((TypeError, ValueError)) as refused:
-        flash_attention(given["q"], given["k"], given["v"], mask=given.get("mask"), **call.options)
+        flash_attention(**given, **call.options)
     assert not sent.get_total_counts()
     return f"{refused.type.__name__}: {refused.value}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from backends import BACKENDS, MATH_CPU, MATH_CUDA, TRITON_CUDA, Backend
+from backends import BACKENDS, MATH_CPU, MATH_CUDA, TRITON_CUDA, Backend, skip_unless_served
 from flash_attend import Attend, BackendUnavailable, flash_attention, functional
 from flash_attend.ops import FORWARD, Options
 from flash_attend.testing.calls import Case, check, make_call, run
@@ -35,6 +35,8 @@ CASES = (
     Case("padded_causal", **SMALL, mask="pad_left", causal=True),
     Case("dense", **SMALL, mask="bhij", scale=-0.7),
     Case("dropout", **SMALL, mask="1h1j", dropout_p=0.3),
+    Case("bias_sinks", **SMALL, bias="1h1j", sinks=True, mask="pad_left", causal=True),
+    Case("window_softcap_alibi", **SMALL, window=(3, 1), softcap=1.5, alibi="h", bias="hij"),
     Case("keys_of_one_head", **{**SMALL, "kv_heads": 0}, causal=True, grads="out"),
 )
 EVERYTHING = Case("everything", **{**SMALL, "batch": 1}, mask="1hij", dropout_p=0.2)
@@ -45,6 +47,7 @@ def answer_lengths(case: Case, backend: Backend, lengths: list[tuple[int, int]])
     attend, counter = compiled(flash_attention)
     for queries, keys in lengths:
         call = make_call(Case(**{**vars(case), "queries": queries, "keys": keys}), torch.float32, backend.device)
+        skip_unless_served(backend, call)
         check(run(call, backend.name, attend=attend), call)
     return counter.frame_count
 

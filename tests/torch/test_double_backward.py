@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, skip_unless_served
 from flash_attend import flash_attention
-from flash_attend.testing.calls import Case, make_call
-from flash_attend.testing.oracle import visible_pairs
+from flash_attend.testing.calls import Case, function_of, make_call
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -19,6 +18,8 @@ CASES = (
     Case("padded_negative_scale", **TINY, mask="holes", scale=-0.8),
     Case("dense_mask_causal", **{**TINY, "queries": 5}, mask="bhij", causal=True),
     Case("dropout", **TINY, dropout_p=0.4, mask="pad_left", causal=True),
+    Case("bias_sinks", **{**TINY, "batch": 2}, bias="1hij", sinks=True, mask="pad_left", causal=True),
+    Case("window_softcap_alibi", **{**TINY, "queries": 4}, window=(2, 1), softcap=1.5, alibi="h", bias="b11j"),
 )
 
 
@@ -26,27 +27,18 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradgradcheck(case: Case, backend: Backend) -> None:
     call = make_call(case, torch.float64, backend.device)
-    alive = visible_pairs(*call.q.shape[:3], call.k.shape[2], call.mask, call.causal, call.q.device).any(dim=3)
-    assert alive.any()
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(call.torch_seed)  # the same dropout in every evaluation
-        out, lse = flash_attention(q, k, v, **call.options, return_lse=True, backend=backend.name)
-        return out, lse[alive]  # minus infinity has no differences
-
-    inputs = tuple(x.clone().requires_grad_() for x in (call.q, call.k, call.v))
-    grads = (call.grad_out.clone().requires_grad_(), call.grad_lse[alive].clone().requires_grad_())
+    skip_unless_served(backend, call)
+    attend, inputs = function_of(call, backend.name)
+    grads = tuple(torch.randn_like(x).requires_grad_() for x in attend(*inputs))
     assert torch.autograd.gradgradcheck(attend, inputs, grads, fast_mode=True, eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
 @on_every_backend
-def test_forward_gradcheck(backend: Backend) -> None:
-    call = make_call(CASES[2], torch.float64, backend.device)
-    inputs = tuple(x.clone().requires_grad_() for x in (call.q, call.k, call.v))
-
-    def attend(*inputs: Tensor) -> Tensor:
-        return flash_attention(*inputs, **call.options, backend=backend.name)
-
+@pytest.mark.parametrize("case", (CASES[2], CASES[4], CASES[5]), ids=str)
+def test_forward_gradcheck(case: Case, backend: Backend) -> None:
+    call = make_call(case, torch.float64, backend.device)
+    skip_unless_served(backend, call)
+    attend, inputs = function_of(call, backend.name)
     forward = dict(check_forward_ad=True, check_backward_ad=False)
     assert torch.autograd.gradcheck(attend, inputs, fast_mode=True, eps=1e-6, atol=1e-8, rtol=1e-6, **forward)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from backends import BACKENDS, Backend
+from backends import BACKENDS, CHOOSY, Backend, skip_unless_served
 from flash_attend import Attend, flash_attention
+from flash_attend.testing.calls import Call
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -99,6 +100,42 @@ def test_vmap_over_other_dimensions_and_inside_itself(backend: Backend) -> None:
     assert_equal(torch.vmap(attend, (-1, 2, 0, 1), out_dims=1)(*moved), tuple(x.transpose(0, 1) for x in expected))
     both = torch.vmap(torch.vmap(attend, (None, 0, 0, 0)), (0, None, None, None))(q, k, v, mask)
     assert_equal(tuple(x.diagonal().movedim(-1, 0) for x in both), expected)
+
+
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:1]))
+@pytest.mark.parametrize("mapped", ("q", "bias", "q bias", "sinks", "alibi_slopes", "q bias sinks alibi_slopes"))
+@pytest.mark.parametrize("of_batch", (1, 2))
+def test_vmap_over_what_changes_scores(backend: Backend, mapped: str, of_batch: int) -> None:
+    """Outputs, each entry's own gradients, and those of the sum of all."""
+    q, k, v, _ = tensors(backend)
+    v = v[..., :2]  # PyTorch's attention takes no other value dimension
+    whole = dict(q=q, bias=torch.randn(SIZE, of_batch, 2, 3, 5), alibi_slopes=torch.rand(SIZE, of_batch, 2))
+    if backend.name != "sdpa" or "sinks" in mapped:
+        whole["sinks"] = torch.randn(SIZE, 2)
+    whole = {name: x.to(q) for name, x in whole.items()}
+    firsts = {name: x[0] for name, x in whole.items()}
+    skip_unless_served(backend, Call(k=k[0], v=v[0], mask=None, grad_out=None, grad_lse=None, **firsts))
+    dims = {name: 0 if name in mapped.split() else None for name in whole}
+    inputs = {name: x if dims[name] == 0 else firsts[name] for name, x in whole.items()}
+    samples = [{name: x if dims[name] is None else x[n] for name, x in inputs.items()} for n in range(SIZE)]
+
+    def attend(inputs: dict[str, Tensor]) -> Tensor:
+        return flash_attention(**inputs, k=k[0], v=v[0], window=(3, 1), backend=backend.name)
+
+    def gradients(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        slopes = inputs["alibi_slopes"]
+        others = {name: x for name, x in inputs.items() if name != "alibi_slopes"}
+        return torch.func.grad(lambda others: attend({**others, "alibi_slopes": slopes}).sin().sum())(others)
+
+    def total(others: dict[str, Tensor]) -> Tensor:
+        return torch.vmap(attend, (dims,))({**inputs, **others}).sin().sum()
+
+    assert_equal(torch.vmap(attend, (dims,))(inputs), torch.stack([*map(attend, samples)]))
+    each = [*map(gradients, samples)]
+    stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    assert_equal(torch.vmap(gradients, (dims,))(inputs), stacked)
+    summed = torch.func.grad(total)({name: x for name, x in inputs.items() if name != "alibi_slopes"})
+    assert_equal(summed, {name: x if dims[name] == 0 else x.sum(0) for name, x in stacked.items()})
 
 
 @on_every_backend

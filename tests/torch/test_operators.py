@@ -15,12 +15,11 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, skip_unless_served
 from flash_attend import flash_attention
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
-from flash_attend.operands import Operands
 from flash_attend.ops import BACKWARD, FORWARD, Options, options_of, spec_of, with_gradients
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Case, assert_same_bits, check, make_call, run
@@ -29,6 +28,7 @@ SMALL = dict(heads=2, kv_heads=1, queries=5, keys=7, d=3, dv=4)
 CASES = (
     Case("padded_per_head", **SMALL, mask="1h1j", causal=True),
     Case("dense_mask_dropout", **SMALL, mask="b1ij", dropout_p=0.3),
+    Case("changed_scores", **SMALL, bias="1hij", window=(3, 2), softcap=1.5, alibi="h", sinks=True),
 )
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -46,14 +46,16 @@ def memory_is_filled() -> Iterator[None]:
 def arguments_of(case: Case, backend: Backend, dtype: torch.dtype = torch.float32) -> tuple[tuple, tuple]:
     """Of the forward, and of a backward that needs the gradients of q and v."""
     call = make_call(case, dtype, backend.device)
-    (q, k, v, mask, *_), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    operands = Operands(q, k, v, mask, draw_seed(q.device) if case.dropout_p else None)
+    skip_unless_served(backend, call)
+    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    q = operands.q
+    operands = operands._replace(seed=draw_seed(q.device) if case.dropout_p else None)
     plan = choose(spec, DeviceTarget.of(q.device), backend.name)
     numbers, options = options_of(operands, spec, plan, return_lse=True)
     present = [x for x in operands if x is not None]
     outputs = FORWARD(present, numbers, options)
     grads = {name: grad for name, grad in (("out", call.grad_out), ("lse", call.grad_lse)) if grad is not None}
-    last = with_gradients(options, [*grads], ["q", "v"])
+    last = with_gradients(options, [*grads], ["q", "v", *(["bias", "sinks"] if case.sinks else [])])
     return (present, numbers, options), ([*grads.values()], present, outputs, numbers, last)
 
 
@@ -98,13 +100,14 @@ def test_options_say_what_the_tensors_do_not(case: Case) -> None:
     """With the tensors and the numbers they give the description of the call again, and it is checked no more."""
     call = make_call(case, torch.float32)
     for options in (call.options, {**call.options, "scale": -1e-300, "deterministic": True}):
-        (q, k, v, mask, *_), spec = normalise_inputs(call.q, call.k, call.v, **options)
-        plan = choose(spec, DeviceTarget.of(q.device))
-        numbers, text = options_of(Operands(q, k, v, mask), spec, plan, return_lse=True)
+        operands, spec = normalise_inputs(call.q, call.k, call.v, **options)
+        plan = choose(spec, DeviceTarget.of(operands.q.device), "math")
+        numbers, text = options_of(operands, spec, plan, return_lse=True)
         read = Options.read(with_gradients(text, ["lse"], ["q", "v"]))
-        assert spec_of(Operands(q, k, v, mask), numbers, read) == spec
+        assert spec_of(operands, numbers, read) == spec
         assert (read.backend, read.backward, read.return_lse) == ("math", "einsum", True)
-        assert (read.operands, read.grads, read.needed) == (("q", "k", "v", "mask"), ("lse",), ("q", "v"))
+        present = tuple(name for name, x in operands._asdict().items() if x is not None)
+        assert (read.operands, read.grads, read.needed) == (present, ("lse",), ("q", "v"))
 
 
 class Seen(TorchDispatchMode):

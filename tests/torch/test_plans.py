@@ -27,8 +27,9 @@ MASK = torch.rand(2, 5) < 0.7
 
 
 def plan(q: Tensor = Q, k: Tensor = K, v: Tensor = K, mask: Tensor | None = None, **options) -> CallPlan:
+    others = [options.pop(name, None) for name in ("bias", "alibi_slopes", "sinks")]
     usual = dict(causal=False, scale=None, dropout_p=0.0, deterministic=None, backend="auto")
-    return plan_call(Operands(q, k, v, mask), **{**usual, **options})
+    return plan_call(Operands(q, k, v, mask, None, *others), **{**usual, **options})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,6 +46,14 @@ CHANGES = {
     "device": dict(q=Q.to("meta"), k=K.to("meta"), v=K.to("meta")),
     "gradients": dict(q=Q.clone().requires_grad_()),
     "mask": dict(mask=MASK),
+    "bias": dict(bias=torch.randn(4, 6, 5)),
+    "strides of the bias": dict(bias=torch.randn(4, 5, 6).mT),
+    "bias of one head": dict(bias=torch.randn(6, 5)),
+    "a bias's gradient": dict(bias=torch.randn(4, 6, 5, requires_grad=True)),
+    "slopes": dict(alibi_slopes=torch.rand(4)),
+    "sinks": dict(sinks=torch.rand(4)),
+    "window": dict(window=(2, 1)),
+    "softcap": dict(softcap=2.0),
     "causal": dict(causal=True),
     "scale": dict(scale=1.0),
     "dropout": dict(dropout_p=0.5),
@@ -239,18 +248,23 @@ LAYOUTS = {
     "expanded": dict(mask=torch.ones(1, 1, 6, 5, dtype=torch.bool).expand(2, 4, 6, 5)),
     "dense": dict(mask=torch.ones(2, 4, 6, 5, dtype=torch.bool)),
     "no heads": dict(q=Q[:, :0]),
+    "bias": dict(bias=torch.randn(4, 6, 5)),
+    "bias of keys": dict(bias=torch.randn(2, 1, 1, 5)),
+    "expanded bias": dict(bias=torch.randn(1, 4, 6, 1).expand(2, 4, 6, 5)),
+    "slopes and sinks": dict(alibi_slopes=torch.rand(4), sinks=torch.rand(8)[::2]),
+    "slopes of entries": dict(alibi_slopes=torch.rand(4, 2).t()),
 }
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_are_those_of_the_operands(name: str) -> None:
     given = {**dict(q=Q, k=K, v=K, mask=None), **LAYOUTS[name]}
-    operands, spec = normalise_inputs(given["q"], given["k"], given["v"], mask=given["mask"])
+    operands, spec = normalise_inputs(**given)
     sizes = Sizes() if operands.mask is None else Sizes(tuple(operands.mask.shape[:3]))
     found, real = layouts_of(facts_of(Operands(**given)), spec, sizes), Layouts.of(operands)
     assert found.mask_sizes == real.mask_sizes
     for ours, theirs, tensor in zip(
-        (*found[:3], found.mask), (*real[:3], real.mask), operands[:4], strict=True
+        (*found[:3], *found[4:]), (*real[:3], *real[4:]), (*operands[:4], *operands[5:]), strict=True
     ):  # a stride that is never used may be any
         if tensor is not None:
             used = [size > 1 for size in tensor.shape]
