@@ -194,7 +194,7 @@ def servable(target: DeviceTarget) -> list[Variant]:
         one
         for products, dim, changes in product(PRODUCTS, HEAD_DIMS, SCORES)
         for one in _of_changes(
-            Kind(*products, dim, dim, "none", True, False, changes.format(dtype=products[0])), target
+            Kind(*products, dim, dim, "none", True, False, False, changes.format(dtype=products[0])), target
         )
     ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
@@ -207,7 +207,7 @@ def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
     found = []
     for backend in BACKENDS.values():
         for way in (backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)):
-            variant = Variant(backend.name, way, kind, False, False, False, False, needed)
+            variant = Variant(backend.name, way, kind, False, False, False, needed)
             found += [variant] if backend.proof != "none" and not _refused(variant, target) else []
     return found
 
