@@ -4,13 +4,7 @@ The file holds a header, which says where it was measured, and rows with every s
 case, in one step, so that a run which is interrupted keeps what it measured and can go on from there, in the
 environment that it began in.
 
-Ours stands beside the fastest of all others in the same pass of the same case. Peers take turns, so each round gives a
-ratio of its own: theirs over ours, above 1 ours is faster.
-
-- win, loss: all rounds say so;
-- even: they do not agree;
-- alone: no other peer gave a right result;
-- loss, too: ours gave none, whatever the others did.
+Ours stands beside the fastest of all others in the same pass of the same case, as results/README.md says.
 
 `python benchmarks/results.py PATH.json ...` writes reports and plots anew.
 """
@@ -177,24 +171,6 @@ def count_peers(frame: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SHOWN = 40  # comparisons, in the terminal
-METHOD = """\
-All peers of a case run in one process, on the same normal random tensors, in turns (A B B A). `ms` is the median of
-the calls of all rounds, `iqr` lies between their quartiles. On a GPU the L2 cache is flushed before every call.
-
-What a peer has to do because the mask came with the batch is in its time; of `flex` alone the making of its BlockMask
-is not (`flex + mask` has it), and it counts as a peer like any other. TFLOP/s count visible pairs, a backward as 2.5
-forwards. `ceiling` is the least time in which the measured ceilings allow these operations and bytes, over the median.
-Peak memory is what torch allocates in a call beyond its inputs.
-
-Before a time was taken, the results of that very call were compared with float64. A result outside the error budget is
-wrong, and has no time. What a peer's own dropout keeps is not known: it is judged without.
-
-`ratio` is a peer's time over ours, above 1 ours is faster: beside the fastest peer the median of the rounds' ratios,
-with their range; where that holds 1, the two are even. A case that ours does not serve, or gets wrong, is a loss.
-
-In the name of a case, b is the batch, h the heads (of queries and of keys), s the length (or i queries and j keys), d
-the head dim (of keys and of values); right50 is padding on the right with half of the keys valid.
-"""
 # Plain notation with three significant digits.
 _number = partial(np.format_float_positional, precision=3, unique=False, fractional=False, trim="-")
 # How fields are written, if not as they are.
@@ -271,7 +247,8 @@ def markdown(results: Results, plots: list[Path]) -> str:
         # Fastest first in each pass of a case, those without a time last, with their error.
         part = part.sort_values(["case", "pass", "ms_median"], kind="stable", na_position="last")
         tables[group] = _table(part, ROWS)
-    parts += ["## How it was measured", METHOD, *(f"![{path.stem}]({quote(path.name)})" for path in plots)]
+    method = quote(os.path.relpath(ROOT / "README.md", results.path.parent))
+    parts += [f"[How it was measured]({method})", *(f"![{path.stem}]({quote(path.name)})" for path in plots)]
     parts += [f"## {title}\n\n```text\n{table}\n```" for title, table in tables.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -285,17 +262,16 @@ def _lines(frame: pd.DataFrame, column: str, title: str, label: str) -> Any:
     """Values against length, a panel for each pass and head dim, a line for each peer."""
     from matplotlib.figure import Figure
 
-    passes, dims = frame["pass"].unique(), sorted(frame["dim"].unique())
-    figure = Figure(figsize=(1 + 3.2 * len(dims), 1.2 + 2.2 * len(passes)), layout="constrained")
-    grid = figure.subplots(len(passes), len(dims), squeeze=False, sharex=True)
-    for (name, dim), part in frame.groupby(["pass", "dim"]):
-        axes = grid[list(passes).index(name)][dims.index(dim)]
-        for peer, line in part.sort_values("length").groupby("peer", sort=False):
-            axes.plot(line["length"], line[column], marker=".", label=peer, linewidth=2.5 if line["ours"].all() else 1)
+    panels = list(frame.groupby(["pass", "dim"], sort=False))
+    columns = frame["dim"].nunique()
+    figure = Figure(figsize=(1 + 3.2 * columns, 1.2 + 2.2 * len(panels) / columns), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
+    for axes, ((name, dim), part) in zip(grid, panels, strict=False):
+        lines = part.pivot_table(column, "length", "peer", sort=False).sort_index()
+        axes.plot(lines, marker=".", label=list(lines))
         axes.set(title=f"{name}, head dim {dim}", xlabel="length", ylabel=label, ylim=(0, None))
         axes.set_xscale("log", base=2)
-    handles = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+        axes.legend(fontsize="xx-small")
     figure.suptitle(title)
     return figure
 

@@ -7,7 +7,7 @@
     python benchmarks/run.py --only 'key padding: d64 causal' --peers flash_attend 'sdpa*'
 
 No time is taken of a result that is wrong: output and gradients of every peer are first checked against float64. What a
-peer cannot do is a row too, with its error. An interrupted run keeps what it measured, and `--resume` goes on.
+peer cannot do is a row too, with its error. An interrupted run keeps what it measured, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -144,8 +144,9 @@ class Bench:
 
     def _measure_pass(self, trial: Call | Training, name: str, checks: dict[Peer, Check]) -> None:
         """Adds the rows of one pass: what is beside the time one by one, then the times, in turn."""
-        case, told = trial.case, dict(zip(("case", "pass"), (trial.case.name, name), strict=True))
-        told |= dict(group=case.group, dtype=case.dtype, mask=case.mask_words, shape=list(case.shape))
+        case = trial.case
+        told = {"case": case.name, "pass": name, "group": case.group, "dtype": case.dtype}
+        told |= {"mask": case.mask_words, "shape": list(case.shape)}
         rows = {peer: told | dict(peer=peer.name, ours=peer.ours) | asdict(check) for peer, check in checks.items()}
         samplers: dict[Peer, Callable[[float], list[float]]] = {}
         for peer in (peer for peer, check in checks.items() if not check.error):
@@ -235,9 +236,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", default=[], metavar="PATTERN", help="peers whose name matches, with * ?")
     parser.add_argument("--list", action="store_true", help="print the cases and the peers, and measure nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--minutes", type=float, metavar="N", help="begin no case after so many; --resume goes on")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin no case after so many; the same again goes on"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<device>/")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of this file")
     parser.add_argument("--first-call", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -246,11 +248,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out must be the path of a .json file, got {options.out}")
     options.device, options.preset = torch.device(kind), options.preset or "standard"
-    known, options.cases = (
-        (ARMS, workloads(kind, options.only))
-        if options.training
-        else (PEERS, select_cases(kind, options.preset, options.only))
-    )
+    known = ARMS if options.training else PEERS
+    only = options.only
+    options.cases = workloads(kind, only) if options.training else select_cases(kind, options.preset, only)
     if not options.cases:
         parser.error(f"no case of the {options.preset} grid on {kind} contains {options.only!r}; --list prints them")
     try:
@@ -271,19 +271,14 @@ def list_everything(options: argparse.Namespace) -> None:
 
 
 def open_results(options: argparse.Namespace) -> Results:
-    """A new file of results, or the unfinished one to go on with."""
+    """A new file of results, or an unfinished one to go on with."""
     asked = {name: getattr(options, name) for name in ("preset", "training", "only", "peers")}
     header = measure.environment(options.device) | asked | {"complete": False}
-    path = options.out
-    earlier = Results.load(path) if path.exists() else None
-    unfinished = earlier is not None and not earlier.header["complete"]
-    if unfinished != options.resume:
-        told = "holds an unfinished run: --resume goes on, or delete it" if unfinished else "holds no unfinished run"
-        raise SystemExit(f"{path} {told}")
-    if not options.resume:
-        return Results(path, header)
+    if not options.out.exists() or (earlier := Results.load(options.out)).header["complete"]:
+        return Results(options.out, header)
     if differences := earlier.differences(header):
-        raise SystemExit(f"{path} was measured elsewhere, and cannot be gone on with: {'; '.join(differences)}")
+        told = "holds an unfinished run that was measured elsewhere: delete it, or go on there"
+        raise SystemExit(f"{options.out} {told}; {'; '.join(differences)}")
     return earlier
 
 
@@ -303,7 +298,7 @@ def run(options: argparse.Namespace, results: Results, bench: Bench) -> None:
 
             for case in cases:
                 if time.monotonic() > stop:
-                    print(f"stopped after {options.minutes:g} minutes: --resume goes on", file=sys.stderr)
+                    print(f"stopped after {options.minutes:g} minutes: the same again goes on", file=sys.stderr)
                     return
                 bench.measure(case, progress)
                 results.save()
@@ -337,7 +332,7 @@ def main(arguments: list[str] | None = None, sample: Sampler | None = None) -> i
         run(options, results, bench)
     except KeyboardInterrupt:
         interrupted = True
-        print("interrupted: --resume goes on", file=sys.stderr)
+        print("interrupted: the same again goes on", file=sys.stderr)
     print(reporting.terminal(results))
     print("written:", *(f"  {file}" for file in (results.path, *reporting.write(results))), sep="\n")
     # A call that one of ours does not serve is a row like any other; a model that we cannot patch is a defect.

@@ -109,7 +109,7 @@ class Attention(torch.autograd.Function):
         else:
             others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks))
         ctx.save_for_backward(q, k, v, out, lse, *others)
-        ctx.call = call, type(kept)
+        ctx.call = call, type(kept), len(kept)
         if not return_lse:  # an output costs a microsecond
             return out
         ctx.set_materialize_grads(False)
@@ -117,7 +117,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        (call, kept_of), needed, saved = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        (call, kept_of, count), needed, saved = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
         needed = *needed[:3], *needed[4:]
         # A backward may be differentiated, and transformed where its forward was not.
         by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
@@ -125,7 +125,6 @@ class Attention(torch.autograd.Function):
         if not by_operators and lazy(*saved, grad_out, grad_lse):
             saved, grad_out, grad_lse = map(settled, saved), settled(grad_out), settled(grad_lse)
         q, k, v, out, lse, *others = saved
-        count = len(kept_of._fields)
         operands, kept = Operands(q, k, v, *others[count:]), kept_of(*others[:count])
         if by_operators:
             numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)

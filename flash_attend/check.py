@@ -194,7 +194,7 @@ def servable(target: DeviceTarget) -> list[Variant]:
         one
         for products, dim, changes in product(PRODUCTS, HEAD_DIMS, SCORES)
         for one in _of_changes(
-            Kind(*products, dim, dim, "none", True, False, False, changes.format(dtype=products[0])), target
+            Kind(*products, dim, dim, "none", True, False, scores=changes.format(dtype=products[0])), target
         )
     ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))

@@ -143,15 +143,21 @@ class _Run(NamedTuple):
 
 def _runs(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
     """The batch entries of a mask `(b|1, 1, 1, j)`, together where they are alike, or where that takes less time."""
-    last, products = None, spec.heads * spec.queries * spec.head_dim
+    last = None
     for run in _alike(mask, spec):
         together = run if last is None else last.joined(run)
-        if last is not None and (together.hidden - last.hidden - run.hidden) * products > ONE_CALL:
+        if last is not None and _wasted(together, spec) - _wasted(last, spec) - _wasted(run, spec) > ONE_CALL:
             yield last
             together = run
         last = together
     if last is not None:
         yield last
+
+
+def _wasted(run: _Run, spec: AttentionSpec) -> int:
+    """Multiplications of hidden pairs. Gathering the keys of one mask leaves them out, and takes a call's time."""
+    products = run.hidden * spec.heads * spec.queries * spec.head_dim
+    return min(products, ONE_CALL) if run.alike else products
 
 
 def _alike(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
@@ -183,7 +189,7 @@ def _range_of(shown: bytes) -> Range:
 def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
     if not run.hidden:
         return Group(run.entries, _ranged(run.keys, spec) if run.visible else [])
-    if run.alike and run.hidden * spec.heads * spec.queries * spec.head_dim > ONE_CALL:
+    if run.alike and _wasted(run, spec) == ONE_CALL:
         picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
         return Group(run.entries, list(_of_picked(picked, spec)), picked)
     first_key, last_key = run.keys

@@ -69,8 +69,8 @@ def _changes(scores: str) -> dict[str, Any]:
     for word in words:
         if word.startswith("bias-"):
             _, form, dtype = word.split("-")
-            b, h, i, j = (letter != "1" for letter in form)
-            found["bias"] = BiasKind(b, h, i, j, getattr(torch, dtype))
+            batch, heads, queries, keys = (letter != "1" for letter in form)
+            found["bias"] = BiasKind(batch, heads, queries, keys, getattr(torch, dtype))
     return found
 
 
@@ -84,7 +84,7 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     spec = spec_of(variant)
     # So far that there are full blocks in it, and so near that blocks are cut by it.
     left, right = spec.window
-    window = (None if left is None else 2 * edge, None if right is None else edge // 2)
+    window = None if left is None else 2 * edge, None if right is None else edge // 2
     spec = replace(spec, queries=queries, keys=keys, window=window)
 
     generator = torch.Generator().manual_seed(SEED)

@@ -59,8 +59,8 @@ def call_of_json(found: dict[str, Any]) -> Call:
     spec = found | dict(dtype=getattr(torch, found["dtype"]), mask=MaskKind(found["mask"]))
     spec["window"] = tuple(found.get("window", (None, None)))
     if (bias := found.get("bias")) is not None:
-        b, h, i, j, dtype = bias
-        spec["bias"] = BiasKind(b, h, i, j, getattr(torch, dtype))
+        batch, heads, queries, keys, dtype = bias
+        spec["bias"] = BiasKind(batch, heads, queries, keys, getattr(torch, dtype))
     needed = tuple(spec.pop("needed"))
     return Call(AttentionSpec(**spec), cast(Needed, needed))
 

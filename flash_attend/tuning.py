@@ -6,6 +6,7 @@ It is measured only where it checks right. Figures are kept as they come: tuning
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -171,7 +172,7 @@ def _ask(process: Isolated, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(request: dict[str, Any]) -> str:
-    return repr([request["call"], request["pair"]])
+    return json.dumps([request["call"], request["pair"]])
 
 
 def _won(figures: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     mask: str  # the name of a `MaskKind`, in lower case
     causal: bool
     dropout: bool
-    one_query: bool  # decoding
+    one_query: bool = False  # decoding
     scores: str = ""  # what changes them, and a window's edges: words with "+" between them, as `_changes` has them
 
     def __str__(self) -> str:

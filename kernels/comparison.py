@@ -63,6 +63,8 @@ def measure(row: Row, peer: bool) -> Side:
     """Compiles one side of a row and reads it."""
     try:
         return _measure_peer(row) if peer else _measure_ours(row)
+    except MemoryError as error:
+        return Side(f"does not fit: {error}", {})
     except Exception as error:  # a finding about one row, not the end of the table
         text = str(error).strip().splitlines() or [""]
         return Side(f"{type(error).__name__}: {text[-1][:120]}", {})

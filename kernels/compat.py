@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
@@ -79,7 +79,7 @@ def _method(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _interpreted_tanh(x: Any, how: str) -> Any:
-    return tl.tensor(TensorHandle(numpy.tanh(x.handle.data), x.handle.dtype), x.type)
+    return tl.tensor(TensorHandle(torch.as_tensor(x.handle.data).tanh().numpy(), x.handle.dtype), x.type)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the fi
 - Up to 2% of a main loop's instructions may access spilled registers; outside of it they are free. Where more serve,
   the model has counted them: as traffic of shared memory.
 - Two stages at least, unless shared memory forbids it; no product is computed twice.
+- In TF32 on sm_80 every warp rounds all keys that it multiplies: 256 queries share them.
 - Where a grid has fewer programs than the part has multiprocessors, tiles have half as many rows.
 - Where few queries read many keys, which is bound by memory, tiles have as many rows as there are, and the keys are
   split over as many programs as are to be under way: lengths alone say over how many, and nothing is compiled anew.

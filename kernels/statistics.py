@@ -29,7 +29,9 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["Kept", "Statistics", "is_apart", "is_exact", "prepare_statistics", "statistics_of"]
 
-LONGEST_TILE = tl.constexpr(128)  # queries: a head's statistics are whole tiles, so that no load needs a mask
+# Queries: a head's statistics are whole tiles, so that no load needs a mask, and whole blocks of a mask's schedule,
+# which a backward visits with all of its tiles: past the last query it reads that nobody is alive there.
+LONGEST_TILE = tl.constexpr(256)
 DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
 
 

@@ -156,8 +156,7 @@ def test_a_row_is_one_that_the_kernels_can_take(row: tuple[object, Tiles]) -> No
         assert is_power_of_two(tile.block_m)
         assert is_power_of_two(tile.block_n)
         assert min(tile.block_m, tile.block_n) >= 16, "the smallest side of a tensor-core product, and of dropout's"
-        # The forward writes them for the queries that there are.
-        assert tile is tiles.forward or tile.block_m <= LONGEST_TILE.value, "backwards read statistics padded to that"
+        assert tile.block_m <= LONGEST_TILE.value, "statistics of queries are padded to that"
         assert tile.num_warps in (4, 8)
         assert tile.num_stages >= 1
         assert block_queries % tile.block_m == 0
