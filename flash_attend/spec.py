@@ -15,7 +15,17 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["CALLS_KEPT", "LARGEST_LENGTH", "PACKED_ROWS", "AttentionSpec", "BiasKind", "MaskKind", "Window", "describe", "kind_of"]
+__all__ = [
+    "CALLS_KEPT",
+    "LARGEST_LENGTH",
+    "PACKED_ROWS",
+    "AttentionSpec",
+    "BiasKind",
+    "MaskKind",
+    "Window",
+    "describe",
+    "kind_of",
+]
 
 Window = tuple[int | None, int | None]  # how many keys a query sees before its own and after it; None: all of them
 

@@ -220,7 +220,9 @@ def forward_kernel(
     q_rows = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(batch, head, in_group)
     k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(batch, kv_head)
     v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(batch, kv_head)
-    out_rows = Heads(OUT, out_batch, out_head, out_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(batch, head, in_group)
+    out_rows = Heads(OUT, out_batch, out_head, out_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(
+        batch, head, in_group
+    )
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
@@ -255,8 +257,8 @@ def forward_kernel(
     query = query_of(row, in_group)
     if PACKED:
         head += row % group
-    index = (batch.to(tl.int64) * heads + head) * queries + query
     if SPLIT:
+        index = (batch.to(tl.int64) * heads + head) * queries + query
         at = STATISTICS + 2 * (index * splits + part)
         tl.store(at, softmax.maximum, mask=exists)
         tl.store(at + 1, softmax.sum, mask=exists)
@@ -266,6 +268,7 @@ def forward_kernel(
         alive = mask.alive(query, first_query, softmax.sum == 0.0)
         if BIAS is not None:
             alive = alive & (softmax.sum != 0.0)  # it may hide all that a query sees
+        index = (batch.to(tl.int64) * heads + head) * queries + query
         keep_factor = dropout.factor if DROPOUT else None
         _finish(
             total, softmax, alive, scores.factor_log2, keep_factor, SINKS, head, first_row, exists, out_rows, LSE,

@@ -228,8 +228,8 @@ class Mask:
 
     @triton.jit
     def alive(self, query, first_query, in_doubt):
-        """Which queries [SIZE], of SIZE from the first one on, see a key. Of a dense mask, and of a key mask in a window
-        with a left edge, those that are `in_doubt` [SIZE]: others count as alive."""
+        """Which queries [SIZE], of SIZE from the first one on, see a key. Of a dense mask, and of a key mask in a
+        window with a left edge, those that are `in_doubt` [SIZE]: others count as alive."""
         if self.KIND == DENSE:
             return self._see_pairs(query, in_doubt) | (in_doubt == 0)
         elif self.KIND == KEY and self.left is not None:

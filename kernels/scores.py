@@ -106,9 +106,9 @@ class Bias:
 
 @aggregate
 class Alibi:
-    """ALiBi (Press et al. 2022, arXiv:2108.12409): each head's slope times the distance, off its scores. `slopes` points
-    to all, or to those of a head and of the others of its `group`, which take turns in rows, or it is that of a head;
-    `offset` is the position of query 0."""
+    """ALiBi (Press et al. 2022, arXiv:2108.12409): each head's slope times the distance, off its scores. `slopes`
+    points to all of them; of a head, it is the slope itself or, where the heads of a `group` take turns in rows, points
+    to theirs. `offset` is the position of query 0."""
 
     slopes: tl.tensor
     stride_batch: tl.tensor
