@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.compat import kernel
-from flash_attend.kernels.configs import Tiles, key_splits
+from flash_attend.kernels.configs import PARTS_PER_STEP, Tiles, key_splits
 from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.launch import ALIGNMENT, Prepared, begin_aligned, launch
@@ -57,7 +57,6 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 __all__ = ["attention_forward", "empty_outputs", "plan_forward"]
 
 WIDEST_PART = tl.constexpr(256)  # of a head dimension
-PARTS_PER_STEP = 16  # that are merged at a time
 # What `merge_kernel` takes of a call's choices.
 OF_MERGE = (
     "VALUE_DIM", "VALUE0", "VALUE1", "SCHEDULE_M", "SCHEDULE_N", "MASK", "CAUSAL", "LEFT", "RIGHT", "DROPOUT",
@@ -349,8 +348,8 @@ def merge_kernel(
         alive = alive & (softmax.sum != 0.0)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR) if DROPOUT else None
     _finish(
-        total, softmax, alive, factor, keep_factor, SINKS, head, first_query, query < queries, out_rows, LSE, STATISTICS,
-        index, APART,
+        total, softmax, alive, factor, keep_factor, SINKS, head, first_query, query < queries, out_rows, LSE,
+        STATISTICS, index, APART,
     )  # fmt: skip
 
 
