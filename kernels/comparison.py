@@ -1,5 +1,4 @@
-"""Our kernels beside FlexAttention's by the throughput model: the table of `aot --estimate`; what windows save; and how fast a
-cache is read."""
+"""Estimates: our kernels beside FlexAttention's, what windows save, and how fast few queries read a cache."""
 
 from __future__ import annotations
 
@@ -170,7 +169,9 @@ def print_decoding(archs: Iterable[str], jobs: int | None, megabytes: int) -> in
     for index, (arch, dim, batch) in enumerate(chosen):
         tile, keys, one = found[index]
         time = f"{1e6 * one.seconds:.0f}"
-        print(f"| {arch} | {dim} | {batch} | {keys} | {tile} | {one.splits} | {one.programs} | {time} | {one.share:.0%} |")
+        print(
+            f"| {arch} | {dim} | {batch} | {keys} | {tile} | {one.splits} | {one.programs} | {time} | {one.share:.0%} |"
+        )
     return 1 if any(one.share < LEAST_SHARE for _, _, one in found.values()) else 0
 
 

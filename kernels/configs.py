@@ -219,7 +219,9 @@ FEWEST_ROWS = 64  # of a tile that is made smaller for a small grid: what four w
 ONE_QUERY = tuple(map(tile_of, ("16x64w4s2", "16x128w4s2", "16x64w4s3", "16x32w4s3")))
 # For few queries whose keys are split, with as many rows as there are, by the kind of products.
 FEW_QUERIES = dict(half=ONE_QUERY[0], tf32=Tile(16, 32, 4, 2), tf32x3=Tile(16, 32, 4, 2), double=Tile(16, 16, 4, 2))
-PROGRAMS_OF_SPLIT = 2  # for each multiprocessor, that keys are split over: what runs at a time, whatever the head dimension
+PROGRAMS_OF_SPLIT = (
+    2  # for each multiprocessor, that keys are split over: what runs at a time, whatever the head dimension
+)
 PARTS_PER_STEP = 16  # that are merged at a time
 BLOCKS_OF_SPLIT = 2  # of keys at least in a part: the next is read while one is multiplied
 

@@ -9,8 +9,8 @@ dimension 64 and 128: 187 and 188, 189 and 196; on an H100, 128, 16k tokens: 487
 size is off by 15 to 20%. A spilled register counts as an access to shared memory, whose path it takes; that its load is
 waited for is not counted. Bulk copies (TMA) count as traffic of the L2 cache alone.
 
-Few queries against a long cache are bound by reading it, and `reading` counts that: what loads are under way at a time,
-over the latency of memory, or the bandwidth if that is less, wave after wave of programs; what a program waits for before
+Few queries against a long cache are bound by reading it, and `reading` counts that: what is asked for at a time over
+the latency of memory, or the bandwidth if that is less, wave after wave of programs; what a program waits for before
 its first block and after its last; and the launch that merges the parts. It was held against no measurement.
 """
 
@@ -22,7 +22,18 @@ from typing import NamedTuple
 from flash_attend.kernels.configs import PARTS_PER_STEP
 from flash_attend.kernels.sass import LoopWork
 
-__all__ = ["PRODUCTS", "RATES", "Estimate", "Kernel", "Rates", "Reading", "blocks_per_multiprocessor", "estimate", "reading", "total_tflops"]
+__all__ = [
+    "PRODUCTS",
+    "RATES",
+    "Estimate",
+    "Kernel",
+    "Rates",
+    "Reading",
+    "blocks_per_multiprocessor",
+    "estimate",
+    "reading",
+    "total_tflops",
+]
 
 SHARED_BYTES = 128  # a clock, through a multiprocessor's shared memory
 SCHEDULERS = 4  # of a multiprocessor: each issues one instruction a clock

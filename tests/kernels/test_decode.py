@@ -10,11 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_attend import ops
+from flash_attend.backends import BACKENDS
 from flash_attend.checks import normalise_inputs
+from flash_attend.dispatch import Plan
+from flash_attend.evidence import Finding
 from flash_attend.kernels.aot import PARTS, record_call
 from flash_attend.kernels.configs import Tile, Tiles, key_splits, override, select_tiles
-from flash_attend.kernels.launch import Launch
+from flash_attend.kernels.launch import Launch, recorded_launches
+from flash_attend.operands import Operands
+from flash_attend.ops import options_of
 from flash_attend.spec import PACKED_ROWS, AttentionSpec, BiasKind, MaskKind
+from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
@@ -159,7 +166,7 @@ def test_no_length_is_compiled_anew() -> None:
         (dict(batch=1000), 1),
         (dict(keys=2**20, causal=True, window=(1023, None)), 8),  # a window has no more
         (dict(queries=16), 32),
-        (dict(queries=17), 32),  # of each head's own
+        (dict(queries=17), 16),  # of each head's own
         (dict(queries=65), 1),
         (dict(dtype=torch.float32, precision="tf32"), 64),
     ),
@@ -174,3 +181,23 @@ def test_how_many_parts(change: dict, splits: int) -> None:
     if splits > 1:
         rows = spec.queries * (spec.group if spec.packed else 1)
         assert rows <= forward.block_m < max(2 * rows, 17)
+
+
+def test_a_compiled_program_splits_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its operator, which knows lengths when it runs, once the variant was found right: with the schedule that the
+    compiler was told."""
+    q, k = torch.empty(2, 8, 1, 64, dtype=torch.float16), torch.empty(2, 2, 4096, 64, dtype=torch.float16)
+    operands = Operands(q, k, k, torch.ones(2, 1, 1, 4096, dtype=torch.bool))
+    _, spec = normalise_inputs(q, k, k, mask=operands.mask)
+    monkeypatch.setattr(DeviceTarget, "of", lambda device: H100)
+    plan = Plan(BACKENDS["triton"], "separate", "", "")
+    numbers, options = options_of(operands, spec, plan, return_lse=True)
+    tensors = [tensor for tensor in operands if tensor is not None]
+    for verdict, programs in ((Finding(True, ""), 2 * 2 * 32), (Finding(False, ""), 2 * 2)):
+        monkeypatch.setattr("flash_attend.dispatch.known", lambda variant, device, verdict=verdict: verdict)
+        with recorded_launches() as launches:
+            found = ops.forward(tensors, numbers, options)
+        (forward,) = [one for one in launches if one.prepared.kernel.__name__ == "forward_kernel"]
+        assert forward.prepared.programs == programs
+        told = ops.like_forward(tensors, numbers, options)
+        assert [x.shape for x in found] == [x.shape for x in told]
