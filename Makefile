@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
+ON_CPU := benchmarks/results/cpu/readme.json
 INSTALLED := $(VENV)/.installed
 
 OLDEST_TRITON := 3.6.0
@@ -17,7 +18,7 @@ unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench train-step test lint format test-plain test-interpreter test-ptx proof test-gpu sanitize
+.PHONY: help env demo bench bench-cpu train-step test lint format test-plain test-interpreter test-ptx proof test-gpu sanitize
 .PHONY: aot aot-common clean
 .DEFAULT_GOAL := help
 
@@ -44,8 +45,11 @@ demo: $(INSTALLED) ## trains a real model on real text with its own Attend and w
 bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
+bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 minutes; the same again goes on
+	@$(BIN)/python benchmarks/run.py --device cpu --peers flash_attend sdpa 'sdpa math' --minutes 25 --out $(ON_CPU) $(ARGS)
+
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
-	@$(BIN)/python benchmarks/run.py --group training $(ARGS)
+	@$(BIN)/python benchmarks/run.py --training $(ARGS)
 
 # Of this peer one file is used, which needs none of what the package requires.
 $(VENV)/.peers: $(VENV)/.made
@@ -101,7 +105,7 @@ sanitize: $(INSTALLED) ## on a GPU: compute-sanitizer's memcheck over a part of 
 aot: $(INSTALLED) ## compiles every row of the configuration table in every mode, without a GPU
 	@$(BIN)/python -m flash_attend.kernels.aot
 
-aot-common: $(INSTALLED) ## compiles those of half precision in two modes, the others in one
+aot-common: $(INSTALLED) ## compiles those of half precision in one mode or two, and two widths of the others
 	@$(BIN)/python -m flash_attend.kernels.aot --common
 
 # What spills differs between Triton versions: that is checked on the pinned one, and of the kernels for Hopper on the

@@ -277,10 +277,9 @@ GRIDS = {"cpu": _cpu, "cuda": _cuda}
 PRESETS = ("quick", "standard", "full")
 
 
-def select_cases(device: str, preset: str, group: str = "", only: str = "") -> list[Case]:
-    """The cases of a preset, larger ones including the smaller, of the groups that begin with `group`, that contain all
-    words of `only` in group and name. `device` is "cpu" or "cuda". On a GPU a quick run leaves out the backward by
-    itself.
+def select_cases(device: str, preset: str, only: str = "") -> list[Case]:
+    """The cases of a preset, larger ones including the smaller, that contain all words of `only` in group and name.
+    `device` is "cpu" or "cuda". On a GPU a quick run leaves out the backward by itself.
     """
     rank = PRESETS.index(preset)
     grid: dict[str, Case] = {}
@@ -289,8 +288,4 @@ def select_cases(device: str, preset: str, group: str = "", only: str = "") -> l
     cases = (case for case in grid.values() if PRESETS.index(case.preset) <= rank)
     if preset == "quick":
         cases = (replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases)
-    return [
-        case
-        for case in cases
-        if case.group.startswith(group) and all(word in f"{case.group}: {case.name}" for word in only.split())
-    ]
+    return [case for case in cases if all(word in f"{case.group}: {case.name}" for word in only.split())]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -39,17 +41,10 @@ class Check:
     error: str = ""  # empty where the results are right
 
 
-@dataclass(frozen=True)
-class _Slice:
-    batch: int
-    heads: slice  # of the queries
-    kv_head: int
-    truth: Answer
-    budget: Budget
-
-    def of(self, x: Tensor, name: str) -> Tensor:
-        heads = slice(self.kv_head, self.kv_head + 1) if name in ("k", "v", "dk", "dv") else self.heads
-        return x[self.batch : self.batch + 1, heads]
+def _slice(x: Tensor, name: str, batch: int, kv_head: int, group: int) -> Tensor:
+    """Of an operand or a result what a key head of a batch element reads or makes."""
+    width = 1 if name in ("k", "v", "dk", "dv") else group
+    return x.detach()[batch : batch + 1, kv_head * width : (kv_head + 1) * width]
 
 
 class Gate:
@@ -57,42 +52,39 @@ class Gate:
 
     def __init__(self, inputs: Inputs) -> None:
         case, self.inputs = inputs.case, inputs
+        self.group = case.heads // case.kv_heads
         self.with_gradients = any(name in case.passes for name in (BACKWARD, BOTH, DETERMINISTIC))
-        keep = self._keep() if case.dropout_p > 0 else None
-        pairs = [(batch, kv_head) for batch in range(case.batch) for kv_head in range(case.kv_heads)]
-        self.n_slices = len(pairs)
-        if case.batch * case.heads * case.queries * case.keys > WHOLE[inputs.q.device.type]:
-            pairs = sorted(random.Random(SEED).sample(pairs, min(SLICES, len(pairs))))
+        pairs = list(product(range(case.batch), range(case.kv_heads)))
+        self.checked = "all of it"
+        if case.batch * case.heads * case.queries * case.keys > WHOLE[inputs.q.device.type] and len(pairs) > SLICES:
+            self.checked = f"{SLICES} of {len(pairs)} slices"
+            pairs = sorted(random.Random(SEED).sample(pairs, SLICES))
         with numerics(case.dtype):  # eager's error, which the budget goes by, is that of the same mode
-            self.slices = [self._slice(*pair, keep) for pair in pairs]
+            self.budgets = {pair: self._budget(*pair) for pair in pairs}
 
-    def _keep(self) -> Tensor:
+    @cached_property
+    def keep(self) -> Tensor | None:
+        """`(b, h, i, j)`: the weights that dropout keeps; None without."""
         inputs, case = self.inputs, self.inputs.case
-        _, spec = normalise_inputs(
-            inputs.q, inputs.k, inputs.v, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p
-        )
+        if not case.dropout_p:
+            return None
+        options = dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p)
+        _, spec = normalise_inputs(inputs.q, inputs.k, inputs.v, **options)
         torch.manual_seed(SEED)
         return keep_mask(draw_seed(inputs.q.device), spec, 0, case.queries)
 
-    def _slice(self, batch: int, kv_head: int, keep: Tensor | None) -> _Slice:
+    def _budget(self, batch: int, kv_head: int) -> Budget:
+        """What a slice should give, and how far from that it may be."""
         inputs, case = self.inputs, self.inputs.case
-        group = case.heads // case.kv_heads
-        heads = slice(kv_head * group, (kv_head + 1) * group)
-
-        def part(x: Tensor | None, heads: slice) -> Tensor | None:
-            return None if x is None else x.detach()[batch : batch + 1, heads]
-
-        kv = slice(kv_head, kv_head + 1)
-        tensors = part(inputs.q, heads), part(inputs.k, kv), part(inputs.v, kv)
+        tensors = [_slice(getattr(inputs, name), name, batch, kv_head, self.group) for name in "qkv"]
         call = dict(
             mask=None if inputs.mask is None else inputs.mask[batch : batch + 1],
             causal=case.causal,
             dropout_p=case.dropout_p,
-            keep=part(keep, heads),
-            grad_out=part(inputs.grad_out, heads),
+            keep=None if self.keep is None else _slice(self.keep, "q", batch, kv_head, self.group),
+            grad_out=_slice(inputs.grad_out, "q", batch, kv_head, self.group),
         )
-        truth = attention_oracle(*tensors, **call)
-        return _Slice(batch, heads, kv_head, truth, Budget(truth, *tensors, **call))
+        return Budget(attention_oracle(*tensors, **call), *tensors, **call)
 
     def judge(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, whole: bool) -> Check:
         """Checks `attend(q, k, v) -> out`, its output and gradients; `whole`: also where a query is padding or dead.
@@ -106,28 +98,23 @@ class Gate:
         results = {"out": out.detach()}
         if self.with_gradients:
             results |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, inputs.grad_out), strict=True)
-        complete = len(self.slices) == self.n_slices
-        checked = "all of it" if complete else f"{len(self.slices)} of {self.n_slices} slices"
         counted = inputs.rows[:, None, :, None]  # (b, 1, i, 1)
-        alike = dict(zip(results, (inputs.grad_out, *leaves), strict=False))
-        largest, used = 0.0, 0.0
+        errors, shares = [0.0], [0.0]
         try:
-            for name, result in results.items():
-                got, wanted = tuple(result.shape), tuple(alike[name].shape)
+            for (name, result), like in zip(results.items(), (inputs.grad_out, *leaves), strict=False):
+                got, wanted = tuple(result.shape), tuple(like.shape)
                 assert got == wanted, f"{name} has shape {got}, not {wanted}"
                 read = result if whole or name != "out" else result[counted.expand_as(result)]
                 assert read.isfinite().all(), f"{name} has NaN or infinity"
-            for piece in self.slices:
-                parts = {name: piece.of(result, name) for name, result in results.items()}
+            for (batch, kv_head), budget in self.budgets.items():
+                parts = {name: _slice(x, name, batch, kv_head, self.group) for name, x in results.items()}
                 if not whole:  # nobody reads the other rows: they are taken as right
-                    rows = counted[piece.batch : piece.batch + 1]
-                    parts["out"] = torch.where(rows, parts["out"], piece.truth.out.to(out.dtype))
-                largest = max(largest, *(_distance(part, getattr(piece.truth, name)) for name, part in parts.items()))
-                shares = piece.budget.check(Answer(**{name: parts.get(name) for name in NAMES}))
-                used = max(used, *shares.values())
+                    parts["out"] = torch.where(counted[batch], parts["out"], budget.truth.out.to(out.dtype))
+                errors += [_distance(part, getattr(budget.truth, name)) for name, part in parts.items()]
+                shares += budget.check(Answer(**{name: parts.get(name) for name in NAMES})).values()
         except AssertionError as wrong:
-            return Check(largest or None, None, checked, f"wrong: {str(wrong).splitlines()[0]}")
-        return Check(largest, used, checked)
+            return Check(max(errors) or None, None, self.checked, f"wrong: {str(wrong).splitlines()[0]}")
+        return Check(max(errors), max(shares), self.checked)
 
 
 def _distance(result: Tensor, truth: Tensor) -> float:

@@ -1,8 +1,8 @@
 """How a time is taken, and where: interleaved, in rounds, with the spread, beside the ceilings of the machine.
 
 On a GPU a sample is the time between two CUDA events around one call, after the L2 cache was flushed
-(`triton.testing.do_bench`). Peers take turns, A B B A, so that a clock which drifts treats them alike. Kernels alone
-are timed in a CUDA graph. On a CPU a sample is wall-clock time.
+(`triton.testing.do_bench`). Peers take turns, A B B A, so that a drifting clock treats them alike. On a CPU a sample
+is wall-clock time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from flash_attend.target import triton_version
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SAMPLES = 25  # in a round: more say nothing new about the median, and every sample is kept
+LONG_CALL = 0.05  # seconds on a CPU
+FAR_BEHIND = 8  # times the fastest's time: whoever takes so long takes one turn, which decides as much as more do
 Function = Callable[[], object]
-Samples = list[list[float]]  # milliseconds, by round
 # Takes times of single calls, in milliseconds, for about so many milliseconds; at least one, after a warm-up.
 Sampler = Callable[[Function, float], list[float]]
 
@@ -41,8 +42,10 @@ def _sample_on_cuda(function: Function, milliseconds: float) -> list[float]:
 
 def _sample_on_cpu(function: Function, milliseconds: float) -> list[float]:
     once = timeit.timeit(function, number=1)
-    number = max(1, int(milliseconds / 1e3 / once))
-    return [1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=number)]
+    number = int(milliseconds / 1e3 / once)
+    if once > LONG_CALL:  # needs no warm-up
+        return [1e3 * once]
+    return [1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=max(1, number))]
 
 
 def sample_on(device: torch.device) -> Sampler:
@@ -54,15 +57,17 @@ def sample_on(device: torch.device) -> Sampler:
 
 
 def interleave(samplers: Mapping[Any, Callable[[float], list[float]]], rounds: int, milliseconds: float) -> dict:
-    """The `Samples` of every sampler, which takes times for so many milliseconds; a turn lasts at most about so many.
+    """The samples of every sampler, which takes times for so many milliseconds, by round; a turn lasts at most about so
+    many.
 
     Every other round goes backwards through the samplers: A B B A.
     """
-    lasting = {key: min(milliseconds, MOST_SAMPLES * statistics.median(take(0.0))) for key, take in samplers.items()}
-    samples: dict[Any, Samples] = {key: [] for key in samplers}
+    single = {key: statistics.median(take(0.0)) for key, take in samplers.items()}
+    samples: dict[Any, list[list[float]]] = {key: [] for key in samplers}
     for index in range(rounds):
         for key in list(samplers)[:: -1 if index % 2 else 1]:
-            samples[key].append(samplers[key](lasting[key]))
+            if not index or single[key] <= FAR_BEHIND * min(single.values()):
+                samples[key].append(samplers[key](min(milliseconds, MOST_SAMPLES * single[key])))
     return samples
 
 
@@ -71,7 +76,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def summarise(samples: Samples) -> dict[str, Any]:
+def summarise(samples: list[list[float]]) -> dict[str, Any]:
     """The fields of a row that samples give; the spread of the rounds' medians is what a repetition would show."""
     together = [sample for taken in samples for sample in taken]
     low, _, high = statistics.quantiles(together, n=4, method="inclusive") if len(together) > 1 else (0, 0, 0)
@@ -86,11 +91,6 @@ def summarise(samples: Samples) -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """What an error is called, and the first line of what it says."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}".removesuffix(": ")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Beside the time of a call
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def synchronize(device: torch.device) -> None:
@@ -122,18 +122,6 @@ def numerics(dtype: str, deterministic: bool = False, threads: int = 0) -> Itera
         torch.set_float32_matmul_precision(precision)
 
 
-def kernel_milliseconds(make: Callable[[], Function], milliseconds: float) -> float:
-    """The time of a call in a CUDA graph that holds many: no host in it, and no flush of the L2 cache.
-
-    `make` is called on the stream of the capture, for a backward runs where its forward ran. Raises what torch raises
-    for a function that cannot be captured, such as one that waits for the device.
-    """
-    from triton.testing import do_bench_cudagraph
-
-    made = cache(make)
-    return rounded(do_bench_cudagraph(lambda: made()(), rep=milliseconds, return_mode="median"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Where, and what it can do
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,20 +134,18 @@ def _run(*command: str) -> str | None:
         return None
 
 
-def _nvidia_smi(device: torch.device, *names: str) -> dict[str, str]:
-    if device.type != "cuda":
-        return {}
+def _ask_gpu(device: torch.device, *names: str) -> dict[str, str]:
+    """What nvidia-smi says of a GPU; nothing where there is no such tool."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     printed = _run("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
-    values = (printed or "").split(", ")
-    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+    return dict(zip(names, (printed or "").split(", "), strict=False))
 
 
 def clocks(device: torch.device) -> dict[str, str]:
     """Clocks, power and temperature of a GPU at this moment, with their units; of a CPU, how busy the machine is."""
     if device.type == "cpu":
         return {"load average": f"{os.getloadavg()[0]:.2f}"}
-    return _nvidia_smi(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+    return _ask_gpu(device, "clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -168,30 +154,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     `dirty` says whether files that git knows differ from the commit. A copy without its history is told its commit by
     `FLASH_ATTEND_COMMIT`.
     """
-    commit = _run("git", "rev-parse", "HEAD")
+    on_gpu, commit = device.type == "cuda", _run("git", "rev-parse", "HEAD")
     changed = _run("git", "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results")
+    processor = _run("sed", "-n", "s/^model name.*: //p;T;q", "/proc/cpuinfo") or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "driver": _nvidia_smi(device, "driver_version").get("driver_version"),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "driver": _ask_gpu(device, "driver_version")["driver_version"] if on_gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton_version(),
         "python": platform.python_version(),
-        "host": f"{os.cpu_count()} x {_processor()}",
+        "host": f"{os.cpu_count()} x {processor}",
         "threads": torch.get_num_threads(),
         "commit": commit or os.environ.get("FLASH_ATTEND_COMMIT", "unknown"),
         "dirty": None if commit is None else bool(changed),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    """What kind of CPU the host has: the machine's own name says nothing to anybody else."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def ceilings(device: torch.device, sample: Sampler, milliseconds: float = 100.0) -> dict[str, Any]:

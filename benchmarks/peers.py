@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
-from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -231,36 +230,10 @@ def _first_reason(messages: Sequence[str]) -> str:
 
 
 def _compiled(function: Callable) -> Callable:
-    """`torch.compile` as for a program that has this one case.
-
-    What is compiled is filed under the code of a function, where every case would add to the guards of the next and to
-    the number of recompilations, which is limited. A copy of the code has neither.
-    """
-    fresh = FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, closure=function.__closure__
-    )
+    """`torch.compile` as for a program that has this one case."""
     # A backward that is timed by itself runs many times over what its forward kept.
     torch._functorch.config.donated_buffer = False
-    return torch.compile(fresh, dynamic=False, fullgraph=True)
-
-
-def _prepare_einsum(inputs: Inputs) -> Attention:
-    _refuse_many_scores(inputs)
-    case, scale, build = inputs.case, inputs.case.head_dim**-0.5, explicit_mask(inputs)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = rearrange(q, "b (hk g) i d -> b hk g i d", hk=case.kv_heads)
-        scores = einsum(q, k, "b hk g i d, b hk j d -> b hk g i j") * scale
-        mask = build()
-        if mask is not None:
-            # The least finite number: with minus infinity, a query that sees no key turns every gradient into NaN.
-            scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
-        weights = F.dropout(weights, case.dropout_p)
-        out = einsum(weights, v, "b hk g i j, b hk j d -> b hk g i d")
-        return rearrange(out, "b hk g i d -> b (hk g) i d")
-
-    return _compiled(attend)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def _mask_mod(inputs: Inputs) -> Callable | None:
@@ -422,7 +395,6 @@ PEERS = (
     Peer("flash-attention 4", "flash_attn.cute; unpads as varlen does", _prepare_flash_attention_4, GPU),
     Peer("complex-valued-transformer", "its own Attend, flash=True", partial(_prepare_own, COMPLEX, "flash", 4)),
     Peer("naturalspeech2", "its own Attend, use_flash=True", partial(_prepare_own, NATURALSPEECH2, "use_flash", 2)),
-    Peer("compiled einsum", "einsums, by torch.compile", _prepare_einsum, compiles=True),
 )
 
 

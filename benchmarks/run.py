@@ -2,12 +2,12 @@
 
     python benchmarks/run.py                         the standard grid of this device
     python benchmarks/run.py --quick                 a few cases, without the peers that are slow to start
-    python benchmarks/run.py --group cpu --minutes 20
-    python benchmarks/run.py --group training        whole training steps
+    python benchmarks/run.py --training              whole training steps
+    python benchmarks/run.py --device cpu --minutes 20
     python benchmarks/run.py --only 'key padding: d64 causal' --peers flash_attend 'sdpa*'
 
 No time is taken of a result that is wrong: output and gradients of every peer are first checked against float64. What a
-peer cannot do is a row too, with its error. An interrupted run keeps what it measured, and `--resume` goes on.
+peer cannot do is a row too, with its error. An interrupted run keeps what it measured, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import chain, groupby, product
@@ -30,9 +32,8 @@ import torch
 from tqdm import tqdm
 
 import measure
-import report
+import results as reporting
 from cases import BOTH, DETERMINISTIC, FORWARD, Case, make_inputs, select_cases
-from first_call import measure_first_calls
 from flash_attend.testing.memory import peak_bytes
 from gate import Check, Gate
 from measure import Function, Sampler
@@ -43,18 +44,8 @@ from work import work_of
 
 __all__ = ["Bench", "main"]
 
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how often."""
-
-    rounds: int
-    milliseconds: float  # of one peer in one round, at most about
-    thorough: bool = True  # on a GPU also time CUDA graphs and everybody's first calls
-    every_case: bool = True  # peers that compile anew for each case take part in all cases and passes
-
-
-PLANS = {"quick": Plan(3, 20.0, thorough=False), "standard": Plan(5, 50.0, every_case=False), "full": Plan(7, 50.0)}
+PLANS = {"quick": (3, 20.0), "standard": (5, 50.0), "full": (7, 50.0)}  # rounds, and milliseconds of a peer in each
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "CUTE_DSL_CACHE_DIR", "FLASH_ATTEND_CACHE")
 
 
 class Call:
@@ -106,26 +97,26 @@ class Call:
 class Bench:
     """A run: every case, and in it every peer, right first and then timed in turn."""
 
-    def __init__(self, results: Results, device: torch.device, plan: Plan, peers: list[Peer], sample: Sampler) -> None:
-        self.results, self.device, self.plan, self.peers, self.sample = results, device, plan, peers, sample
+    def __init__(self, results: Results, device: torch.device, preset: str, peers: list[Peer], sample: Sampler) -> None:
+        self.results, self.device, self.preset, self.peers, self.sample = results, device, preset, peers, sample
 
     def missing(self, case: Case | Workload) -> list[tuple[str, Peer]]:
         """The passes and peers of a case that have no row yet.
 
-        Who compiles anew for each case, and for deterministic passes once more, may do it only for the grid's core.
+        Who compiles anew for each case, and for deterministic passes once more, may do it in a standard run only for
+        the grid's core.
         """
         return [
             (name, peer)
             for name, peer in product(case.passes, self.peers)
-            if self.plan.every_case or not peer.compiles or (case.core and name != DETERMINISTIC)
-            if (case.name, name, peer.name) not in self.results
+            if self.preset != "standard" or not peer.compiles or (case.core and name != DETERMINISTIC)
+            if (case.name, name, peer.name) not in self.results.rows
         ]
 
     def measure(self, case: Case | Workload, progress: Callable[[int, str], object]) -> None:
         """Adds the rows of a case that are missing; `progress` hears how many rows came, and what comes next."""
         trial = Training(case, self.device) if isinstance(case, Workload) else Call(case, self.device)
-        turns = groupby(self.missing(case), key=lambda row: row[0] == DETERMINISTIC)
-        for deterministic, rows in turns:
+        for deterministic, rows in groupby(self.missing(case), key=lambda row: row[0] == DETERMINISTIC):
             passes: dict[str, list[Peer]] = {}
             for name, peer in rows:
                 passes.setdefault(name, []).append(peer)
@@ -153,10 +144,10 @@ class Bench:
 
     def _measure_pass(self, trial: Call | Training, name: str, checks: dict[Peer, Check]) -> None:
         """Adds the rows of one pass: what is beside the time one by one, then the times, in turn."""
-        case, plan = trial.case, self.plan
-        told = {"case": case.name, "group": case.group, "dtype": case.dtype, "mask": case.mask_words}
-        told |= {"shape": list(case.shape), "pass": name}
-        rows = {peer: told | {"peer": peer.name, "ours": peer.ours} | asdict(check) for peer, check in checks.items()}
+        case = trial.case
+        told = {"case": case.name, "pass": name, "group": case.group, "dtype": case.dtype}
+        told |= {"mask": case.mask_words, "shape": list(case.shape)}
+        rows = {peer: told | dict(peer=peer.name, ours=peer.ours) | asdict(check) for peer, check in checks.items()}
         samplers: dict[Peer, Callable[[float], list[float]]] = {}
         for peer in (peer for peer, check in checks.items() if not check.error):
             try:
@@ -167,8 +158,7 @@ class Bench:
             except Exception as error:
                 rows[peer]["error"] = self._reason(error)
         try:
-            samples = measure.interleave(samplers, plan.rounds, plan.milliseconds)
-            for peer, taken in samples.items():
+            for peer, taken in measure.interleave(samplers, *PLANS[self.preset]).items():
                 found = measure.summarise(taken)
                 rows[peer] |= found | trial.rates(name, found["ms_median"], self.results.header["ceilings"])
         except torch.OutOfMemoryError as error:  # each of them ran alone
@@ -185,16 +175,48 @@ class Bench:
         """What is measured of a pass beside its time."""
         function()  # compiles, and fills the allocator
         numbers = {"served": peer.served(trial.inputs), "peak_bytes": peak_bytes(function, self.device)}
-        everybody, case = self.plan.thorough and self.device.type == "cuda", trial.case
-        if everybody and isinstance(case, Case):
-            try:
-                make = partial(trial.function, peer, name)
-                numbers["ms_kernels"] = measure.kernel_milliseconds(make, self.plan.milliseconds)
-            except RuntimeError:  # what waits for the device cannot be captured, and has no such time
-                measure.synchronize(self.device)
-        if case.overhead and name == BOTH and (peer.ours or everybody):
-            numbers["first_call_s"] = [*map(measure.rounded, measure_first_calls(case, peer, self.device))]
+        everybody = self.preset != "quick" and self.device.type == "cuda"
+        if trial.case.overhead and name == BOTH and (peer.ours or everybody):
+            numbers["first_call_s"] = first_calls(trial.case, peer, self.device)
         return numbers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first call of a process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def first_calls(case: Case, peer: Peer, device: torch.device) -> list[float]:
+    """Seconds of the first call of a process with empty caches of compilers, and with those that it left behind.
+
+    Raises `RuntimeError` with the last line of what a process that fails has to say.
+    """
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {name: str(Path(folder, name)) for name in CACHES}
+        for _ in range(2):
+            command = [sys.executable, __file__, "--first-call", str(device), case.name, peer.name]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+            if ended.returncode:
+                lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+                raise RuntimeError(f"in a process of its own: {lines[-1]}")
+            seconds.append(measure.rounded(float(ended.stdout.split()[-1])))
+    return seconds
+
+
+def time_first_call(device_name: str, case_name: str, peer_name: str) -> float:
+    """Seconds of a forward and backward, from tensors that are ready to a device that is done."""
+    device = torch.device(device_name)
+    case = next(case for case in select_cases(device.type, "full") if case.name == case_name)
+    (peer,) = peers_for(PEERS, device.type, [peer_name])
+    inputs = make_inputs(case, device)
+    measure.synchronize(device)
+    with measure.numerics(case.dtype, threads=case.threads), peer.within():
+        start = time.perf_counter()
+        out = peer.prepare(inputs)(inputs.q, inputs.k, inputs.v)
+        torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out)
+        measure.synchronize(device)
+        return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,39 +231,33 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     for preset, text in (("quick", "the fewest cases"), ("full", "every case, more rounds; on a CPU for hours")):
         size.add_argument(f"--{preset}", dest="preset", action="store_const", const=preset, help=text)
-    parser.add_argument("--group", default="", help="groups of cases that begin so: cpu, 'cpu: causal', training")
+    parser.add_argument("--training", action="store_true", help="whole training steps")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose group and name contain all the words")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PATTERN", help="peers whose name matches, with * ?")
     parser.add_argument("--list", action="store_true", help="print the cases and the peers, and measure nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument("--rounds", type=int, help="turns of every peer, default by the grid's size")
-    parser.add_argument("--minutes", type=float, metavar="N", help="begin no case after so many; --resume goes on")
+    parser.add_argument(
+        "--minutes", type=float, metavar="N", help="begin no case after so many; the same again goes on"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<device>/")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run of this file")
+    parser.add_argument("--first-call", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    gpu = torch.cuda.is_available()
-    kind = options.device or ("cuda" if gpu and not options.group.startswith("cpu") else "cpu")
-    if kind == "cuda" and not gpu:
+    kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
-    if options.rounds is not None and options.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out must be the path of a .json file, got {options.out}")
     options.device, options.preset = torch.device(kind), options.preset or "standard"
-    if options.group.startswith("training"):
-        known, options.cases = ARMS, workloads(kind, options.only)
-    else:
-        known, options.cases = PEERS, select_cases(kind, options.preset, options.group, options.only)
+    known = ARMS if options.training else PEERS
+    only = options.only
+    options.cases = workloads(kind, only) if options.training else select_cases(kind, options.preset, only)
     if not options.cases:
-        parser.error(
-            f"no case of the {options.preset} grid on {kind} is in {options.group!r} and contains"
-            f" {options.only!r}; --list prints them"
-        )
+        parser.error(f"no case of the {options.preset} grid on {kind} contains {options.only!r}; --list prints them")
     try:
         options.chosen = peers_for(known, kind, options.peers, quick=options.preset == "quick")
     except ValueError as error:
         parser.error(str(error))
-    name = "-".join([options.preset, *options.group.replace(":", "").split()])
+    name = "-".join([options.preset, *["training"] * options.training])
     options.out = options.out or results_folder(measure.environment(options.device)["device"]) / f"{name}.json"
     return options
 
@@ -250,28 +266,19 @@ def list_everything(options: argparse.Namespace) -> None:
     """Prints what would be measured."""
     print(f"{len(options.cases)} cases of the {options.preset} grid:")
     for group, cases in groupby(options.cases, key=lambda case: case.group):
-        print(f"  {group}")
-        for case in cases:
-            print(f"    {case.name:<58}{', '.join(case.passes)}")
-    print("peers:")
-    for peer in options.chosen:
-        print(f"  {peer.name:<28}{peer.about}")
+        print(f"  {group}", *(f"    {case.name:<58}{', '.join(case.passes)}" for case in cases), sep="\n")
+    print("peers:", *(f"  {peer.name:<28}{peer.about}" for peer in options.chosen), sep="\n")
 
 
 def open_results(options: argparse.Namespace) -> Results:
-    """A new file of results, or the unfinished one to go on with."""
-    asked = {name: getattr(options, name) for name in ("preset", "group", "only", "peers")}
+    """A new file of results, or an unfinished one to go on with."""
+    asked = {name: getattr(options, name) for name in ("preset", "training", "only", "peers")}
     header = measure.environment(options.device) | asked | {"complete": False}
-    path = options.out
-    earlier = Results.load(path) if path.exists() else None
-    unfinished = earlier is not None and not earlier.header["complete"]
-    if unfinished != options.resume:
-        told = "holds an unfinished run: --resume goes on, or delete it" if unfinished else "holds no unfinished run"
-        raise SystemExit(f"{path} {told}")
-    if not options.resume:
-        return Results(path, header)
+    if not options.out.exists() or (earlier := Results.load(options.out)).header["complete"]:
+        return Results(options.out, header)
     if differences := earlier.differences(header):
-        raise SystemExit(f"{path} was measured elsewhere, and cannot be gone on with: {'; '.join(differences)}")
+        told = "holds an unfinished run that was measured elsewhere: delete it, or go on there"
+        raise SystemExit(f"{options.out} {told}; {'; '.join(differences)}")
     return earlier
 
 
@@ -291,12 +298,13 @@ def run(options: argparse.Namespace, results: Results, bench: Bench) -> None:
 
             for case in cases:
                 if time.monotonic() > stop:
-                    print(f"stopped after {options.minutes:g} minutes: --resume goes on", file=sys.stderr)
+                    print(f"stopped after {options.minutes:g} minutes: the same again goes on", file=sys.stderr)
                     return
                 bench.measure(case, progress)
                 results.save()
                 gc.collect()
                 torch.cuda.empty_cache()
+                torch.compiler.reset()  # what was compiled for one case would make the next one's calls slower
         results.header["complete"] = True
     finally:
         results.header["ended"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -310,22 +318,23 @@ def main(arguments: list[str] | None = None, sample: Sampler | None = None) -> i
     if options.list:
         list_everything(options)
         return 0
+    if options.first_call:
+        print(time_first_call(*options.first_call))
+        return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own log off the screen
     # cuBLAS is deterministic only with a workspace of its own, which it must know when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what the models' own flash paths call is deprecated
     results = open_results(options)
-    plan = PLANS[options.preset]
-    plan = plan if options.rounds is None else replace(plan, rounds=options.rounds)
-    bench = Bench(results, options.device, plan, options.chosen, sample or measure.sample_on(options.device))
+    bench = Bench(results, options.device, options.preset, options.chosen, sample or measure.sample_on(options.device))
     interrupted = False
     try:
         run(options, results, bench)
     except KeyboardInterrupt:
         interrupted = True
-        print("interrupted: --resume goes on", file=sys.stderr)
-    print(report.terminal(results))
-    print("written:", *(f"  {file}" for file in (results.path, *report.write(results))), sep="\n")
+        print("interrupted: the same again goes on", file=sys.stderr)
+    print(reporting.terminal(results))
+    print("written:", *(f"  {file}" for file in (results.path, *reporting.write(results))), sep="\n")
     # A call that one of ours does not serve is a row like any other; a model that we cannot patch is a defect.
     ours = [row for row in results if row["ours"] and row["error"]]
     failed = [row for row in ours if row["error"].startswith("wrong") or row["pass"] == STEP]

@@ -32,7 +32,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import flash_attend
-from cases import DTYPES
+from cases import DTYPES, Case
 from gate import Check
 from measure import rounded
 from peers import GPU, Peer
@@ -53,60 +53,50 @@ ROUNDINGS = 64
 PADDED, COMPLEX, COMPLETE = "padded transformer", "complex-valued-transformer", "complete complex"
 
 
-@dataclass(frozen=True)
-class Workload:
-    """One model, its precision and the size of its batch. Described as a `Case` is."""
+@dataclass(frozen=True, kw_only=True)
+class Workload(Case):
+    """One model, its precision and the size of its batch; as a case, the calls of its attention."""
 
     model: str
-    dtype: str  # a key of `cases.DTYPES`
     dim: int
     depth: int
-    heads: int
-    length: int
-    batch: int
-    group: str = "training steps"
-    passes: tuple[str, ...] = (STEP,)
-    mask_words: str = "causal right62"
-    threads: int = 0
-    overhead: bool = False
-    core: bool = True
+    sequences: int  # of a batch
 
     @property
     def name(self) -> str:
         """Says all that decides the work."""
-        head = f"h{self.heads} d{self.dim // self.heads if self.model == PADDED else DIM_HEAD}"
-        return f"{self.model} {self.dtype} dim{self.dim} depth{self.depth} {head} b{self.batch} n{self.length}"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(b, h, hk, i, j, d, dv)` of the calls of attention."""
-        batch, dim, value_dim = {
-            PADDED: (self.batch, self.dim // self.heads, self.dim // self.heads),
-            COMPLEX: (self.batch, 2 * DIM_HEAD, 2 * DIM_HEAD),
-            COMPLETE: (4 * self.batch, DIM_HEAD, 2 * DIM_HEAD),
-        }[self.model]
-        return batch, self.heads, self.heads, self.length, self.length, dim, value_dim
+        head = f"h{self.heads} d{self.head_dim if self.model == PADDED else DIM_HEAD}"
+        sizes = f"dim{self.dim} depth{self.depth} {head} b{self.sequences} n{self.queries}"
+        return f"{self.model} {self.dtype} {sizes}"
 
 
-# What a CPU with two cores does in some seconds, and what gives a GPU something to do and still leaves room for the
+def workload(model: str, dtype: str, dim: int, depth: int, heads: int, length: int, batch: int) -> Workload:
+    """A model that is trained on batches of so many sequences, in a precision of `cases.DTYPES`."""
+    calls, head_dim, value_dim = {
+        PADDED: (batch, dim // heads, dim // heads),
+        COMPLEX: (batch, 2 * DIM_HEAD, 2 * DIM_HEAD),
+        COMPLETE: (4 * batch, DIM_HEAD, 2 * DIM_HEAD),
+    }[model]
+    mask = dict(causal=True, mask="right", valid=0.625)
+    told = dict(passes=(STEP,), group="training steps", core=True)
+    of_model = dict(model=model, dim=dim, depth=depth, sequences=batch)
+    return Workload(calls, heads, length, length, head_dim, value_dim, heads, dtype, **mask, **told, **of_model)
+
+
+# The precision beside bfloat16, and dim, depth, heads, length and batch of real and of complex models: what a CPU with
+# two cores does in some seconds, and what gives a GPU something to do and still leaves room for the
 # einsum path's scores. Complex numbers have no bfloat16.
 SIZES = {
-    "cpu": (
-        dict(dim=128, depth=2, heads=4, length=256, batch=4),
-        dict(dim=64, depth=2, heads=4, length=192, batch=4),
-    ),
-    "cuda": (
-        dict(dim=512, depth=6, heads=8, length=2048, batch=8),
-        dict(dim=256, depth=4, heads=8, length=2048, batch=4),
-    ),
+    "cpu": ("float32", (128, 2, 4, 256, 4), (64, 2, 4, 192, 4)),
+    "cuda": ("tf32", (512, 6, 8, 2048, 8), (256, 4, 8, 2048, 4)),
 }
 
 
 def workloads(device: str, only: str = "") -> list[Workload]:
     """Those for "cpu" or "cuda" whose group and name contain all words of `only`."""
-    real, complex_ = SIZES[device]
-    made = [Workload(PADDED, dtype, **real) for dtype in ("bfloat16", {"cpu": "float32", "cuda": "tf32"}[device])]
-    made += [Workload(model, "float32", **complex_) for model in (COMPLEX, COMPLETE)]
+    single, real, complex_ = SIZES[device]
+    made = [workload(PADDED, dtype, *real) for dtype in ("bfloat16", single)]
+    made += [workload(model, "float32", *complex_) for model in (COMPLEX, COMPLETE)]
     return [one for one in made if all(word in f"{one.group}: {one.name}" for word in only.split())]
 
 
@@ -142,7 +132,7 @@ class PaddedTransformer(nn.Module):
         super().__init__()
         dim = workload.dim
         self.embed = nn.Embedding(VOCABULARY, dim)
-        self.positions = nn.Parameter(torch.randn(workload.length, dim))
+        self.positions = nn.Parameter(torch.randn(workload.queries, dim))
         self.blocks = nn.ModuleList(Block(dim, workload.heads, make_attend()) for _ in range(workload.depth))
         self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY, bias=False))
 
@@ -227,7 +217,7 @@ class Batch:
     @staticmethod
     def of(workload: Workload, device: torch.device) -> Batch:
         """The batch of a workload, and of all its arms."""
-        batch, length = workload.batch, workload.length
+        batch, length = workload.sequences, workload.queries
         window = torch.randint(VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(0))
         lengths = torch.linspace(length / 4, length, batch + 2)[1:-1].long()  # (b,)
         valid = torch.arange(length) < lengths[:, None]

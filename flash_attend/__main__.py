@@ -166,6 +166,7 @@ def _check(options: argparse.Namespace) -> int:
 # tune
 # ---------------------------------------------------------------------------------------------------------------------
 
+LENGTHS = [(2048, 2048), (1, 16384)]
 MASKED = ("none", "none-causal", "key", "key-causal", "dense", "dense-causal")
 
 
@@ -184,6 +185,11 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def _lengths(text: str) -> tuple[int, int]:
+    queries, _, keys = text.partition("x")
+    return _count(queries), _count(keys or queries)
 
 
 def _pattern(text: str) -> str:
@@ -211,7 +217,10 @@ def main(arguments: list[str] | None = None) -> int:
     tunes.add_argument("--d", nargs="+", type=_count, default=[64, 128], help="head dimensions, default 64 128")
     tunes.add_argument("--dv", nargs="+", type=_count, help="of the values, default those of the keys")
     tunes.add_argument("--mask", nargs="+", default=["none", "none-causal", "key-causal"], choices=MASKED)
-    tunes.add_argument("--length", nargs="+", type=_count, default=[2048], help="queries and keys, default 2048")
+    tunes.add_argument(
+        "--length", nargs="+", type=_lengths, default=LENGTHS, metavar="N|IxJ",
+        help="queries and keys, default 2048, and 1x16384: one query against a long cache, without gradients",
+    )  # fmt: skip
     tunes.add_argument("--tokens", type=_count, default=16384, help="of a batch, default 16384")
     tunes.add_argument("--width", type=_count, default=2048, help="of a model: heads times d, default 2048")
     options = parser.parse_args(arguments)

@@ -120,8 +120,6 @@ def _refuse_scores(spec: AttentionSpec, served: tuple[str, ...] = ()) -> str:
 
 
 def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
-    if reason := _refuse_scores(spec):
-        return reason
     if target.triton is None:
         return "Triton is not installed"
     oldest = TRITON_VERSIONS[0]
@@ -178,7 +176,7 @@ def _load_triton() -> Functions:
 
 
 def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
-    if reason := _refuse_triton(spec, target):
+    if reason := _refuse_triton(spec, target) or _refuse_scores(spec):
         return reason
     if target.interpreted:
         return "Triton's interpreter runs no Gluon"

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -106,8 +107,19 @@ def _in_a_thread(function: Callable[[], T]) -> T:
 def _on_the_device(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     if device.type != "cuda":
         return _compare(variant, device)
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), _waiting_allowed():
         return _compare(variant, device)  # which has read its results when it returns
+
+
+@contextmanager
+def _waiting_allowed() -> Iterator[None]:
+    """Within this context the host may wait for the device: a mode of the whole process says whether it may."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _compare(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
@@ -156,6 +168,8 @@ def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 PRODUCTS = (("float16", "ieee"), ("bfloat16", "ieee"), ("float32", "tf32"), ("float32", "tf32x3"), ("float64", "ieee"))
 MASKS = (("none", False), ("key", False), ("key", True), ("dense", False))
+# Of causal calls without a mask: what models have.
+SCORES = ("left", "softcap", "left+softcap", "alibi", "left+sinks", "bias-1hij-{dtype}")
 
 
 def answer(request: list) -> list:
@@ -169,15 +183,33 @@ def servable(target: DeviceTarget) -> list[Variant]:
     found = []
     flags = product(PRODUCTS, HEAD_DIMS, MASKS, (False, True), (False, True), (False, True))
     for products, dim, (mask, per_head), causal, dropout, grouped in flags:
-        kind = Kind(*products, dim, dim, mask, causal, dropout)
+        kind = Kind(*products, dim, dim, mask, causal, dropout, one_query=False)
         for backend in BACKENDS.values():
             backwards = [backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)]
             tiles = partial(tuned_tiles, backend.name, kind, target)
-            variants = [
-                Variant(backend.name, way, kind, per_head, grouped, False, False, ALL, tiles(way)) for way in backwards
-            ]
+            of_call = kind, per_head, grouped, False, ALL
+            variants = [Variant(backend.name, way, *of_call, tiles(way)) for way in backwards]
             found += [one for one in variants if backend.proof != "none" and not _refused(one, target)]
+    found += [
+        one
+        for products, dim, changes in product(PRODUCTS, HEAD_DIMS, SCORES)
+        for one in _of_changes(
+            Kind(*products, dim, dim, "none", True, False, scores=changes.format(dtype=products[0])), target
+        )
+    ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
+
+
+def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
+    """The variants of a kind whose scores are changed, on a part."""
+    others = "bias" in kind.scores, "sinks" in kind.scores
+    needed = (*ALL, *others) if any(others) else ALL
+    found = []
+    for backend in BACKENDS.values():
+        for way in (backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)):
+            variant = Variant(backend.name, way, kind, False, False, False, needed)
+            found += [variant] if backend.proof != "none" and not _refused(variant, target) else []
+    return found
 
 
 def _refused(variant: Variant, target: DeviceTarget) -> str:

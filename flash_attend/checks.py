@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from flash_attend.operands import Layouts, Operands, Strides
+from flash_attend.operands import Layouts, Operands, Strides, broadcast_strides
 from flash_attend.options import check_flag, check_number, check_positive, check_probability, check_window, shown
 from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, Window, describe
 from flash_attend.tracing import constant_when_compiled
@@ -377,17 +377,12 @@ def layouts_of(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> Layouts:
         shape, strides, *_ = mask
         if len(strides) == 2:
             shape, strides = (shape[0], 1, 1, shape[1]), (strides[0], 0, 0, strides[1])
-        found = found._replace(mask_sizes=(*sizes.mask, spec.keys), mask=_broadcast(shape, strides))
+        found = found._replace(mask_sizes=(*sizes.mask, spec.keys), mask=broadcast_strides(shape, strides))
     if bias is not None:
-        found = found._replace(bias=(0,) * (4 - len(bias[0])) + _broadcast(bias[0], bias[1]))
+        found = found._replace(bias=(0,) * (4 - len(bias[0])) + broadcast_strides(bias[0], bias[1]))
     if slopes is not None:
-        found = found._replace(alibi_slopes=(0,) * (2 - len(slopes[0])) + _broadcast(slopes[0], slopes[1]))
-    return found if sinks is None else found._replace(sinks=sinks[1])
-
-
-def _broadcast(shape: Sequence[int], strides: Strides) -> Strides:
-    """The strides of a tensor that is read along all of each dimension."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+        found = found._replace(alibi_slopes=(0,) * (2 - len(slopes[0])) + broadcast_strides(slopes[0], slopes[1]))
+    return found if sinks is None else found._replace(sinks=broadcast_strides(*sinks[:2]))
 
 
 # A graph that holds the answer is guarded by torch.compile, on what torch itself asks at each product of float32: it

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
@@ -118,8 +119,8 @@ def _part_of(target: DeviceTarget) -> dict[str, str]:
 
 def _root() -> Path:
     if given := os.environ.get("FLASH_ATTEND_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "flash_attend"
+        return Path(os.path.expanduser(given))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "flash_attend")
 
 
 @cache
@@ -174,13 +175,20 @@ class Store:
             self.write(str(variant), dict(variant=variant, **finding._asdict(), **details))
 
     def tuned(self, kind: Kind) -> Tuned | None:
-        """What was fastest for a kind of calls, read at each time."""
+        """What was fastest for a kind of calls, read at each time. Where tiles cannot be read, nothing is known."""
         found: Any = (self.read(name_of_tuned(kind)) or {}).get("won")
         try:
             won = Tuned(found["backend"], tuple((str(a), str(b), str(c)) for a, b, c in found["ways"]), found["reason"])
-            return won if isinstance(won.backend, str) and isinstance(won.reason, str) else None
         except (KeyError, TypeError, ValueError):
             return None
+        try:
+            for _, _, tiles in won.ways:
+                _read_tiles(tiles)
+        except ValueError as error:
+            path = self._path(name_of_tuned(kind))
+            warnings.warn(f"flash_attend ignores what was tuned in {path}: {error}", stacklevel=2)
+            return None
+        return won if isinstance(won.backend, str) and isinstance(won.reason, str) else None
 
     def forget(self, variant: Variant) -> None:
         """Forgets what was found, here and on the disk, so that it is found anew."""
@@ -250,6 +258,14 @@ class Store:
         return found
 
 
+def _read_tiles(text: str) -> None:
+    """Raises `ValueError` for a text that holds no tiles."""
+    if text:
+        from flash_attend.kernels.configs import of_text  # which asks here what is fastest
+
+        of_text(text)
+
+
 def name_of_tuned(kind: Kind) -> str:
     """The name of what was measured for a kind of calls."""
-    return "tuned " + " ".join(map(str, kind))
+    return f"tuned {kind}"

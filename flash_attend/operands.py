@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layouts", "Operands", "Strides"]
+__all__ = ["Layouts", "Operands", "Strides", "broadcast_strides"]
 
 Strides = tuple[int, ...]
 
@@ -23,6 +24,11 @@ class Operands(NamedTuple):
     bias: Tensor | None = None  # (b|1, h|1, i|1, j|1), added to the scores; -inf hides a pair as the mask does
     alibi_slopes: Tensor | None = None  # (b|1, h)
     sinks: Tensor | None = None  # (h,), logits that take part in the normaliser alone
+
+
+def broadcast_strides(sizes: Sequence[int], strides: Strides) -> Strides:
+    """The strides of a tensor that is read along all of each dimension, those of size 1 too."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
 
 
 class Layouts(NamedTuple):
@@ -42,5 +48,5 @@ class Layouts(NamedTuple):
         """Those of operands."""
         q, k, v, mask, _, *others = operands
         of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
-        of_others = [None if tensor is None else tensor.stride() for tensor in others]
+        of_others = [None if tensor is None else broadcast_strides(tensor.shape, tensor.stride()) for tensor in others]
         return Layouts(q.stride(), k.stride(), v.stride(), *of_mask, *of_others)

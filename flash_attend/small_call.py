@@ -7,7 +7,7 @@ Lengths are run-time values of the kernels: what is compiled for it is what the 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
-from flash_attend.spec import AttentionSpec, MaskKind, describe
+from flash_attend.spec import PACKED_ROWS, AttentionSpec, BiasKind, MaskKind, describe
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer
 from flash_attend.variant import Variant
@@ -24,6 +24,7 @@ __all__ = ["SmallCall", "budget_of", "small_call", "spec_of", "truth_of"]
 
 DROPOUT_P = 0.25
 SEED = 20_260_131
+FEW = 5  # queries of a call whose heads are packed
 HIDDEN = 7  # keys at the end that a mask hides from everybody
 
 
@@ -40,7 +41,13 @@ def spec_of(variant: Variant) -> AttentionSpec:
     """The spec of a variant's small call, but for its lengths."""
     kind = variant.kind
     return AttentionSpec(
-        *(3 if kind.mask != "none" else 1, 4 if variant.grouped else 2, 2, 1 if variant.one_query else 2, 1),
+        *(
+            3 if kind.mask != "none" else 2 if "bias-b" in kind.scores else 1,
+            4 if variant.grouped else 2,
+            2,
+            1 if kind.one_query else FEW if variant.packed else PACKED_ROWS,
+            1,
+        ),
         *(kind.head_dim, kind.value_dim),
         getattr(torch, kind.dtype),
         mask=MaskKind[kind.mask.upper()],
@@ -49,7 +56,22 @@ def spec_of(variant: Variant) -> AttentionSpec:
         scale=kind.head_dim**-0.5 * (-1 if variant.negative_scale else 1),
         dropout_p=DROPOUT_P if kind.dropout else 0.0,
         precision=kind.precision,
+        **_changes(kind.scores),
     )
+
+
+def _changes(scores: str) -> dict[str, Any]:
+    """The fields of a spec for what changes scores; the window's edges are near ones."""
+    words = scores.split("+")
+    found: dict[str, Any] = dict(alibi="alibi" in words, sinks="sinks" in words)
+    found["window"] = (1 if "left" in words else None, 1 if "right" in words else None)
+    found["softcap"] = 4.0 if "softcap" in words else 0.0
+    for word in words:
+        if word.startswith("bias-"):
+            _, form, dtype = word.split("-")
+            batch, heads, queries, keys = (letter != "1" for letter in form)
+            found["bias"] = BiasKind(batch, heads, queries, keys, getattr(torch, dtype))
+    return found
 
 
 def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -> SmallCall:
@@ -58,8 +80,12 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     keys = 2 * edge + edge // 2 + 5
     # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
     queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
-    queries = 1 if variant.one_query else queries
-    spec = replace(spec_of(variant), queries=queries, keys=keys)
+    queries = 1 if kind.one_query else FEW if variant.packed else queries
+    spec = spec_of(variant)
+    # So far that there are full blocks in it, and so near that blocks are cut by it.
+    left, right = spec.window
+    window = None if left is None else 2 * edge, None if right is None else edge // 2
+    spec = replace(spec, queries=queries, keys=keys, window=window)
 
     generator = torch.Generator().manual_seed(SEED)
 
@@ -71,11 +97,19 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     v = draw(spec.batch, spec.kv_heads, keys, spec.value_dim)
     mask = _mask(spec, device)
     seed = torch.tensor([SEED], device=device) if spec.dropout_p else None
-    clean = poisoned = Operands(q, k, v, mask, seed)
+    slopes = torch.linspace(0.02, 0.3, spec.heads, device=device)[None] if spec.alibi else None
+    sinks = torch.linspace(-1.0, 2.0, spec.heads, device=device).to(spec.dtype) if spec.sinks else None
+    bias = None
+    if spec.bias is not None:
+        sizes = (spec.batch, spec.heads, queries, keys)
+        bias = draw(*(n if varies else 1 for n, varies in zip(sizes, spec.bias[:4], strict=True))).to(spec.bias.dtype)
+        if spec.bias.keys:
+            bias[..., 3::11] = -torch.inf
+    clean = poisoned = Operands(q, k, v, mask, seed, bias, slopes, sinks)
     if mask is not None:
         hidden = ~mask.flatten(1, 2).any(dim=1)[:, None, :, None]  # (b, 1, j, 1)
         poisoned = clean._replace(k=k.masked_fill(hidden, torch.nan), v=v.masked_fill(hidden, torch.nan))
-    assert describe(q, k, v, mask, *spec.options) == spec
+    assert describe(q, k, v, mask, *spec.options, bias=bias, alibi=spec.alibi, sinks=spec.sinks) == spec
     return SmallCall(clean, poisoned, spec, draw(spec.batch, spec.heads, queries, spec.value_dim))
 
 
@@ -94,16 +128,17 @@ def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
 
 
 def truth_of(call: SmallCall) -> Answer:
-    q, k, v, mask, seed, *_ = call.operands
     spec = replace(call.spec, dtype=torch.float64, precision="ieee")
-    operands = Operands(q.double(), k.double(), v.double(), mask, seed)
+    q, k, v, mask, seed, *others = call.operands
+    bias, slopes, sinks = (None if x is None else x.double() for x in others)
+    operands = Operands(q.double(), k.double(), v.double(), mask, seed, bias, slopes, sinks)
     out, lse = attention_reference(operands, spec, return_lse=True)
     assert lse is not None
     return Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))
 
 
 def budget_of(call: SmallCall, truth: Answer) -> Budget:
-    (q, k, v, mask, seed, *_), spec = call.operands, call.spec
+    (q, k, v, mask, seed, bias, slopes, sinks), spec = call.operands, call.spec
     return Budget(
         truth,
         q,
@@ -116,4 +151,9 @@ def budget_of(call: SmallCall, truth: Answer) -> Budget:
         keep=None if seed is None else keep_mask(seed, spec, 0, spec.queries),
         grad_out=call.grad_out,
         tf32=spec.precision == "tf32",
+        bias=bias,
+        window=spec.window,
+        softcap=spec.softcap or None,
+        alibi_slopes=slopes,
+        sinks=sinks,
     )

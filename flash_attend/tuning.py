@@ -6,11 +6,13 @@ It is measured only where it checks right. Figures are kept as they come: tuning
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -56,7 +58,7 @@ def tune(calls: Callable[[], object] | Iterable[Call], *, minutes: float = 10.0)
         if device is not None:
             kinds.setdefault((device, Kind(*kind_of_call(call.spec))), []).append(call)
     end, won = time.monotonic() + 60 * minutes, {}
-    pairs = sum(len(candidates(call, DeviceTarget.of(device))) for (device, _), of in kinds.items() for call in of)
+    pairs = sum(len(of) * len(candidates(of, DeviceTarget.of(device))) for (device, _), of in kinds.items())
     with tqdm(total=pairs, unit="pair", desc="tuning", file=sys.stderr, disable=None) as bar:
         for (device, kind), of_kind in kinds.items():
             won[f"{device} {name_of_tuned(kind)}"] = _tune_kind(device, kind, of_kind, end, bar)
@@ -68,22 +70,24 @@ def grid(
     dtypes: Iterable[str],
     dims: Iterable[tuple[int, int]],
     masks: Iterable[str],
-    lengths: Iterable[int],
+    lengths: Iterable[tuple[int, int]],
     *,
     tokens: int = 16384,
     width: int = 2048,
 ) -> list[Call]:
-    """Calls of self-attention, with gradients: batches of so many tokens, of models so wide. A mask is the name of a
-    `MaskKind`, in lower case, with "-causal" behind it or not."""
+    """Calls of batches of so many tokens, of models so wide. A mask is the name of a `MaskKind`, in lower case, with
+    "-causal" behind it or not; lengths are those of queries and keys. Fewer queries than keys are those of decoding,
+    which needs no gradients."""
     calls = []
-    for dtype, (d, dv), mask, length in product(dtypes, dims, masks, lengths):
-        batch, heads = max(1, tokens // length), max(1, width // d)
+    for dtype, (d, dv), mask, (queries, keys) in product(dtypes, dims, masks, lengths):
+        batch, heads = max(1, tokens // keys), max(1, width // d)
         kind, _, causal = mask.partition("-")
-        sizes = batch, heads, heads, length, length, d, dv, getattr(torch, dtype), MaskKind[kind.upper()]
+        sizes = batch, heads, heads, queries, keys, d, dv, getattr(torch, dtype), MaskKind[kind.upper()]
         precision = "ieee"
         if dtype == "float32":
             precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-        calls.append(Call(AttentionSpec(*sizes, causal=causal == "causal", scale=d**-0.5, precision=precision)))
+        spec = AttentionSpec(*sizes, causal=causal == "causal", scale=d**-0.5, precision=precision)
+        calls.append(Call(spec, (queries >= keys,) * 3))
     return calls
 
 
@@ -106,25 +110,29 @@ def _follow() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def candidates(call: Call, target: DeviceTarget) -> list[Candidate]:
-    """The ways in which a call can be served, in the order in which "auto" asks, what needs tuning last."""
+def candidates(calls: Sequence[Call], target: DeviceTarget) -> list[Candidate]:
+    """The ways in which calls of a kind can be served, in the order in which "auto" asks, what needs tuning last."""
+    gradients, specs = any(any(call.needed) for call in calls), [call.spec for call in calls]
     found: list[Candidate] = []
     for backend in sorted(BACKENDS.values(), key=lambda one: one.proof == "faster"):
-        if backend.refuse(call.spec, target) or backend.fault():
+        if any(backend.refuse(spec, target) for spec in specs) or backend.fault():
             continue
         backwards: list[BackwardName] = [backend.usual_backward]
-        if any(call.needed) and backend.refuse_fused and not backend.refuse_fused(call.spec, target):
+        refuse = backend.refuse_fused
+        if gradients and refuse is not None and not any(refuse(spec, target) for spec in specs):
             backwards.append("fused")
         for way in backwards:
-            tiles = _tiles(call, target, way) if backend.name == "triton" else [""]
+            tiles = _tiles(specs[0], target, way, gradients) if backend.name == "triton" else [""]
             found += [Candidate(backend.name, way, text) for text in tiles]
     return found
 
 
-def _tiles(call: Call, target: DeviceTarget, backward: BackwardName) -> list[str]:
+def _tiles(spec: AttentionSpec, target: DeviceTarget, backward: BackwardName, gradients: bool) -> list[str]:
+    """What is worth timing for calls of a kind, whatever their lengths: what the rules say, and others."""
     from flash_attend.kernels.configs import as_text, candidate_tiles
 
-    return list(map(as_text, candidate_tiles(call.spec, target, backward)))
+    first, *others = candidate_tiles(spec, replace(target, multiprocessors=0), backward)
+    return ["", *(as_text(tiles) for tiles in others if gradients or tiles.forward != first.forward)]
 
 
 def _tune_kind(device: torch.device, kind: Kind, calls: list[Call], end: float, bar: Any) -> str:
@@ -132,10 +140,11 @@ def _tune_kind(device: torch.device, kind: Kind, calls: list[Call], end: float, 
     store, target = Store.of(device), DeviceTarget.of(device)
     figures: list[dict[str, Any]] = (store.read(name_of_tuned(kind)) or {}).get("figures", [])
     done = {_key(figure): figure for figure in figures}
+    ways = candidates(calls, target)
     with Isolated(TIME_PAIR) as process:
         for call in calls:
             reference = None
-            for candidate in candidates(call, target):
+            for candidate in ways:
                 first = reference or candidate  # the first that is right, beside itself
                 request = dict(device=str(device), call=call_as_json(call), pair=[list(first), list(candidate)])
                 if _key(request) not in done:
@@ -163,7 +172,7 @@ def _ask(process: Isolated, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(request: dict[str, Any]) -> str:
-    return repr([request["call"], request["pair"]])
+    return json.dumps([request["call"], request["pair"]])
 
 
 def _won(figures: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -22,6 +22,13 @@ class Kind(NamedTuple):
     mask: str  # the name of a `MaskKind`, in lower case
     causal: bool
     dropout: bool
+    one_query: bool = False  # decoding
+    scores: str = ""  # what changes them, and a window's edges: words with "+" between them, as `_changes` has them
+
+    def __str__(self) -> str:
+        words = [self.dtype, self.precision * (self.precision != "ieee"), f"d{self.head_dim}", f"dv{self.value_dim}"]
+        words += [self.mask * (self.mask != "none"), "causal" * self.causal, "dropout" * self.dropout]
+        return " ".join(filter(None, [*words, "one-query" * self.one_query, *self.scores.split("+")]))
 
 
 class Variant(NamedTuple):
@@ -33,30 +40,26 @@ class Variant(NamedTuple):
     mask_per_head: bool
     grouped: bool
     negative_scale: bool
-    one_query: bool
-    needed: tuple[bool, ...]  # which of q, k and v need a gradient; where none does, the backward is not run
+    # Which of q, k and v need a gradient and, where there is either, the bias and the sinks; where none does, the
+    # backward is not run.
+    needed: tuple[bool, ...]
     # As `kernels.configs.as_text` has those that were measured fastest, or that the rules give calls too short
     # to fill a part; empty for what they give others.
     tiles: str = ""
+    packed: bool = False  # `AttentionSpec.packed` of more than one query
 
     @staticmethod
     def read(fields: tuple) -> Variant:
         """The variant of `variant_of`, or from JSON."""
-        backend, backward, kind, per_head, grouped, negative, one_query, (q, k, v), tiles = fields
-        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, one_query, (q, k, v), tiles)
+        backend, backward, kind, per_head, grouped, negative, needed, tiles, packed = fields
+        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, tuple(needed), tiles, packed)
 
     def __str__(self) -> str:
-        of = self.kind
-        gradients = "".join(name for name, need in zip("qkv", self.needed, strict=True) if need)
-        words = [self.backend, self.backward, of.dtype, of.precision * (of.precision != "ieee")]
-        words += [f"d{of.head_dim}", f"dv{of.value_dim}", of.mask * (of.mask != "none")]
-        words += [
-            "per-head" * self.mask_per_head,
-            "causal" * of.causal,
-            "dropout" * of.dropout,
-            "grouped" * self.grouped,
-        ]
-        words += ["negative-scale" * self.negative_scale, "one-query" * self.one_query]
+        names = zip(("q", "k", "v", "-bias", "-sinks"), self.needed, strict=False)
+        gradients = "".join(name for name, need in names if need)
+        words = [self.backend, self.backward, str(self.kind)]
+        words += ["per-head" * self.mask_per_head, "grouped" * self.grouped, "negative-scale" * self.negative_scale]
+        words += ["packed" * self.packed]
         words += [f"gradients-{gradients}" if gradients else "forward-only", f"tiles {self.tiles}" * bool(self.tiles)]
         return " ".join(filter(None, words))
 
@@ -68,13 +71,26 @@ def kind_of_call(spec: AttentionSpec) -> tuple:
     """The fields of a call's `Kind`."""
     mask = "none" if spec.mask == 0 else "key" if spec.mask == 1 else "dense"
     dtype, dims = str(spec.dtype).removeprefix("torch."), (index(spec.head_dim), index(spec.value_dim))
-    return dtype, spec.precision, *dims, mask, spec.causal, _decided(spec.dropout_p > 0)
+    decided = spec.dropout_p > 0, spec.queries == 1
+    return dtype, spec.precision, *dims, mask, spec.causal, *map(_decided, decided), _changes(spec)
+
+
+def _changes(spec: AttentionSpec) -> str:
+    """What changes a call's scores, and the edges of its window."""
+    left, right = spec.window
+    words = ["left"] * (left is not None) + ["right"] * (right is not None)
+    words += ["softcap"] * (spec.softcap > 0) + ["alibi"] * spec.alibi + ["sinks"] * spec.sinks
+    if spec.bias is not None:
+        form = "".join(letter if varies else "1" for letter, varies in zip("bhij", spec.bias[:4], strict=True))
+        words.append(f"bias-{form}-{str(spec.bias.dtype).removeprefix('torch.')}")
+    return "+".join(words)
 
 
 def variant_of(spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, ...], tiles: str = "") -> tuple:
     """The fields of the `Variant` that serves a call."""
-    flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0, spec.queries == 1
-    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles
+    flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0
+    packed = spec.packed and spec.queries > 1
+    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles, _decided(packed)
 
 
 def _decided(condition: bool) -> bool:

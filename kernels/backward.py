@@ -17,17 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_attend.kernels.bias_gradient import bias_gradient
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.launch import Prepared, begin_aligned, launch
-from flash_attend.kernels.mask import DENSE, NONE, Mask
+from flash_attend.kernels.mask import DENSE, NONE, masks_of_call
 from flash_attend.kernels.operands import (
     HeadsLayout,
     aligned_strides,
+    bias_strides,
     call_arguments,
     call_choices,
+    contiguous_strides,
     is_readable,
     key_section,
     key_sizes,
@@ -35,15 +38,18 @@ from flash_attend.kernels.operands import (
     query_section,
     query_sizes,
     readable,
+    readable_operands,
+    scale_sign,
+    score_numbers,
 )
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads, Rows
-from flash_attend.kernels.schedule import Planes, transposed_lists
-from flash_attend.kernels.scores import scaled_scores
+from flash_attend.kernels.schedule import Planes, scheduled_spec, transposed_lists
+from flash_attend.kernels.scores import scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY
 from flash_attend.kernels.statistics import Kept, QueryStatistics, prepare_statistics
 from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
-from flash_attend.operands import Operands, Strides
+from flash_attend.operands import Layouts, Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["attention_backward", "empty_gradients"]
@@ -77,7 +83,7 @@ class QueryHeads:
         grad_q = None
         if self.grad_q is not None:
             start = self.grad_q + index * queries * q.DIM
-            grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False)
+            grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False, None, None)
         return Queries(q, self.grad_out.rows(batch, head), self.statistics.of_head(index, queries), grad_q)
 
 
@@ -117,11 +123,14 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
     key = keys.first + tl.arange(0, tile.BLOCK_N)
     statistics = queries.statistics.load(query)
     alive = None
-    if MASKED:
-        # What a dead query holds, in q and in the gradient, may be anything: it is not read. No full block has any.
+    # What a dead query holds, in q and in the gradient, may be anything: it is not read. No full block has any, but
+    # for those that a bias hides everything from.
+    MAYBE_DEAD: tl.constexpr = MASKED or scores.bias is not None
+    if MAYBE_DEAD:
         alive = statistics.alive()
-    q = tile.load(queries.q, first_query, alive, tile.BLOCK_M, MASKED)
-    seen = scores.apply(tile.inner_products(keys.k, q))
+    q = tile.load(queries.q, first_query, alive, tile.BLOCK_M, MAYBE_DEAD)
+    applied = scores.apply(tile.inner_products(keys.k, q))
+    seen = scores.add(applied, first_query, keys.first, MASKED, TRANSPOSED=True)
     weights = statistics.weights(seen, scores.factor_log2, AXIS=0)
     if MASKED:
         if mask.KIND == DENSE:
@@ -130,7 +139,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
             shown = keys.shown[:, None]
         # Weights, not scores, whose selects would wait for their product with packed predicates.
         weights = mask.hide(weights, query[None, :], key[:, None], shown, 0.0)
-    grad = tile.load(queries.grad_out, first_query, alive, tile.BLOCK_M, MASKED)
+    grad = tile.load(queries.grad_out, first_query, alive, tile.BLOCK_M, MAYBE_DEAD)
     kept = dropout.kept(first_query, keys.first, tile.BLOCK_M, tile.BLOCK_N, TRANSPOSED=True)
     grad_k = grads.k
     grad_v = grads.v
@@ -138,7 +147,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
         grad_v = tile.accumulate(grad_v, dropout.drop(weights, kept), grad)
     if grads.NEEDS_K or FUSED:
         grad_weights = dropout.gradient(tile.inner_products(keys.v, grad), kept)
-        grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[None, :]))
+        grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[None, :]), applied)
         if MASKED and (mask.KIND == DENSE or (mask.HIDES_KEYS and not FUSED)):
             # Hidden keys were read here, and the NaN that v may hold has survived the zero weight.
             grad_scores = mask.hide(grad_scores, query[None, :], key[:, None], shown, 0.0)
@@ -150,7 +159,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
             if MASKED and mask.KIND == DENSE:
                 # Nor may k bring NaN in: from a key that no query here sees, times a zero.
                 k = clear_rows(k, tl.max(shown.to(tl.int32), 1) != 0)
-            if not MASKED:
+            if not MAYBE_DEAD:
                 alive = tl.full([tile.BLOCK_M], True, tl.int1)
             nothing = zeros(tile.BLOCK_M, queries.q.PART0, queries.q.PART1, tile.ACCUMULATOR)
             grad_q = tile.accumulate(nothing, grad_scores.T, k)
@@ -167,6 +176,8 @@ def _key_value_head(grads, keys, queries, mask, scores, dropout, tile, STAGES: t
     hides_keys = mask.HIDES_KEYS
     if FUSED:
         hides_keys = tl.min(keys.shown.to(tl.int32), 0) == 0
+    elif scores.bias is not None and not mask.HIDES_KEYS:
+        hides_keys = keys.first + tile.BLOCK_N > mask.keys  # those past the end have no bias to read
     walk = mask.walk_over_queries(keys.first, any_key, hides_keys, tile.BLOCK_M, tile.BLOCK_N)
     for run in tl.range(0, walk.run_count(), num_stages=1):
         start, end = walk.run_bounds(run)
@@ -193,6 +204,8 @@ def backward_kv_kernel(
     VISIBLE,
     LISTS,
     SEED,
+    BIAS,
+    ALIBI_SLOPES,
     scale: tl.float64,
     keep_scale: tl.float64,
     keep_threshold: tl.uint32,
@@ -223,6 +236,15 @@ def backward_kv_kernel(
     grad_v_batch: tl.int64,
     grad_v_head: tl.int64,
     grad_v_row: tl.int64,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    softcap: tl.float64,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
+    slopes_batch: tl.int64,
+    slopes_head: tl.int64,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -237,7 +259,11 @@ def backward_kv_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     SCALE_SIGN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -262,7 +288,9 @@ def backward_kv_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    masks = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=MASKS_DIFFER or FUSED)
+    masks = masks_of_call(
+        planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=MASKS_DIFFER or FUSED
+    )
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
     # Keys that are hidden from all come as zeros, once; what gathers in their rows is cleared at the end.
@@ -272,7 +300,10 @@ def backward_kv_kernel(
     if not MASKS_DIFFER:
         shown = masks.of_head(batch, kv_head * group).key_shown(key)
     key_tile = _load_keys(k_rows, v_rows, first_key, shown, tile)
-    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
+    scores = scores_of_call(
+        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
+        queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR,
+    )  # fmt: skip
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
     grads = KeyGradients(
         zeros(BLOCK_N, HEAD0, HEAD1, ACCUMULATOR), zeros(BLOCK_N, VALUE0, VALUE1, ACCUMULATOR), NEEDS_K, NEEDS_V
@@ -290,13 +321,13 @@ def backward_kv_kernel(
                     # Rows are the same for all heads: to load them anew would cost registers.
                     keys_of_head = KeyTile(first_key, shown_here, key_tile.k, key_tile.v)
             grads = _key_value_head(
-                grads, keys_of_head, query_heads.of_head(batch, head, queries), mask, scores,
+                grads, keys_of_head, query_heads.of_head(batch, head, queries), mask, scores.of_head(batch, head),
                 dropout.of_head(batch, head), tile, STAGES,
             )  # fmt: skip
     else:
         grads = _key_value_head(
-            grads, key_tile, query_heads.of_head(batch, kv_head, queries), masks.of_head(batch, kv_head), scores,
-            dropout.of_head(batch, kv_head), tile, STAGES,
+            grads, key_tile, query_heads.of_head(batch, kv_head, queries), masks.of_head(batch, kv_head),
+            scores.of_head(batch, kv_head), dropout.of_head(batch, kv_head), tile, STAGES,
         )  # fmt: skip
     # As tensors: with factors that are scalars, the assembler moves addresses about in the loops before.
     nothing = tl.zeros([1, 1], ACCUMULATOR)
@@ -327,14 +358,15 @@ def _query_gradient_tile(
         shown, readable = mask.shown(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N)
     # Neither in k nor in v: both enter a product whose zeros would not hide a NaN.
     k = tile.load(k_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
-    seen = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
+    applied = scores.apply(tile.inner_products(q, k))  # [BLOCK_M, BLOCK_N]
+    seen = scores.add(applied, first_query, first_key, MASKED)
     if MASKED:
         seen = mask.hide(seen, query[:, None], key[None, :], shown, NEGATIVE_INFINITY)
     weights = statistics.weights(seen, scores.factor_log2, AXIS=1)
     v = tile.load(v_rows, first_key, readable, tile.BLOCK_N, MASKED, HIDDEN_WITHIN)
     grad_weights = tile.inner_products(grad, v)
     grad_weights = dropout.gradient(grad_weights, dropout.kept(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N))
-    grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[:, None]))
+    grad_scores = scores.gradient(weights * (grad_weights - statistics.delta[:, None]), applied)
     return tile.accumulate(grad_q, grad_scores, k)
 
 
@@ -351,6 +383,8 @@ def backward_q_kernel(
     VISIBLE,
     LISTS,
     SEED,
+    BIAS,
+    ALIBI_SLOPES,
     scale: tl.float64,
     keep_scale: tl.float64,
     keep_threshold: tl.uint32,
@@ -378,6 +412,15 @@ def backward_q_kernel(
     grad_q_batch: tl.int64,
     grad_q_head: tl.int64,
     grad_q_row: tl.int64,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    softcap: tl.float64,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
+    slopes_batch: tl.int64,
+    slopes_head: tl.int64,
     ALIGN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -392,7 +435,11 @@ def backward_q_kernel(
     SCHEDULE_N: tl.constexpr,
     MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     SCALE_SIGN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     ACCUMULATOR: tl.constexpr,
@@ -417,8 +464,12 @@ def backward_q_kernel(
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
-    mask = Mask(planes, 0, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS=True).of_head(batch, head)
-    scores = scaled_scores(scale, SCALE_SIGN, ACCUMULATOR)
+    masks = masks_of_call(planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=True)
+    mask = masks.of_head(batch, head)
+    scores = scores_of_call(
+        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
+        queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR,
+    ).of_head(batch, head)  # fmt: skip
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
@@ -448,15 +499,17 @@ def backward_q_kernel(
 
 
 def empty_gradients(
-    q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, needed: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Where a backward writes the gradients of q, k and v that are `needed`."""
-    strides = tuple(readable(tensor).stride() for tensor in (q, k, v))
-    grad_q, grad_k, grad_v = gradient_layouts(spec, strides, needed)
-    return (
-        None if grad_q is None else q.new_empty_strided(*grad_q),
-        None if grad_k is None else k.new_empty_strided(*grad_k),
-        None if grad_v is None else v.new_empty_strided(*grad_v),
+    inputs: Sequence[Tensor | None], spec: AttentionSpec, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Where a backward writes the gradients that are `needed` of its inputs: q, k and v and, where there is either, the
+    bias and the sinks."""
+    strides = [readable(tensor).stride() for tensor in inputs[:3]]
+    layouts: list[HeadsLayout | None] = [*gradient_layouts(spec, strides, needed[:3])]
+    for tensor, need in zip(inputs[3:], needed[3:], strict=True):
+        layouts.append((tensor.shape, contiguous_strides(tensor.shape)) if need else None)
+    return tuple(
+        None if layout is None else tensor.new_empty_strided(*layout)
+        for tensor, layout in zip(inputs, layouts, strict=True)
     )
 
 
@@ -483,8 +536,9 @@ def attention_backward(
     spec: AttentionSpec,
     tiles: Tiles,
     needed: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`.
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k and v that are `needed`, from those of out `(b, h, i, dv)` and lse `(b, h, i)`; with five
+    that may be, of the bias and the sinks too.
 
     Everything else is what the forward took and gave: `kept` says of each query what `lse` rounds. A gradient that is
     None counts as 0.
@@ -493,15 +547,23 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
-    q, k, v, *others = operands
+    q, k, v, _, _, bias, slopes, sinks = operands
+    if not (bias is slopes is sinks is None):
+        if spec.dtype == torch.float64 and any(x is not None and x.dtype != spec.dtype for x in (bias, slopes, sinks)):
+            given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
+            grads = attention_backward(*given, spec, tiles, needed)
+            pairs = zip((bias, sinks), grads[3:], strict=False)
+            return *grads[:3], *(grad if grad is None else grad.to(x.dtype) for x, grad in pairs)
+        spec = scheduled_spec(spec)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
     planes = 0 if kept.visible is None else kept.visible.shape[0]
-    backward = _prepare(spec, tiles, tuple(needed), planes, *strides)
+    of_others = (None, None) if bias is slopes is None else Layouts.of(operands)[5:7]
+    backward = _prepare(spec, tiles, tuple(needed), planes, *strides, *of_others)
     if backward is not None:
-        return backward.run(grad_out, grad_lse, operands, out, kept)
-    operands = Operands(readable(q), readable(k), readable(v), *others)
+        return backward.run(grad_out, grad_lse, operands, out, lse, kept)
+    operands = readable_operands(operands)
     given = readable(grad_out), grad_lse, operands, readable(out), lse, kept
     return attention_backward(*given, spec, tiles, needed)
 
@@ -516,6 +578,7 @@ class Backward:
     by_keys: tuple[tuple[Prepared, bool, bool], ...]  # and which of the gradients of k and v a launch makes
     fused: bool
     by_queries: tuple[Prepared, Prepared] | None  # where k and v do not begin where bulk copies can read, and where
+    of_others: tuple[bool, ...]  # whether the gradients of the bias and of the sinks are needed; empty without them
 
     def run(
         self,
@@ -523,13 +586,14 @@ class Backward:
         grad_lse: Tensor | None,
         operands: Operands,
         out: Tensor,
+        lse: Tensor,
         kept: Kept,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         """As `attention_backward`."""
-        q, k, v, _, seed, *_ = operands
+        q, k, v, _, seed, bias, slopes, sinks = operands
         schedule = kept.schedule
         # What is allocated here is aligned. Where something else is not, each launch sees for itself.
-        aligned = begin_aligned(q, k, v, grad_out, schedule.visible, schedule.lists, seed) or None
+        aligned = begin_aligned(q, k, v, grad_out, schedule.visible, schedule.lists, seed, bias, slopes) or None
         statistics = prepare_statistics(grad_out, grad_lse, out, kept, self.spec, self.tiles)
         grad_q, grad_k, grad_v = [None if layout is None else q.new_empty_strided(*layout) for layout in self.grads]
         inputs = q, k, v, grad_out
@@ -538,36 +602,53 @@ class Backward:
         by_keys = transposed_lists(schedule) if self.by_keys else None
         for prepared, makes_k, makes_v in self.by_keys:
             made = grad_k if makes_k else None, grad_v if makes_v else None, sum_q
-            launch(prepared, *inputs, *made, *statistics, schedule.visible, by_keys, seed, aligned=aligned)
+            read = *statistics, schedule.visible, by_keys, seed, bias, slopes
+            launch(prepared, *inputs, *made, *read, aligned=aligned)
         if self.fused:
-            torch.mul(sum_q, abs(self.spec.scale), out=grad_q)
+            torch.mul(sum_q, self.spec.scale * (scale_sign(self.spec) or 1), out=grad_q)
         if self.by_queries is not None:
             prepared = self.by_queries[aligned or begin_aligned(k, v)]
-            launch(prepared, *inputs, grad_q, *statistics, schedule.visible, schedule.lists, seed, aligned=aligned)
-        return grad_q, grad_k, grad_v
+            read = *statistics, schedule.visible, schedule.lists, seed, bias, slopes
+            launch(prepared, *inputs, grad_q, *read, aligned=aligned)
+        if self.of_others == ():
+            return grad_q, grad_k, grad_v
+        of_bias, of_sinks = self.of_others
+        grad_bias = None
+        if of_bias:
+            grad_bias = bias_gradient(grad_out, operands, statistics, schedule, self.spec, self.tiles)
+        grad_sinks = _sinks_gradient(sinks, lse, statistics.delta) if of_sinks else None
+        return grad_q, grad_k, grad_v, grad_bias, grad_sinks
+
+
+def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The gradient of the sinks `(h,)`, by their weights and the `delta` of each query."""
+    weights = torch.exp(sinks[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)  # (b, h, i)
+    return -(weights * delta[..., : lse.shape[2]]).sum((0, 2)).to(sinks.dtype)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(
     spec: AttentionSpec,
     tiles: Tiles,
-    needed: tuple[bool, bool, bool],
+    needed: tuple[bool, ...],
     planes: int,
     q: Strides,
     k: Strides,
     v: Strides,
     grad_out: Strides,
     out: Strides,
+    bias: Strides | None,
+    slopes: Strides | None,
 ) -> Backward | None:
-    """None where a row of a tensor is not contiguous: then of copies."""
+    """None where kernels cannot read a tensor: then of copies."""
     dims = spec.head_dim, spec.head_dim, spec.value_dim, spec.value_dim, spec.value_dim
     if not all(map(is_readable, (q, k, v, grad_out, out), dims)):
         return None
-    grads = gradient_layouts(spec, (q, k, v), needed)
+    grads = gradient_layouts(spec, (q, k, v), needed[:3])
     of_q, of_k, of_v = (None if layout is None else layout[1] for layout in grads)
     by_keys = of_k is not None or of_v is not None
     fused = by_keys and of_q is not None and tiles.backward_fused is not None
-    strides = q, k, v, grad_out
+    strides = q, k, v, grad_out, bias, slopes
     apart = tiles.backward_kv.apart and not fused
     made = [steps for steps in (((of_k, None), (None, of_v)) if apart else ((of_k, of_v),)) if steps != (None, None)]
     return Backward(
@@ -582,6 +663,7 @@ def _prepare(
         None
         if of_q is None or fused
         else tuple(_prepare_q(spec, tiles, planes, at_hand, *strides, of_q) for at_hand in (False, True)),
+        needed[3:],
     )
 
 
@@ -598,6 +680,8 @@ def _prepare_kv(
     k: Strides,
     v: Strides,
     grad_out: Strides,
+    bias: Strides | None,
+    slopes: Strides | None,
     grad_k: Strides | None,
     grad_v: Strides | None,
 ) -> Prepared:
@@ -615,13 +699,14 @@ def _prepare_kv(
     return Prepared(
         backward_kv_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
-        (*call_arguments(spec, planes, tiles), key_section(spec), *strides),
+        (*call_arguments(spec, planes, tiles), key_section(spec), *strides, *score_numbers(spec, bias, slopes)),
         dict(
             ALIGN=align,
             GROUPED=spec.group > 1,
             MASKS_DIFFER=spec.group > 1 and spec.mask == MaskKind.KEY and spec.mask_per_head,
             NEEDS_K=grad_k is not None,
             NEEDS_V=grad_v is not None,
+            BIAS_ALIGN=bias_strides(spec, bias)[0],
             **call_choices(spec, tile, tiles),
         ),
         tile.num_warps,
@@ -639,6 +724,8 @@ def _prepare_q(
     k: Strides,
     v: Strides,
     grad_out: Strides,
+    bias: Strides | None,
+    slopes: Strides | None,
     grad_q: Strides,
 ) -> Prepared:
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
@@ -649,8 +736,13 @@ def _prepare_q(
     return Prepared(
         backward_q_kernel,
         spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
-        (*call_arguments(spec, planes, tiles), query_section(spec), *strides),
-        dict(ALIGN=align, DESCRIPTORS=tile.descriptors, **call_choices(spec, tile, tiles)),
+        (*call_arguments(spec, planes, tiles), query_section(spec), *strides, *score_numbers(spec, bias, slopes)),
+        dict(
+            ALIGN=align,
+            DESCRIPTORS=tile.descriptors,
+            BIAS_ALIGN=bias_strides(spec, bias)[0],
+            **call_choices(spec, tile, tiles),
+        ),
         tile.num_warps,
         tile.num_stages,
         hand_over=hand_over,

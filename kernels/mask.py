@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flash_attend.kernels.compat import aggregate
-from flash_attend.kernels.schedule import BITS_PER_WORD, bounded_walk, cut_walk, listed_walk
+from flash_attend.kernels.schedule import BITS_PER_WORD, band_walk, bounded_walk, cut_walk, listed_walk
 
 NONE = tl.constexpr(0)
 KEY = tl.constexpr(1)
@@ -18,8 +18,11 @@ DENSE = tl.constexpr(2)
 
 @aggregate
 class Mask:
-    """Who may see whom, of one head: the key mask or the dense one of its `plane`, causality, and the ends of queries
-    and keys.
+    """Who may see whom, of one head: the key mask or the dense one of its `plane`, causality or a window, and the ends
+    of queries and keys.
+
+    Query `x` is at the position of key `x + keys - queries`. It sees keys from `left` before that one on, unless None;
+    if CAUSAL, up to that one, or to `right` after it, unless None.
 
     HIDES_KEYS: whether `hide` hides keys too, or only pairs. Where a tile's sums are by keys, those of hidden ones may
     be anything until they are cleared.
@@ -31,6 +34,8 @@ class Mask:
     words_per_query: object  # of a dense mask
     queries: tl.tensor
     keys: tl.tensor
+    left: object
+    right: object
     KIND: tl.constexpr
     CAUSAL: tl.constexpr
     HIDES_KEYS: tl.constexpr
@@ -46,8 +51,9 @@ class Mask:
         elif self.KIND == KEY:
             visible = self.planes.keys(plane)
         return Mask(
-            self.planes, plane, visible, words, self.queries, self.keys, self.KIND, self.CAUSAL, self.HIDES_KEYS
-        )
+            self.planes, plane, visible, words, self.queries, self.keys, self.left, self.right, self.KIND, self.CAUSAL,
+            self.HIDES_KEYS,
+        )  # fmt: skip
 
     @triton.jit
     def counted_from(self, first_query, first_key):
@@ -58,23 +64,79 @@ class Mask:
             visible = visible + first_key
         queries = self.queries - first_query
         keys = self.keys - first_key
-        return Mask(self.planes, self.plane, visible, None, queries, keys, self.KIND, self.CAUSAL, self.HIDES_KEYS)
+        return Mask(
+            self.planes, self.plane, visible, None, queries, keys, self.left, self.right, self.KIND, self.CAUSAL,
+            self.HIDES_KEYS,
+        )  # fmt: skip
+
+    @triton.jit
+    def last_offset(self):
+        """Where there is causality: the last key that query 0 sees, if the keys went on both ways."""
+        offset = self.keys - self.queries
+        if self.right is not None:
+            offset += self.right
+        return offset
+
+    @triton.jit
+    def first_offset(self):
+        """Where there is a left edge: the first key that query 0 sees, likewise."""
+        return self.keys - self.queries - self.left
 
     # Which blocks a tile visits
 
     @triton.jit
-    def walk_over_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        """The key blocks that a tile of queries visits."""
+    def walk_over_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, part=0, parts=None):
+        """The key blocks that a tile of queries visits, or one of so many `parts` of them, unless None."""
+        if parts is None:
+            return self._walk_over_all_keys(first_query, BLOCK_M, BLOCK_N)
+        else:
+            return self._walk_over_part(first_query, BLOCK_M, BLOCK_N, part, parts)
+
+    @triton.jit
+    def _walk_over_part(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, part, parts):
+        """Parts are of one length, but for the last ones, and whole blocks of the schedule. What lies before the first
+        key that is visible, or after the last one, is in none."""
+        RATIO: tl.constexpr = 1 if self.KIND == NONE else self.planes.BLOCK_N // BLOCK_N
+        line = None
+        if self.KIND == DENSE:
+            line = self.planes.line_of_queries(self.plane, first_query)
+            begin = 0
+            full_begin = 0
+            full_end = self.planes.n_key_blocks * RATIO
+            end = full_end
+        else:
+            begin, full_begin, full_end, end = self.key_blocks(first_query, BLOCK_M, BLOCK_N)
+            if self.KIND == KEY:
+                line = self.planes.line_of_keys(self.plane)
+        if line is not None:
+            begin = tl.maximum(tl.load(line + 1) * RATIO, begin)
+            end = tl.minimum(tl.load(line + 2) * RATIO, end)
+        start = begin // RATIO
+        length = tl.cdiv(tl.maximum(tl.cdiv(end, RATIO) - start, 0), parts)
+        low = tl.minimum(tl.maximum((start + part * length) * RATIO, begin), end)
+        high = tl.maximum(tl.minimum((start + (part + 1) * length) * RATIO, end), low)
+        full_begin = tl.minimum(tl.maximum(full_begin, low), high)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), high)
+        if line is None:
+            return bounded_walk(low, full_begin, full_end, high)
+        else:
+            return band_walk(line, self.planes.n_key_blocks, low, full_begin, full_end, high, RATIO)
+
+    @triton.jit
+    def _walk_over_all_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         RATIO: tl.constexpr = self.planes.BLOCK_N // BLOCK_N
         if self.KIND == DENSE:
             return listed_walk(self.planes.line_of_queries(self.plane, first_query), self.planes.n_key_blocks, RATIO)
         else:
-            full_end, end = self.key_blocks(first_query, BLOCK_M, BLOCK_N)
+            begin, full_begin, full_end, end = self.key_blocks(first_query, BLOCK_M, BLOCK_N)
             if self.KIND == KEY:
                 line = self.planes.line_of_keys(self.plane)
-                return cut_walk(line, self.planes.n_key_blocks, full_end, end, RATIO)
+                if self.left is None:
+                    return cut_walk(line, self.planes.n_key_blocks, full_end, end, RATIO)
+                else:
+                    return band_walk(line, self.planes.n_key_blocks, begin, full_begin, full_end, end, RATIO)
             else:
-                return bounded_walk(0, 0, full_end, end)
+                return bounded_walk(begin, full_begin, full_end, end)
 
     @triton.jit
     def walk_over_queries(self, first_key, any_key, hides_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -92,31 +154,47 @@ class Mask:
 
     @triton.jit
     def key_blocks(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        """Key blocks of a tile of queries, as far as causality and the last key go: every query sees all of the blocks
-        `[0, full_end)`, and the blocks `[full_end, end)` cross an edge."""
+        """Key blocks of a tile of queries, as far as causality, a window and the last key go: every query sees all of
+        the blocks `[full_begin, full_end)`; `[begin, full_begin)` crosses the window's left edge, `[full_end, end)`
+        the diagonal or the end."""
+        begin = 0
+        full_begin = 0
         full_end = self.keys // BLOCK_N
         end = tl.cdiv(self.keys, BLOCK_N)
         if self.CAUSAL:
-            offset = self.keys - self.queries
+            offset = self.last_offset()
             last_query = tl.minimum(first_query + BLOCK_M, self.queries) - 1
             full_end = tl.minimum(tl.maximum(first_query + offset + 1, 0) // BLOCK_N, full_end)
-            end = tl.cdiv(tl.maximum(last_query + offset + 1, 0), BLOCK_N)
-        return full_end, end
+            seen_end = tl.cdiv(tl.maximum(last_query + offset + 1, 0), BLOCK_N)
+            end = seen_end if self.right is None else tl.minimum(seen_end, end)
+        if self.left is not None:
+            last_query = tl.minimum(first_query + BLOCK_M, self.queries) - 1
+            begin = tl.maximum(first_query + self.first_offset(), 0) // BLOCK_N
+            full_begin = tl.minimum(tl.cdiv(tl.maximum(last_query + self.first_offset(), 0), BLOCK_N), end)
+            full_end = tl.maximum(full_end, full_begin)
+        return begin, full_begin, full_end, end
 
     @triton.jit
     def query_blocks(self, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        """Query blocks of a tile of keys, as far as causality and the last query go: every query of the blocks
-        `[full_begin, full_end)` exists and sees all keys; `[begin, full_begin)` crosses the diagonal,
-        `[full_end, end)` the end."""
+        """Query blocks of a tile of keys, as far as causality, a window and the last query go: every query of the
+        blocks `[full_begin, full_end)` exists and sees all keys; `[begin, full_begin)` crosses the diagonal,
+        `[full_end, end)` the window's left edge or the end."""
         begin = 0
         full_begin = 0
         end = tl.cdiv(self.queries, BLOCK_M)
+        last_key = first_key + BLOCK_N - 1
+        if self.left is not None or self.right is not None:
+            last_key = tl.minimum(last_key, self.keys - 1)
+        if self.left is not None:
+            end = tl.minimum(tl.cdiv(tl.maximum(last_key - self.first_offset() + 1, 0), BLOCK_M), end)
         if self.CAUSAL:
-            offset = self.keys - self.queries
-            last_key = first_key + BLOCK_N - 1
+            offset = self.last_offset()
             begin = tl.minimum(tl.maximum(first_key - offset, 0) // BLOCK_M, end)
             full_begin = tl.minimum(tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_M), end)
-        full_end = tl.maximum(self.queries // BLOCK_M, full_begin)
+        full_end = self.queries // BLOCK_M
+        if self.left is not None:
+            full_end = tl.minimum(tl.maximum(first_key - self.first_offset() + 1, 0) // BLOCK_M, full_end)
+        full_end = tl.maximum(full_end, full_begin)
         return begin, full_begin, full_end, end
 
     # Who sees anything at all
@@ -137,41 +215,66 @@ class Mask:
 
     @triton.jit
     def first_live_query(self, position):
-        """The first query that sees a key, as all after it do; `queries` if none does. Not of a dense mask."""
+        """The first query that sees a key, as all after it do; `queries` if none does. Not of a dense mask, nor of a
+        key mask in a window with a left edge."""
         key = self.first_key(position)
-        if self.CAUSAL:
-            first = tl.minimum(tl.maximum(key - (self.keys - self.queries), 0), self.queries)
+        if self.CAUSAL and self.right is None:
+            first = tl.minimum(tl.maximum(key - self.last_offset(), 0), self.queries)
         else:
             first = tl.where(key < self.keys, 0, self.queries)
+            if self.right is not None:
+                first = tl.maximum(first, key - self.last_offset())
         return first
 
     @triton.jit
-    def alive(self, first_query, SIZE: tl.constexpr, in_doubt):
-        """Which of SIZE queries see a key. Of a dense mask, those that are `in_doubt` [SIZE]: others count as alive."""
-        query = first_query + tl.arange(0, SIZE)
+    def alive(self, query, first_query, in_doubt):
+        """Which queries [SIZE], of SIZE from the first one on, see a key. Of a dense mask, and of a key mask in a
+        window with a left edge, those that are `in_doubt` [SIZE]: others count as alive."""
         if self.KIND == DENSE:
-            STEP: tl.constexpr = 16
-            any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
-            row = self.visible + query.to(tl.int64) * self.words_per_query
-            seen = tl.zeros([SIZE, STEP], tl.int32)
-            for first in tl.range(0, self.words_per_query * any_in_doubt, STEP):
-                word = first + tl.arange(0, STEP)
-                words = tl.load(row[:, None] + word[None, :], mask=(word < self.words_per_query)[None, :], other=0)
-                seen = tl.where(words != 0, 1, seen)
-            return (tl.max(seen, 1) != 0) | (in_doubt == 0)
+            return self._see_pairs(query, in_doubt) | (in_doubt == 0)
+        elif self.KIND == KEY and self.left is not None:
+            return self._see_keys(query, first_query, in_doubt) | (in_doubt == 0)
         else:
             return query >= self.first_live_query(tl.arange(0, self.planes.BLOCK_N))
+
+    @triton.jit
+    def _see_pairs(self, query, in_doubt):
+        """Which queries [SIZE] see a key by a dense mask, if any is in doubt."""
+        STEP: tl.constexpr = 16
+        SIZE: tl.constexpr = query.shape[0]
+        any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
+        row = self.visible + query.to(tl.int64) * self.words_per_query
+        seen = tl.zeros([SIZE, STEP], tl.int32)
+        for first in tl.range(0, self.words_per_query * any_in_doubt, STEP):
+            word = first + tl.arange(0, STEP)
+            words = tl.load(row[:, None] + word[None, :], mask=(word < self.words_per_query)[None, :], other=0)
+            seen = tl.where(words != 0, 1, seen)
+        return tl.max(seen, 1) != 0
+
+    @triton.jit
+    def _see_keys(self, query, first_query, in_doubt):
+        """Which queries [SIZE] see a key by a key mask in a window, if any is in doubt."""
+        STEP: tl.constexpr = 16
+        SIZE: tl.constexpr = query.shape[0]
+        any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
+        begin, _, _, end = self.key_blocks(first_query, SIZE, STEP)
+        seen = tl.zeros([SIZE, STEP], tl.int32)
+        for block in tl.range(begin, begin + (end - begin) * any_in_doubt):
+            key = block * STEP + tl.arange(0, STEP)
+            pairs = self.hide(seen * 0 + 1, query[:, None], key[None, :], self.key_shown(key)[None, :], 0)
+            seen = tl.maximum(seen, pairs)
+        return tl.max(seen, 1) != 0
 
     # What of it is hidden
 
     @triton.jit
     def key_shown(self, key):
-        """[SIZE] booleans: keys that exist and that the key mask shows."""
-        if self.KIND == KEY:
-            # int32, not bytes: a byte load behind a product's operand makes the compiler choose a poor layout for it.
-            return tl.load(self.visible + key) != 0
-        else:
-            return key < self.keys
+        """[SIZE] booleans: keys that exist, that the key mask shows, and that do not lie before every window."""
+        # int32, not bytes: a byte load behind a product's operand makes the compiler choose a poor layout for it.
+        shown = tl.load(self.visible + key) != 0 if self.KIND == KEY else key < self.keys
+        if self.left is not None:
+            shown = shown & (key >= self.first_offset())
+        return shown
 
     @triton.jit
     def pairs_shown(
@@ -216,8 +319,22 @@ class Mask:
             x = tl.where(shown, x, fill)
         else:
             if self.CAUSAL:
-                x = tl.where(key <= query + (self.keys - self.queries), x, fill)
+                x = tl.where(key <= query + self.last_offset(), x, fill)
+            if self.left is not None:
+                x = tl.where(key >= query + self.first_offset(), x, fill)
             # Causality alone hides the keys past the end from every query that exists.
-            if self.HIDES_KEYS and (self.KIND == KEY or not self.CAUSAL):
+            if self.HIDES_KEYS and (self.KIND == KEY or not self.CAUSAL or self.right is not None):
                 x = tl.where(shown, x, fill)
         return x
+
+
+@triton.jit
+def masks_of_call(
+    planes, queries, keys, window_left, window_right, KIND: tl.constexpr, CAUSAL: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, HIDES_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Who may see whom, of no head yet. LEFT and RIGHT say whether the window has these edges; CAUSAL, that its right
+    one is at each query's own position. A dense mask's schedule holds them already."""
+    left = window_left if LEFT else None
+    right = window_right if RIGHT else None
+    return Mask(planes, 0, None, None, queries, keys, left, right, KIND, CAUSAL or RIGHT, HIDES_KEYS)

@@ -4,8 +4,6 @@ inputs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 import triton.language as tl
@@ -14,27 +12,33 @@ from torch import Tensor
 from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
 from flash_attend.kernels.scores import LOG2E
-from flash_attend.operands import Strides
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
+from flash_attend.operands import Layouts, Operands, Strides
+from flash_attend.spec import AttentionSpec, MaskKind
 
 __all__ = [
     "HeadsLayout",
     "aligned_strides",
+    "all_edges",
+    "are_readable",
     "as_bytes",
+    "bias_strides",
     "call_arguments",
     "call_choices",
+    "contiguous_strides",
+    "factor_log2",
     "is_readable",
     "key_section",
     "key_sizes",
     "layout_like_heads",
     "lse_layout",
     "mask_strides",
-    "packed_group",
     "query_section",
     "query_sizes",
     "readable",
+    "readable_operands",
     "scale_sign",
-    "strides_as_queries",
+    "score_numbers",
+    "window_numbers",
 ]
 
 HeadsLayout = tuple[tuple[int, ...], Strides]  # sizes and strides of a tensor to be allocated
@@ -53,6 +57,14 @@ def readable(tensor: Tensor) -> Tensor:
     if is_readable(tensor.stride(), tensor.shape[-1]):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)  # of no elements `contiguous` would keep the strides
+
+
+def contiguous_strides(sizes: Sequence[int]) -> Strides:
+    """The strides of a tensor that lies in memory as its sizes say."""
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides)
 
 
 def is_readable(strides: Strides, dim: int) -> bool:
@@ -118,24 +130,6 @@ def mask_strides(spec: AttentionSpec, planes: int) -> tuple[int, int]:
     return mask_heads if planes > mask_heads else 0, 1 if spec.mask_per_head else 0
 
 
-@lru_cache(maxsize=CALLS_KEPT)
-def packed_group(spec: AttentionSpec) -> AttentionSpec | None:
-    """A call of one query for each head as a call of a group's heads as queries of one head, which read k and v once.
-
-    None where it is no such call: dropout depends on the head, and so may the mask. Causality falls away, because a
-    single query sees every key.
-    """
-    if spec.group == 1 or spec.queries != 1 or spec.mask_per_head or spec.dropout_p > 0:
-        return None
-    return replace(spec, heads=spec.kv_heads, queries=spec.group, causal=False)
-
-
-def strides_as_queries(strides: Strides, group: int) -> Strides:
-    """The strides of a tensor `(b, h, 1, d)` as `(b, hk, group, d)`."""
-    batch, head, _, last = strides
-    return batch, group * head, head, last
-
-
 def query_section(spec: AttentionSpec) -> int:
     """How many query heads take turns at tiles of queries (see `tile_at`): those whose k and v fit into the cache.
 
@@ -145,10 +139,20 @@ def query_section(spec: AttentionSpec) -> int:
 
 
 def scale_sign(spec: AttentionSpec) -> int:
-    """1 or -1, or 0 for a scale whose factor of base-2 exponents is 0 in the accumulator's dtype."""
+    """1 or -1, or 0 for a scale whose factor of base-2 exponents is 0 in the accumulator's dtype. 1 where the scale is
+    no part of that factor, whatever it is."""
+    if spec.softcap or spec.bias is not None or spec.alibi:
+        return 1
     if abs(spec.scale) * LOG2E.value <= SMALLEST_FACTOR[spec.accumulator_dtype] / 2:
         return 0
     return -1 if spec.scale < 0 else 1
+
+
+def factor_log2(spec: AttentionSpec) -> float:
+    """The factor of base-2 exponents that `Scores` has."""
+    if spec.adds_to_scores:
+        return LOG2E.value
+    return (spec.softcap or abs(spec.scale)) * LOG2E.value if scale_sign(spec) else 1.0
 
 
 def key_section(spec: AttentionSpec) -> int:
@@ -200,9 +204,66 @@ def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict:
         SCHEDULE_M=block_queries,
         SCHEDULE_N=block_keys,
         MASK=int(spec.mask),
-        CAUSAL=spec.causal and spec.mask != MaskKind.DENSE,  # a dense mask's schedule holds the causality already
+        **edge_choices(spec),
         SCALE_SIGN=scale_sign(spec),
+        SOFTCAP="" if not spec.softcap else "fast" if spec.dtype.itemsize == 2 else "exact",
         DROPOUT=spec.dropout_p > 0,
         PRECISION=spec.precision,
         ACCUMULATOR=tl.float64 if spec.dtype == torch.float64 else tl.float32,
     )
+
+
+def edge_choices(spec: AttentionSpec) -> dict[str, bool]:
+    """Which edges `Mask` knows: all but those that a dense mask's schedule holds already."""
+    if spec.mask == MaskKind.DENSE:
+        return dict(CAUSAL=False, LEFT=False, RIGHT=False)
+    return all_edges(spec)
+
+
+def all_edges(spec: AttentionSpec) -> dict[str, bool]:
+    """Causality, and the edges of the window."""
+    left, right = spec.window
+    return dict(CAUSAL=spec.causal, LEFT=left is not None, RIGHT=right is not None)
+
+
+def window_numbers(spec: AttentionSpec) -> tuple[int, int]:
+    """How far a window reaches to the left and to the right, 0 where it has no edge. No further than the sequence."""
+    left, right = (min(end or 0, spec.keys) for end in spec.window)
+    return left, right
+
+
+def readable_operands(operands: Operands) -> Operands:
+    """Operands as kernels read them: rows in one piece, and beside float64 nothing that is narrower."""
+    q, k, v, mask, seed, *others = operands
+    others = [tensor if tensor is None or q.dtype != torch.float64 else tensor.double() for tensor in others]
+    bias, slopes, sinks = others
+    sinks = None if sinks is None else sinks.contiguous()
+    return Operands(readable(q), readable(k), readable(v), mask, seed, bias, slopes, sinks)
+
+
+def are_readable(spec: AttentionSpec, layouts: Layouts) -> bool:
+    """Whether `readable_operands` leaves operands with these layouts as they are."""
+    others = layouts.bias, layouts.alibi_slopes, layouts.sinks
+    dims = spec.head_dim, spec.head_dim, spec.value_dim
+    as_they_are = spec.dtype != torch.float64 or others == (None, None, None)
+    return as_they_are and layouts.sinks in (None, (1,)) and all(map(is_readable, layouts[:3], dims))
+
+
+def score_numbers(spec: AttentionSpec, bias: Strides | None, slopes: Strides | None) -> tuple[int | float, ...]:
+    """The run-time numbers of the window and of what changes scores, by the strides of the bias and the slopes: the
+    last that all attention kernels take."""
+    return *window_numbers(spec), float(spec.softcap), *bias_strides(spec, bias)[1], *(slopes or (0, 0))
+
+
+def bias_strides(spec: AttentionSpec, strides: Strides | None) -> tuple[int, Strides]:
+    """`ALIGN` of a bias, and its strides in units of so many elements, 0 where it is broadcast. 0 where its keys do not
+    follow each other: then in elements."""
+    if spec.bias is None or strides is None:
+        return 0, (0, 0, 0, 0)
+    strides = tuple(stride if varies else 0 for varies, stride in zip(spec.bias[:4], strides, strict=True))
+    if strides[3] != 1:
+        return 0, strides
+    unit = VECTOR_BYTES // spec.bias.dtype.itemsize
+    if any(stride % unit for stride in strides[:3]):
+        return 1, strides
+    return unit, (*(stride // unit for stride in strides[:3]), 1)

@@ -16,6 +16,7 @@ of them make one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from typing import NamedTuple
@@ -29,8 +30,8 @@ from torch.nn.functional import pad
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import as_bytes
-from flash_attend.operands import Strides
+from flash_attend.kernels.operands import all_edges, as_bytes, window_numbers
+from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["Schedule", "build_schedule", "empty_packed", "plan_schedule", "schedule_layout", "transposed_lists"]
@@ -66,9 +67,9 @@ class Schedule(NamedTuple):
         return [pad(tensor.flatten(1), (0, spare)) for tensor, spare in present]
 
     @staticmethod
-    def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
+    def unpacked(packed: Sequence[Tensor], operands: Operands, spec: AttentionSpec, tiles: Tiles) -> Schedule:
         """The schedule again, whatever became of its strides."""
-        shapes = [] if mask is None else [shape for shape, _ in schedule_layout(mask.shape, spec, tiles)]
+        shapes = [shape for shape, _ in layout_of(operands.mask, spec, tiles)]
         pairs = zip(packed, shapes, strict=True)
         return Schedule(*(x.contiguous().narrow(1, 0, prod(shape[1:])).reshape(shape) for x, shape in pairs))
 
@@ -155,14 +156,15 @@ class Walk:
     """The blocks that a tile visits: the full ones, run after run, within `[full_begin, full_end)`, and those that need
     masking: the listed ones, those of `[begin, full_begin)` and those of `[tail_begin, end)`.
 
-    If LISTED, `line` says where the runs are, and which blocks are partial; else all within the bounds is one run.
-    RATIO blocks make one of the schedule.
+    If LISTED, `line` says where the runs are, and which blocks are partial, from the one numbered `first_partial` on;
+    else all within the bounds is one run. RATIO blocks make one of the schedule.
     """
 
     line: object
     n_blocks: object  # of the schedule, in the line
     n_runs: object
     n_partial: object
+    first_partial: object  # None for 0, in a walk from the line's beginning on
     begin: object
     full_begin: object
     full_end: tl.tensor
@@ -183,6 +185,8 @@ class Walk:
         end = self.full_end
         if self.LISTED:
             start = tl.load(self.line + HEADER + 2 * run) * self.RATIO
+            if self.first_partial is not None:
+                start = tl.maximum(start, self.full_begin)
             end = tl.minimum(tl.load(self.line + HEADER + 2 * run + 1) * self.RATIO, end)
         return start, end
 
@@ -199,6 +203,8 @@ class Walk:
         block = tl.where(edge < front, self.begin + edge, self.tail_begin + edge - front)
         if self.LISTED:
             at = self.line + HEADER + 2 * self.n_blocks + index // self.RATIO
+            if self.first_partial is not None:
+                at += self.first_partial
             listed = tl.load(at, mask=edge < 0, other=0)
             block = tl.where(edge < 0, listed * self.RATIO + index % self.RATIO, block)
         return block
@@ -207,7 +213,7 @@ class Walk:
 @triton.jit
 def bounded_walk(begin, full_begin, full_end, end):
     """The walk over the blocks `[begin, end)`, of which `[full_begin, full_end)` are full."""
-    return Walk(0, 0, 1, 0, begin, full_begin, full_end, full_end, end, RATIO=1, LISTED=False)
+    return Walk(0, 0, 1, 0, None, begin, full_begin, full_end, full_end, end, RATIO=1, LISTED=False)
 
 
 @triton.jit
@@ -215,7 +221,7 @@ def listed_walk(line, n_blocks, RATIO: tl.constexpr):
     """The walk over a whole line, which knows causality and the ends of the sequences already."""
     last = n_blocks * RATIO
     partial = tl.load(line + 3) * RATIO
-    return Walk(line, n_blocks, tl.load(line), partial, 0, 0, last, last, last, RATIO, LISTED=True)
+    return Walk(line, n_blocks, tl.load(line), partial, None, 0, 0, last, last, last, RATIO, LISTED=True)
 
 
 @triton.jit
@@ -225,7 +231,26 @@ def cut_walk(line, n_blocks, full_end, end, RATIO: tl.constexpr):
     full_end = tl.minimum(full_end, end) // RATIO * RATIO
     tail_begin = tl.minimum(tl.maximum(full_end, tl.load(line + 1) * RATIO), end)
     partial = tl.load(line + HEADER + 3 * n_blocks + full_end // RATIO) * RATIO
-    return Walk(line, n_blocks, tl.load(line), partial, 0, 0, full_end, tail_begin, end, RATIO, LISTED=True)
+    return Walk(line, n_blocks, tl.load(line), partial, None, 0, 0, full_end, tail_begin, end, RATIO, LISTED=True)
+
+
+@triton.jit
+def band_walk(line, n_blocks, begin, full_begin, full_end, end, RATIO: tl.constexpr):
+    """The walk over the blocks `[begin, end)` of a line, in which those outside of `[full_begin, full_end)` are not
+    full, whatever the line says."""
+    first = tl.load(line + 1) * RATIO
+    end = tl.minimum(end, tl.load(line + 2) * RATIO)
+    full_begin = tl.minimum(tl.cdiv(full_begin, RATIO) * RATIO, end)
+    full_end = tl.maximum(tl.minimum(full_end, end) // RATIO * RATIO, full_begin)
+    begin = tl.minimum(tl.maximum(begin, first), full_begin)
+    tail_begin = tl.minimum(tl.maximum(full_end, first), end)
+    ranks = line + HEADER + 3 * n_blocks
+    first_partial = tl.load(ranks + full_begin // RATIO)
+    partial = (tl.load(ranks + full_end // RATIO) - first_partial) * RATIO
+    return Walk(
+        line, n_blocks, tl.load(line), partial, first_partial, begin, full_begin, full_end, tail_begin, end, RATIO,
+        LISTED=True,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,12 +345,16 @@ def dense_schedule_kernel(
     stride_head: tl.int64,
     stride_query: tl.int64,
     stride_key: tl.int64,
+    window_left: tl.int32,
+    window_right: tl.int32,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
 ):
     """One program for each tile of a dense mask: reads it once, through its strides, and writes one bit a pair, with
-    causality and bounds folded in, and the tile's state."""
+    causality, the window and bounds folded in, and the tile's state."""
     tile = tl.program_id(0).to(tl.int64)
     key_block = (tile % n_key_blocks).to(tl.int32)
     query_block = (tile // n_key_blocks % n_query_blocks).to(tl.int32)
@@ -335,6 +364,10 @@ def dense_schedule_kernel(
     exists = (query < queries)[:, None] & (key < keys)[None, :]
     if CAUSAL:
         exists = exists & (key[None, :] <= query[:, None] + (keys - queries))
+    if RIGHT:
+        exists = exists & (key[None, :] <= query[:, None] + (keys - queries + window_right))
+    if LEFT:
+        exists = exists & (key[None, :] >= query[:, None] + (keys - queries - window_left))
     mask = MASK_POINTER + plane // mask_heads * stride_batch + plane % mask_heads * stride_head
     offsets = query.to(tl.int64)[:, None] * stride_query + key.to(tl.int64)[None, :] * stride_key
     shown = (tl.load(mask + offsets, mask=exists, other=0) != 0).to(tl.int32)
@@ -398,6 +431,42 @@ def schedule_layout(sizes: Sequence[int], spec: AttentionSpec, tiles: Tiles) -> 
     ]
 
 
+def layout_of(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Shapes:
+    """The same of the schedule of a call, which has none without a mask, or a bias that may hide keys."""
+    sizes = scheduled_sizes(None if mask is None else mask.shape, spec)
+    return [] if sizes is None else schedule_layout(sizes, scheduled_spec(spec), tiles)
+
+
+def may_hide_keys(spec: AttentionSpec) -> bool:
+    """Whether keys of a call count as hidden by a key mask where its bias hides them from every query: their rows of k
+    and v may then hold anything."""
+    return spec.bias is not None and spec.bias.keys and spec.mask != MaskKind.DENSE
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def scheduled_spec(spec: AttentionSpec) -> AttentionSpec:
+    """A call as its schedule is built and kernels see it: with a key mask, if its bias may hide keys."""
+    if spec.bias is None or not may_hide_keys(spec):
+        return spec
+    return replace(spec, mask=MaskKind.KEY, mask_per_head=spec.mask_per_head or spec.bias.heads)
+
+
+def scheduled_sizes(sizes: Sequence[int] | None, spec: AttentionSpec) -> Sequence[int] | None:
+    """The sizes of the mask of `scheduled_spec`, from those of the mask that was given."""
+    if spec.bias is None or not may_hide_keys(spec):
+        return sizes
+    per_batch = spec.bias.batch or (sizes is not None and bool(sizes[0] > 1))
+    return (spec.batch if per_batch else 1, spec.heads if spec.mask_per_head or spec.bias.heads else 1, 1, spec.keys)
+
+
+def scheduled_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
+    """The mask of `scheduled_spec`, contiguous: `(b|1, h|1, 1, j)`."""
+    if bias.shape[2] == 0:
+        return bias.new_ones(*bias.shape[:2], 1, bias.shape[3], dtype=torch.bool) & (True if mask is None else mask)
+    shown = bias.amax(2, keepdim=True) != -torch.inf
+    return shown if mask is None else (shown & mask).contiguous()
+
+
 def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]:
     """How many such blocks of queries and of keys a schedule has."""
     block_m, block_n = block
@@ -405,12 +474,10 @@ def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]
     return -(-spec.queries // block_m), -(-spec.keys // block_n)
 
 
-def empty_packed(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
+def empty_packed(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> list[Tensor]:
     """What `Schedule.packed` gives, uninitialised."""
-    if mask is None:
-        return []
-    layout = zip(schedule_layout(mask.shape, spec, tiles), SPARE, strict=False)
-    return [mask.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
+    layout = zip(layout_of(operands.mask, spec, tiles), SPARE, strict=False)
+    return [operands.q.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
 
 
 def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
@@ -484,8 +551,8 @@ def _prepare_dense(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec
     return Prepared(
         dense_schedule_kernel,
         shape[0] * shape[1] * n_query_blocks * n_key_blocks,
-        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides),
-        dict(BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=spec.causal),
+        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides, *window_numbers(spec)),
+        dict(BLOCK_M=block_m, BLOCK_N=block_n, **all_edges(spec)),
         num_warps=4,
     )
 

@@ -37,8 +37,9 @@ class Softmax:
     EXACT: tl.constexpr
 
     @triton.jit
-    def step(self, scores, factor_log2):
-        """Takes in another tile of scores [BLOCK_M, BLOCK_N]; those of hidden pairs are -inf.
+    def step(self, scores, factor_log2, counts=None):
+        """Takes in another tile of scores [BLOCK_M, BLOCK_N]; those of hidden pairs are -inf. Each counts once, or so
+        often as `counts` says: the maximum of other scores stands for the sum of their exponentials, relative to it.
 
         Returns the tile's weights, the factor that brings older sums to the new maximum, and the new state.
         """
@@ -52,18 +53,30 @@ class Softmax:
             change = self.maximum - maximum
         weights = tl.math.exp2(exponents)
         correction = tl.math.exp2(change)
-        return weights, correction, Softmax(maximum, self.sum * correction + tl.sum(weights, 1), self.EXACT)
+        counted = weights if counts is None else weights * counts
+        return weights, correction, Softmax(maximum, self.sum * correction + tl.sum(counted, 1), self.EXACT)
 
     @triton.jit
-    def finish(self, alive, factor_log2, APART: tl.constexpr):
+    def finish(self, alive, factor_log2, APART: tl.constexpr, sink_log2=None):
         """The factor that normalises what was accumulated, the natural LSE, and the base-2 one, if APART without the
-        maximum. They are 0, -inf and +inf for a query that sees no key: is not `alive`.
+        maximum. They are 0, -inf and +inf for a query that sees no key: is not `alive`. A sink, unless None, takes part
+        as one more score, given as a base-2 exponent.
 
         A sum of 0 where it does see some is that of scores which are all -inf: 0 / 0 is NaN.
         """
-        log2_sum = tl.math.log2(self.sum)
-        lse_log2 = (self.maximum * factor_log2 if self.EXACT else self.maximum) + log2_sum
-        normaliser = tl.where(alive, 1.0 / self.sum, 0.0)
+        maximum_log2 = self.maximum * factor_log2 if self.EXACT else self.maximum
+        total = self.sum
+        correction = 1.0
+        if sink_log2 is not None:
+            highest = tl.maximum(maximum_log2, sink_log2)
+            correction = tl.math.exp2(maximum_log2 - highest)
+            total = total * correction + tl.math.exp2(sink_log2 - highest)
+        log2_sum = tl.math.log2(total)
+        lse_log2 = maximum_log2 + log2_sum
+        if sink_log2 is not None:
+            lse_log2 = highest + log2_sum
+            log2_sum += highest - maximum_log2
+        normaliser = tl.where(alive, correction / total, 0.0)
         lse = tl.where(alive, lse_log2 * LN2, NEGATIVE_INFINITY)
         return normaliser, lse, tl.where(alive, log2_sum if APART else lse_log2, INFINITY)
 

@@ -24,12 +24,14 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.softmax import INFINITY, recomputed_weights
 from flash_attend.kernels.tiles import row_products
-from flash_attend.operands import Strides
+from flash_attend.operands import Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["Kept", "Statistics", "is_apart", "is_exact", "prepare_statistics", "statistics_of"]
 
-LONGEST_TILE = tl.constexpr(128)  # queries: a head's statistics are whole tiles, so that no load needs a mask
+# Queries: a head's statistics are whole tiles, so that no load needs a mask, and whole blocks of a mask's schedule,
+# which a backward visits with all of its tiles: past the last query it reads that nobody is alive there.
+LONGEST_TILE = tl.constexpr(256)
 DELTA_ROWS = 32  # queries of one program of the delta kernel, which is bound by memory
 
 
@@ -51,9 +53,9 @@ class Kept(NamedTuple):
         return [self.statistics, *Schedule(*self[1:]).packed()]
 
     @staticmethod
-    def unpacked(packed: Sequence[Tensor], mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Kept:
+    def unpacked(packed: Sequence[Tensor], operands: Operands, spec: AttentionSpec, tiles: Tiles) -> Kept:
         """The same again."""
-        return Kept(packed[0], *Schedule.unpacked(packed[1:], mask, spec, tiles))
+        return Kept(packed[0], *Schedule.unpacked(packed[1:], operands, spec, tiles))
 
 
 def is_exact(spec: AttentionSpec) -> bool:

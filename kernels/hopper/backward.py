@@ -331,7 +331,7 @@ def attention_backward(
 
     needs_keys = needs_k or needs_v
     fused = tiles.backward_fused is not None and needs_q and needs_keys
-    grad_q, grad_k, grad_v = empty_gradients(q, k, v, spec, (needs_q, needs_keys, needs_keys))
+    grad_q, grad_k, grad_v = empty_gradients((q, k, v), spec, (needs_q, needs_keys, needs_keys))
     if needs_keys:
         if spec.queries == 0:  # there are no descriptors of nothing
             grad_k.zero_()

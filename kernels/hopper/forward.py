@@ -259,7 +259,7 @@ def hopper_forward_kernel(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
     )
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
-    scores = Scores(factor_log2, None, SCALE_SIGN)
+    scores = Scores(factor_log2, None, None, None, None, None, SCALE_SIGN, "")
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, None, None, None)
     outputs = Outputs(out_descriptor, LSE, STATISTICS)
     shared = Shared(q, k, v, out, cleared, turns)

@@ -16,7 +16,7 @@ def make_mask(
 ):  # fmt: skip
     """Who may see whom, of no head yet. No dense mask comes here, so that blocks of queries do not matter."""
     planes = Planes(VISIBLE, LISTS, stride_batch, stride_head, 0, gl.cdiv(keys, SCHEDULE_N), 0, SCHEDULE_N)
-    return Mask(planes, None, None, None, queries, keys, MASK, CAUSAL, HIDES_KEYS)
+    return Mask(planes, None, None, None, queries, keys, None, None, MASK, CAUSAL, HIDES_KEYS)
 
 
 @aggregate

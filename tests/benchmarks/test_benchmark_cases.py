@@ -49,7 +49,7 @@ def test_the_grid_of_a_gpu_has_what_people_ask_for():
 
 
 def test_the_grid_of_a_cpu_is_a_whole_product_and_the_demos_shapes():
-    grid = select_cases("cpu", "full", "cpu")
+    grid = select_cases("cpu", "full")
     kinds = {case.group for case in grid} - {"cpu: the demo's shapes"}
     found = {(case.group, case.keys, case.head_dim, case.dtype, case.threads) for case in grid}
     lengths, dims = (128, 512, 1024, 2048, 4096), (32, 64, 128)
@@ -63,7 +63,7 @@ def test_the_grid_of_a_cpu_is_a_whole_product_and_the_demos_shapes():
 
 
 def test_cases_are_picked_by_group_and_words():
-    picked = select_cases("cuda", "full", "key", "d64 causal right50")
+    picked = select_cases("cuda", "full", "key padding: d64 causal right50")
     assert picked and all(
         case.group == "key padding" and case.head_dim == 64 and case.causal and case.mask == "right" for case in picked
     )

@@ -123,7 +123,6 @@ def attend_by_sequence(
         "sdpa math",
         "sdpa efficient",
         COMPLEX,
-        "compiled einsum",
     ],
 )
 def test_computes_what_the_oracle_computes(name: str, case: str, monkeypatch: pytest.MonkeyPatch):
@@ -153,7 +152,7 @@ def test_every_backend_and_backward_of_ours_is_asked_for_by_name():
     assert [ours[name].served(inputs).split(",")[0] for name in ("", "sdpa", "math")] == ["sdpa", "sdpa", "math"]
 
 
-@pytest.mark.parametrize("name", ["flash_attend", "flash_attend math", "sdpa", "sdpa math", COMPLEX, "compiled einsum"])
+@pytest.mark.parametrize("name", ["flash_attend", "flash_attend math", "sdpa", "sdpa math", COMPLEX])
 def test_drops_weights_where_the_case_says_so(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "_compiled", lambda function: function)
     for dropout_p, repeats in ((0.0, True), (0.5, False)):
@@ -215,7 +214,7 @@ def test_another_error_goes_through():
         peers._with_kernel(fail, inputs)
 
 
-@pytest.mark.parametrize("name", ["flash_attend math", "sdpa math", "compiled einsum"])
+@pytest.mark.parametrize("name", ["flash_attend math", "sdpa math"])
 def test_who_writes_all_scores_down_is_not_measured_with_too_many_on_a_gpu(name: str):
     def on_a_gpu(n: int) -> types.SimpleNamespace:
         case = replace(SQUARE, batch=1, heads=2**10, kv_heads=2**10, queries=n, keys=2**10)
@@ -223,7 +222,7 @@ def test_who_writes_all_scores_down_is_not_measured_with_too_many_on_a_gpu(name:
 
     with pytest.raises(Unserved, match="writes down all 257 Mi scores; measured up to 256 Mi"):
         named(name).prepare(on_a_gpu(257))
-    if name == "flash_attend math":  # the others look for a kernel, or compile
+    if name == "flash_attend math":  # the other looks for a kernel
         assert named(name).prepare(on_a_gpu(256))
 
 
@@ -336,18 +335,6 @@ def test_a_block_mask_is_made_when_the_name_says(
     assert len(made) == prepared + 2 * called
 
 
-def test_every_case_is_compiled_from_code_of_its_own(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options))
-
-    def three(offset: int) -> Callable[[], int]:
-        return lambda: 3 + offset
-
-    (first, options), (second, _) = peers._compiled(three(1)), peers._compiled(three(2))
-    assert (first(), second()) == (4, 5)
-    assert first.__code__ is not second.__code__
-    assert options == {"dynamic": False, "fullgraph": True}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The models' own
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +393,7 @@ def test_the_peers_of_a_device():
     assert len({peer.name for peer in PEERS}) == len(PEERS)
     on_a_cpu = ["flash_attend sdpa"]
     assert [peer.name for peer in PEERS if peer not in peers_for(PEERS, "cuda")] == on_a_cpu
-    compiling = ["flex", "flex + mask", "compiled einsum"]
+    compiling = ["flex", "flex + mask"]
     assert [peer.name for peer in PEERS if peer not in peers_for(PEERS, "cuda", quick=True)] == on_a_cpu + compiling
     names = {peer.name for peer in peers_for(PEERS, "cpu")}
     sdpa, ours = {"sdpa", "sdpa flash", "sdpa math"}, {"flash_attend", "flash_attend sdpa", "flash_attend math"}

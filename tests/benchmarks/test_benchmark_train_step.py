@@ -16,7 +16,7 @@ import train_step
 from flash_attend import flash_attention
 from peers import peers_for
 from results import Results
-from train_step import ARMS, COMPLETE, COMPLEX, PADDED, Arm, Batch, Training, Workload, judge, workloads
+from train_step import ARMS, COMPLETE, COMPLEX, PADDED, Arm, Batch, Training, judge, workload, workloads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
 
@@ -36,9 +36,9 @@ def one_thread():
 
 
 @cache
-def yardsticks_of(workload):
+def yardsticks_of(case):
     """The same for every arm and every test."""
-    return YARDSTICKS.func(Training(workload, CPU))
+    return YARDSTICKS.func(Training(case, CPU))
 
 
 @pytest.fixture
@@ -54,15 +54,15 @@ def measure(tmp_path, monkeypatch):
         # `serve_by` puts another `patch` in its place.
         arms[0] = replace(OURS, prepare=Arm(change=partial(flash_attend.patch, strict=True)))
         results = Results(tmp_path / "x.json", {"ceilings": {"tflops": {}, "copy_gbps": 1.0}})
-        plan = run.Plan(rounds=2, milliseconds=1.0)
+        monkeypatch.setitem(run.PLANS, "quick", (2, 1.0))
         turns = iter(range(1, 100))
 
         def sample(function, milliseconds):
             function()
             return [float(next(turns))]
 
-        bench = run.Bench(results, CPU, plan, arms, sample)
-        bench.measure(Workload(model, dtype, **SMALL), lambda rows, text: None)
+        bench = run.Bench(results, CPU, "quick", arms, sample)
+        bench.measure(workload(model, dtype, **SMALL), lambda rows, text: None)
         return {row["peer"]: row for row in results}
 
     return measure
@@ -73,7 +73,7 @@ def test_the_arms_take_turns_and_are_told_in_tokens(measure):
     assert list(rows) == NAMES
     # Each has a first sample by which its rounds are measured; then A B C D, D C B A.
     assert [row["samples"] for row in rows.values()] == [[[5], [12]], [[6], [11]], [[7], [10]], [[8], [9]]]
-    valid = Batch.of(Workload(PADDED, "float32", **SMALL), CPU).valid
+    valid = Batch.of(workload(PADDED, "float32", **SMALL), CPU).valid
     assert all(row["tokens_per_s"] == pytest.approx(1e3 * valid / 8.5, rel=1e-4) for row in rows.values())
     assert {row["pass"] for row in rows.values()} == {"training step"}
 
@@ -164,7 +164,7 @@ def test_the_budget(dtype, einsum, allowed):
 
 
 def test_every_step_is_the_one_that_was_judged_of_the_same_weights():
-    training = Training(Workload(COMPLEX, "float32", **SMALL), CPU)
+    training = Training(workload(COMPLEX, "float32", **SMALL), CPU)
     arms = peers_for(ARMS, "cpu")
     for arm in arms:
         assert training.admit(arm).error == ""
@@ -178,7 +178,7 @@ def test_every_step_is_the_one_that_was_judged_of_the_same_weights():
 
 
 def test_a_step_gives_its_gradients_to_the_optimizer(monkeypatch):
-    training, stepped = Training(Workload(PADDED, "float32", **SMALL), CPU), []
+    training, stepped = Training(workload(PADDED, "float32", **SMALL), CPU), []
 
     class Noting(torch.optim.AdamW):
         def step(self):
@@ -195,7 +195,7 @@ def test_a_step_gives_its_gradients_to_the_optimizer(monkeypatch):
 
 
 def test_the_batch_is_padded_on_the_right():
-    batch = Batch.of(Workload(PADDED, "float32", **SMALL), CPU)
+    batch = Batch.of(workload(PADDED, "float32", **SMALL), CPU)
     valid = batch.mask[:, 0, 0]
     assert batch.tokens.shape == batch.labels.shape == (3, 24)
     assert (valid[:, :-1] | ~valid[:, 1:]).all() and batch.valid == valid.sum() < 72
@@ -208,9 +208,9 @@ def test_a_model_that_cannot_be_patched_fails_the_command(tmp_path, monkeypatch,
         raise ValueError("no Attend here")
 
     monkeypatch.setattr(run, "ARMS", [replace(OURS, prepare=Arm(change=refuse))])
-    monkeypatch.setattr(run, "workloads", lambda *_: [Workload(PADDED, "float32", **SMALL)])
+    monkeypatch.setattr(run, "workloads", lambda *_: [workload(PADDED, "float32", **SMALL)])
     monkeypatch.setattr(timing, "ceilings", lambda device, sample: {"tflops": {}, "copy_gbps": 1.0})
-    assert run.main(["--device=cpu", "--group=training", f"--out={tmp_path / 'x.json'}"]) == 1
+    assert run.main(["--device=cpu", "--training", f"--out={tmp_path / 'x.json'}"]) == 1
     assert "flash_attend FAILED" in capsys.readouterr().err and "no Attend here" in (tmp_path / "x.md").read_text()
 
 

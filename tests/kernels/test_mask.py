@@ -18,7 +18,7 @@ import triton.language as tl
 from einops import repeat
 from torch import Tensor
 
-from flash_attend.kernels.mask import Mask
+from flash_attend.kernels.mask import Mask, masks_of_call
 from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.schedule import Planes
 from flash_attend.spec import MaskKind
@@ -46,9 +46,12 @@ def _walk(
     SCHEDULE: tl.constexpr,
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """The walk number `at`, as the kernels set it out. NUMBERS (walks, 6) are what `take_walks` says."""
-    numbers = NUMBERS + 6 * at
+    """The walk number `at`, as the kernels set it out. NUMBERS (walks, 10) are what `take_walks` says."""
+    numbers = NUMBERS + 10 * at
     first = tl.load(numbers).to(tl.int32)
     queries = tl.load(numbers + 1).to(tl.int32)
     keys = tl.load(numbers + 2).to(tl.int32)
@@ -57,9 +60,13 @@ def _walk(
     planes = Planes(
         None, lists, zero, zero, tl.cdiv(queries, SCHEDULE), tl.cdiv(keys, SCHEDULE), BLOCK_M=SCHEDULE, BLOCK_N=SCHEDULE
     )
-    mask = Mask(planes, zero, None, None, queries, keys, KIND, CAUSAL, HIDES_KEYS=True)
+    left = tl.load(numbers + 6).to(tl.int32) if LEFT else None
+    right = tl.load(numbers + 7).to(tl.int32) if RIGHT else None
+    mask = Mask(planes, zero, None, None, queries, keys, left, right, KIND, CAUSAL or RIGHT, HIDES_KEYS=True)
     if BY_KEYS:
-        return mask.walk_over_keys(first, BLOCK_M, BLOCK_N)
+        part = tl.load(numbers + 8).to(tl.int32)
+        parts = tl.load(numbers + 9).to(tl.int32) if SPLIT else None
+        return mask.walk_over_keys(first, BLOCK_M, BLOCK_N, part, parts)
     else:
         any_key = tl.load(numbers + 4) != 0
         hides_keys = tl.load(numbers + 5) != 0
@@ -80,12 +87,15 @@ def trace_kernel(
     SCHEDULE: tl.constexpr,
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
     MOST: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """`SIZE` walks at once: their counts of runs and of masked blocks, and the first `MOST` of each."""
     at = (tl.program_id(0) * SIZE + tl.arange(0, SIZE))[:, None]
-    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL)
+    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL, LEFT, RIGHT, SPLIT)
     index = tl.arange(0, MOST)[None, :]
     zero = tl.zeros([SIZE, MOST], tl.int32)
     start, end = walk.run_bounds(index)
@@ -109,11 +119,14 @@ def loop_kernel(
     SCHEDULE: tl.constexpr,
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """One walk, in the loops of the kernels: counts how often it comes to each block, as full and as masked."""
     at = tl.program_id(0)
-    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL)
+    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL, LEFT, RIGHT, SPLIT)
     for run in tl.range(0, walk.run_count(), num_stages=1):
         start, end = walk.run_bounds(run)
         for block in tl.range(start, end):
@@ -132,23 +145,36 @@ class Shapes:
     causal: bool
     queries: Tensor  # (n,)
     keys: Tensor  # (n,)
+    left: Tensor | None  # (n,) of windows
+    right: Tensor | None  # (n,)
     exists: Tensor  # (n, i, j) pairs within the shape's bounds; i and j are whole blocks of the longest shape
-    sight: Tensor  # (n, i, j) and not hidden by causality
+    sight: Tensor  # (n, i, j) and not hidden by causality or the window
     pairs: Tensor  # (n, i, j) and not hidden by the mask: who sees whom
     shown: Tensor  # (n, j) keys that exist and that a key mask shows
 
     @staticmethod
-    def of(kind: MaskKind, causal: bool, queries: Tensor, keys: Tensor, mask: Tensor | None = None) -> Shapes:
+    def of(
+        kind: MaskKind,
+        causal: bool,
+        queries: Tensor,
+        keys: Tensor,
+        mask: Tensor | None = None,
+        left: Tensor | None = None,
+        right: Tensor | None = None,
+    ) -> Shapes:
         """`mask (n, 1|i, j)` is cut to each shape's bounds."""
         query = torch.arange(max(BLOCK, -(-int(queries.max()) // BLOCK) * BLOCK))[:, None]
         key = torch.arange(max(BLOCK, -(-int(keys.max()) // BLOCK) * BLOCK))
         exists = (query < queries[:, None, None]) & (key < keys[:, None, None])
-        sight = exists & (key <= query + (keys - queries)[:, None, None]) if causal else exists
+        ahead = key - query - (keys - queries)[:, None, None]
+        sight = exists & (ahead <= 0) if causal else exists
+        sight = sight if left is None else sight & (ahead >= -left[:, None, None])
+        sight = sight if right is None else sight & (ahead <= right[:, None, None])
         pairs = sight if mask is None else sight & mask
         shown = key < keys[:, None]
         if kind == MaskKind.KEY:
             shown = shown & mask[:, 0]
-        return Shapes(kind, causal, queries, keys, exists, sight, pairs, shown)
+        return Shapes(kind, causal, queries, keys, left, right, exists, sight, pairs, shown)
 
 
 @dataclass(frozen=True)
@@ -186,8 +212,10 @@ def take_walks(
     *,
     hide_keys: bool = False,
     only_every: int | None = None,
+    parts: int = 1,
 ) -> Walks:
-    """All the walks of the shapes at once; or, `only_every` so many of them, one by one in loops."""
+    """All the walks of the shapes at once; or, `only_every` so many of them, one by one in loops. Each is taken in so
+    many `parts`, one after another."""
     lines, offsets = lists_of(shapes, by_keys)
     size = block_m if by_keys else block_n
     tiles = -(-(shapes.queries if by_keys else shapes.keys) // size)
@@ -195,10 +223,14 @@ def take_walks(
     tile = torch.cat([torch.arange(n) for n in tiles.tolist()])[::only_every]
     shown = torch.ones_like(tile) if by_keys else block_counts(shapes.shown[:, None], 1, size)[shape, 0, tile]
     hides = (shown < size) & hide_keys
+    part = torch.arange(parts).repeat(len(tile))
+    shape, tile, shown, hides = (x.repeat_interleave(parts) for x in (shape, tile, shown, hides))
 
     at_once = 1 if only_every else 4096 if device == "cpu" else 256
     programs = -(-len(shape) // at_once)
-    numbers = torch.stack((tile * size, shapes.queries[shape], shapes.keys[shape], offsets[shape], shown > 0, hides), 1)
+    edges = [torch.zeros_like(tile) if edge is None else edge[shape] for edge in (shapes.left, shapes.right)]
+    of_shape = shapes.queries[shape], shapes.keys[shape], offsets[shape]
+    numbers = torch.stack((tile * size, *of_shape, shown > 0, hides, *edges, part, torch.full_like(part, parts)), 1)
     last = numbers[-1:].expand(programs * at_once - len(shape), -1)  # again, in the last program
     read = lines.to(device), torch.cat((numbers, last)).to(device)
     choices = dict(
@@ -208,6 +240,9 @@ def take_walks(
         SCHEDULE=BLOCK,
         KIND=int(shapes.kind),
         CAUSAL=shapes.causal and shapes.kind != MaskKind.DENSE,
+        LEFT=shapes.left is not None,
+        RIGHT=shapes.right is not None,
+        SPLIT=parts > 1,
         MOST=MOST,
     )
     new = dict(dtype=torch.int32, device=device)
@@ -253,9 +288,10 @@ def check_walks(
     def says(message: str, wrong: Tensor) -> str:
         walk, block = wrong.nonzero()[0].tolist() if wrong.any() else (0, 0)
         shape = walks.shape[walk]
+        window = [None if edge is None else int(edge[shape]) for edge in (shapes.left, shapes.right)]
         return (
-            f"{message}: {shapes.queries[shape]} queries, {shapes.keys[shape]} keys, tile {walks.tile[walk]}, "
-            f"block {block}, keys {shapes.shown[shape].int().tolist()}"
+            f"{message}: {shapes.queries[shape]} queries, {shapes.keys[shape]} keys, {window=}, "
+            f"tile {walks.tile[walk]}, block {block}, keys {shapes.shown[shape].int().tolist()}"
         )
 
     in_tile = block_counts(shapes.pairs, block_m, block_n)
@@ -330,6 +366,24 @@ def key_masked_shapes(causal: bool) -> Shapes:
     return Shapes.of(MaskKind.KEY, causal, queries, keys, mask.flatten(1)[:, None])
 
 
+def windowed_shapes(mask: MaskKind, edges: str) -> Shapes:
+    """Windows narrower and wider than tiles, and than the sequence, with a left edge or a right one, with both or
+    under causality; with every pattern of two blocks of keys."""
+    sizes = (0, 15, 40, 90) if mask == MaskKind.NONE else (0, 23, 90)
+    queries, keys, left, right, *states = combinations(
+        (1, 16, 33, 70),
+        (0, 17, 32, 49, 64) if mask == MaskKind.NONE else (17, 32, 64),
+        sizes if "left" in edges else (0,),
+        sizes if "right" in edges else (0,),
+        *[(EMPTY, PARTIAL, FULL) if mask == MaskKind.KEY else (FULL,)] * 2,
+    )
+    shown = torch.stack(states, dim=1)[:, :, None]
+    shown = (shown == FULL) | ((shown == PARTIAL) & partial_keys(2))
+    sides = left if "left" in edges else None, right if "right" in edges else None
+    of_keys = shown.flatten(1)[:, None] if mask == MaskKind.KEY else None
+    return Shapes.of(mask, "causal" in edges, queries, keys, of_keys, *sides)
+
+
 def dense_shapes(causal: bool) -> Shapes:
     """Every pattern of two by two blocks, cut to lengths around the ends of tiles; partial ones hold two pairs."""
     queries, keys, *states = combinations(
@@ -372,12 +426,67 @@ def test_every_pattern_of_a_key_mask(device: str, tiles: tuple[int, int], causal
 
 
 @on_every_device
+@pytest.mark.parametrize("edges", ("left", "right", "left causal", "left right"))
+@pytest.mark.parametrize("kind", (MaskKind.NONE, MaskKind.KEY), ids=("all", "key"))
+@pytest.mark.parametrize("tiles", TILES, ids=named)
+def test_every_window(device: str, tiles: tuple[int, int], kind: MaskKind, edges: str) -> None:
+    shapes = windowed_shapes(kind, edges)
+    for by_keys in (True, False):
+        check_walks(shapes, take_walks(shapes, *tiles, by_keys, device), *tiles, by_keys)
+
+
+@on_every_device
+@by_keys_or_queries
+def test_blocks_visited_are_linear_in_the_window(device: str, by_keys: bool) -> None:
+    """A tile comes to as many blocks as its window crosses, however long the sequence is."""
+    lengths = torch.full((6,), 15 * BLOCK)
+    left = torch.tensor([0, 16, 32, 64, 128, 1000])
+    shapes = Shapes.of(MaskKind.NONE, True, lengths, lengths, left=left)
+    walks = take_walks(shapes, 32, 32, by_keys, device)
+    visited = (walks.fulls + walks.masked).sum(dim=1)
+    most = [int(visited[walks.shape == shape].max()) for shape in range(len(left))]
+    assert most == [1, 2, 2, 3, 5, 15]
+    assert int(visited.sum()) == sum(min(block + 1, blocks) for block in range(15) for blocks in most)
+
+
+@on_every_device
 @by_keys_or_queries
 @with_causality
 @pytest.mark.parametrize("tiles", TILES, ids=named)
 def test_every_pattern_of_a_dense_mask(device: str, tiles: tuple[int, int], causal: bool, by_keys: bool) -> None:
     shapes = dense_shapes(causal)
     check_walks(shapes, take_walks(shapes, *tiles, by_keys, device), *tiles, by_keys)
+
+
+@on_every_device
+@pytest.mark.parametrize(
+    "shapes",
+    (
+        unmasked_shapes(True),
+        key_masked_shapes(True),
+        dense_shapes(False),
+        windowed_shapes(MaskKind.NONE, "left causal"),
+        windowed_shapes(MaskKind.KEY, "left right"),
+    ),
+    ids=("causal", "key causal", "dense", "left causal", "key window"),
+)
+def test_parts_of_a_walk(device: str, shapes: Shapes) -> None:
+    """Together they come to the same blocks, none twice. None is longer, in blocks of the schedule if there is
+    one, than all of them together divided by their number."""
+    tiles = (16, 16)
+    for parts in (2, 3):
+        walks = take_walks(shapes, *tiles, True, device, parts=parts)
+        fulls, masked = (x.unflatten(0, (-1, parts)) for x in (walks.fulls, walks.masked))
+        whole = Walks(walks.shape[::parts], walks.tile[::parts], fulls.sum(dim=1), masked.sum(dim=1))
+        check_walks(shapes, whole, *tiles, True)
+        visited = (fulls + masked) > 0  # (w, parts, MOST)
+        at = torch.arange(MOST)
+        first, last = torch.where(visited, at, MOST).amin(dim=2), torch.where(visited, at, -1).amax(dim=2)
+        assert (last[:, :-1] < first[:, 1:])[visited.any(dim=2)[:, 1:]].all(), "parts are in order"
+        of_schedule = 1 if shapes.kind == MaskKind.NONE else BLOCK // tiles[1]
+        first, last = first // of_schedule, last // of_schedule
+        longest = -(-(last.amax(dim=1) - first.amin(dim=1) + 1).clamp(min=0) // parts)
+        assert ((last - first + 1).clamp(min=0).amax(dim=1) <= longest).all()
 
 
 @on_every_device
@@ -406,18 +515,23 @@ def hide_kernel(
     first_key,
     queries: tl.int32,
     keys: tl.int32,
+    window_left: tl.int32,
+    window_right: tl.int32,
     fill: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
     HIDES_KEYS: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
     """Hides pairs of a tile X (BLOCK_M, BLOCK_N), or of its transpose, and says which keys are readable at all."""
     batch = tl.program_id(0)
     planes = Planes(VISIBLE, None, batch, batch, batch, tl.cdiv(keys, 32), BLOCK_M=32, BLOCK_N=32)
-    mask = Mask(planes, 0, None, None, queries, keys, KIND, CAUSAL, HIDES_KEYS).of_head(batch, batch)
+    masks = masks_of_call(planes, queries, keys, window_left, window_right, KIND, CAUSAL, LEFT, RIGHT, HIDES_KEYS)
+    mask = masks.of_head(batch, batch)
     query = first_query + tl.arange(0, BLOCK_M)
     key = first_key + tl.arange(0, BLOCK_N)
     shown, readable = mask.shown(first_query, first_key, BLOCK_M, BLOCK_N)
@@ -444,12 +558,12 @@ def words_of(pairs: Tensor) -> Tensor:
 )
 @pytest.mark.parametrize("transposed", (False, True), ids=("", "transposed"))
 @pytest.mark.parametrize("hide_keys", (False, True), ids=("", "hide_keys"))
-@with_causality
+@pytest.mark.parametrize("edges", ("", "causal", "left causal", "left right"))
 @pytest.mark.parametrize("kind", MaskKind)
 def test_hide(
     device: str,
     kind: MaskKind,
-    causal: bool,
+    edges: str,
     hide_keys: bool,
     transposed: bool,
     first_query: int,
@@ -458,6 +572,7 @@ def test_hide(
 ) -> None:
     torch.manual_seed(0)
     queries, keys = 49, 54
+    causal, left, right = (word in edges for word in ("causal", "left", "right"))
     x = torch.randn(tiles)
     x[::3] = torch.nan
     x[:, ::4] = torch.inf
@@ -468,17 +583,17 @@ def test_hide(
         pairs = pairs[:1].expand(64, 64)
     visible = {MaskKind.NONE: torch.zeros(1), MaskKind.KEY: pairs[0].int(), MaskKind.DENSE: words_of(pairs)}[kind]
     out = torch.empty(x.numel() + tiles[1], device=device)
-    numbers = first_query, first_key, queries, keys
-    hide_kernel[(1,)](
-        out, x.to(device), visible.to(device), *numbers, -7.0, *tiles, int(kind), causal, hide_keys, transposed
-    )
+    numbers = first_query, first_key, queries, keys, 9, 3
+    choices = -7.0, *tiles, int(kind), causal, left, right, hide_keys, transposed
+    hide_kernel[(1,)](out, x.to(device), visible.to(device), *numbers, *choices)
 
     query, key = first_query + torch.arange(tiles[0]), first_key + torch.arange(tiles[1])
     tile = pairs[query][:, key]
     shown = key < keys if kind == MaskKind.NONE else tile.any(dim=0)
     kept = tile if kind == MaskKind.DENSE else torch.ones(tiles, dtype=torch.bool)
-    if causal and kind != MaskKind.DENSE:
-        kept = kept & (key <= query[:, None] + (keys - queries))
+    ahead = key - query[:, None] - (keys - queries)
+    if kind != MaskKind.DENSE:
+        kept = kept & (ahead <= (0 if causal else 3 if right else 100)) & (ahead >= (-9 if left else -100))
     if hide_keys and (kind == MaskKind.KEY or (kind == MaskKind.NONE and not causal)):
         kept = kept & shown  # else causality hides the keys past the end from all queries before it
     assert kept.any()

@@ -25,7 +25,7 @@ __all__ = ["CPU", "FAULTS", "PART", "VARIANT", "answer", "forget", "serve_as_tri
 
 CPU = torch.device("cpu")
 PART = DeviceTarget("cuda", "a part", (8, 0), 166912, 108, "3.7.1", device=CPU)
-VARIANT = Variant("triton", "separate", Kind("float32", "tf32x3", 8, 8, "none", False, False), *[False] * 4, ALL)
+VARIANT = Variant("triton", "separate", Kind("float32", "tf32x3", 8, 8, "none", *[False] * 3), *[False] * 3, ALL)
 
 
 def _raise(*results: Any) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attend import __main__ as command
-from flash_attend import check, explain, flash_attention
+from flash_attend import check, explain, flash_attention, marks
 from flash_attend.backends import BACKENDS
 from flash_attend.check import servable
 from flash_attend.small_call import small_call
@@ -24,7 +27,7 @@ from flash_attend.testing.budget import TF32Products
 from flash_attend.testing.oracle import visible_pairs
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import Variant, variant_of
-from parts import CPU, PART, VARIANT, forget, serve_as_triton, store, with_fault
+from parts import CPU, FAULTS, PART, VARIANT, forget, serve_as_triton, store, with_fault
 
 
 @pytest.fixture(autouse=True)
@@ -79,31 +82,6 @@ def test_auto_takes_what_was_right(plant: Callable, checks: list[str]) -> None:
     with torch.no_grad():
         flash_attention(*inputs())  # the same kernels as with gradients
     assert len(checks) == 2
-
-
-@pytest.mark.parametrize(
-    ("fault", "where", "told"),
-    (
-        ("wrong", "forward", r"out: largest error .* allowed"),
-        ("wrong", "backward", r"dq: largest error .* allowed"),
-        ("nan", "forward", r"out .*"),
-        ("nan", "backward", r"dq .*"),
-        ("raises", "forward", "RuntimeError: out of resource: shared memory"),
-        ("raises", "backward", "RuntimeError: out of resource: shared memory"),
-    ),
-)
-def test_auto_takes_nothing_that_was_not(plant: Callable, checks: list[str], fault: str, where: str, told: str) -> None:
-    plant(fault, where)
-    for _ in range(2):  # the second as another process: told again, and not checked again
-        with pytest.warns(UserWarning, match=rf"triton: its self-check failed here: .*{told}.*please report") as caught:
-            for length in (2, 3, 5):
-                flash_attention(*(tensor[:, :, :length] for tensor in inputs()))
-        assert len(caught) == 1
-        assert str(VARIANT) in str(caught[0].message)
-        assert served() == "math"
-        assert "triton  by name  its self-check failed here" in str(explain(*inputs()))
-        forget()
-    assert len(checks) == 1
 
 
 class Coarse(TF32Products):
@@ -251,6 +229,21 @@ def test_modes_see_nothing_of_a_check(plant: Callable, checks: list[str]) -> Non
     assert not {name for name in watching.seen if "randn" in name or "bmm" in name or "double" in name}
 
 
+def test_a_check_may_wait_where_a_program_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a fake of what torch has for CUDA alone; the program's mode is back after it, and after one that raises."""
+    mode = ["error"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    for name in ("device", "stream", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda given: nullcontext())
+    monkeypatch.setattr(check, "_compare", lambda variant, device: mode[-1])
+    assert check._on_the_device(VARIANT, torch.device("cuda")) == "default"
+    monkeypatch.setattr(check, "_compare", None)
+    with pytest.raises(TypeError):
+        check._on_the_device(VARIANT, torch.device("cuda"))
+    assert mode == ["error", "default", "error", "default", "error"]
+
+
 def test_deterministic_mode_and_the_default_dtype_stay(plant: Callable) -> None:
     plant("none")
     torch.use_deterministic_algorithms(True)
@@ -275,7 +268,11 @@ HOPPER = DeviceTarget("cuda", "H100", (9, 0), 232448, 132, "3.7.1")
 
 def some_variants() -> list[Variant]:
     found = [one for one in servable(HOPPER) if one.kind[:3] == ("bfloat16", "ieee", 64)]
-    return [*found, *(one._replace(one_query=True, negative_scale=True) for one in found if one.kind.mask != "dense")]
+    # Of a single query neither a mask nor a bias varies over queries.
+    single = [one for one in found if one.kind.mask != "dense" and "ij" not in one.kind.scores]
+    decoding = [one._replace(kind=one.kind._replace(one_query=True), negative_scale=True) for one in single]
+    packed = [one._replace(packed=True) for one in found if one.grouped and not (one.mask_per_head or one.kind.dropout)]
+    return [*found, *decoding, *(one for one in packed if one.kind.mask != "dense")]
 
 
 def test_a_small_call_is_of_its_variant() -> None:
@@ -284,11 +281,14 @@ def test_a_small_call_is_of_its_variant() -> None:
     assert {variant.backend for variant in variants} == {"hopper", "triton"}
     for variant in variants:
         call = small_call(variant, (16, 32), CPU)
-        spec, (q, k, v, mask, *_) = call.spec, call.poisoned
+        spec, (q, k, v, mask, _, bias, *_) = call.spec, call.poisoned
         assert Variant.read(variant_of(spec, *variant[:2], variant.needed)) == variant
         name = str(variant)
-        assert (spec.keys > 32 and spec.keys % 32 and spec.queries % 16) or variant.one_query, name
-        pairs = visible_pairs(spec.batch, spec.heads, spec.queries, spec.keys, mask, spec.causal, CPU)
+        short = variant.kind.one_query or variant.packed
+        assert (spec.keys > 32 and spec.keys % 32 and spec.queries % 16) or short, name
+        pairs = visible_pairs(
+            spec.batch, spec.heads, spec.queries, spec.keys, mask, spec.causal, CPU, window=spec.window
+        )
         hidden = ~pairs.any(dim=2).view(spec.batch, spec.kv_heads, spec.group, spec.keys).any(dim=2)
         poisoned = k.isnan().all(dim=3)
         assert torch.equal(poisoned, v.isnan().all(dim=3)), name
@@ -296,10 +296,12 @@ def test_a_small_call_is_of_its_variant() -> None:
         assert not q.isnan().any(), name
         if mask is not None:
             assert poisoned.any(), name
-        if mask is not None or (spec.causal and not variant.one_query):
+        if mask is not None or (spec.causal and not short):
             assert not pairs.any(dim=3).all(), name
-        full = pairs.unfold(3, 32, 32).unfold(2, 1 if variant.one_query else 16, 16).all(dim=-1).all(dim=-1)
+        full = pairs.unfold(3, 32, 32).unfold(2, spec.queries if short else 16, 16).all(dim=-1).all(dim=-1)
         assert full.any(), name
+        if bias is not None:
+            assert (bias == -torch.inf).any(), name
 
 
 def test_variants_have_names_of_their_own() -> None:
@@ -353,18 +355,91 @@ def test_a_part_without_gpus_has_nothing_to_check(capsys: pytest.CaptureFixture[
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.interpreter
-def test_the_kernels_serve_after_their_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16, which the interpreter computes wrongly, is found out."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """The part is the interpreter, and what serves there as `triton` are the kernels; plants a fault in their run."""
+    from flash_attend.kernels import statistics
     from flash_attend.kernels.configs import INTERPRETED, override
+    from flash_attend.kernels.softmax import Softmax
+
+    places = dict(forward=(Softmax, "finish"), backward=(statistics, "recomputed_weights"))
+
+    def plant(fault: Callable[..., object], where: str = "forward") -> None:
+        right = getattr(*places[where])
+
+        def spoiled(*given: object, **named: object) -> object:
+            found = right(*given, **named)
+            return fault(*found) if isinstance(found, tuple) else fault(found)[0]
+
+        monkeypatch.setattr(*places[where], spoiled)
 
     monkeypatch.setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: PART)))
-    q, k, v = inputs()
     with override(INTERPRETED):
-        out = flash_attention(q, k, v, causal=True)
-        assert explain(q, k, v, causal=True).plan.name == "triton"
-        assert torch.allclose(out, flash_attention(q, k, v, causal=True, backend="math"), atol=1e-6)
-        half = [tensor.detach().bfloat16() for tensor in (q, k, v)]
-        with pytest.warns(UserWarning, match="triton: its self-check failed here: AssertionError: "):
-            flash_attention(*half)
-        assert explain(*half).plan.name == "math"
+        yield plant
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels")
+def test_auto_takes_kernels_that_were_right() -> None:
+    """bfloat16, which the interpreter computes wrongly, is found out."""
+    q, k, v = inputs()
+    out = flash_attention(q, k, v, causal=True)
+    assert explain(q, k, v, causal=True).plan.name == "triton"
+    assert torch.allclose(out, flash_attention(q, k, v, causal=True, backend="math"), atol=1e-6)
+    half = [tensor.detach().bfloat16() for tensor in (q, k, v)]
+    with pytest.warns(UserWarning, match="triton: its self-check failed here: AssertionError: "):
+        flash_attention(*half)
+    assert explain(*half).plan.name == "math"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("fault", "where", "told"),
+    (
+        ("wrong", "forward", r"out: largest error .* allowed"),
+        ("wrong", "backward", r"dq: largest error .* allowed"),
+        ("nan", "forward", "out .*"),
+        ("raises", "forward", ".*RuntimeError.*out of resource: shared memory"),
+    ),
+)
+def test_auto_takes_no_kernels_that_were_not(
+    kernels: Callable, checks: list[str], fault: str, where: str, told: str
+) -> None:
+    kernels(FAULTS[fault], where)
+    for _ in range(2):  # the second as another process: told again, and not checked again
+        with pytest.warns(UserWarning, match=rf"triton: its self-check failed here: .*{told}.*please report") as caught:
+            for length in (2, 3, 5):
+                flash_attention(*(tensor[:, :, :length] for tensor in inputs()))
+        assert len(caught) == 1
+        assert str(VARIANT) in str(caught[0].message)
+        assert served() == "math"
+        assert "triton  by name  its self-check failed here" in str(explain(*inputs()))
+        forget()
+    assert checks == [str(VARIANT)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("fault", ("killed", "hung"))
+def test_auto_takes_no_kernels_that_a_process_died_in(
+    kernels: Callable, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """While they hang they are waited for, and then refused for this process; for others once that one is ended."""
+    fork = multiprocessing.get_context("fork")
+    within = fork.Event()
+    kernels(lambda *found: within.set() or FAULTS[fault](*found))
+    with torch.no_grad():
+        process = fork.Process(target=flash_attention, args=inputs())
+        process.start()
+        assert within.wait(60)
+        if fault == "hung":
+            monkeypatch.setattr(marks, "LONGEST_WAIT", 0.1)
+            with pytest.warns(UserWarning, match="another process has been checking it"):
+                flash_attention(*inputs())
+            assert served() == "math"
+            process.kill()
+            forget()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        with pytest.warns(UserWarning, match="died or was ended in its check; `python -m flash_attend check` tries it"):
+            flash_attention(*inputs())
+        assert served() == "math"

@@ -218,15 +218,15 @@ def test_what_was_fastest_is_asked_first() -> None:
 def test_the_variant_that_is_asked_for_is_the_calls() -> None:
     """With the tiles that were measured fastest with its backward."""
     spec = replace(SPEC, mask=MaskKind.KEY, causal=True, scale=-1.0, queries=1)
-    kind = "float16", "ieee", 64, 64, "key", True, False
+    kind = "float16", "ieee", 64, 64, "key", True, False, True, ""
     asked = []
     for backward in ("separate", "fused"):
         won = Tuned("triton", (("triton", backward, "measured"),), "")
         knowledge = Knowledge(
             lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
         )
-        choose(spec, H100, "auto", (True, False, False), knowledge)
-        variant = "triton", backward, kind, False, True, True, True, (True, False, False), "measured"
+        choose(spec, replace(H100, multiprocessors=0), "auto", (True, False, False), knowledge)
+        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured", False
         assert asked == [(variant, GPU)]
         asked.clear()
 

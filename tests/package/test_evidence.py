@@ -123,6 +123,8 @@ def test_parts_drivers_versions_and_kernels_are_kept_apart(tmp_path: Path, monke
 def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert evidence._root() == Path(os.environ["FLASH_ATTEND_CACHE"])
+    monkeypatch.setenv("FLASH_ATTEND_CACHE", "~/kept")
+    assert evidence._root() == Path.home() / "kept"
     monkeypatch.delenv("FLASH_ATTEND_CACHE")
     assert evidence._root() == Path("/xdg/flash_attend")
     monkeypatch.delenv("XDG_CACHE_HOME")

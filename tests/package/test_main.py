@@ -13,7 +13,7 @@ import torch
 import flash_attend
 from flash_attend import __main__ as bug_report
 from flash_attend import target
-from flash_attend.evidence import Finding, Store
+from flash_attend.evidence import Finding, Store, name_of_tuned
 from flash_attend.variant import ALL, Kind, Variant
 
 
@@ -88,19 +88,19 @@ def test_each_gpu_is_described_and_judged(fake_gpus):
 
 
 def test_what_is_known_of_a_part_is_told(fake_gpus):
-    kind = Kind("float16", "ieee", 64, 64, "key", True, False)
-    right, wrong = (Variant("triton", way, kind, *[False] * 4, ALL) for way in ("separate", "fused"))
+    kind = Kind("float16", "ieee", 64, 64, "key", True, False, False)
+    right, wrong = (Variant("triton", way, kind, *[False] * 3, ALL) for way in ("separate", "fused"))
     store = Store.of(torch.device("cuda", 1))
     store.keep(right, Finding(True, "self-checked: dq used 0.31 of its error budget"), seconds=1.5)
     store.keep(wrong, Finding(False, "dq: max error 1"), seconds=1.5)
     won = dict(backend="triton", ways=[["triton", "fused", ""]], reason="1.20 times as fast")
-    store.write("tuned " + " ".join(map(str, kind)), dict(won=won))
+    store.write(name_of_tuned(kind), dict(won=won))
     text = bug_report.report()
     assert section("known of cuda:0", text) == "  0 variants right, 0 not"
     assert section("known of cuda:1", text).splitlines() == [
         "  1 variant right, 1 not",
         f"  {wrong}: dq: max error 1",
-        "  tuned float16 ieee 64 64 key True False: 1.20 times as fast",
+        "  tuned float16 d64 dv64 key causal: 1.20 times as fast",
     ]
     told = "  triton  yes      self-checked: dq used 0.31 of its error budget, 1.20 times as fast"
     assert told in text

@@ -13,18 +13,20 @@ import torch
 import flash_attend
 from flash_attend import __main__ as command
 from flash_attend import explain, flash_attention, timing, tuning
-from flash_attend.evidence import name_of_tuned
+from flash_attend.evidence import Tuned, name_of_tuned
 from flash_attend.isolation import Failed
+from flash_attend.kernels.configs import ONE_QUERY, Tile, Tiles, as_text, tiles_of
 from flash_attend.timing import Call, Candidate, call_as_json, call_of_json, in_turns, time_pair
 from flash_attend.tuning import grid, tune
 from parts import CPU, PART, VARIANT, forget, serve_as_triton, store, with_fault
 
-CALL = grid(["float32"], [(8, 8)], ["none"], [16], tokens=16, width=16)[0]
+CALL = grid(["float32"], [(8, 8)], ["none"], [(16, 16)], tokens=16, width=16)[0]
+TILES = as_text(Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 1)))
 MATH, USUAL, FUSED, OTHER = (
     Candidate("math", "einsum"),
-    Candidate("triton", "separate", "rule"),
-    Candidate("triton", "fused", "rule"),
-    Candidate("triton", "separate", "other"),
+    Candidate("triton", "separate"),
+    Candidate("triton", "fused"),
+    Candidate("triton", "separate", TILES),
 )
 
 
@@ -34,7 +36,7 @@ def on_the_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
     forget()
     serve_as_triton(with_fault("none"), monkeypatch.setattr, monkeypatch.setitem)
     monkeypatch.setattr(tuning, "_gpus", lambda: [CPU])
-    monkeypatch.setattr(tuning, "candidates", lambda call, target: [USUAL, OTHER, FUSED, MATH])
+    monkeypatch.setattr(tuning, "candidates", lambda calls, target: [USUAL, OTHER, FUSED, MATH])
     yield
     forget()
 
@@ -74,13 +76,13 @@ def won() -> tuple[str, tuple]:
 @pytest.mark.parametrize(
     ("times", "backend", "backward", "tiles"),
     (
-        ({USUAL: 1.0, OTHER: 2.0, FUSED: 2.0, MATH: 2.0}, "triton", "separate", "rule"),
-        ({USUAL: 1.0, OTHER: 0.98, FUSED: 0.99, MATH: 0.98}, "triton", "separate", "rule"),  # not clearly faster
-        ({USUAL: 1.0, OTHER: 0.9, FUSED: 0.95, MATH: 2.0}, "triton", "separate", "other"),
-        ({USUAL: 1.0, OTHER: 0.9, FUSED: 0.8, MATH: 2.0}, "triton", "fused", "rule"),
-        ({USUAL: 1.0, OTHER: 0.9, FUSED: 0.8, MATH: 0.5}, "math", "fused", "rule"),
-        ({USUAL: 1.0, OTHER: 0.5, FUSED: "died", MATH: 2.0}, "triton", "separate", "other"),
-        ({USUAL: "wrong", OTHER: 1.0, FUSED: 2.0, MATH: 2.0}, "triton", "separate", "other"),
+        ({USUAL: 1.0, OTHER: 2.0, FUSED: 2.0, MATH: 2.0}, "triton", "separate", ""),
+        ({USUAL: 1.0, OTHER: 0.98, FUSED: 0.99, MATH: 0.98}, "triton", "separate", ""),  # not clearly faster
+        ({USUAL: 1.0, OTHER: 0.9, FUSED: 0.95, MATH: 2.0}, "triton", "separate", TILES),
+        ({USUAL: 1.0, OTHER: 0.9, FUSED: 0.8, MATH: 2.0}, "triton", "fused", ""),
+        ({USUAL: 1.0, OTHER: 0.9, FUSED: 0.8, MATH: 0.5}, "math", "fused", ""),
+        ({USUAL: 1.0, OTHER: 0.5, FUSED: "died", MATH: 2.0}, "triton", "separate", TILES),
+        ({USUAL: "wrong", OTHER: 1.0, FUSED: 2.0, MATH: 2.0}, "triton", "separate", TILES),
     ),
 )
 def test_the_fastest_that_is_right_wins(part: Callable, times: dict, backend: str, backward: str, tiles: str) -> None:
@@ -139,7 +141,7 @@ def test_the_next_call_follows(part: Callable, monkeypatch: pytest.MonkeyPatch) 
     flash_attention(q, q, q)
     assert explain(q, q, q).plan.name == "triton"
     separate, fused = Candidate("triton", "separate"), Candidate("triton", "fused")  # what serves here has no tiles
-    monkeypatch.setattr(tuning, "candidates", lambda call, target: [separate, fused, MATH])
+    monkeypatch.setattr(tuning, "candidates", lambda calls, target: [separate, fused, MATH])
     part({separate: 1.0, fused: 0.8, MATH: 0.5})
     flash_attend.tune(lambda: flash_attention(q, q, q))
     assert explain(q, q, q).plan.name == "math"
@@ -167,13 +169,8 @@ def test_calls_are_taken_from_whoever_makes_them(part: Callable, monkeypatch: py
 
 def test_two_calls_take_turns() -> None:
     said: list[str] = []
-    times = iter([1.0, 5.0, 7.0, 3.0] * timing.ROUNDS)
-
-    def clock(call: Callable[[], object]) -> float:
-        call()
-        return next(times)
-
-    found = in_turns(lambda: said.append("A"), lambda: said.append("B"), clock=clock)
+    times = iter([0.0] * 4 + [1.0, 5.0, 7.0, 3.0] * timing.ROUNDS)
+    found = in_turns(*(lambda name=name: said.append(name) or next(times) for name in "AB"))
     assert "".join(said) == "ABAB" + "ABBA" * timing.ROUNDS
     assert found == [2.0, 6.0]
 
@@ -182,7 +179,7 @@ def test_two_calls_take_turns() -> None:
 def test_a_pair_is_timed(monkeypatch: pytest.MonkeyPatch, mask: str) -> None:
     """For real, with gradients and without; one that is wrong is not timed."""
     monkeypatch.setattr(timing, "ROUNDS", 1)
-    (call,) = grid(["float32"], [(8, 16)], [mask], [24], tokens=48, width=16)
+    (call,) = grid(["float32"], [(8, 16)], [mask], [(24, 24)], tokens=48, width=16)
     for needed in ((True,) * 3, (False,) * 3):
         given = call_as_json(Call(call.spec, needed))
         assert call_of_json(given) == Call(call.spec, needed)
@@ -204,7 +201,7 @@ def test_the_command(part: Callable, capsys: pytest.CaptureFixture[str], monkeyp
     assert command.main(["tune", *options, "--minutes", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"cpu {name_of_tuned(VARIANT.kind)}: triton: measured here on ")
-    assert lines[0].endswith("2.00 times as fast as triton (separate, tiles rule)")
+    assert lines[0].endswith("2.00 times as fast as triton (separate)")
     assert len(lines) == 2
     assert len(store().reasons_of_tuned()) == 2
 
@@ -213,17 +210,41 @@ def test_candidates_are_what_a_part_can_serve(monkeypatch: pytest.MonkeyPatch) -
     pytest.importorskip("triton", reason="tiles are the kernels'")
     monkeypatch.undo()
     hopper = replace(PART, capability=(9, 0))
-    (call,) = grid(["bfloat16"], [(64, 64)], ["key-causal"], [2048])
-    found = tuning.candidates(call, hopper)
+    call, short, one = grid(["bfloat16"], [(64, 64)], ["key-causal"], [(2048, 2048), (64, 64), (1, 2048)])
+    found = tuning.candidates([call], hopper)
     ways = list(dict.fromkeys((one.backend, one.backward) for one in found))
     kernels = [("triton", "separate"), ("triton", "fused"), ("math", "einsum")]
     assert ways == [*kernels, ("hopper", "separate"), ("hopper", "fused")]
     assert len(set(found)) == len(found) > 10
-    assert [*dict.fromkeys(one.backward for one in tuning.candidates(Call(call.spec, (False,) * 3), hopper))] == [
-        "separate",
-        "einsum",
-    ]
-    assert not [one for one in tuning.candidates(call, PART) if one.backend == "hopper"]
+    assert tuning.candidates([call, short], hopper) == found, "whatever the lengths: a kind's calls decide together"
+    assert not [way for way in tuning.candidates([call], PART) if way.backend == "hopper"]
+    assert one.needed == (False,) * 3
+    decoding = tuning.candidates([one], PART)
+    assert [way.backward for way in decoding] == ["separate"] * len(ONE_QUERY) + ["einsum"]
+    forwards = [tiles_of(way.tiles, one.spec, PART, "separate").forward for way in decoding[:-1]]
+    assert tuple(forwards) == ONE_QUERY
+
+
+def test_tiles_that_cannot_be_read_are_told_and_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what serves is what would serve without them, which is not called wrong."""
+    q = torch.randn(1, 2, 16, 8)
+    for damaged in (
+        "[[128",
+        "[[128, 64, 4]]",
+        "7",
+        "[" * 100_000,
+        '[["a", 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], null]',
+    ):
+        forget()
+        store().write(
+            name_of_tuned(VARIANT.kind), dict(won=Tuned("math", (("triton", "separate", damaged),), "")._asdict())
+        )
+        with pytest.warns(UserWarning, match="ignores what was tuned in .*: not the tiles of a call") as caught:
+            for length in (8, 16):
+                flash_attention(*[q[:, :, :length].requires_grad_()] * 3)
+        assert len(caught) == 1
+        assert explain(q, q, q).plan.name == "triton"
+        assert all(finding.right for finding in store().findings().values())
 
 
 def test_failures_are_figures() -> None:

@@ -81,13 +81,24 @@ MODES = {
     "narrow v": dict(batch=1, heads=1, mask="pad_left", grads="out"),
     "sliced": dict(batch=1, heads=1, layout="sliced", grad_layout="sliced"),
     "expanded": dict(batch=2, heads=2, layout="broadcast_heads", causal=True),
-}
+    "window": dict(batch=1, heads=2, window=(200, None), causal=True),
+    "window key": dict(batch=3, heads=1, window=(150, 40), mask="holes"),
+    "window dense": dict(batch=1, heads=1, window=(150, 40), mask="bhij"),
+    "softcap": dict(batch=1, heads=2, softcap=1.5, causal=True),
+    "alibi sinks": dict(batch=2, heads=2, kv_heads=1, alibi="bh", sinks=True, causal=True),
+    "bias": dict(batch=2, heads=2, keys=328, bias="1hij"),
+    "bias hiding": dict(batch=1, heads=2, bias="hiding", causal=True),
+    "everything": dict(
+        batch=2, heads=2, kv_heads=1, bias="1hij", bias_in_float32=True, window=(150, 40), softcap=1.5, alibi="h",
+        mask="holes", dropout_p=0.25,
+    ),
+}  # fmt: skip
 DIMS = {
     "bf16": (64, 128, 80, 192, 256), "fp16": (64, 80), "tf32": (64, 128, 256), "tf32x3": (64, 128), "fp64": (64, 128),
 }  # fmt: skip
-FUSED_MODES = ("key causal", "dense dropout")
+FUSED_MODES = ("key causal", "dense dropout", "bias hiding", "everything")
 # In every dtype; the others in bfloat16, at 64 and 128.
-COMMON_MODES = ("key causal", "dense dropout", "grouped", "narrow v", "dropout")
+COMMON_MODES = ("key causal", "dense dropout", "grouped", "narrow v", "dropout", "everything")
 
 
 def _lengths(dtype: str, d: int, arch: str) -> tuple[int, int]:
@@ -102,7 +113,7 @@ def _lengths(dtype: str, d: int, arch: str) -> tuple[int, int]:
 def _case(mode: str, dtype: str, d: int, arch: str) -> Case:
     queries, keys = _lengths(dtype, d, arch)
     narrow = {"dv": d // 2} if mode == "narrow v" else {}
-    return Case(mode, queries=queries, keys=keys, d=d, **MODES[mode], **narrow)
+    return Case(mode, **{"queries": queries, "keys": keys, "d": d, **MODES[mode], **narrow})
 
 
 def _of_triton() -> Iterator[Execution]:
@@ -122,8 +133,16 @@ def _of_triton() -> Iterator[Execution]:
             yield Execution(
                 arch, "triton", "separate", "bf16", _case("key causal", "bf16", d, arch), multiprocessors=99
             )
+            if arch == "sm_80" and d <= 128:  # whose tiles have 256 queries, more than the others' calls
+                two = Case("two tiles", batch=1, heads=1, queries=285, keys=149, d=d, mask="bhij", causal=True)
+                yield Execution(arch, "triton", "separate", "tf32", two)
             decode = Case("decode", batch=2, heads=8, kv_heads=2, queries=1, keys=333, d=d, mask="holes")
             yield Execution(arch, "triton", "separate", "bf16", decode)
+            # On a part that calls of few queries leave idle, keys are split; the first two have their heads packed.
+            few = replace(decode, name="few queries", queries=3, keys=460, causal=True, softcap=5.0, sinks=True)
+            apart = replace(few, name="few queries apart", kv_heads=8, batch=1, mask="none", window=(200, 0), alibi="h")
+            for case in (replace(decode, keys=460), few, apart):
+                yield Execution(arch, "triton", "separate", "bf16", case, multiprocessors=16)
 
 
 HOPPER_MODES = {
@@ -189,6 +208,7 @@ FAST = (
     "sm_80 triton fused bf16 d64 dense dropout",
     "sm_80 triton bf16 d64 sliced",
     "sm_80 triton bf16 d64 key causal random random seed1",
+    "sm_80 triton bf16 d64 everything",
     "sm_80 triton bf16 d128 grouped",
     "sm_80 triton bf16 d80 narrow v",
     "sm_80 triton bf16 d192 key causal",
@@ -206,11 +226,13 @@ FAST = (
     "sm_80 triton fp64 d128 narrow v",
     "sm_90 triton bf16 d64 key causal",
     "sm_90 triton fused bf16 d64 key causal",
+    "sm_90 triton bf16 d64 window key",
     "sm_90 triton bf16 d128 staircase",
     "sm_90 triton bf16 d256 key causal",
     "sm_90 triton tf32 d64 grouped",
     "sm_90 triton tf32x3 d64 key causal",
     "sm_90 triton fp64 d64 dropout",
+    "sm_90 triton bf16 d64 few queries on16",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
     "sm_90 hopper bf16 d64 one query seed9",

@@ -16,7 +16,7 @@ from flash_attend.variant import ALL, Kind, Variant
 pytestmark = pytest.mark.ptx
 
 NONE = (False, False, False)
-VARIANT = Variant("triton", "separate", Kind("bfloat16", "ieee", 64, 64, "none", False, False), *[False] * 4, NONE)
+VARIANT = Variant("triton", "separate", Kind("bfloat16", "ieee", 64, 64, "none", *[False] * 3), *[False] * 3, NONE)
 TF32 = VARIANT._replace(kind=VARIANT.kind._replace(dtype="float32", precision="tf32"))
 
 

@@ -329,7 +329,7 @@ def test_repeats_bit_for_bit(backend: Backend, dropout_p: float) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         first = run(call, backend.name)
-        for _ in range(3):
+        for _ in range(1 if backend.interpreted else 3):  # the interpreter has no races
             assert_same_bits(run(call, backend.name), first)
     finally:
         torch.use_deterministic_algorithms(previous)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,11 +15,10 @@ from flash_attend.testing.calls import Case, function_of, make_call
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 TINY = dict(batch=1, heads=2, kv_heads=1, queries=3, keys=4, d=2, dv=3)
+DENSE = Case("dense_mask_causal", **{**TINY, "queries": 5}, mask="bhij", causal=True)
 CASES = (
-    Case("causal_dead_rows", **{**TINY, "queries": 4, "keys": 3}, causal=True),
-    Case("padded_negative_scale", **TINY, mask="holes", scale=-0.8),
-    Case("dense_mask_causal", **{**TINY, "queries": 5}, mask="bhij", causal=True),
-    Case("dropout", **TINY, dropout_p=0.4, mask="pad_left", causal=True),
+    Case("padded_dead_rows_negative_scale", **{**TINY, "queries": 5}, mask="holes", causal=True, scale=-0.8),
+    replace(DENSE, name="dense_mask_dropout", dropout_p=0.4),
     Case("bias_sinks", **{**TINY, "batch": 2}, bias="1hij", sinks=True, mask="pad_left", causal=True),
     Case("window_softcap_alibi", **{**TINY, "queries": 4}, window=(2, 1), softcap=1.5, alibi="h", bias="b11j"),
 )
@@ -34,7 +35,7 @@ def test_gradgradcheck(case: Case, backend: Backend) -> None:
 
 
 @on_every_backend
-@pytest.mark.parametrize("case", (CASES[2], CASES[4], CASES[5]), ids=str)
+@pytest.mark.parametrize("case", (DENSE, *CASES[2:]), ids=str)
 def test_forward_gradcheck(case: Case, backend: Backend) -> None:
     call = make_call(case, torch.float64, backend.device)
     skip_unless_served(backend, call)

@@ -164,8 +164,7 @@ NEGATED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @on_every_backend
-@pytest.mark.parametrize("negated", NEGATED.values(), ids=NEGATED)
-@pytest.mark.parametrize("d", (1, 4))
+@pytest.mark.parametrize(("d", "negated"), zip((1, 4), NEGATED.values(), strict=True), ids=NEGATED)
 def test_lazily_negated_tensors(d: int, negated: Callable, backend: Backend) -> None:
     call = call_of(Case("x", **{**SMALL, "d": d, "dv": d}, mask="pad_left"), backend)
     for names in (("q",), ("k",), ("v",), ("grad_out",), ("grad_lse",), ("q", "k", "v", "grad_out", "grad_lse")):

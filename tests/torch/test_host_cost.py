@@ -5,12 +5,10 @@ Work is counted, not timed: calls of functions and of torch's operators are the 
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 
 import pytest
 import torch
@@ -18,27 +16,15 @@ from triton.compiler.compiler import LazyDict
 from triton.knobs import HookChain
 from triton.runtime.jit import JITFunction
 
+import host_cost
 from flash_attend import BackendUnavailable, flash_attention, plans
 from flash_attend.kernels import backward, forward, schedule, statistics
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.launch import recorded_launches
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "host_cost.py"
-
 
 @pytest.fixture(scope="module")
-def host_cost() -> Iterator[ModuleType]:
-    """The script as a module."""
-    found = importlib.util.spec_from_file_location("host_cost", SCRIPT)
-    module = importlib.util.module_from_spec(found)
-    sys.modules["host_cost"] = module  # dataclasses look themselves up
-    found.loader.exec_module(module)
-    yield module
-    del sys.modules["host_cost"]
-
-
-@pytest.fixture(scope="module")
-def warm(host_cost: ModuleType) -> Callable[[str, str], Callable[[], object]]:
+def warm() -> Callable[[str, str], Callable[[], object]]:
     """A stage of a mode after its first calls, which compile, and fill what is looked up later."""
     made = {}
 
@@ -81,9 +67,7 @@ def operators(call: Callable[[], object]) -> Counter[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_every_stage_is_measured(
-    host_cost: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_stage_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)  # the tests after this one keep theirs
     rows = host_cost.measure(["plain", "cpu key mask"], 2).to_dict("records")
     assert [(row["mode"], row["stage"]) for row in rows] == [
@@ -98,7 +82,7 @@ def test_every_stage_is_measured(
     assert all(line.startswith(stage) for line, stage in zip(lines, host_cost.STAGES, strict=True))
 
 
-def test_nothing_is_left_behind(host_cost: ModuleType) -> None:
+def test_nothing_is_left_behind() -> None:
     """Outside of the benchmark's contexts, the kernels cannot serve CPU tensors."""
     q = torch.zeros(host_cost.SHAPE, dtype=torch.float16)
     with host_cost.on_the_part():
@@ -108,7 +92,7 @@ def test_nothing_is_left_behind(host_cost: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("arguments", (["--rounds", "1"], ["--modes", "dense"], ["--rounds", "many"]))
-def test_bad_arguments(host_cost: ModuleType, arguments: list[str]) -> None:
+def test_bad_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         host_cost.main(arguments)
     assert stopped.value.code == 2
@@ -140,7 +124,7 @@ def nothing_prepared() -> Iterator[None]:
 
 @pytest.mark.parametrize("mode", ("plain", "key mask", "dropout"))
 def test_a_kept_kernel_is_given_what_triton_gives_it(
-    host_cost: ModuleType, monkeypatch: pytest.MonkeyPatch, nothing_prepared: None, mode: str
+    monkeypatch: pytest.MonkeyPatch, nothing_prepared: None, mode: str
 ) -> None:
     """The first launch of a kernel goes Triton's way, the next ones do not: the launcher sees no difference."""
     given = []
@@ -166,7 +150,7 @@ def test_a_kept_kernel_is_given_what_triton_gives_it(
     assert given == first
 
 
-def test_launches_that_write_other_dtypes_are_prepared_apart(host_cost: ModuleType, nothing_prepared: None) -> None:
+def test_launches_that_write_other_dtypes_are_prepared_apart(nothing_prepared: None) -> None:
     """How a mask's schedule is written follows from q's dtype, and a kept kernel is for one dtype."""
     mask, one = torch.ones(2, 64, dtype=torch.bool), Tile(32, 32, 4, 1)
     of_masks = []

@@ -1,6 +1,6 @@
 """What a call costs the host beside PyTorch's own: microseconds, on a machine without a GPU.
 
-    python benchmarks/host_cost.py [--modes plain causal ...] [--rounds N]
+    python tests/torch/host_cost.py [--modes plain causal ...] [--rounds N]
 
 Up to the CUDA driver's launch and without it the call is a real one, `flash_attention(..., backend="triton")` on small
 CPU tensors, for a part that is only named: Triton compiles the kernels for it, and their arguments go to a launcher
