@@ -15,12 +15,24 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["CALLS_KEPT", "LARGEST_LENGTH", "AttentionSpec", "BiasKind", "MaskKind", "Window", "describe", "kind_of"]
+__all__ = [
+    "CALLS_KEPT",
+    "LARGEST_LENGTH",
+    "PACKED_ROWS",
+    "AttentionSpec",
+    "BiasKind",
+    "MaskKind",
+    "Window",
+    "describe",
+    "kind_of",
+]
 
 Window = tuple[int | None, int | None]  # how many keys a query sees before its own and after it; None: all of them
 
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
 LARGEST_LENGTH = 2**31 - 1 - 8192  # positions are 32-bit in the kernels, with room for tiles past the end
+
+PACKED_ROWS = 64  # queries times heads of a group: what is no more is rows of one tile
 
 
 class MaskKind(IntEnum):
@@ -84,6 +96,14 @@ class AttentionSpec:
     def group(self) -> int:
         """How many query heads read one key/value head."""
         return self.heads // max(self.kv_heads, 1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether kernels take the query heads of a group as rows of one tile, which reads k and v once: where there
+        are few queries, and nothing but slopes and sinks differs between the heads."""
+        by_head = self.mask_per_head or self.dropout_p > 0 or (self.bias is not None and self.bias.heads)
+        few = self.queries == 1 or self.queries * self.group <= PACKED_ROWS
+        return self.group > 1 and few and self.mask != MaskKind.DENSE and not by_head
 
     @property
     def offset(self) -> int:

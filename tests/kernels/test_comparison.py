@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("triton", reason="compiling needs Triton")
 
 from flash_attend.kernels import comparison
-from flash_attend.kernels.comparison import Row, Side, print_estimates, rows
+from flash_attend.kernels.comparison import Row, Side, blocks_visited, print_estimates, print_windowed, rows
 from flash_attend.kernels.estimate import Estimate, total_tflops
 
 
@@ -31,6 +31,22 @@ def test_a_backward_counts_five_products_whatever_it_does() -> None:
     apart = {"backward_k": estimated(300.0), "backward_v": estimated(200.0), "backward_q": estimated(150.0)}
     assert total_tflops(apart) == pytest.approx(5 / (3 / 300 + 2 / 200 + 3 / 150))
     assert total_tflops({"forward": estimated(180.0)}) == pytest.approx(180)
+
+
+def test_a_window_visits_as_many_tiles_however_long_the_sequence_is() -> None:
+    assert blocks_visited(1024, None, 128, 64) == sum(2 * (tile + 1) for tile in range(8))
+    assert blocks_visited(1024, 2000, 128, 64) == blocks_visited(1024, None, 128, 64)
+    assert blocks_visited(1024, 128, 128, 64) == 2 + 7 * 4
+    assert blocks_visited(16384, 256, 128, 64) / 16384 == pytest.approx(6 / 128, rel=0.02)
+
+
+def test_a_windowed_call_is_estimated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def compile_tasks(tasks, jobs, measure):
+        return enumerate([(100, 8.0), (25, 2.0)])
+
+    monkeypatch.setattr(comparison, "compile_tasks", compile_tasks)
+    assert print_windowed(["sm_80"], "forward sm_80 half d64", 1, 256, 4096) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[-5:] == ["100", "8.0", "25", "2.0", "4.0"]
 
 
 @pytest.mark.parametrize(("peer", "code", "told"), [(PEER, 0, "1.75"), (NONE, 0, "too large"), (OURS, 1, "1.00")])

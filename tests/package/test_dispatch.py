@@ -226,7 +226,7 @@ def test_the_variant_that_is_asked_for_is_the_calls() -> None:
             lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
         )
         choose(spec, replace(H100, multiprocessors=0), "auto", (True, False, False), knowledge)
-        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured"
+        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured", False
         assert asked == [(variant, GPU)]
         asked.clear()
 

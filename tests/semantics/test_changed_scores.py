@@ -87,13 +87,18 @@ TOGETHER = (
     ),
 )  # fmt: skip
 CASES = (*BIASED, *WINDOWED, *CAPPED, *SLOPED, *SUNK, *TOGETHER)
+EVERY_DTYPE = (*BIASED[-5:], *WINDOWED[:2], *CAPPED[:2], *SLOPED[:2], *SUNK[:2], *TOGETHER)
+CALLS = [
+    pytest.param(case, dtype, id=f"{case}-{dtype}".replace("torch.", ""))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    for case in (CASES if dtype == torch.float32 else EVERY_DTYPE)
+]
 
 every_backend = pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *FUSED, *CHOOSY))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=lambda x: str(x)[6:])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), CALLS)
 def test_every_result_is_within_the_error_budget(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     skip_unless_quick(backend, dtype)
     call = call_for(backend, case, dtype)
@@ -130,13 +135,14 @@ def cases(draw: st.DrawFn, longest: int) -> Case:
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *FUSED, *CHOOSY))
 def test_any_of_them_together(backend: Backend) -> None:
-    count = 12 if backend.interpreted else 60
+    count = 12 if backend.interpreted else 50
     dtypes = (torch.float32, torch.float64) if backend.interpreted else (torch.float32, torch.bfloat16, torch.float64)
 
     @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=cases(30 if backend.interpreted else 60), dtype=st.sampled_from(dtypes), seed=st.integers(0, 2**16))
     def answers(case: Case, dtype: torch.dtype, seed: int) -> None:
-        case = replace(case, grads="out") if backend.name == "sdpa" else case
+        if backend.name == "sdpa":  # which serves none of these
+            case = replace(case, grads="out", dv=None, dropout_p=0.0, softcap=None, sinks=False)
         call = make_call(case, dtype, backend.device, seed)
         assume(not refusal_of(backend, call))
         check(run(call, backend.name), call)

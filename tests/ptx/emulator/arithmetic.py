@@ -189,17 +189,6 @@ def _lg2(item: Instruction) -> Meaning:
     return elementwise(item, np.log2, ("approx",))
 
 
-@instruction("tanh", section=FLOAT)
-def _tanh(item: Instruction) -> Meaning:
-    return elementwise(item, coarse_tanh, ("approx",))
-
-
-def coarse_tanh(x: np.ndarray) -> np.ndarray:
-    """The hyperbolic tangent of float32 numbers, rounded to 11 bits: as far off as the part's may be, 2^-11 of it."""
-    bits = np.tanh(x).view(np.uint32)
-    return np.where(np.isnan(x), x, ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32))
-
-
 @instruction("sqrt", section=FLOAT)
 def _sqrt(item: Instruction) -> Meaning:
     return elementwise(item, np.sqrt, ("approx", "rn"))
