@@ -548,11 +548,13 @@ def attention_backward(
     float64), and which bits that of q comes to changes from run to run.
     """
     q, k, v, _, _, bias, slopes, sinks = operands
-    if any(x is not None and x.dtype != spec.dtype for x in (bias, slopes, sinks)) and spec.dtype == torch.float64:
-        given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
-        grads = attention_backward(*given, spec, tiles, needed)
-        return *grads[:3], *(g if g is None else g.to(x.dtype) for x, g in zip((bias, sinks), grads[3:], strict=False))
-    spec = scheduled_spec(spec)
+    if not (bias is slopes is sinks is None):
+        if spec.dtype == torch.float64 and any(x is not None and x.dtype != spec.dtype for x in (bias, slopes, sinks)):
+            given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
+            grads = attention_backward(*given, spec, tiles, needed)
+            pairs = zip((bias, sinks), grads[3:], strict=False)
+            return *grads[:3], *(grad if grad is None else grad.to(x.dtype) for x, grad in pairs)
+        spec = scheduled_spec(spec)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()

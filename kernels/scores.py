@@ -10,7 +10,7 @@ something is added, scores are whole, and the factor turns natural exponents int
 import triton
 import triton.language as tl
 
-from flash_attend.kernels.compat import aggregate, tanh
+from flash_attend.kernels.compat import TWICE_LOG2E, aggregate, tanh
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MINUS_INFINITY = tl.constexpr(float("-inf"))
@@ -153,7 +153,7 @@ class Scores:
 
     factor_log2: tl.tensor  # of what `add` gives, on base-2 exponents
     magnitude: object  # None, where there are no gradients
-    capped_scale: object  # the scale, divided by the softcap; None without one
+    capped_scale: object  # the scale, divided by the softcap, in the units that its tanh takes; None without one
     unit: object  # of what `apply` gives, where something is added: the softcap or the scale
     bias: object
     alibi: object
@@ -240,7 +240,10 @@ def scores_of_call(
         unit = whole_scale
         if SOFTCAP != "":
             unit = tl.full([], softcap, tl.float64)
-            capped_scale = (whole_scale / unit).to(ACCUMULATOR)
+            capped_scale = whole_scale / unit
+            if SOFTCAP == "fast":
+                capped_scale = capped_scale * TWICE_LOG2E
+            capped_scale = capped_scale.to(ACCUMULATOR)
         magnitude = whole_scale.to(ACCUMULATOR)
         if BIAS is None and ALIBI_SLOPES is None:
             return Scores((unit * LOG2E).to(ACCUMULATOR), magnitude, capped_scale, None, None, None, SIGN, SOFTCAP)

@@ -90,7 +90,7 @@ MODES = {
     "bias hiding": dict(batch=1, heads=2, bias="hiding", causal=True),
     "everything": dict(
         batch=2, heads=2, kv_heads=1, bias="1hij", bias_in_float32=True, window=(150, 40), softcap=1.5, alibi="h",
-        sinks=True, mask="holes", dropout_p=0.25,
+        mask="holes", dropout_p=0.25,
     ),
 }  # fmt: skip
 DIMS = {
