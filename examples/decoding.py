@@ -3,8 +3,8 @@
     python examples/decoding.py [--device cuda] [--batch 8] [--steps 64] [--cache 4096] [--compiler inductor]
 
 The cache has one size from the first token to the last, and a key mask says how much of each row is filled, so that
-neither the compiler nor CUDA graphs see a new shape. What the mask hides is not read: a step costs what is in the cache,
-not what would fit. With one query, a GPU is filled by splitting the keys over programs.
+neither the compiler nor CUDA graphs see a new shape. What the mask hides is not read: a step costs what is in the
+cache, not what would fit. With one query, a GPU is filled by splitting the keys over programs.
 """
 
 from __future__ import annotations

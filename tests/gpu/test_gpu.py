@@ -216,7 +216,7 @@ def test_a_captured_call_answers_what_its_inputs_hold(backend: Backend) -> None:
 
 @pytest.mark.parametrize("queries", (1, 3))
 def test_a_captured_step_of_decoding_reads_what_the_cache_holds(queries: int) -> None:
-    """Its keys are split over programs, of which those behind a row's end find nothing; the same bits at every replay."""
+    """Its keys are split over programs, those that each row has; the same bits at every replay."""
     case = Case("x", 3, 8, 2, queries, 5000, d=128, mask="pad_right", causal=True, sinks=True, softcap=20.0)
     call = make_call(case, torch.float16, "cuda")
     _, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
