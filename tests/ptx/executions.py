@@ -133,6 +133,9 @@ def _of_triton() -> Iterator[Execution]:
             yield Execution(
                 arch, "triton", "separate", "bf16", _case("key causal", "bf16", d, arch), multiprocessors=99
             )
+            if arch == "sm_80" and d <= 128:  # whose tiles have 256 queries, more than the others' calls
+                two = Case("two tiles", batch=1, heads=1, queries=285, keys=149, d=d, mask="bhij", causal=True)
+                yield Execution(arch, "triton", "separate", "tf32", two)
             decode = Case("decode", batch=2, heads=8, kv_heads=2, queries=1, keys=333, d=d, mask="holes")
             yield Execution(arch, "triton", "separate", "bf16", decode)
             # On a part that calls of few queries leave idle, keys are split; the first two have their heads packed.
