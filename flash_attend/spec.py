@@ -119,14 +119,14 @@ class AttentionSpec:
     @cached_property
     def plain_scores(self) -> bool:
         """Whether scores are products under a scale, and the softmax is over them alone."""
-        return self.bias is None and not (self.softcap or self.alibi or self.sinks)
+        return not (self.adds_to_scores or self.softcap or self.sinks)
 
     @cached_property
     def adds_to_scores(self) -> bool:
         """Whether a bias or ALiBi is added to the scores."""
         return self.bias is not None or self.alibi
 
-    @cached_property
+    @property
     def banded(self) -> bool:
         """Whether what a query sees depends on its place, whatever the mask."""
         return self.causal or self.window != (None, None)
