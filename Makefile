@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
+ON_CPU := benchmarks/results/cpu/readme.json
 INSTALLED := $(VENV)/.installed
 
 OLDEST_TRITON := 3.6.0
@@ -17,7 +18,7 @@ unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench train-step test lint format test-plain test-interpreter test-ptx proof test-gpu sanitize
+.PHONY: help env demo bench bench-cpu train-step test lint format test-plain test-interpreter test-ptx proof test-gpu sanitize
 .PHONY: aot aot-common clean
 .DEFAULT_GOAL := help
 
@@ -43,6 +44,9 @@ demo: $(INSTALLED) ## trains a real model on real text with its own Attend and w
 
 bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine: table, JSON, report and plots (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 minutes; the same again goes on
+	@$(BIN)/python benchmarks/run.py --device cpu --peers flash_attend sdpa 'sdpa math' --minutes 25 --out $(ON_CPU) $(ARGS)
 
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py --training $(ARGS)

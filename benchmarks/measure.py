@@ -27,6 +27,8 @@ from flash_attend.target import triton_version
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_SAMPLES = 25  # in a round: more say nothing new about the median, and every sample is kept
+LONG_CALL = 0.05  # seconds on a CPU
+FAR_BEHIND = 8  # times the fastest's time: whoever takes so long takes one turn, which decides as much as more do
 Function = Callable[[], object]
 # Takes times of single calls, in milliseconds, for about so many milliseconds; at least one, after a warm-up.
 Sampler = Callable[[Function, float], list[float]]
@@ -39,8 +41,11 @@ def _sample_on_cuda(function: Function, milliseconds: float) -> list[float]:
 
 
 def _sample_on_cpu(function: Function, milliseconds: float) -> list[float]:
-    number = max(1, int(milliseconds / 1e3 / timeit.timeit(function, number=1)))
-    return [1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=number)]
+    once = timeit.timeit(function, number=1)
+    number = int(milliseconds / 1e3 / once)
+    if once > LONG_CALL:  # needs no warm-up
+        return [1e3 * once]
+    return [1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=max(1, number))]
 
 
 def sample_on(device: torch.device) -> Sampler:
@@ -57,11 +62,12 @@ def interleave(samplers: Mapping[Any, Callable[[float], list[float]]], rounds: i
 
     Every other round goes backwards through the samplers: A B B A.
     """
-    lasting = {key: min(milliseconds, MOST_SAMPLES * statistics.median(take(0.0))) for key, take in samplers.items()}
+    single = {key: statistics.median(take(0.0)) for key, take in samplers.items()}
     samples: dict[Any, list[list[float]]] = {key: [] for key in samplers}
     for index in range(rounds):
         for key in list(samplers)[:: -1 if index % 2 else 1]:
-            samples[key].append(samplers[key](lasting[key]))
+            if not index or single[key] <= FAR_BEHIND * min(single.values()):
+                samples[key].append(samplers[key](min(milliseconds, MOST_SAMPLES * single[key])))
     return samples
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
 from flash_attend.evidence import Finding, Tuned, known, tuned, way_of
 from flash_attend.generation import renew
-from flash_attend.spec import AttentionSpec
+from flash_attend.spec import CALLS_KEPT, AttentionSpec
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, kind_of_call, variant_of
+
+if TYPE_CHECKING:
+    from flash_attend.kernels.configs import Tiles
 
 __all__ = [
     "LOOKING",
@@ -27,6 +31,7 @@ __all__ = [
     "choose",
     "judge",
     "override_backward",
+    "split_tiles",
 ]
 
 BY_NAME = "ask for it by name"
@@ -86,6 +91,40 @@ def _found_out(variant: tuple, device: torch.device) -> Finding:
 
 
 FINDING_OUT = Knowledge(_found_out, tuned)
+
+
+def split_tiles(spec: AttentionSpec, backend: Backend, backward: BackwardName, device: torch.device) -> Tiles | None:
+    """The tiles with which the keys of a call are split over programs, for what was compiled for calls of any length;
+    None where that gains nothing, or is not right on the part. The first call of a variant has it checked, unless a
+    CUDA graph is being captured."""
+    candidate = _splitting(spec, backend, backward, DeviceTarget.of(device))
+    if candidate is None:
+        return None
+    tiles, variant = candidate
+    found = known(variant, device)
+    if found is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        found = _found_out(variant, device)
+    return tiles if found is not None and found.right else None
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _splitting(
+    spec: AttentionSpec, backend: Backend, backward: BackwardName, target: DeviceTarget
+) -> tuple[Tiles, tuple] | None:
+    """The tiles that split the keys of a call, if any do that leave its schedule as it is; and their variant."""
+    tiles = backend.tiles(spec, target, backward)
+    usual = backend.tiles(spec, replace(target, multiprocessors=0), backward)
+    if not (tiles and usual and tiles.forward.programs):
+        return None
+    split = usual._replace(forward=tiles.forward)
+    if split.schedule_block != usual.schedule_block:
+        return None
+    from flash_attend.kernels.configs import as_text
+
+    needed = (False,) * (3 if spec.bias is None and not spec.sinks else 5)
+    return split, variant_of(spec, backend.name, backward, needed, as_text(split))
+
+
 LOOKING = Knowledge(known, tuned)  # without finding out
 
 

@@ -28,7 +28,7 @@ LARGEST_SEED = 2**63 - 1
 
 SHARED_BIT = 8  # of query and of key: elements that differ in it alone share an evaluation
 BLOCK = 2 * SHARED_BIT
-LARGEST_PIECE = 2**18  # evaluations at once: an array of 2 MB stays in a core's cache, 4 times faster than 2**22
+LARGEST_PIECE = 2**17  # evaluations at once: an array of 1 MB stays in a core's cache
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -49,13 +49,21 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
     """
     c0, c1, c2, c3 = counter
     low, high = seed & WORD, (seed >> 32) & WORD
-    for _ in range(ROUNDS):
-        product0, product2 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0 = ((product2 >> 32) ^ (c1 ^ low)) & WORD
-        c2 = ((product0 >> 32) ^ (c3 ^ high)) & WORD
+    for number in range(ROUNDS):
+        # In place once they are ours: new arrays would take most of the time.
+        product0 = c0.mul_(MULTIPLIERS[0]) if number else c0 * MULTIPLIERS[0]
+        product2 = c2.mul_(MULTIPLIERS[1]) if number else c2 * MULTIPLIERS[1]
+        c0, c2 = _mixed(product2, c1, low), _mixed(product0, c3, high)
         c1, c3 = product2, product0
         low, high = (low + KEY_INCREMENTS[0]) & WORD, (high + KEY_INCREMENTS[1]) & WORD
-    return c0, c1 & WORD, c2, c3 & WORD
+    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
+
+
+def _mixed(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
+    """A word of the next round: the upper half of a product, another word and a key, in a new tensor."""
+    mixed, upper = word ^ key, product >> 32
+    mixed = mixed.bitwise_xor_(upper) if mixed.shape == upper.shape else mixed ^ upper
+    return mixed.bitwise_and_(WORD)
 
 
 def keep_mask(
@@ -68,6 +76,9 @@ def keep_mask(
     keys from there on.
     """
     last_key = spec.keys if last_key is None else last_key
+    shape = (spec.batch, spec.heads, last_query - first_query, last_key)
+    if 0 in shape:
+        return torch.empty(shape, dtype=torch.bool, device=seed.device)
     threshold = keep_threshold(spec.dropout_p)
     batch = torch.arange(spec.batch, device=seed.device)[:, None, None, None]
     head = torch.arange(spec.heads, device=seed.device)[:, None, None]
@@ -75,19 +86,19 @@ def keep_mask(
 
     pieces = []
     evaluations = spec.batch * spec.heads * key.numel() * SHARED_BIT  # of one block of queries
-    step = BLOCK * max(1, LARGEST_PIECE // max(1, evaluations))
+    step = BLOCK * max(1, LARGEST_PIECE // evaluations)
     start = first_query - first_query % BLOCK
-    for first in range(start, max(last_query, start + 1), step):
+    for first in range(start, last_query, step):
         query = _shared_positions(first, min(first + step, last_query), seed.device)[:, None]
         words = philox(seed, (query, key, head, batch))
         kept = torch.stack([word >= threshold for word in words])
-        pieces.append(
-            rearrange(
-                kept,
-                "(query_bit key_bit) b h (i x) (j y) -> b h (i query_bit x) (j key_bit y)",
-                query_bit=2, x=SHARED_BIT, y=SHARED_BIT,
-            )
+        # Eight neighbouring keys, which stay together, as one number: there is an eighth as much to move.
+        moved = rearrange(
+            kept.view(torch.int64),
+            "(query_bit key_bit) b h (i x) j -> b h (i query_bit x) (j key_bit)",
+            query_bit=2, x=SHARED_BIT,
         )  # fmt: skip
+        pieces.append(moved.view(torch.bool))
     return torch.cat(pieces, dim=2)[:, :, first_query - start : last_query - start, :last_key]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flash_attend.backends import BACKENDS, Backend, BackwardName
+from flash_attend.dispatch import split_tiles
 from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, Window, describe
@@ -145,6 +146,12 @@ class _Call(NamedTuple):
         others = self.operands.bias is not None or self.operands.sinks is not None
         return INPUTS if others else INPUTS[:3]
 
+    def tiles_by_lengths(self) -> Tiles | None:
+        """The tiles again, with those of the forward that its lengths ask for, which are numbers where it runs."""
+        if self.tiles is None:
+            return None
+        return split_tiles(self.spec, self.backend, self.options.backward, self.operands.q.device) or self.tiles
+
     @property
     def needed(self) -> tuple[bool, ...]:
         return tuple(name in self.options.needed for name in self.inputs)
@@ -153,11 +160,12 @@ class _Call(NamedTuple):
 def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
     """`[out, lse, statistics, *schedule]` of kernels; of PyTorch's own attention `[out, lse]`; of the einsum path the
     same, or `[out]` where no more is asked for."""
-    operands, spec, options, backend, tiles = _Call.of(tensors, numbers, text)
+    call = _Call.of(tensors, numbers, text)
+    operands, spec, options, backend, tiles = call
     with torch.no_grad():
         if options.backward == "einsum":
             return [tensor.contiguous() for tensor in forward_composite(tensors, numbers, text)]
-        out, lse, kept = backend.forward(operands, spec, tiles)
+        out, lse, kept = backend.forward(operands, spec, call.tiles_by_lengths())
     if tiles is None:
         return [out.contiguous(), lse.contiguous()]
     return [out, lse, *kept.packed()]

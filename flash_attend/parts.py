@@ -26,7 +26,7 @@ __all__ = ["Group", "Part", "Range", "split"]
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
 LARGEST_CUT_SQUARE = 1024
 WIDTH = 16  # keys in the registers of a product
-ONE_CALL = 2**20  # multiplications that take as long as one more call of torch's kernel
+ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
 
 Range = tuple[int, int]
 
@@ -56,7 +56,7 @@ def split(mask: Tensor | None, spec: AttentionSpec) -> list[Group]:
         return []
     if mask.shape[1] == mask.shape[2] == 1:
         return [group for run in _runs(mask, spec) if (group := _of_run(run, mask, spec)).parts]
-    return [Group((0, spec.batch), list(_by_rows(mask, spec)))]
+    return _by_rows(mask, spec)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -99,7 +99,8 @@ def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
     return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows
 
 
-def _runs_of_rows(first: int, last: int, rows: int = ROWS) -> Iterator[Range]:
+def _runs_of_rows(first: int, last: int, rows: int = 0) -> Iterator[Range]:
+    rows = rows or ROWS
     return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
 
 
@@ -233,15 +234,36 @@ def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _by_rows(mask: Tensor, spec: AttentionSpec) -> Iterator[Part]:
-    """Runs of queries, with the range of keys that any of them sees."""
+def _by_rows(mask: Tensor, spec: AttentionSpec) -> list[Group]:
+    """Runs of queries, with the range of keys that any of them sees, in all entries or, where that saves more than the
+    calls take, in each."""
+    apart: list[list[Part]] = [[] for _ in range(mask.shape[0])]
+    together = []
     whole = mask.shape[2] == 1 and not spec.banded and not spec.alibi
-    for first, last in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
-        begin, end = keys_seen(spec, first, last)
-        visible = visible_pairs(mask, spec, first, last, end, mask.device, begin)
+    for rows in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
+        begin, end = keys_seen(spec, *rows)
+        visible = visible_pairs(mask, spec, *rows, end, mask.device, begin)
         assert visible is not None
-        rows = visible.flatten(0, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
-        first_key, last_key = keys = _range_of(_bytes_of(rows.amax(dim=0)))
-        if last_key:
-            biased = spec.adds_to_scores or _bytes_of(rows.amin(dim=0)).find(0, *keys) >= 0
-            yield Part((first, last), (begin + first_key, begin + last_key), biased=biased)
+        pairs = visible.flatten(1, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner
+        any_sees, all_see = _bytes_of(pairs.amax(dim=1)), _bytes_of(pairs.amin(dim=1))
+        found = []
+        for entry, parts in enumerate(apart):
+            at = slice(entry * (end - begin), (entry + 1) * (end - begin))
+            first_key, last_key = _range_of(any_sees[at])
+            if last_key:
+                biased = spec.adds_to_scores or all_see[at].find(0, first_key, last_key) >= 0
+                found.append(Part(rows, (begin + first_key, begin + last_key), biased=biased))
+                parts.append(found[-1])
+        if found:
+            keys = min(part.keys[0] for part in found), max(part.keys[1] for part in found)
+            alike = len(found) == len(apart) and all(part.keys == keys and not part.biased for part in found)
+            together.append(Part(rows, keys, biased=not alike))
+    calls = sum(map(len, apart)) - len(together)
+    saved = spec.batch * _pairs(together) - sum(map(_pairs, apart))
+    if mask.shape[0] == 1 or saved * spec.heads * spec.head_dim <= calls * ONE_CALL:
+        return [Group((0, spec.batch), together)]
+    return [Group((entry, entry + 1), parts) for entry, parts in enumerate(apart)]
+
+
+def _pairs(parts: list[Part]) -> int:
+    return sum([(part.rows[1] - part.rows[0]) * (part.keys[1] - part.keys[0]) for part in parts])

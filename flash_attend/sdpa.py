@@ -37,7 +37,7 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.d
 
 # In float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most. In float64 as far off.
 LARGEST_LSE = {torch.float32: 256.0, torch.float64: 256.0 * 2.0**29}
-CONVERTED = 2**20  # elements of q that are converted at one time
+CONVERTED = 2**18  # elements of q that are converted at one time
 
 
 class Kept(NamedTuple):
@@ -75,7 +75,8 @@ def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, *_ = operands
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
-        if lse.count_nonzero().item() == lse.numel() and not (causal and _has_nan(out)):
+        sound = lse.count_nonzero().item() == lse.numel() or bounded(spec, q, k)
+        if sound and not (causal and _has_nan(out)):
             return out, lse, NOTHING
         return attention_forward(operands, spec, tiles)
 
@@ -128,15 +129,16 @@ def _whole(groups: list[Group], spec: AttentionSpec) -> Part | None:
     return part if whole and not part.biased else None
 
 
-@lru_cache(maxsize=CALLS_KEPT)
 def _takes(spec: AttentionSpec) -> bool:
     """Whether torch's kernel takes a call's dtype and scale."""
-    return _multiplies(spec.dtype) and spec.scale >= torch.finfo(spec.accumulator_dtype).tiny
+    return _multiplies(spec.dtype) and _factors(spec) == (1.0, spec.scale)
 
 
-def _leaks(groups: list[Group], found: Iterable[Tensor]) -> bool:
-    """Whether something may have come through a hidden pair."""
-    return any([part.causal or part.biased for group in groups for part in group.parts]) and any(map(_has_nan, found))
+def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
+    """Whether something may have come through a hidden pair: then it is in `out`, or in a gradient of q or k."""
+    if not any([part.causal or part.biased for group in groups for part in group.parts]):
+        return False
+    return any(map(_has_nan, found[:2]))
 
 
 def _has_nan(tensor: Tensor) -> bool:
@@ -158,18 +160,22 @@ class _Kernel:
             k, v = k.index_select(2, group.picked), v.index_select(2, group.picked)
         self.picked, mask = group.picked, operands.mask
         self.mask = mask if mask is None or mask.shape[0] == 1 else _cut(mask, 0, group.entries)
-        self.bias, self.slopes = (
-            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
-            for x in (operands.bias, operands.alibi_slopes)
-        )
-        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
-            self.bias = self.bias.index_select(3, group.picked)
-        # What hides a pair is -inf times a scale that has to be positive in the kernel's own dtype.
-        usual = abs(spec.scale) >= torch.finfo(spec.accumulator_dtype).tiny
-        self.factor, self.scale = (copysign(1.0, spec.scale), abs(spec.scale)) if usual else (spec.scale, 1.0)
+        self.spec, (self.factor, self.scale) = spec, _factors(spec)
+        self.bias: Tensor | None = None
+        self.slopes: Tensor | None = None
+        if spec.adds_to_scores:
+            self._take_added(operands, group)
         q = q if self.factor == 1 else q * self.factor
         self.q, self.k, self.v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
-        self.spec = spec
+
+    def _take_added(self, operands: Operands, group: Group) -> None:
+        """The group's bias and slopes, of the keys that it gathers."""
+        self.bias, self.slopes = [
+            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
+            for x in (operands.bias, operands.alibi_slopes)
+        ]
+        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
+            self.bias = self.bias.index_select(3, group.picked)
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Of a part's queries: out, and the LSE of the part's keys. The kernel makes 0 of both where all scores are
@@ -197,7 +203,8 @@ class _Kernel:
         `(b|1, h|1, i|1, j)`. Each None where there is none, or all are."""
         if not part.biased:
             return None, None
-        visible, terms = self._visible(part), [*self._added(part)]
+        visible = self._visible(part)
+        terms = [*self._added(part)] if self.spec.adds_to_scores else []
         if visible is not None:
             # As a sum it takes a third of the time of a choice, and a logarithm ten times.
             terms.append(1 - visible.to(self.spec.accumulator_dtype).reciprocal_())
@@ -243,21 +250,31 @@ def _readable_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+@lru_cache(maxsize=CALLS_KEPT)
+def _factors(spec: AttentionSpec) -> tuple[float, float]:
+    """The scale as a factor of q and one of the scores: what hides a pair is -inf times the latter, which is positive
+    in the kernel's own dtype."""
+    if abs(spec.scale) < torch.finfo(spec.accumulator_dtype).tiny:
+        return spec.scale, 1.0
+    return copysign(1.0, spec.scale), abs(spec.scale)
+
+
 def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor] | None:
     """`out` and `lse`; None where the kernel may be wrong about a row."""
     out = lse = None
     for group, kernel in _kernels(operands, spec, groups):
         for rows, same in groupby(group.parts, key=lambda part: part.rows):
-            pieces = [kernel.forward(part) for part in same]
-            found = _merged(pieces)
+            found = _merged([kernel.forward(part) for part in same])
             if found is None:
                 return None
-            if group.entries == (0, spec.batch) and rows == (0, spec.queries):
+            if found[0].shape == (spec.batch, spec.heads, spec.queries, spec.head_dim):
                 return found[0].to(spec.dtype), found[1]
             if out is None or lse is None:
                 out, lse = _of_dead_rows(operands.q, spec)
             for whole, piece in zip((out, lse), found, strict=True):
                 _cut(_cut(whole, 0, group.entries), 2, rows).copy_(piece)
+            del found, piece  # before the next one is computed
+        del kernel
     return _of_dead_rows(operands.q, spec) if out is None or lse is None else (out, lse)
 
 
@@ -296,10 +313,11 @@ def _backward(
         grads = grads or _zeros_like(operands[:3])
         for whole, of_group, within in zip(grads, found, (rows, keys, keys), strict=True):
             of_entries = _cut(whole, 0, group.entries)
-            if group.picked is None or of_group is found[0]:
+            if group.picked is None or whole is grads[0]:
                 _cut(of_entries, 2, within).copy_(of_group)
             else:
                 of_entries.index_copy_(2, group.picked[slice(*within)], of_group.to(whole.dtype))
+        del kernel, found, of_rows, of_group
     return grads or _zeros_like(operands[:3])
 
 
@@ -333,7 +351,7 @@ def _kernels(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> It
     for whole in groups:
         first, last = whole.entries
         for start in range(first, last, step) if whole.parts else ():
-            group = whole._replace(entries=(start, min(start + step, last)))
+            group = whole if step >= last - first else whole._replace(entries=(start, min(start + step, last)))
             yield group, _Kernel(operands, spec, group, dtype)
 
 

@@ -15,12 +15,24 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["CALLS_KEPT", "LARGEST_LENGTH", "AttentionSpec", "BiasKind", "MaskKind", "Window", "describe", "kind_of"]
+__all__ = [
+    "CALLS_KEPT",
+    "LARGEST_LENGTH",
+    "PACKED_ROWS",
+    "AttentionSpec",
+    "BiasKind",
+    "MaskKind",
+    "Window",
+    "describe",
+    "kind_of",
+]
 
 Window = tuple[int | None, int | None]  # how many keys a query sees before its own and after it; None: all of them
 
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
 LARGEST_LENGTH = 2**31 - 1 - 8192  # positions are 32-bit in the kernels, with room for tiles past the end
+
+PACKED_ROWS = 64  # queries times heads of a group: what is no more is rows of one tile
 
 
 class MaskKind(IntEnum):
@@ -86,6 +98,14 @@ class AttentionSpec:
         return self.heads // max(self.kv_heads, 1)
 
     @property
+    def packed(self) -> bool:
+        """Whether kernels take the query heads of a group as rows of one tile, which reads k and v once: where there
+        are few queries, and nothing but slopes and sinks differs between the heads."""
+        by_head = self.mask_per_head or self.dropout_p > 0 or (self.bias is not None and self.bias.heads)
+        few = self.queries == 1 or self.queries * self.group <= PACKED_ROWS
+        return self.group > 1 and few and self.mask != MaskKind.DENSE and not by_head
+
+    @property
     def offset(self) -> int:
         """Under `causal`, query `x` sees key `y` iff `y <= x + offset` (the last query sees the last key)."""
         return self.keys - self.queries
@@ -96,17 +116,12 @@ class AttentionSpec:
         flags = self.causal, self.scale, self.dropout_p, self.deterministic
         return *flags, self.precision, self.window, self.softcap
 
-    @property
-    def plain_scores(self) -> bool:
-        """Whether scores are products under a scale, and the softmax is over them alone."""
-        return self.bias is None and not (self.softcap or self.alibi or self.sinks)
-
-    @property
+    @cached_property
     def adds_to_scores(self) -> bool:
         """Whether a bias or ALiBi is added to the scores."""
         return self.bias is not None or self.alibi
 
-    @property
+    @cached_property
     def banded(self) -> bool:
         """Whether what a query sees depends on its place, whatever the mask."""
         return self.causal or self.window != (None, None)

@@ -46,18 +46,20 @@ class Variant(NamedTuple):
     # As `kernels.configs.as_text` has those that were measured fastest, or that the rules give calls too short
     # to fill a part; empty for what they give others.
     tiles: str = ""
+    packed: bool = False  # `AttentionSpec.packed` of more than one query
 
     @staticmethod
     def read(fields: tuple) -> Variant:
         """The variant of `variant_of`, or from JSON."""
-        backend, backward, kind, per_head, grouped, negative, needed, tiles = fields
-        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, tuple(needed), tiles)
+        backend, backward, kind, per_head, grouped, negative, needed, tiles, packed = fields
+        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, tuple(needed), tiles, packed)
 
     def __str__(self) -> str:
         names = zip(("q", "k", "v", "-bias", "-sinks"), self.needed, strict=False)
         gradients = "".join(name for name, need in names if need)
         words = [self.backend, self.backward, str(self.kind)]
         words += ["per-head" * self.mask_per_head, "grouped" * self.grouped, "negative-scale" * self.negative_scale]
+        words += ["packed" * self.packed]
         words += [f"gradients-{gradients}" if gradients else "forward-only", f"tiles {self.tiles}" * bool(self.tiles)]
         return " ".join(filter(None, words))
 
@@ -87,7 +89,8 @@ def _changes(spec: AttentionSpec) -> str:
 def variant_of(spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, ...], tiles: str = "") -> tuple:
     """The fields of the `Variant` that serves a call."""
     flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0
-    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles
+    packed = spec.packed and spec.queries > 1
+    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles, _decided(packed)
 
 
 def _decided(condition: bool) -> bool:

@@ -1,7 +1,7 @@
 """Compiles the kernels of every config row for real parts, without one: registers, spills, shared memory, instructions.
 
     python -m flash_attend.kernels.aot [--json] [--common | --subset] [--arch sm_80 sm_90 ...] [--only TEXT] [--jobs N]
-    python -m flash_attend.kernels.aot --estimate [--markdown | --window KEYS [--length N]] [--only TEXT] [--jobs N]
+    python -m flash_attend.kernels.aot --estimate [--markdown | --window KEYS [--length N] | --cache MB] [--only TEXT]
 
 What is compiled is what a call would compile: the launchers run on meta tensors, their launches are recorded, and
 Triton itself specializes and compiles them for a driver that names the part and has no device behind it.
@@ -456,14 +456,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="of the estimates: a table for docs/estimates.md")
     parser.add_argument("--window", type=int, metavar="KEYS", help="of the estimates: causal calls with such a window")
     parser.add_argument("--length", type=int, default=16384, metavar="N", help="of these calls: queries and keys")
+    parser.add_argument("--cache", type=int, metavar="MB", help="of the estimates: one query against such a cache")
     options = parser.parse_args(arguments)
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if interpreting():
         parser.error("TRITON_INTERPRET is set: nothing can be compiled in this process")
     if options.estimate:
-        from flash_attend.kernels.comparison import print_estimates, print_windowed
+        from flash_attend.kernels.comparison import print_decoding, print_estimates, print_windowed
 
+        if options.cache is not None:
+            return print_decoding(options.arch, options.jobs, options.cache)
         if options.window is not None:
             return print_windowed(options.arch, options.only, options.jobs, options.window, options.length)
         return print_estimates(options.arch, options.only, options.jobs, options.markdown)

@@ -83,7 +83,7 @@ class QueryHeads:
         grad_q = None
         if self.grad_q is not None:
             start = self.grad_q + index * queries * q.DIM
-            grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False)
+            grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False, None, None)
         return Queries(q, self.grad_out.rows(batch, head), self.statistics.of_head(index, queries), grad_q)
 
 

@@ -1,4 +1,4 @@
-"""Our kernels beside FlexAttention's by the throughput model: the table of `aot --estimate`; and what windows save."""
+"""Estimates: our kernels beside FlexAttention's, what windows save, and how fast few queries read a cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from itertools import product
 from pathlib import Path
 
 from flash_attend.kernels.aot import KINDS, Case, compile_case, compile_tasks, spec_of
-from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, total_tflops
+from flash_attend.kernels.configs import Tiles, key_splits
+from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, Kernel, Reading, reading, total_tflops
+from flash_attend.spec import MaskKind
 
-__all__ = ["Row", "blocks_visited", "print_estimates", "print_windowed", "rows"]
+__all__ = ["Row", "blocks_visited", "print_decoding", "print_estimates", "print_windowed", "rows"]
 
 # Not part of the package: a peer needs more of torch than we do.
 PEER = Path(__file__).resolve().parents[1] / "benchmarks" / "flex_templates.py"
 DIMS = (64, 96, 128, 192, 256)
 KERNELS = {"forward": ("forward",), "backward": ("backward_kv", "backward_k", "backward_v", "backward_q")}
+LEAST_SHARE = 0.85  # of the speed of a copy, at which a cache of 256 MB is to be read
 HEADER = ("call", "tiles", "TFLOP/s", "spills", "FlexAttention's tiles", "TFLOP/s", "spills", "ratio")
 
 
@@ -133,6 +135,44 @@ def print_windowed(archs: Iterable[str], only: str, jobs: int | None, window: in
         (tiles, time), (fewer, shorter) = found[2 * index], found[2 * index + 1]
         print(f"{row!s:<36}{tiles:>9}{time:>9.1f}{fewer:>10}{shorter:>9.1f}{time / shorter:>7.1f}")
     return 0
+
+
+DECODING = list(product((64, 128, 256), (1, 32)))  # head dimensions and batches
+
+
+def _measure_decoding(arch: str, dim: int, batch: int, megabytes: int) -> tuple[str, int, Reading]:
+    """The tile and the keys of calls of one query with 32 heads, 8 of k and v, against so long a cache, padded; and how
+    long they take."""
+    call, _ = KINDS["half"]
+    shape = dict(batch=batch, heads=32, kv_heads=8, queries=1, keys=megabytes * 2**20 // (batch * 8 * 4 * dim))
+    case = Case.of(arch, spec_of((dim, dim), mask=MaskKind.KEY, **shape, **call))
+    (report,) = compile_case(case, ("forward",))
+    if report.estimate is None:
+        raise RuntimeError(report.error or "there is no estimate")
+    tile, spec = case.tiles.forward, case.spec
+    kernel = Kernel(
+        "forward", arch, "half", dim, dim, tile.block_m, tile.block_n, tile.num_warps, tile.num_stages,
+        report.registers, report.shared_bytes,
+    )  # fmt: skip
+    splits, rows = key_splits(spec, tile), spec.batch * spec.heads
+    found = reading(report.estimate, kernel, spec.batch * spec.kv_heads, spec.keys, splits, rows)
+    return " ".join(report.config.split()[-3:]), spec.keys, found
+
+
+def print_decoding(archs: Iterable[str], jobs: int | None, megabytes: int) -> int:
+    """Calls of one query against a cache of so many MB, in markdown. The exit code is 1 unless all of them read it at
+    85% of the speed of a copy."""
+    chosen = [(arch, *of) for arch in archs if arch in RATES for of in DECODING]
+    found = dict(compile_tasks([(*row, megabytes) for row in chosen], jobs, _measure_decoding))
+    print("| part | d | b | keys | tile | splits | programs | us | of a copy |")
+    print("| --- " * 9 + "|")
+    for index, (arch, dim, batch) in enumerate(chosen):
+        tile, keys, one = found[index]
+        time = f"{1e6 * one.seconds:.0f}"
+        print(
+            f"| {arch} | {dim} | {batch} | {keys} | {tile} | {one.splits} | {one.programs} | {time} | {one.share:.0%} |"
+        )
+    return 1 if any(one.share < LEAST_SHARE for _, _, one in found.values()) else 0
 
 
 def _cells(row: Row, ours: Side, peer: Side) -> tuple[str, ...]:

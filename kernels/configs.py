@@ -12,6 +12,8 @@ what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the fi
 - Two stages at least, unless shared memory forbids it; no product is computed twice.
 - In TF32 on sm_80 every warp rounds all keys that it multiplies: 256 queries share them.
 - Where a grid has fewer programs than the part has multiprocessors, tiles have half as many rows.
+- Where few queries read many keys, which is bound by memory, tiles have as many rows as there are, and the keys are
+  split over as many programs as are to be under way: lengths alone say over how many, and nothing is compiled anew.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import NamedTuple
 
 from flash_attend.evidence import tuned_tiles
 from flash_attend.generation import renew
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind, kind_of
+from flash_attend.spec import CALLS_KEPT, PACKED_ROWS, AttentionSpec, MaskKind, kind_of
 from flash_attend.target import DeviceTarget
 from flash_attend.variant import kind_of_call
 
@@ -38,6 +40,7 @@ __all__ = [
     "candidate_tiles",
     "choices_for",
     "head_parts",
+    "key_splits",
     "of_text",
     "override",
     "select_hopper_tiles",
@@ -57,6 +60,7 @@ class Tile(NamedTuple):
     ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
     halves: bool = False  # head dimensions in two parts even where they are one power of two
     apart: bool = False  # of backward_kv: the gradients of k and of v by a launch each, of which neither spills
+    programs: int = 0  # of the forward: how many the keys are split over; 0: they are not split
 
 
 class Tiles(NamedTuple):
@@ -217,6 +221,13 @@ BIAS_TILES = {"half": 64, "tf32": 32, "tf32x3": 32, "double": 16}
 FEWEST_ROWS = 64  # of a tile that is made smaller for a small grid: what four warps take on sm_90
 # For decoding, where the heads of a group are rows: bound by reading k and v, of which much is to be under way.
 ONE_QUERY = tuple(map(tile_of, ("16x64w4s2", "16x128w4s2", "16x64w4s3", "16x32w4s3")))
+# For few queries whose keys are split, with as many rows as there are, by the kind of products.
+FEW_QUERIES = dict(half=ONE_QUERY[0], tf32=Tile(16, 32, 4, 2), tf32x3=Tile(16, 32, 4, 2), double=Tile(16, 16, 4, 2))
+PROGRAMS_OF_SPLIT = (
+    2  # for each multiprocessor, that keys are split over: what runs at a time, whatever the head dimension
+)
+PARTS_PER_STEP = 16  # that are merged at a time
+BLOCKS_OF_SPLIT = 2  # of keys at least in a part: the next is read while one is multiplied
 
 # Under the interpreter: small tiles, so that small tests cross many of them, and all shapes differ.
 INTERPRETED = Tiles(
@@ -328,11 +339,40 @@ def _tiles_by_rule(spec: AttentionSpec, target: DeviceTarget, backward: str) -> 
 
 def _filling(tiles: Tiles, spec: AttentionSpec, target: DeviceTarget) -> Tiles:
     of_queries, of_keys = spec.batch * spec.heads, spec.batch * spec.kv_heads
+    split = _splitting(tiles.forward, spec, target)
     return tiles._replace(
-        forward=_halved(tiles.forward, "block_m", of_queries, spec.queries, target),
+        forward=split or _halved(tiles.forward, "block_m", of_queries, spec.queries, target),
         backward_kv=_halved(tiles.backward_kv, "block_n", of_keys, spec.keys, target),
         backward_q=_halved(tiles.backward_q, "block_m", of_queries, spec.queries, target),
     )
+
+
+def _splitting(tile: Tile, spec: AttentionSpec, target: DeviceTarget) -> Tile | None:
+    """A tile of few queries whose keys are split over programs; None where there are more, or that many anyway."""
+    rows = _rows(spec)
+    if rows > PACKED_ROWS and spec.queries > 1:
+        return None
+    if tile.block_m > SMALLEST_PART:
+        tile = FEW_QUERIES[kind_of(spec)]
+    block_m = min(PACKED_ROWS, max(SMALLEST_PART, 1 << max(rows - 1, 0).bit_length()))
+    tile = tile._replace(block_m=block_m, programs=PROGRAMS_OF_SPLIT * target.multiprocessors)
+    return tile if key_splits(spec, tile) > 1 else None
+
+
+def key_splits(spec: AttentionSpec, tile: Tile) -> int:
+    """Over how many programs the keys of each tile of a forward are split: as many as there should be, and as have
+    something to do."""
+    heads = spec.kv_heads if spec.packed else spec.heads
+    without = spec.batch * heads * -(-_rows(spec) // tile.block_m)
+    keys, (left, right) = spec.keys, spec.window
+    if left is not None and (spec.causal or right is not None):
+        keys = min(keys, left + spec.queries + (right or 0))
+    return max(1, min(tile.programs // max(without, 1), keys // (BLOCKS_OF_SPLIT * tile.block_n)))
+
+
+def _rows(spec: AttentionSpec) -> int:
+    """Queries of a head, or of a group's heads where they are packed."""
+    return spec.queries * (spec.group if spec.packed else 1)
 
 
 def _halved(tile: Tile, side: str, heads: int, length: int, target: DeviceTarget) -> Tile:

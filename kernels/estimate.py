@@ -8,6 +8,10 @@ It was held against public measurements (TFLOP/s measured, modelled): the forwar
 dimension 64 and 128: 187 and 188, 189 and 196; on an H100, 128, 16k tokens: 487 and 491. The order of tiles holds, the
 size is off by 15 to 20%. A spilled register counts as an access to shared memory, whose path it takes; that its load is
 waited for is not counted. Bulk copies (TMA) count as traffic of the L2 cache alone.
+
+Few queries against a long cache are bound by reading it, and `reading` counts that: what is asked for at a time over
+the latency of memory, or the bandwidth if that is less, wave after wave of programs; what a program waits for before
+its first block and after its last; and the launch that merges the parts. It was held against no measurement.
 """
 
 from __future__ import annotations
@@ -15,9 +19,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from flash_attend.kernels.configs import PARTS_PER_STEP
 from flash_attend.kernels.sass import LoopWork
 
-__all__ = ["PRODUCTS", "RATES", "Estimate", "Kernel", "Rates", "blocks_per_multiprocessor", "estimate", "total_tflops"]
+__all__ = [
+    "PRODUCTS",
+    "RATES",
+    "Estimate",
+    "Kernel",
+    "Rates",
+    "Reading",
+    "blocks_per_multiprocessor",
+    "estimate",
+    "reading",
+    "total_tflops",
+]
 
 SHARED_BYTES = 128  # a clock, through a multiprocessor's shared memory
 SCHEDULERS = 4  # of a multiprocessor: each issues one instruction a clock
@@ -44,6 +60,7 @@ class Rates(NamedTuple):
     multiprocessors: int
     clocks: float  # a second, at which the data sheet's peak is given
     sustained: float  # share of it that the best matrix products reach under load
+    bandwidth: float  # bytes a second of memory, by the data sheet
 
 
 # Rates of instructions: CUDA C++ Programming Guide, "Throughput of native arithmetic instructions". Products: NVIDIA's
@@ -51,9 +68,16 @@ class Rates(NamedTuple):
 # arXiv:2402.13499). Latencies: Sun et al. 2022 (arXiv:2206.02874), Luo et al. What the L2 cache gives, and the share of
 # the peak that is sustained, are fitted to the public measurements above.
 RATES = {
-    "sm_80": Rates(1024, 0, 64, 2, 2, 8, 40, 300, 33, 167936, 108, 312e12 / (108 * 2 * 1024), 0.78),
-    "sm_90": Rates(1270, 2048, 128, 1, 2, 8, 30, 350, 33, 233472, 132, 989e12 / (132 * 2 * 2048), 0.80),
+    "sm_80": Rates(1024, 0, 64, 2, 2, 8, 40, 300, 33, 167936, 108, 312e12 / (108 * 2 * 1024), 0.78, 2.039e12),
+    "sm_90": Rates(1270, 2048, 128, 1, 2, 8, 30, 350, 33, 233472, 132, 989e12 / (132 * 2 * 2048), 0.80, 3.35e12),
 }
+
+
+COPIED = 0.92  # of the bandwidth: what a copy of large tensors reaches
+MEMORY_LATENCY = 900  # clocks of a load while memory is busy: about twice that of an idle one (Luo et al.)
+WAITS_BEFORE = 4  # for memory, one after another: a mask's bounds and its run, q, the first keys
+WAITS_AFTER = 1
+NEXT_LAUNCH = 1e-6  # seconds from the end of a launch to the first instruction of the next
 
 
 class Kernel(NamedTuple):
@@ -133,6 +157,43 @@ def estimate(loop: LoopWork, kernel: Kernel) -> Estimate:
         loop.spills / loop.instructions,
         useful / clocks * rates.clocks * rates.multiprocessors * rates.sustained / 1e12,
     )
+
+
+class Reading(NamedTuple):
+    """How long a call takes that is bound by reading k and v."""
+
+    programs: int  # each of as many blocks of keys
+    splits: int  # parts of the keys, which another launch merges
+    waves: int
+    seconds: float
+    share: float  # of the bandwidth of a copy, of the bytes of k and v
+
+
+def reading(one: Estimate, kernel: Kernel, heads: int, keys: int, splits: int, rows: int) -> Reading:
+    """The time of a forward that takes `one` round so: so many kv heads of all batch entries, of one tile each, against
+    so many keys; `rows` are the queries of all heads."""
+    rates = RATES[kernel.arch]
+    latency = MEMORY_LATENCY / rates.clocks
+    copy = COPIED * rates.bandwidth
+    item = ITEM_BYTES.get(kernel.kind, 4)
+    block_bytes = kernel.block_n * 2 * kernel.dim * item
+    rounds = -(-keys // (splits * kernel.block_n))
+    # A program asks for a block as many rounds before it needs it as there are buffers for.
+    alone = max(one.serial, MEMORY_LATENCY / max(kernel.num_stages - 1, 1)) / rates.clocks
+    busiest = max(one.units.values()) / rates.clocks
+    programs, at_once = heads * splits, blocks_per_multiprocessor(kernel) * rates.multiprocessors
+    seconds, left, waves = 0.0, programs, 0
+    while left > 0:
+        now = min(left, at_once)
+        on_one = -(-now // rates.multiprocessors)
+        a_round = max(alone, on_one * busiest, now * block_bytes / copy)
+        seconds += rounds * a_round + (WAITS_BEFORE + WAITS_AFTER) * latency
+        left, waves = left - now, waves + 1
+    if splits > 1:
+        of_parts = 2 * rows * splits * (kernel.dim + 2) * 4 / copy  # written and read
+        steps = -(-splits // PARTS_PER_STEP)
+        seconds += NEXT_LAUNCH + of_parts + (2 + steps) * latency
+    return Reading(programs, splits, waves, seconds, heads * keys * 2 * kernel.dim * item / copy / seconds)
 
 
 def total_tflops(estimates: Mapping[str, Estimate]) -> float:

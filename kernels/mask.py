@@ -85,8 +85,45 @@ class Mask:
     # Which blocks a tile visits
 
     @triton.jit
-    def walk_over_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        """The key blocks that a tile of queries visits."""
+    def walk_over_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, part=0, parts=None):
+        """The key blocks that a tile of queries visits, or one of so many `parts` of them, unless None."""
+        if parts is None:
+            return self._walk_over_all_keys(first_query, BLOCK_M, BLOCK_N)
+        else:
+            return self._walk_over_part(first_query, BLOCK_M, BLOCK_N, part, parts)
+
+    @triton.jit
+    def _walk_over_part(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, part, parts):
+        """Parts are of one length, but for the last ones, and whole blocks of the schedule. What lies before the first
+        key that is visible, or after the last one, is in none."""
+        RATIO: tl.constexpr = 1 if self.KIND == NONE else self.planes.BLOCK_N // BLOCK_N
+        line = None
+        if self.KIND == DENSE:
+            line = self.planes.line_of_queries(self.plane, first_query)
+            begin = 0
+            full_begin = 0
+            full_end = self.planes.n_key_blocks * RATIO
+            end = full_end
+        else:
+            begin, full_begin, full_end, end = self.key_blocks(first_query, BLOCK_M, BLOCK_N)
+            if self.KIND == KEY:
+                line = self.planes.line_of_keys(self.plane)
+        if line is not None:
+            begin = tl.maximum(tl.load(line + 1) * RATIO, begin)
+            end = tl.minimum(tl.load(line + 2) * RATIO, end)
+        start = begin // RATIO
+        length = tl.cdiv(tl.maximum(tl.cdiv(end, RATIO) - start, 0), parts)
+        low = tl.minimum(tl.maximum((start + part * length) * RATIO, begin), end)
+        high = tl.maximum(tl.minimum((start + (part + 1) * length) * RATIO, end), low)
+        full_begin = tl.minimum(tl.maximum(full_begin, low), high)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), high)
+        if line is None:
+            return bounded_walk(low, full_begin, full_end, high)
+        else:
+            return band_walk(line, self.planes.n_key_blocks, low, full_begin, full_end, high, RATIO)
+
+    @triton.jit
+    def _walk_over_all_keys(self, first_query, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         RATIO: tl.constexpr = self.planes.BLOCK_N // BLOCK_N
         if self.KIND == DENSE:
             return listed_walk(self.planes.line_of_queries(self.plane, first_query), self.planes.n_key_blocks, RATIO)
@@ -190,22 +227,21 @@ class Mask:
         return first
 
     @triton.jit
-    def alive(self, first_query, SIZE: tl.constexpr, in_doubt):
-        """Which of SIZE queries see a key. Of a dense mask, and of a key mask in a window with a left edge, those that
-        are `in_doubt` [SIZE]: others count as alive."""
+    def alive(self, query, first_query, in_doubt):
+        """Which queries [SIZE], of SIZE from the first one on, see a key. Of a dense mask, and of a key mask in a
+        window with a left edge, those that are `in_doubt` [SIZE]: others count as alive."""
         if self.KIND == DENSE:
-            return self._see_pairs(first_query, SIZE, in_doubt) | (in_doubt == 0)
+            return self._see_pairs(query, in_doubt) | (in_doubt == 0)
         elif self.KIND == KEY and self.left is not None:
-            return self._see_keys(first_query, SIZE, in_doubt) | (in_doubt == 0)
+            return self._see_keys(query, first_query, in_doubt) | (in_doubt == 0)
         else:
-            query = first_query + tl.arange(0, SIZE)
             return query >= self.first_live_query(tl.arange(0, self.planes.BLOCK_N))
 
     @triton.jit
-    def _see_pairs(self, first_query, SIZE: tl.constexpr, in_doubt):
-        """Which of SIZE queries see a key by a dense mask, if any is in doubt."""
+    def _see_pairs(self, query, in_doubt):
+        """Which queries [SIZE] see a key by a dense mask, if any is in doubt."""
         STEP: tl.constexpr = 16
-        query = first_query + tl.arange(0, SIZE)
+        SIZE: tl.constexpr = query.shape[0]
         any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
         row = self.visible + query.to(tl.int64) * self.words_per_query
         seen = tl.zeros([SIZE, STEP], tl.int32)
@@ -216,10 +252,10 @@ class Mask:
         return tl.max(seen, 1) != 0
 
     @triton.jit
-    def _see_keys(self, first_query, SIZE: tl.constexpr, in_doubt):
-        """Which of SIZE queries see a key by a key mask in a window, if any is in doubt."""
+    def _see_keys(self, query, first_query, in_doubt):
+        """Which queries [SIZE] see a key by a key mask in a window, if any is in doubt."""
         STEP: tl.constexpr = 16
-        query = first_query + tl.arange(0, SIZE)
+        SIZE: tl.constexpr = query.shape[0]
         any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
         begin, _, _, end = self.key_blocks(first_query, SIZE, STEP)
         seen = tl.zeros([SIZE, STEP], tl.int32)

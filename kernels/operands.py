@@ -4,8 +4,6 @@ inputs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 import triton.language as tl
@@ -15,7 +13,7 @@ from flash_attend.dropout import keep_threshold
 from flash_attend.kernels.configs import Tile, Tiles, head_parts, kind_of
 from flash_attend.kernels.scores import LOG2E
 from flash_attend.operands import Layouts, Operands, Strides
-from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, MaskKind
 
 __all__ = [
     "HeadsLayout",
@@ -27,20 +25,19 @@ __all__ = [
     "call_arguments",
     "call_choices",
     "contiguous_strides",
+    "factor_log2",
     "is_readable",
     "key_section",
     "key_sizes",
     "layout_like_heads",
     "lse_layout",
     "mask_strides",
-    "packed_group",
     "query_section",
     "query_sizes",
     "readable",
     "readable_operands",
     "scale_sign",
     "score_numbers",
-    "strides_as_queries",
     "window_numbers",
 ]
 
@@ -133,25 +130,6 @@ def mask_strides(spec: AttentionSpec, planes: int) -> tuple[int, int]:
     return mask_heads if planes > mask_heads else 0, 1 if spec.mask_per_head else 0
 
 
-@lru_cache(maxsize=CALLS_KEPT)
-def packed_group(spec: AttentionSpec) -> AttentionSpec | None:
-    """A call of one query for each head as a call of a group's heads as queries of one head, which read k and v once.
-
-    None where it is no such call: dropout depends on the head, as what is added to scores does, and so may the mask.
-    Causality falls away, because a single query sees every key.
-    """
-    by_head = spec.mask_per_head or spec.dropout_p > 0 or spec.bias is not None or spec.alibi or spec.sinks
-    if spec.group == 1 or spec.queries != 1 or by_head or spec.window != (None, None):
-        return None
-    return replace(spec, heads=spec.kv_heads, queries=spec.group, causal=False)
-
-
-def strides_as_queries(strides: Strides, group: int) -> Strides:
-    """The strides of a tensor `(b, h, 1, d)` as `(b, hk, group, d)`."""
-    batch, head, _, last = strides
-    return batch, group * head, head, last
-
-
 def query_section(spec: AttentionSpec) -> int:
     """How many query heads take turns at tiles of queries (see `tile_at`): those whose k and v fit into the cache.
 
@@ -168,6 +146,13 @@ def scale_sign(spec: AttentionSpec) -> int:
     if abs(spec.scale) * LOG2E.value <= SMALLEST_FACTOR[spec.accumulator_dtype] / 2:
         return 0
     return -1 if spec.scale < 0 else 1
+
+
+def factor_log2(spec: AttentionSpec) -> float:
+    """The factor of base-2 exponents that `Scores` has."""
+    if spec.adds_to_scores:
+        return LOG2E.value
+    return (spec.softcap or abs(spec.scale)) * LOG2E.value if scale_sign(spec) else 1.0
 
 
 def key_section(spec: AttentionSpec) -> int:

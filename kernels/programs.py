@@ -29,3 +29,14 @@ def tile_of_program(length, heads, section, SIZE: tl.constexpr, LAST_FIRST: tl.c
     if not LAST_FIRST:
         first = (tiles - 1) * SIZE - first
     return first, batch, head
+
+
+@triton.jit
+def part_of_program(length, heads, section, parts, SIZE: tl.constexpr):
+    """The tile of this program, as `tile_of_program` has them, and which of so many parts of its work it does. The
+    heads of a group, which read the same, run at the same time: the same part of all tiles comes first."""
+    programs = tl.num_programs(0) // parts
+    index = tl.program_id(0)
+    heads_total = programs // tl.cdiv(length, SIZE)
+    first, batch, head = tile_at(index % programs, length, heads, heads_total, section, SIZE)
+    return first, batch, head, index // programs

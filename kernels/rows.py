@@ -20,7 +20,8 @@ class Rows:
     """The rows of one head, vectors of DIM numbers.
 
     `source` points to the first one; if DESCRIPTOR, it is a descriptor of blocks of all heads, which knows where the
-    rows end. `stride` is from row to row, in elements.
+    rows end. `stride` is from row to row, in elements. Where there is a `group` of so many heads, `stride_head` apart,
+    they take turns: row `r` is the row `r // group` of their `r % group`-th.
     """
 
     source: object
@@ -31,6 +32,8 @@ class Rows:
     PART0: tl.constexpr
     PART1: tl.constexpr
     DESCRIPTOR: tl.constexpr
+    stride_head: object
+    group: object
 
     @triton.jit
     def load(self, first, valid, SIZE: tl.constexpr, MASKED: tl.constexpr, WITHIN: tl.constexpr = True):
@@ -63,8 +66,14 @@ class Rows:
     def _part(self, first, SIZE: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr):
         """Pointers to columns `START .. START + WIDTH` of the `SIZE` rows from `first` on, and these columns."""
         columns = START + tl.arange(0, WIDTH)
-        rows = tl.arange(0, SIZE).to(tl.int64) * self.stride
-        return self.source + first.to(tl.int64) * self.stride + rows[:, None] + columns[None, :], columns
+        if self.group is None:
+            rows = tl.arange(0, SIZE).to(tl.int64) * self.stride
+            return self.source + first.to(tl.int64) * self.stride + rows[:, None] + columns[None, :], columns
+        else:
+            row = first + tl.arange(0, SIZE)
+            in_head = (row // self.group).to(tl.int64) * self.stride
+            rows = in_head + (row % self.group).to(tl.int64) * self.stride_head
+            return self.source + rows[:, None] + columns[None, :], columns
 
     @triton.jit
     def _load_part(
@@ -114,8 +123,8 @@ class Heads:
     DESCRIPTOR: tl.constexpr
 
     @triton.jit
-    def rows(self, batch, head):
-        """The rows of a head."""
+    def rows(self, batch, head, group=None):
+        """The rows of a head, or of a `group` of so many heads from that one on."""
         source = self.source
         if not self.DESCRIPTOR:
             # One sum: of two, the compiler would take the second into every loop.
@@ -123,4 +132,7 @@ class Heads:
             head64 = head.to(tl.int64) * self.ALIGN
             source += batch64 * self.stride_batch + head64 * self.stride_head
         stride = self.stride_row * self.ALIGN
-        return Rows(source, stride, batch, head, self.DIM, self.PART0, self.PART1, self.DESCRIPTOR)
+        stride_head = None if group is None else self.stride_head * self.ALIGN
+        return Rows(
+            source, stride, batch, head, self.DIM, self.PART0, self.PART1, self.DESCRIPTOR, stride_head, group
+        )  # fmt: skip

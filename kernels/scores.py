@@ -28,12 +28,18 @@ def per_key(x, TRANSPOSED: tl.constexpr):
     return x[:, None] if TRANSPOSED else x[None, :]
 
 
+@triton.jit
+def query_of(row, group):
+    """Which query a row of a tile is: each a row, or each as many as the `group` has heads."""
+    return row if group is None else row // group
+
+
 @aggregate
 class Bias:
     """A bias (b|1, h|1, i|1, j|1), or one head's, read by its strides, which are 0 where it is broadcast.
 
     If ALIGN, its keys follow each other, and the other strides come in units of so many elements, which tells the
-    compiler how far loads may go together.
+    compiler how far loads may go together. Where the heads of a `group` take turns in rows, they share it.
     """
 
     source: tl.tensor
@@ -43,6 +49,7 @@ class Bias:
     stride_key: tl.tensor
     queries: tl.tensor
     keys: tl.tensor
+    group: object
     ALIGN: tl.constexpr
     ACCUMULATOR: tl.constexpr
 
@@ -61,6 +68,7 @@ class Bias:
             self.stride_key,
             self.queries,
             self.keys,
+            self.group,
             self.ALIGN,
             self.ACCUMULATOR,
         )
@@ -74,8 +82,13 @@ class Bias:
         which only a MASKED block may have, 0."""
         UNIT: tl.constexpr = max(self.ALIGN, 1)
         stride = self.stride_query * UNIT
-        row = tl.minimum(tl.arange(0, BLOCK_M), self.queries - 1 - first_query).to(tl.int64) * stride
-        start = first_query.to(tl.int64) * stride
+        if self.group is None:
+            row = tl.minimum(tl.arange(0, BLOCK_M), self.queries - 1 - first_query).to(tl.int64) * stride
+            start = first_query.to(tl.int64) * stride
+        else:
+            query = query_of(first_query + tl.arange(0, BLOCK_M), self.group)
+            row = tl.minimum(query, self.queries - 1).to(tl.int64) * stride
+            start = stride * 0
         key = tl.arange(0, BLOCK_N)
         if self.ALIGN:
             start += first_key
@@ -93,14 +106,15 @@ class Bias:
 
 @aggregate
 class Alibi:
-    """ALiBi (Press et al. 2022, arXiv:2108.12409): each head's slope times the distance, off its scores. `slope` is
-    that of a head; `offset` the position of query 0."""
+    """ALiBi (Press et al. 2022, arXiv:2108.12409): each head's slope times the distance, off its scores. `slopes`
+    points to all of them; of a head, it is the slope itself or, where the heads of a `group` take turns in rows, points
+    to theirs. `offset` is the position of query 0."""
 
     slopes: tl.tensor
     stride_batch: tl.tensor
     stride_head: tl.tensor
-    slope: object
     offset: tl.tensor
+    group: object
     ACCUMULATOR: tl.constexpr
 
     @triton.jit
@@ -108,16 +122,24 @@ class Alibi:
         """The same for a head."""
         batch64 = batch.to(tl.int64)
         head64 = head.to(tl.int64)
-        at = self.slopes + (batch64 * self.stride_batch + head64 * self.stride_head)
-        slope = tl.load(at).to(self.ACCUMULATOR)
-        return Alibi(self.slopes, self.stride_batch, self.stride_head, slope, self.offset, self.ACCUMULATOR)
+        slopes = self.slopes + (batch64 * self.stride_batch + head64 * self.stride_head)
+        if self.group is None:
+            slopes = tl.load(slopes).to(self.ACCUMULATOR)
+        return Alibi(slopes, self.stride_batch, self.stride_head, self.offset, self.group, self.ACCUMULATOR)
 
     @triton.jit
     def penalty(self, first_query, first_key, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
         """[BLOCK_M, BLOCK_N], or its transpose. Positions are counted from the first key: near ones are exact."""
-        position = (first_query + self.offset - first_key + tl.arange(0, BLOCK_M)).to(self.ACCUMULATOR)
+        slope = self.slopes
+        if self.group is None:
+            position = (first_query + self.offset - first_key + tl.arange(0, BLOCK_M)).to(self.ACCUMULATOR)
+        else:
+            row = first_query + tl.arange(0, BLOCK_M)
+            position = (query_of(row, self.group) + self.offset - first_key).to(self.ACCUMULATOR)
+            head = (row % self.group).to(tl.int64)
+            slope = per_query(tl.load(self.slopes + head * self.stride_head).to(self.ACCUMULATOR), TRANSPOSED)
         key = tl.arange(0, BLOCK_N).to(self.ACCUMULATOR)
-        return self.slope * tl.abs(per_key(key, TRANSPOSED) - per_query(position, TRANSPOSED))
+        return slope * tl.abs(per_key(key, TRANSPOSED) - per_query(position, TRANSPOSED))
 
 
 @aggregate
@@ -205,9 +227,11 @@ def scores_under(scale, SIGN: tl.constexpr, ACCUMULATOR: tl.constexpr):
 def scores_of_call(
     scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
     queries, keys, SIGN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ALIGN: tl.constexpr, ACCUMULATOR: tl.constexpr,
+    group=None,
 ):  # fmt: skip
     """The scores of a call, of no head yet: under a scale and a softcap, float64 arguments of a kernel, with a bias and
-    ALiBi unless they are None. SOFTCAP is how its tanh is taken, or empty without one."""
+    ALiBi unless they are None. SOFTCAP is how its tanh is taken, or empty without one. The heads of a `group`, unless
+    it is None, take turns in the rows of a tile."""
     if SOFTCAP == "" and BIAS is None and ALIBI_SLOPES is None:
         return scaled_scores(scale, SIGN, ACCUMULATOR)
     else:
@@ -228,9 +252,9 @@ def scores_of_call(
             bias = None
             if BIAS is not None:
                 bias = Bias(
-                    BIAS, bias_batch, bias_head, bias_query, bias_key, queries, keys, BIAS_ALIGN, ACCUMULATOR
+                    BIAS, bias_batch, bias_head, bias_query, bias_key, queries, keys, group, BIAS_ALIGN, ACCUMULATOR
                 )  # fmt: skip
             alibi = None
             if ALIBI_SLOPES is not None:
-                alibi = Alibi(ALIBI_SLOPES, slopes_batch, slopes_head, None, keys - queries, ACCUMULATOR)
+                alibi = Alibi(ALIBI_SLOPES, slopes_batch, slopes_head, keys - queries, group, ACCUMULATOR)
             return Scores(factor_log2, magnitude, capped_scale, unit.to(ACCUMULATOR), bias, alibi, SIGN, SOFTCAP)

@@ -37,8 +37,9 @@ class Softmax:
     EXACT: tl.constexpr
 
     @triton.jit
-    def step(self, scores, factor_log2):
-        """Takes in another tile of scores [BLOCK_M, BLOCK_N]; those of hidden pairs are -inf.
+    def step(self, scores, factor_log2, counts=None):
+        """Takes in another tile of scores [BLOCK_M, BLOCK_N]; those of hidden pairs are -inf. Each counts once, or so
+        often as `counts` says: the maximum of other scores stands for the sum of their exponentials, relative to it.
 
         Returns the tile's weights, the factor that brings older sums to the new maximum, and the new state.
         """
@@ -52,7 +53,8 @@ class Softmax:
             change = self.maximum - maximum
         weights = tl.math.exp2(exponents)
         correction = tl.math.exp2(change)
-        return weights, correction, Softmax(maximum, self.sum * correction + tl.sum(weights, 1), self.EXACT)
+        counted = weights if counts is None else weights * counts
+        return weights, correction, Softmax(maximum, self.sum * correction + tl.sum(counted, 1), self.EXACT)
 
     @triton.jit
     def finish(self, alive, factor_log2, APART: tl.constexpr, sink_log2=None):

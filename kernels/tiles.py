@@ -38,6 +38,25 @@ def scaled(tile, factor):
 
 
 @triton.jit
+def added(a, b):
+    """The sum of two tiles of as many rows, or of one."""
+    if len(a) == 2:
+        return (a[0] + b[0], a[1] + b[1])
+    else:
+        return (a[0] + b[0],)
+
+
+@triton.jit
+def weighted_sum(tile, weights):
+    """The sum of the rows of a tile, each times its weight [SIZE], as a tile of one row."""
+    first = tl.sum(tile[0] * weights[:, None], 0)[None, :]
+    if len(tile) == 2:
+        return (first, tl.sum(tile[1] * weights[:, None], 0)[None, :])
+    else:
+        return (first,)
+
+
+@triton.jit
 def clear_rows(tile, kept):
     """Rows that are not `kept` [SIZE] become 0, whatever they held."""
     if len(tile) == 2:

@@ -34,6 +34,8 @@ def test_peers_take_turns_forwards_and_backwards():
     order = "".join({1.0: "a", 2.0: "b", 4.0: "c"}[taken] for taken in turns)
     assert order == "abc" + "abc" + "cba" + "abc" + "cba", "once to learn how long a call takes, then A B B A"
     assert samples == {"a": [[1.0] * 10] * 4, "b": [[2.0] * 5] * 4, "c": [[4.0] * 2] * 4}
+    far = interleave({name: partial(sample, lambda x=x: x) for name, x in (("a", 1.0), ("b", 9.0))}, 3, 10.0)
+    assert far == {"a": [[1.0] * 10] * 3, "b": [[9.0]]}, "who is far behind takes one turn"
     short = interleave({"a": partial(sample, lambda: 0.125)}, rounds=2, milliseconds=1000.0)
     assert [len(taken) for taken in short["a"]] == [measure.MOST_SAMPLES] * 2
 

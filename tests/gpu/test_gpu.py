@@ -12,6 +12,9 @@ from torch import Tensor
 
 from backends import KERNELS_ON_A_GPU, Backend, call_for
 from flash_attend import flash_attention
+from flash_attend.checks import normalise_inputs
+from flash_attend.kernels.configs import key_splits, select_tiles
+from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run
 from flash_attend.testing.oracle import Answer
 
@@ -209,6 +212,35 @@ def test_a_captured_call_answers_what_its_inputs_hold(backend: Backend) -> None:
     torch.cuda.synchronize()
     captured = Answer(*(x.detach() for x in results))
     _assert_alike(captured, run(other, backend.name), other, backend)
+
+
+@pytest.mark.parametrize("queries", (1, 3))
+def test_a_captured_step_of_decoding_reads_what_the_cache_holds(queries: int) -> None:
+    """Its keys are split over programs, those that each row has; the same bits at every replay."""
+    case = Case("x", 3, 8, 2, queries, 5000, d=128, mask="pad_right", causal=True, sinks=True, softcap=20.0)
+    call = make_call(case, torch.float16, "cuda")
+    _, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    forward = select_tiles(spec, DeviceTarget.of(call.q.device)).forward
+    assert key_splits(spec, forward) > 1
+
+    def step() -> Answer:
+        out, lse = flash_attention(call.q, call.k, call.v, **call.options, return_lse=True, backend="triton")
+        return Answer(out, lse, None, None, None)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for seed in (1, 2):
+        other = make_call(case, torch.float16, "cuda", seed=seed)
+        for name in ("q", "k", "v", "sinks"):
+            getattr(call, name).copy_(getattr(other, name))
+        call.mask.copy_(other.mask.flip(0))  # rows of other lengths
+        graph.replay()
+        check(results, call)
+        first = Answer(results.out.clone(), results.lse.clone(), None, None, None)
+        graph.replay()
+        assert_same_bits(results, first)
 
 
 def test_a_captured_dropout_draws_anew_at_every_replay() -> None:

@@ -7,8 +7,16 @@ import pytest
 pytest.importorskip("triton", reason="compiling needs Triton")
 
 from flash_attend.kernels import comparison
-from flash_attend.kernels.comparison import Row, Side, blocks_visited, print_estimates, print_windowed, rows
-from flash_attend.kernels.estimate import Estimate, total_tflops
+from flash_attend.kernels.comparison import (
+    Row,
+    Side,
+    blocks_visited,
+    print_decoding,
+    print_estimates,
+    print_windowed,
+    rows,
+)
+from flash_attend.kernels.estimate import Estimate, Reading, total_tflops
 
 
 def estimated(tflops: float, spills: float = 0.0) -> Estimate:
@@ -47,6 +55,22 @@ def test_a_windowed_call_is_estimated(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setattr(comparison, "compile_tasks", compile_tasks)
     assert print_windowed(["sm_80"], "forward sm_80 half d64", 1, 256, 4096) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[-5:] == ["100", "8.0", "25", "2.0", "4.0"]
+
+
+def test_reading_a_cache_is_estimated(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for share, code in ((0.9, 0), (0.8, 1)):
+        found = [("16x64 w4 s2", 4096, Reading(264, 33, 1, 9e-5, 0.9))] * 5 + [("x", 1, Reading(1, 1, 1, 1.0, share))]
+
+        def compile_tasks(tasks, jobs, measure, found=found):
+            assert tasks[1] == ("sm_90", 64, 32, 256)
+            return enumerate(found)
+
+        monkeypatch.setattr(comparison, "compile_tasks", compile_tasks)
+        assert print_decoding(["sm_90", "sm_120"], 1, 256) == code
+        header, rule, row, *others = capsys.readouterr().out.splitlines()
+        assert header.count("|") == rule.count("|") == row.count("|")
+        assert row == "| sm_90 | 64 | 1 | 4096 | 16x64 w4 s2 | 33 | 264 | 90 | 90% |"
+        assert len(others) == 5
 
 
 @pytest.mark.parametrize(("peer", "code", "told"), [(PEER, 0, "1.75"), (NONE, 0, "too large"), (OURS, 1, "1.00")])

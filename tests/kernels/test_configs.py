@@ -216,9 +216,11 @@ def test_one_query_has_a_tile_of_its_own() -> None:
     one = replace(SPEC, queries=1, heads=32, kv_heads=4, keys=4096)
     for multiprocessors in (0, 1, 132):
         target = part((9, 0), multiprocessors)
-        assert select_tiles(one, target).forward == ONE_QUERY[0]
+        assert select_tiles(one, target).forward._replace(programs=0) == ONE_QUERY[0]
         for spec in (replace(one, queries=2), replace(one, **KINDS["tf32"])):
-            assert select_tiles(spec, target).forward not in ONE_QUERY
+            forward = select_tiles(spec, target).forward
+            assert forward not in ONE_QUERY
+            assert (forward.block_m == 16) == (forward.programs > 0) == (multiprocessors == 132), "unless it is split"
 
 
 @pytest.mark.parametrize("backward", ["separate", "fused"])

@@ -6,7 +6,15 @@ import pytest
 
 pytest.importorskip("triton", reason="machine code is read by the disassembler that Triton brings")
 
-from flash_attend.kernels.estimate import Kernel, blocks_per_multiprocessor, estimate
+from flash_attend.kernels.estimate import (
+    COPIED,
+    NEXT_LAUNCH,
+    RATES,
+    Kernel,
+    blocks_per_multiprocessor,
+    estimate,
+    reading,
+)
 from flash_attend.kernels.sass import LoopWork, loop_works
 from test_sass import ADD, EXP, PV, QK, SPILL, branch, code
 
@@ -123,3 +131,30 @@ def test_what_a_loop_has_to_do_is_read_from_machine_code() -> None:
     )
     assert (of_groups.multiply_adds, of_groups.asynchronous) == (0, 2 * 64 * 128 * 16)
     assert of_groups.operand_bytes == (64 + 128 + 128) * 16 * 2, "the weights of the second product are in registers"
+
+
+# What Triton 3.7.1 compiles for one query of 128 numbers: 16 x 64, of which a multiprocessor runs two.
+OF_A_CACHE = Kernel("forward", "sm_90", "half", 128, 128, 16, 64, 4, 2, registers=183, shared_bytes=38912)
+ROUND = LoopWork(480, 64, 131072, 0, 24000, 0, 80, 60, 12, 4, 0)
+
+
+def test_reading_a_cache() -> None:
+    """At best at the speed of a copy, and slower by what a launch waits for at its ends; too few programs at a time have
+    too little under way, and more than fit take another wave."""
+    one, rates = estimate(ROUND, OF_A_CACHE), RATES["sm_90"]
+    keys, heads = 2**16, 8  # 256 MB
+    at_best = 2**28 / (COPIED * rates.bandwidth)
+    split = reading(one, OF_A_CACHE, heads, keys, 33, 32)
+    assert (split.programs, split.waves) == (264, 1)
+    assert 0.85 < split.share < 1
+    assert split.share == pytest.approx(at_best / split.seconds)
+    whole = reading(one, OF_A_CACHE, heads, keys, 1, 32)
+    assert whole.share < 0.2, "8 programs leave most multiprocessors idle"
+    assert whole.seconds > keys / 64 * one.serial / rates.clocks
+    waves = reading(one, OF_A_CACHE, heads, keys, 34, 32)
+    assert waves.waves == 2
+    assert waves.seconds > split.seconds
+    longer = reading(one, OF_A_CACHE, heads, 16 * keys, 33, 32)
+    assert longer.share > split.share, "what is waited for at the ends counts less"
+    merged, unmerged = (reading(one, OF_A_CACHE, 264 // splits, 128 * splits, splits, 32) for splits in (2, 1))
+    assert merged.seconds - unmerged.seconds > NEXT_LAUNCH

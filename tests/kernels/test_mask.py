@@ -48,9 +48,10 @@ def _walk(
     CAUSAL: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """The walk number `at`, as the kernels set it out. NUMBERS (walks, 8) are what `take_walks` says."""
-    numbers = NUMBERS + 8 * at
+    """The walk number `at`, as the kernels set it out. NUMBERS (walks, 10) are what `take_walks` says."""
+    numbers = NUMBERS + 10 * at
     first = tl.load(numbers).to(tl.int32)
     queries = tl.load(numbers + 1).to(tl.int32)
     keys = tl.load(numbers + 2).to(tl.int32)
@@ -63,7 +64,9 @@ def _walk(
     right = tl.load(numbers + 7).to(tl.int32) if RIGHT else None
     mask = Mask(planes, zero, None, None, queries, keys, left, right, KIND, CAUSAL or RIGHT, HIDES_KEYS=True)
     if BY_KEYS:
-        return mask.walk_over_keys(first, BLOCK_M, BLOCK_N)
+        part = tl.load(numbers + 8).to(tl.int32)
+        parts = tl.load(numbers + 9).to(tl.int32) if SPLIT else None
+        return mask.walk_over_keys(first, BLOCK_M, BLOCK_N, part, parts)
     else:
         any_key = tl.load(numbers + 4) != 0
         hides_keys = tl.load(numbers + 5) != 0
@@ -86,12 +89,13 @@ def trace_kernel(
     CAUSAL: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
     MOST: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """`SIZE` walks at once: their counts of runs and of masked blocks, and the first `MOST` of each."""
     at = (tl.program_id(0) * SIZE + tl.arange(0, SIZE))[:, None]
-    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL, LEFT, RIGHT)
+    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL, LEFT, RIGHT, SPLIT)
     index = tl.arange(0, MOST)[None, :]
     zero = tl.zeros([SIZE, MOST], tl.int32)
     start, end = walk.run_bounds(index)
@@ -117,11 +121,12 @@ def loop_kernel(
     CAUSAL: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
+    SPLIT: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """One walk, in the loops of the kernels: counts how often it comes to each block, as full and as masked."""
     at = tl.program_id(0)
-    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL, LEFT, RIGHT)
+    walk = _walk(LINES, NUMBERS, at, BY_KEYS, BLOCK_M, BLOCK_N, SCHEDULE, KIND, CAUSAL, LEFT, RIGHT, SPLIT)
     for run in tl.range(0, walk.run_count(), num_stages=1):
         start, end = walk.run_bounds(run)
         for block in tl.range(start, end):
@@ -207,8 +212,10 @@ def take_walks(
     *,
     hide_keys: bool = False,
     only_every: int | None = None,
+    parts: int = 1,
 ) -> Walks:
-    """All the walks of the shapes at once; or, `only_every` so many of them, one by one in loops."""
+    """All the walks of the shapes at once; or, `only_every` so many of them, one by one in loops. Each is taken in so
+    many `parts`, one after another."""
     lines, offsets = lists_of(shapes, by_keys)
     size = block_m if by_keys else block_n
     tiles = -(-(shapes.queries if by_keys else shapes.keys) // size)
@@ -216,12 +223,14 @@ def take_walks(
     tile = torch.cat([torch.arange(n) for n in tiles.tolist()])[::only_every]
     shown = torch.ones_like(tile) if by_keys else block_counts(shapes.shown[:, None], 1, size)[shape, 0, tile]
     hides = (shown < size) & hide_keys
+    part = torch.arange(parts).repeat(len(tile))
+    shape, tile, shown, hides = (x.repeat_interleave(parts) for x in (shape, tile, shown, hides))
 
     at_once = 1 if only_every else 4096 if device == "cpu" else 256
     programs = -(-len(shape) // at_once)
     edges = [torch.zeros_like(tile) if edge is None else edge[shape] for edge in (shapes.left, shapes.right)]
     of_shape = shapes.queries[shape], shapes.keys[shape], offsets[shape]
-    numbers = torch.stack((tile * size, *of_shape, shown > 0, hides, *edges), 1)
+    numbers = torch.stack((tile * size, *of_shape, shown > 0, hides, *edges, part, torch.full_like(part, parts)), 1)
     last = numbers[-1:].expand(programs * at_once - len(shape), -1)  # again, in the last program
     read = lines.to(device), torch.cat((numbers, last)).to(device)
     choices = dict(
@@ -233,6 +242,7 @@ def take_walks(
         CAUSAL=shapes.causal and shapes.kind != MaskKind.DENSE,
         LEFT=shapes.left is not None,
         RIGHT=shapes.right is not None,
+        SPLIT=parts > 1,
         MOST=MOST,
     )
     new = dict(dtype=torch.int32, device=device)
@@ -446,6 +456,37 @@ def test_blocks_visited_are_linear_in_the_window(device: str, by_keys: bool) -> 
 def test_every_pattern_of_a_dense_mask(device: str, tiles: tuple[int, int], causal: bool, by_keys: bool) -> None:
     shapes = dense_shapes(causal)
     check_walks(shapes, take_walks(shapes, *tiles, by_keys, device), *tiles, by_keys)
+
+
+@on_every_device
+@pytest.mark.parametrize(
+    "shapes",
+    (
+        unmasked_shapes(True),
+        key_masked_shapes(True),
+        dense_shapes(False),
+        windowed_shapes(MaskKind.NONE, "left causal"),
+        windowed_shapes(MaskKind.KEY, "left right"),
+    ),
+    ids=("causal", "key causal", "dense", "left causal", "key window"),
+)
+def test_parts_of_a_walk(device: str, shapes: Shapes) -> None:
+    """Together they come to the same blocks, none twice. None is longer, in blocks of the schedule if there is
+    one, than all of them together divided by their number."""
+    tiles = (16, 16)
+    for parts in (2, 3):
+        walks = take_walks(shapes, *tiles, True, device, parts=parts)
+        fulls, masked = (x.unflatten(0, (-1, parts)) for x in (walks.fulls, walks.masked))
+        whole = Walks(walks.shape[::parts], walks.tile[::parts], fulls.sum(dim=1), masked.sum(dim=1))
+        check_walks(shapes, whole, *tiles, True)
+        visited = (fulls + masked) > 0  # (w, parts, MOST)
+        at = torch.arange(MOST)
+        first, last = torch.where(visited, at, MOST).amin(dim=2), torch.where(visited, at, -1).amax(dim=2)
+        assert (last[:, :-1] < first[:, 1:])[visited.any(dim=2)[:, 1:]].all(), "parts are in order"
+        of_schedule = 1 if shapes.kind == MaskKind.NONE else BLOCK // tiles[1]
+        first, last = first // of_schedule, last // of_schedule
+        longest = -(-(last.amax(dim=1) - first.amin(dim=1) + 1).clamp(min=0) // parts)
+        assert ((last - first + 1).clamp(min=0).amax(dim=1) <= longest).all()
 
 
 @on_every_device

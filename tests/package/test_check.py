@@ -270,7 +270,9 @@ def some_variants() -> list[Variant]:
     found = [one for one in servable(HOPPER) if one.kind[:3] == ("bfloat16", "ieee", 64)]
     # Of a single query neither a mask nor a bias varies over queries.
     single = [one for one in found if one.kind.mask != "dense" and "ij" not in one.kind.scores]
-    return [*found, *(one._replace(kind=one.kind._replace(one_query=True), negative_scale=True) for one in single)]
+    decoding = [one._replace(kind=one.kind._replace(one_query=True), negative_scale=True) for one in single]
+    packed = [one._replace(packed=True) for one in found if one.grouped and not (one.mask_per_head or one.kind.dropout)]
+    return [*found, *decoding, *(one for one in packed if one.kind.mask != "dense")]
 
 
 def test_a_small_call_is_of_its_variant() -> None:
@@ -282,7 +284,8 @@ def test_a_small_call_is_of_its_variant() -> None:
         spec, (q, k, v, mask, _, bias, *_) = call.spec, call.poisoned
         assert Variant.read(variant_of(spec, *variant[:2], variant.needed)) == variant
         name = str(variant)
-        assert (spec.keys > 32 and spec.keys % 32 and spec.queries % 16) or variant.kind.one_query, name
+        short = variant.kind.one_query or variant.packed
+        assert (spec.keys > 32 and spec.keys % 32 and spec.queries % 16) or short, name
         pairs = visible_pairs(
             spec.batch, spec.heads, spec.queries, spec.keys, mask, spec.causal, CPU, window=spec.window
         )
@@ -293,9 +296,9 @@ def test_a_small_call_is_of_its_variant() -> None:
         assert not q.isnan().any(), name
         if mask is not None:
             assert poisoned.any(), name
-        if mask is not None or (spec.causal and not variant.kind.one_query):
+        if mask is not None or (spec.causal and not short):
             assert not pairs.any(dim=3).all(), name
-        full = pairs.unfold(3, 32, 32).unfold(2, 1 if variant.kind.one_query else 16, 16).all(dim=-1).all(dim=-1)
+        full = pairs.unfold(3, 32, 32).unfold(2, spec.queries if short else 16, 16).all(dim=-1).all(dim=-1)
         assert full.any(), name
         if bias is not None:
             assert (bias == -torch.inf).any(), name

@@ -226,7 +226,7 @@ def test_the_variant_that_is_asked_for_is_the_calls() -> None:
             lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
         )
         choose(spec, replace(H100, multiprocessors=0), "auto", (True, False, False), knowledge)
-        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured"
+        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured", False
         assert asked == [(variant, GPU)]
         asked.clear()
 
@@ -235,7 +235,7 @@ def test_what_serves_a_short_call_is_what_is_checked() -> None:
     """Its tiles are others, which are compiled, and so checked, for themselves. Where lengths may be symbols there are
     none of them."""
     asked: list[str] = []
-    knowledge = Knowledge(lambda variant, device: asked.append(variant[-1]), lambda kind, device: None)
+    knowledge = Knowledge(lambda variant, device: asked.append(variant[-2]), lambda kind, device: None)
     short, long = (replace(SPEC, queries=length, keys=length) for length in (256, 2**16))
     for spec, target in ((short, H100), (long, H100), (short, replace(H100, multiprocessors=0))):
         choose(spec, target, knowledge=knowledge)

@@ -133,8 +133,16 @@ def _of_triton() -> Iterator[Execution]:
             yield Execution(
                 arch, "triton", "separate", "bf16", _case("key causal", "bf16", d, arch), multiprocessors=99
             )
+            if arch == "sm_80" and d <= 128:  # whose tiles have 256 queries, more than the others' calls
+                two = Case("two tiles", batch=1, heads=1, queries=285, keys=149, d=d, mask="bhij", causal=True)
+                yield Execution(arch, "triton", "separate", "tf32", two)
             decode = Case("decode", batch=2, heads=8, kv_heads=2, queries=1, keys=333, d=d, mask="holes")
             yield Execution(arch, "triton", "separate", "bf16", decode)
+            # On a part that calls of few queries leave idle, keys are split; the first two have their heads packed.
+            few = replace(decode, name="few queries", queries=3, keys=460, causal=True, softcap=5.0, sinks=True)
+            apart = replace(few, name="few queries apart", kv_heads=8, batch=1, mask="none", window=(200, 0), alibi="h")
+            for case in (replace(decode, keys=460), few, apart):
+                yield Execution(arch, "triton", "separate", "bf16", case, multiprocessors=16)
 
 
 HOPPER_MODES = {
@@ -224,6 +232,7 @@ FAST = (
     "sm_90 triton tf32 d64 grouped",
     "sm_90 triton tf32x3 d64 key causal",
     "sm_90 triton fp64 d64 dropout",
+    "sm_90 triton bf16 d64 few queries on16",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
     "sm_90 hopper bf16 d64 one query seed9",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from flash_attend import flash_attention, parts, sdpa
 from flash_attend.checks import normalise_inputs
+from flash_attend.generation import renew
 from flash_attend.testing.calls import Case, check, make_call, run
 
 SMALL = Case("small", heads=4, kv_heads=2, queries=40, keys=50, d=16, grads="out")
@@ -19,8 +21,53 @@ each_mask = pytest.mark.parametrize("mask", MASKS)
 causal_or_not = pytest.mark.parametrize("causal", (False, True))
 
 
+@pytest.fixture
+def as_if_long(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within it calls of some ten keys are split as those of thousands are."""
+
+    def forget() -> None:
+        parts._without_mask.cache_clear()
+        renew()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "ONE_CALL", 0)
+        patch.setattr(parts, "ROWS", 16)
+        forget()
+        yield
+    forget()
+
+
 def leaves_of(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("mask", (*MASKS, "pad_right"))
+@causal_or_not
+@pytest.mark.parametrize(("queries", "keys"), ((60, 60), (40, 50), (50, 40)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_long_calls(as_if_long: None, mask: str, causal: bool, queries: int, keys: int, dtype: torch.dtype) -> None:
+    """Causal squares are cut, entries are computed apart, and visible keys are gathered."""
+    case = replace(SMALL, mask=mask, causal=causal, queries=queries, keys=keys, batch=3)
+    call = make_call(case, dtype, "cpu")
+    check(run(call, "sdpa"), call)
+
+
+def test_how_long_calls_are_split(as_if_long: None) -> None:
+    q, holes = torch.zeros(3, 2, 60, 16), (torch.arange(60) % 3 > 0).repeat(3, 1)
+    padded = torch.arange(60) < torch.tensor([[20], [40], [40]])
+    several = holes.clone()
+    several[1] = False
+
+    def found(mask: Tensor | None, causal: bool = False) -> list[tuple]:
+        operands, spec = normalise_inputs(q, q, q, mask=mask, causal=causal)
+        return [(group.entries, len(group.parts), group.picked) for group in parts.split(operands.mask, spec)]
+
+    assert found(None) == found(torch.ones(3, 60, dtype=torch.bool)) == [((0, 3), 1, None)]
+    assert found(None, causal=True) == [((0, 3), 7, None)], "four narrow squares, and what is left of three"
+    assert found(padded) == [((0, 1), 1, None), ((1, 3), 1, None)]
+    ((entries, calls, picked),) = found(holes)
+    assert (entries, calls, picked.tolist()) == ((0, 3), 1, holes[0].nonzero().flatten().tolist())
+    assert [entries for entries, *_ in found(several)] == [(0, 1), (2, 3)]
 
 
 @each_mask
