@@ -117,6 +117,11 @@ class AttentionSpec:
         return *flags, self.precision, self.window, self.softcap
 
     @cached_property
+    def plain_scores(self) -> bool:
+        """Whether scores are products under a scale, and the softmax is over them alone."""
+        return self.bias is None and not (self.softcap or self.alibi or self.sinks)
+
+    @cached_property
     def adds_to_scores(self) -> bool:
         """Whether a bias or ALiBi is added to the scores."""
         return self.bias is not None or self.alibi
