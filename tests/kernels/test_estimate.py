@@ -139,8 +139,8 @@ ROUND = LoopWork(480, 64, 131072, 0, 24000, 0, 80, 60, 12, 4, 0)
 
 
 def test_reading_a_cache() -> None:
-    """At best at the speed of a copy, and slower by what a launch waits for at its ends; too few programs at a time have
-    too little under way, and more than fit take another wave."""
+    """At best at the speed of a copy, and slower by what a launch waits for at its ends; too few programs at a time
+    have too little under way, and more than fit take another wave."""
     one, rates = estimate(ROUND, OF_A_CACHE), RATES["sm_90"]
     keys, heads = 2**16, 8  # 256 MB
     at_best = 2**28 / (COPIED * rates.bandwidth)
