@@ -125,7 +125,7 @@ def _waiting_allowed() -> Iterator[None]:
 def _compare(variant: Variant, device: torch.device) -> tuple[Finding, bool]:
     spec = spec_of(variant)
     tiles = _tiles_of(variant, spec, device)
-    call = small_call(variant, getattr(tiles, "schedule_block", (64, 64)), device)
+    call = small_call(variant, getattr(tiles, "crossed_block", (64, 64)), device)
     with torch.no_grad():
         truth = truth_of(call)
     budget = budget_of(call, truth)

@@ -116,12 +116,12 @@ class AttentionSpec:
         flags = self.causal, self.scale, self.dropout_p, self.deterministic
         return *flags, self.precision, self.window, self.softcap
 
-    @cached_property
+    @property
     def plain_scores(self) -> bool:
         """Whether scores are products under a scale, and the softmax is over them alone."""
         return not (self.adds_to_scores or self.softcap or self.sinks)
 
-    @cached_property
+    @property
     def adds_to_scores(self) -> bool:
         """Whether a bias or ALiBi is added to the scores."""
         return self.bias is not None or self.alibi

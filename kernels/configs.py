@@ -76,6 +76,13 @@ class Tiles(NamedTuple):
         """Queries and keys of a block of the mask's schedule: whole tiles of all kernels, at least one word of bits."""
         return _schedule_block(self)
 
+    @property
+    def crossed_block(self) -> tuple[int, int]:
+        """Queries and keys of which a call has several in each tile, in each block of the schedule, and in each part of
+        keys that are split."""
+        block_m, block_n = self.schedule_block
+        return block_m, max(block_n, BLOCKS_OF_SPLIT * self.forward.block_n if self.forward.programs else 0)
+
 
 @cache
 def _schedule_block(tiles: Tiles) -> tuple[int, int]:

@@ -15,14 +15,25 @@ from flash_attend.backends import BACKENDS
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import Plan
 from flash_attend.evidence import Finding
-from flash_attend.kernels.aot import PARTS, record_call
-from flash_attend.kernels.configs import Tile, Tiles, key_splits, override, select_tiles
+from flash_attend.kernels.aot import KINDS, PARTS, record_call
+from flash_attend.kernels.configs import (
+    Tile,
+    Tiles,
+    as_text,
+    candidate_tiles,
+    key_splits,
+    override,
+    select_tiles,
+    tiles_of,
+)
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.operands import Operands
 from flash_attend.ops import options_of
+from flash_attend.small_call import small_call
 from flash_attend.spec import PACKED_ROWS, AttentionSpec, BiasKind, MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run
+from flash_attend.variant import ALL, Variant, variant_of
 
 DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
 SPEC = AttentionSpec(
@@ -181,6 +192,23 @@ def test_how_many_parts(change: dict, splits: int) -> None:
     if splits > 1:
         rows = spec.queries * (spec.group if spec.packed else 1)
         assert rows <= forward.block_m < max(2 * rows, 17)
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_checked_is_split(arch: str, kind: str) -> None:
+    """By each tile that tuning may find fastest, of one query and of few, in a window too."""
+    dtype, part = KINDS[kind][0], PARTS[arch]
+    spec = replace(SPEC, **{"precision": "ieee"} | dtype)
+    for change in (dict(), dict(queries=3, causal=True), dict(causal=True, window=(999, None), mask=MaskKind.KEY)):
+        asked = replace(spec, **change)
+        for candidate in candidate_tiles(asked, part):
+            tiles = tiles_of(as_text(candidate), asked, part, "separate")
+            variant = Variant.read(variant_of(asked, "triton", "separate", ALL, as_text(tiles)))
+            call = small_call(variant, tiles.crossed_block, torch.device("cpu"))
+            assert key_splits(asked, tiles.forward) > 1, str(variant)
+            assert key_splits(call.spec, tiles.forward) > 1, str(variant)
+            assert call.spec.packed
 
 
 def test_a_compiled_program_splits_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
