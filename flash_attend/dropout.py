@@ -62,8 +62,8 @@ def philox(seed: Tensor, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tupl
 def _mixed(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
     """A word of the next round: the upper half of a product, another word and a key, in a new tensor."""
     mixed, upper = word ^ key, product >> 32
-    fits = mixed.shape == torch.broadcast_shapes(mixed.shape, upper.shape)
-    return (mixed.bitwise_xor_(upper) if fits else mixed ^ upper).bitwise_and_(WORD)
+    mixed = mixed.bitwise_xor_(upper) if mixed.shape == upper.shape else mixed ^ upper
+    return mixed.bitwise_and_(WORD)
 
 
 def keep_mask(

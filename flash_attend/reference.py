@@ -397,16 +397,16 @@ def visible_pairs(
     all of them."""
     shown = None if mask is None else (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., begin:end]
     left, right = spec.window[0], right_end(spec)
-    query, key = torch.arange(first, last, device=device)[:, None] + spec.offset, None
-    if right is not None and end > first + spec.offset + right + 1:
-        key = torch.arange(begin, end, device=device)
-        before = key <= query + right
-        shown = before[None, None] if shown is None else shown & before
-    if left is not None and begin < last - 1 + spec.offset - left:
-        key = torch.arange(begin, end, device=device) if key is None else key
-        after = key >= query - left
-        shown = after[None, None] if shown is None else shown & after
-    return shown
+    late = right is not None and end > first + spec.offset + right + 1
+    early = left is not None and begin < last - 1 + spec.offset - left
+    if not (late or early):
+        return shown
+    query, key = (torch.arange(*span, device=device) for span in ((first, last), (begin, end)))
+    ahead = key - (query[:, None] + spec.offset)  # of a query's own place
+    within = ahead <= right if late else ahead >= -left  # type: ignore[operator]
+    if late and early:
+        within = within & (ahead >= -left)  # type: ignore[operator]
+    return within[None, None] if shown is None else shown & within
 
 
 def _dead_rows(

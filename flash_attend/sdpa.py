@@ -75,7 +75,8 @@ def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, *_ = operands
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
-        if lse.count_nonzero().item() == lse.numel() and not (causal and _has_nan(out)):
+        sound = lse.count_nonzero().item() == lse.numel() or bounded(spec, q, k)
+        if sound and not (causal and _has_nan(out)):
             return out, lse, NOTHING
         return attention_forward(operands, spec, tiles)
 
@@ -160,14 +161,21 @@ class _Kernel:
         self.picked, mask = group.picked, operands.mask
         self.mask = mask if mask is None or mask.shape[0] == 1 else _cut(mask, 0, group.entries)
         self.spec, (self.factor, self.scale) = spec, _factors(spec)
-        self.bias, self.slopes = (
-            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
-            for x in (operands.bias, operands.alibi_slopes)
-        )
-        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
-            self.bias = self.bias.index_select(3, group.picked)
+        self.bias: Tensor | None = None
+        self.slopes: Tensor | None = None
+        if spec.adds_to_scores:
+            self._take_added(operands, group)
         q = q if self.factor == 1 else q * self.factor
         self.q, self.k, self.v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
+
+    def _take_added(self, operands: Operands, group: Group) -> None:
+        """The group's bias and slopes, of the keys that it gathers."""
+        self.bias, self.slopes = [
+            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
+            for x in (operands.bias, operands.alibi_slopes)
+        ]
+        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
+            self.bias = self.bias.index_select(3, group.picked)
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Of a part's queries: out, and the LSE of the part's keys. The kernel makes 0 of both where all scores are
@@ -195,7 +203,8 @@ class _Kernel:
         `(b|1, h|1, i|1, j)`. Each None where there is none, or all are."""
         if not part.biased:
             return None, None
-        visible, terms = self._visible(part), [*self._added(part)]
+        visible = self._visible(part)
+        terms = [*self._added(part)] if self.spec.adds_to_scores else []
         if visible is not None:
             # As a sum it takes a third of the time of a choice, and a logarithm ten times.
             terms.append(1 - visible.to(self.spec.accumulator_dtype).reciprocal_())

@@ -119,7 +119,7 @@ class AttentionSpec:
     @property
     def plain_scores(self) -> bool:
         """Whether scores are products under a scale, and the softmax is over them alone."""
-        return self.bias is None and not (self.softcap or self.alibi or self.sinks)
+        return not (self.adds_to_scores or self.softcap or self.sinks)
 
     @property
     def adds_to_scores(self) -> bool:

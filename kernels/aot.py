@@ -345,13 +345,12 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
 
 
 def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
-    """Of `CHANGED_MODES`, those that a kind of this width is compiled in; of COMMON, one of half precision."""
-    if kind == "half" and scope == ALL and width in CHANGED_WIDTHS:
-        modes = CHANGED_MODES
-    elif width == 64 and (scope == ALL or (scope == COMMON and kind == "half")):
+    """Of `CHANGED_MODES`, those that a kind of this width is compiled in; of COMMON, one, of half precision."""
+    modes: tuple[dict[str, Any], ...] = ()
+    if kind == "half" and width in CHANGED_WIDTHS and scope != SUBSET:
+        modes = CHANGED_MODES if scope == ALL else CHANGED_MODES[-1:]
+    elif width == 64 and scope == ALL:
         modes = CHANGED_MODES[-1:]
-    else:
-        modes = ()
     return [((width, width), mode) for mode in modes]
 
 

@@ -548,13 +548,11 @@ def attention_backward(
     float64), and which bits that of q comes to changes from run to run.
     """
     q, k, v, _, _, bias, slopes, sinks = operands
-    if not (bias is slopes is sinks is None):
-        if spec.dtype == torch.float64 and any(x is not None and x.dtype != spec.dtype for x in (bias, slopes, sinks)):
-            given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
-            grads = attention_backward(*given, spec, tiles, needed)
-            pairs = zip((bias, sinks), grads[3:], strict=False)
-            return *grads[:3], *(grad if grad is None else grad.to(x.dtype) for x, grad in pairs)
-        spec = scheduled_spec(spec)
+    if spec.dtype == torch.float64 and any(x is not None and x.dtype != spec.dtype for x in (bias, slopes, sinks)):
+        given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
+        grads = attention_backward(*given, spec, tiles, needed)
+        pairs = zip((bias, sinks), grads[3:], strict=False)
+        return *grads[:3], *(grad if grad is None else grad.to(x.dtype) for x, grad in pairs)
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     # What autograd saved may come back with other strides: hooks on saved tensors give what they like.
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
@@ -644,6 +642,7 @@ def _prepare(
     dims = spec.head_dim, spec.head_dim, spec.value_dim, spec.value_dim, spec.value_dim
     if not all(map(is_readable, (q, k, v, grad_out, out), dims)):
         return None
+    spec = scheduled_spec(spec)
     grads = gradient_layouts(spec, (q, k, v), needed[:3])
     of_q, of_k, of_v = (None if layout is None else layout[1] for layout in grads)
     by_keys = of_k is not None or of_v is not None

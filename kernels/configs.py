@@ -195,9 +195,13 @@ DROPOUT: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_80", "half", 128): dict(backward_kv="32x128w8s2"),
     ("sm_90", "tf32x3", 128): dict(backward_q="16x16w4s1"),
 }
-# And with a bias, whose tile takes registers beside the scores.
+# And with a bias or a softcap, whose tiles take registers beside the scores.
 BIAS: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_80", "half", 64): dict(backward_kv="16x128w4s2"),
+    ("sm_90", "half", 128): dict(backward_kv="32x128w8s2"),
+}
+SOFTCAP: dict[tuple[str, str, int], dict[str, str]] = {
+    ("sm_90", "half", 128): dict(backward_kv="32x128w8s2"),
 }
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
@@ -267,7 +271,8 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
     family = FAMILIES.get(target.arch or "", OLDEST)
     row = (family if (family, kind, width) in ROWS else OLDEST, kind, width)
     choices = ROWS[row]
-    for applies, tiles in ((spec.dropout_p > 0, DROPOUT), (spec.bias is not None, BIAS)):
+    own = (spec.dropout_p > 0, DROPOUT), (spec.softcap > 0, SOFTCAP), (spec.bias is not None, BIAS)
+    for applies, tiles in own:
         if applies:
             others = {kernel: (tile_of(text), *getattr(choices, kernel)) for kernel, text in tiles.get(row, {}).items()}
             choices = choices._replace(**others)

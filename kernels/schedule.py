@@ -443,7 +443,6 @@ def may_hide_keys(spec: AttentionSpec) -> bool:
     return spec.bias is not None and spec.bias.keys and spec.mask != MaskKind.DENSE
 
 
-@lru_cache(maxsize=CALLS_KEPT)
 def scheduled_spec(spec: AttentionSpec) -> AttentionSpec:
     """A call as its schedule is built and kernels see it: with a key mask, if its bias may hide keys."""
     if spec.bias is None or not may_hide_keys(spec):

@@ -91,9 +91,8 @@ def call_for(backend: Backend, case: Case, dtype: torch.dtype, seed: int = 0) ->
 
 
 def skip_unless_served(backend: Backend, call: Call) -> None:
-    """Skips what a choosy backend does not serve, and changes of scores that any backend does not."""
-    changed = not call.options.keys() <= {"mask", "causal", "scale", "dropout_p"}
-    if (backend.choosy or changed) and (refusal := refusal_of(backend, call)):
+    """Skips what a choosy backend does not serve, with the dispatcher's reason."""
+    if backend.choosy and (refusal := refusal_of(backend, call)):
         pytest.skip(f"reason: {refusal}")
 
 

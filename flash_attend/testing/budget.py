@@ -13,6 +13,9 @@ terms that are all alike, whose sum is the result. For `dq`, say:
     magnitude(dq[x, c])^2 = scale^2 * (sum_y p[x, y]^2 * (sum_e (do[x, e] v[y, e])^2 + delta[x]^2) * k[y, c]^2
                                        + delta[x]^2 * (sum_y p[x, y] k[y, c])^2) + dq[x, c]^2
 
+The gradient of a bias sums what stands before k, without the scale, over what the bias is broadcast along, and that of
+a sink its weight times delta. A softcap's slope is a factor of every term that goes through it.
+
     floor = (eps(dtype) / 2 + eps(accumulator) * (1 + largest score + sqrt(number of terms) / 4)) * magnitude
 
 eps(dtype) / 2 is the worst that one rounding of an operand or of the result does. The rest is what the exponential and

@@ -184,7 +184,7 @@ def programs(launches: list[Launch]) -> list[tuple[str, int]]:
 
 def test_one_program_for_each_tile() -> None:
     launches, _ = launches_of(2, 3, 33, 50)
-    assert programs(launches) == [("forward", 18), ("delta", 24), ("backward_kv", 24), ("backward_q", 18)]
+    assert programs(launches) == [("forward", 18), ("delta", 48), ("backward_kv", 24), ("backward_q", 18)]
 
 
 @pytest.mark.parametrize(("b", "h"), ((70_000, 1), (1, 70_000), (300, 300)))
