@@ -84,12 +84,18 @@ class Case:
         return cls(arch, spec, BACKENDS[backend].tiles(spec, PARTS[arch], backward), backend, backward)
 
     @property
+    def is_split(self) -> bool:
+        """Whether its forward splits the keys over programs, which is bound by memory."""
+        return self.tiles.forward.programs > 0
+
+    @property
     def mode(self) -> str:
         spec = self.spec
         words = [{MaskKind.NONE: "", MaskKind.KEY: "key", MaskKind.DENSE: "dense"}[spec.mask]]
         words += ["causal"] * spec.causal + ["dropout"] * (spec.dropout_p > 0) + ["grouped"] * (spec.group > 1)
         words += ["window"] * (spec.window != (None, None)) + ["softcap"] * (spec.softcap > 0)
         words += ["alibi"] * spec.alibi + ["bias"] * (spec.bias is not None) + ["sinks"] * spec.sinks
+        words += ["split"] * self.is_split
         return "+".join(filter(None, words)) or "plain"
 
 
@@ -199,7 +205,7 @@ def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Repor
         usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE and case.spec.plain_scores
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
-            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), heavy=not usual,
+            head_dim=case.spec.head_dim, row=(name, case.arch, *row_of(case.spec)), heavy=not usual or case.is_split,
         )  # fmt: skip
         try:
             launch.prepared.kernel.device_caches.clear()  # what this process has compiled before leaves no log
@@ -300,6 +306,9 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
     SUBSET: {"half": (96,), "tf32": (64,), "tf32x3": (64,), "double": (64,)},
 }
 HEAVY_WIDTHS = (64, 128)  # of half precision, where COMMON has dropout and a dense mask too
+# Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
+SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
+OF_SPLIT = ("forward", "merge")
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
@@ -320,7 +329,8 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             calls = [((width, width), mode) for mode in modes]
             if kind == "half" and scope == ALL:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
-            for dims, mode in (*calls, *_changed_calls(kind, width, scope)):
+            split = [((width, width), SPLIT_MODE)] * (scope == ALL)
+            for dims, mode in (*calls, *_changed_calls(kind, width, scope), *split):
                 yield Case.of(arch, spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: with its second tile only in the modes that take that.
             calls = [call for call in calls if call[1] is MODES[0]]
@@ -373,8 +383,8 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
             identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
             name = kernel_name(launch)
-            if case.backward == "fused" and not _is_fused(launch):
-                continue  # as in the call that is not fused
+            if (case.backward == "fused" and not _is_fused(launch)) or (case.is_split and name not in OF_SPLIT):
+                continue  # as in the call that is not fused, or not split
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
                 seen.add(identity)
                 fresh.append(name)

@@ -98,7 +98,8 @@ class Report:
     loops: tuple[ProductLoop, ...] = ()  # the shortest first; of plain kernels where they spill
     head_dim: int = 0
     row: tuple[str, str, str, int] | None = None  # the kernel, the part, and the row of the tile table
-    heavy: bool = False  # with dropout or a dense mask, whose numbers and bits take registers
+    # With dropout or a dense mask, whose numbers and bits take registers; of few queries, which is bound by memory.
+    heavy: bool = False
     estimate: Estimate | None = None  # of plain kernels where d = dv, on parts whose rates are known
 
     def problems(self) -> list[str]:

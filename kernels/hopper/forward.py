@@ -45,9 +45,9 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_ba
 from flash_attend.kernels.hopper.walk import QueryTiles, first_live_query, make_mask
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.operands import query_section, readable, scale_sign
+from flash_attend.kernels.operands import factor_log2, query_section, readable
 from flash_attend.kernels.schedule import build_schedule
-from flash_attend.kernels.scores import LOG2E, Scores
+from flash_attend.kernels.scores import Scores
 from flash_attend.kernels.softmax import LOWEST32, NEGATIVE_INFINITY, Softmax
 from flash_attend.kernels.statistics import Kept, store_statistics
 from flash_attend.operands import Operands
@@ -293,13 +293,12 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: in
     tile = tiles.forward
     dim = spec.head_dim
     heads_total = spec.batch * spec.heads
-    factor_log2 = abs(spec.scale) * LOG2E.value if scale_sign(spec) else 1.0
     n_tiles = heads_total * triton.cdiv(spec.queries, tile.block_m)
     rows, keys = (CONSUMER_ROWS.value, dim), (tile.block_n, dim)
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
-        (factor_log2, *call_numbers(spec, planes), heads_total, query_section(spec)),
+        (factor_log2(spec), *call_numbers(spec, planes), heads_total, query_section(spec)),
         dict(
             PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v

@@ -474,19 +474,19 @@ def test_parts_of_a_walk(device: str, shapes: Shapes) -> None:
     """Together they come to the same blocks, none twice. None is longer, in blocks of the schedule if there is
     one, than all of them together divided by their number."""
     tiles = (16, 16)
-    for parts in (2, 3):
-        walks = take_walks(shapes, *tiles, True, device, parts=parts)
-        fulls, masked = (x.unflatten(0, (-1, parts)) for x in (walks.fulls, walks.masked))
-        whole = Walks(walks.shape[::parts], walks.tile[::parts], fulls.sum(dim=1), masked.sum(dim=1))
-        check_walks(shapes, whole, *tiles, True)
-        visited = (fulls + masked) > 0  # (w, parts, MOST)
-        at = torch.arange(MOST)
-        first, last = torch.where(visited, at, MOST).amin(dim=2), torch.where(visited, at, -1).amax(dim=2)
-        assert (last[:, :-1] < first[:, 1:])[visited.any(dim=2)[:, 1:]].all(), "parts are in order"
-        of_schedule = 1 if shapes.kind == MaskKind.NONE else BLOCK // tiles[1]
-        first, last = first // of_schedule, last // of_schedule
-        longest = -(-(last.amax(dim=1) - first.amin(dim=1) + 1).clamp(min=0) // parts)
-        assert ((last - first + 1).clamp(min=0).amax(dim=1) <= longest).all()
+    parts = 3
+    walks = take_walks(shapes, *tiles, True, device, parts=parts)
+    fulls, masked = (x.unflatten(0, (-1, parts)) for x in (walks.fulls, walks.masked))
+    whole = Walks(walks.shape[::parts], walks.tile[::parts], fulls.sum(dim=1), masked.sum(dim=1))
+    check_walks(shapes, whole, *tiles, True)
+    visited = (fulls + masked) > 0  # (w, parts, MOST)
+    at = torch.arange(MOST)
+    first, last = torch.where(visited, at, MOST).amin(dim=2), torch.where(visited, at, -1).amax(dim=2)
+    assert (last[:, :-1] < first[:, 1:])[visited.any(dim=2)[:, 1:]].all(), "parts are in order"
+    of_schedule = 1 if shapes.kind == MaskKind.NONE else BLOCK // tiles[1]
+    first, last = first // of_schedule, last // of_schedule
+    longest = -(-(last.amax(dim=1) - first.amin(dim=1) + 1).clamp(min=0) // parts)
+    assert ((last - first + 1).clamp(min=0).amax(dim=1) <= longest).all()
 
 
 @on_every_device
