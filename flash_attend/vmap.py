@@ -35,9 +35,9 @@ def map_forward(
         return call.each(apply, numbers, options, operands, dims)
     results = apply(numbers, options, *call.operands)
     outputs, schedule = tuple(call.unfold(tensor, call.batch) for tensor in results[:ROWS]), results[ROWS:]
-    if call.shared_mask:
+    if call.shared_schedule:
         return (*outputs, *schedule), (*(0 for _ in outputs), *(None for _ in schedule))
-    schedule = tuple(call.unfold(tensor, call.mask_rows) for tensor in schedule)
+    schedule = tuple(call.unfold(tensor, call.batch * call.planes) for tensor in schedule)
     return (*outputs, *schedule), tuple(0 for _ in results)
 
 
@@ -50,7 +50,7 @@ def map_backward(
     call = _Folded(size, options, operands, of_operands)
     if call.one_by_one:
         return call.each(apply, numbers, options, tensors, dims)
-    schedule = outputs[ROWS:] if call.shared_mask else map(call.fold, outputs[ROWS:], of_outputs[ROWS:])
+    schedule = outputs[ROWS:] if call.shared_schedule else map(call.fold, outputs[ROWS:], of_outputs[ROWS:])
     by_rows = map(call.fold, outputs[:ROWS], of_outputs[:ROWS])
     folded = *map(call.fold, grads, of_grads), *call.operands, *by_rows, *schedule
     results = apply(numbers, options, *folded)
@@ -67,16 +67,18 @@ class _Folded:
         dim_of = dict(zip(Options.read(options).operands, dims, strict=True))
         given = dict(zip(dim_of, operands, strict=True))
         mask = given.get("mask")
-        # Whether the mask, and so its schedule, is the same for the whole of the folded batch.
-        self.shared_mask = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
+        # Whether the schedule is the same for the whole of the folded batch: it is the mask's, and a bias may hide keys.
+        shared = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
+        self.shared_schedule = shared and "bias" not in given
+        self.planes = 1  # of the schedule for each of an entry's batch
         needed = Options.read(options).needed
         # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch.
         own_sinks = "sinks" in given and (dim_of["sinks"] is not None or "sinks" in needed)
         self.one_by_one = size > 0 and (own_sinks or ("seed" in given and dim_of["seed"] is None))
         self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
-        if mask is not None and not self.shared_mask:
+        if mask is not None and not self.shared_schedule:
             mask = self.entries(mask, dim_of["mask"]).expand(-1, self.batch, -1, -1, -1)
-            self.mask_rows = self.batch * mask.shape[2]
+            self.planes = mask.shape[2]
             given["mask"] = mask.flatten(0, 1)
         if "seed" in given and not self.one_by_one:
             seeds = self.entries(given["seed"], dim_of["seed"])
@@ -84,8 +86,10 @@ class _Folded:
         for name in given.keys() & {"bias", "alibi_slopes"}:
             entries = self.entries(given[name], dim_of[name])
             self.sizes[name] = entries.shape[1]
-            if dim_of[name] is not None or entries.shape[1] > 1 or name in needed:
+            if name == "bias" or dim_of[name] is not None or entries.shape[1] > 1:
                 given[name] = entries.expand(-1, self.batch, *entries.shape[2:]).flatten(0, 1)
+            if name == "bias" and entries.shape[4] > 1 and (mask is None or mask.shape[3] == 1):
+                self.planes = max(self.planes, entries.shape[2])
         if own_sinks and not size:
             given["sinks"] = given["q"].new_zeros(self.entries(given["q"], dim_of["q"]).shape[2])
         given |= {name: self.fold(given[name], dim_of[name]) for name in ("q", "k", "v")}

@@ -14,7 +14,8 @@ terms that are all alike, whose sum is the result. For `dq`, say:
                                        + delta[x]^2 * (sum_y p[x, y] k[y, c])^2) + dq[x, c]^2
 
 The gradient of a bias sums what stands before k, without the scale, over what the bias is broadcast along, and that of
-a sink its weight times delta. A softcap's slope is a factor of every term that goes through it.
+a sink its weight times delta. A softcap's slope, `1 - tanh^2`, is a difference of terms of size 1: in a gradient's terms
+it stands for 1, whatever is left of it.
 
     floor = (eps(dtype) / 2 + eps(accumulator) * (1 + largest score + sqrt(number of terms) / 4)) * magnitude
 
@@ -163,8 +164,8 @@ def _magnitudes(
     dlse2 = torch.where(alive, dlse, 0).square()
     delta2 = ((do2 * truth.out.square()).sum(dim=3) + dlse2).unsqueeze(3)
     of_scores2 = kept2 * (do2 @ v.square().mT) + p2 * delta2
-    ds2 = scale**2 * of_scores2 * slope2
-    sums["dq"] = ds2 @ k.square() + scale**2 * delta2 * ((p * slope2**0.5) @ k).square()
+    ds2 = scale**2 * of_scores2
+    sums["dq"] = ds2 @ k.square() + scale**2 * delta2 * (p @ k).square()
     if bias is not None:
         sums["dbias"] = of_scores2.sum_to_size(_whole_shape(bias)).view(bias.shape)
     if sinks is not None:

@@ -142,7 +142,7 @@ def cases(draw: st.DrawFn, longest: int) -> Case:
 
 @pytest.mark.parametrize("backend", (*BACKENDS, *FUSED, *CHOOSY))
 def test_any_of_them_together(backend: Backend) -> None:
-    count = 12 if backend.interpreted else 50
+    count = 6 if backend.interpreted else 50
     dtypes = (torch.float32, torch.float64) if backend.interpreted else (torch.float32, torch.bfloat16, torch.float64)
 
     @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck))
