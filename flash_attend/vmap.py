@@ -49,7 +49,8 @@ def map_backward(
     (grads, operands, outputs), (of_grads, of_operands, of_outputs) = said.parts(tensors), said.parts(dims)
     call = _Folded(size, options, operands, of_operands)
     if call.one_by_one:
-        return call.each(apply, numbers, options, tensors, dims)
+        own = [*grads, *operands, *outputs[:ROWS], *map(call.of_entry, outputs[ROWS:], of_outputs[ROWS:])]
+        return call.each(apply, numbers, options, own, dims)
     schedule = outputs[ROWS:] if call.shared_schedule else map(call.fold, outputs[ROWS:], of_outputs[ROWS:])
     by_rows = map(call.fold, outputs[:ROWS], of_outputs[:ROWS])
     folded = *map(call.fold, grads, of_grads), *call.operands, *by_rows, *schedule
@@ -71,6 +72,8 @@ class _Folded:
         shared = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
         self.shared_schedule = shared and "bias" not in given
         self.planes = 1  # of the schedule for each of an entry's batch
+        self.one_schedule = False  # whether all of an entry's batch have the same, where its bias makes it
+        one_mask = mask is None or mask.shape[1 if dim_of["mask"] == 0 else 0] == 1
         needed = Options.read(options).needed
         # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch.
         own_sinks = "sinks" in given and (dim_of["sinks"] is not None or "sinks" in needed)
@@ -90,6 +93,7 @@ class _Folded:
                 given[name] = entries.expand(-1, self.batch, *entries.shape[2:]).flatten(0, 1)
             if name == "bias" and entries.shape[4] > 1 and (mask is None or mask.shape[3] == 1):
                 self.planes = max(self.planes, entries.shape[2])
+                self.one_schedule = entries.shape[1] == 1 and one_mask
         if own_sinks and not size:
             given["sinks"] = given["q"].new_zeros(self.entries(given["q"], dim_of["q"]).shape[2])
         given |= {name: self.fold(given[name], dim_of[name]) for name in ("q", "k", "v")}
@@ -102,6 +106,12 @@ class _Folded:
     def fold(self, tensor: Tensor, dim: int | None) -> Tensor:
         """`(b, ...)`, mapped over `dim`, as `(size * b, ...)`: a view where the strides allow it."""
         return self.entries(tensor, dim).flatten(0, 1)
+
+    def of_entry(self, tensor: Tensor, dim: int | None) -> Tensor:
+        """A schedule of entries, made for a folded batch, as an entry by itself has it."""
+        if dim is None or not self.one_schedule:
+            return tensor
+        return tensor.narrow(1 if dim == 0 else 0, 0, self.planes)
 
     def unfold(self, tensor: Tensor, rows: int) -> Tensor:
         """`(size * rows, ...)` as `(size, rows, ...)`."""
