@@ -68,7 +68,7 @@ class _Folded:
         dim_of = dict(zip(Options.read(options).operands, dims, strict=True))
         given = dict(zip(dim_of, operands, strict=True))
         mask = given.get("mask")
-        # Whether the schedule is the same for the whole of the folded batch: it is the mask's, and a bias may hide keys.
+        # Whether the schedule is the same for the whole of the folded batch: it is the mask's, or a bias makes it.
         shared = mask is None or (dim_of["mask"] is None and mask.shape[0] == 1)
         self.shared_schedule = shared and "bias" not in given
         self.planes = 1  # of the schedule for each of an entry's batch

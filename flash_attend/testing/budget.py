@@ -14,8 +14,8 @@ terms that are all alike, whose sum is the result. For `dq`, say:
                                        + delta[x]^2 * (sum_y p[x, y] k[y, c])^2) + dq[x, c]^2
 
 The gradient of a bias sums what stands before k, without the scale, over what the bias is broadcast along, and that of
-a sink its weight times delta. A softcap's slope, `1 - tanh^2`, is a difference of terms of size 1: in a gradient's terms
-it stands for 1, whatever is left of it.
+a sink its weight times delta. A softcap's slope, `1 - tanh^2`, is a difference of terms of size 1: in a gradient's
+terms it stands for 1, whatever is left of it.
 
     floor = (eps(dtype) / 2 + eps(accumulator) * (1 + largest score + sqrt(number of terms) / 4)) * magnitude
 
