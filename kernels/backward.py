@@ -301,7 +301,7 @@ def backward_kv_kernel(
         shown = masks.of_head(batch, kv_head * group).key_shown(key)
     key_tile = _load_keys(k_rows, v_rows, first_key, shown, tile)
     scores = scores_of_call(
-        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
+        scale, softcap, BIAS, (bias_batch, bias_head, bias_query, bias_key), ALIBI_SLOPES, (slopes_batch, slopes_head),
         queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR,
     )  # fmt: skip
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR)
@@ -467,7 +467,7 @@ def backward_q_kernel(
     masks = masks_of_call(planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=True)
     mask = masks.of_head(batch, head)
     scores = scores_of_call(
-        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
+        scale, softcap, BIAS, (bias_batch, bias_head, bias_query, bias_key), ALIBI_SLOPES, (slopes_batch, slopes_head),
         queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR,
     ).of_head(batch, head)  # fmt: skip
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)

@@ -228,7 +228,7 @@ def forward_kernel(
     masks = masks_of_call(planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=True)
     mask = masks.of_head(batch, head)
     scores = scores_of_call(
-        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
+        scale, softcap, BIAS, (bias_batch, bias_head, bias_query, bias_key), ALIBI_SLOPES, (slopes_batch, slopes_head),
         queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR, in_group,
     ).of_head(batch, head)  # fmt: skip
     dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)

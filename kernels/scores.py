@@ -225,9 +225,8 @@ def scores_under(scale, SIGN: tl.constexpr, ACCUMULATOR: tl.constexpr):
 
 @triton.jit
 def scores_of_call(
-    scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, ALIBI_SLOPES, slopes_batch, slopes_head,
-    queries, keys, SIGN: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ALIGN: tl.constexpr, ACCUMULATOR: tl.constexpr,
-    group=None,
+    scale, softcap, BIAS, bias_strides, ALIBI_SLOPES, slopes_strides, queries, keys, SIGN: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS_ALIGN: tl.constexpr, ACCUMULATOR: tl.constexpr, group=None,
 ):  # fmt: skip
     """The scores of a call, of no head yet: under a scale and a softcap, float64 arguments of a kernel, with a bias and
     ALiBi unless they are None. SOFTCAP is how its tanh is taken, or empty without one. The heads of a `group`, unless
@@ -251,10 +250,10 @@ def scores_of_call(
             factor_log2 = tl.full([], LOG2E, ACCUMULATOR)
             bias = None
             if BIAS is not None:
-                bias = Bias(
-                    BIAS, bias_batch, bias_head, bias_query, bias_key, queries, keys, group, BIAS_ALIGN, ACCUMULATOR
-                )  # fmt: skip
+                batch, head, query, key = bias_strides
+                bias = Bias(BIAS, batch, head, query, key, queries, keys, group, BIAS_ALIGN, ACCUMULATOR)
             alibi = None
             if ALIBI_SLOPES is not None:
-                alibi = Alibi(ALIBI_SLOPES, slopes_batch, slopes_head, keys - queries, group, ACCUMULATOR)
+                batch, head = slopes_strides
+                alibi = Alibi(ALIBI_SLOPES, batch, head, keys - queries, group, ACCUMULATOR)
             return Scores(factor_log2, magnitude, capped_scale, unit.to(ACCUMULATOR), bias, alibi, SIGN, SOFTCAP)

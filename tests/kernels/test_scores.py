@@ -105,8 +105,8 @@ def changed_kernel(
     """OUT (2, i, j) for products X (i, j) of batch entry 1 and head 1, by tiles: natural exponents of the scores, and
     the gradients of the products from those of the scores, which are X too."""
     scores = scores_of_call(
-        scale, softcap, BIAS, bias_batch, bias_head, bias_query, bias_key, SLOPES, 2, 1, queries, keys, 1, HOW, ALIGN,
-        ACCUMULATOR,
+        scale, softcap, BIAS, (bias_batch, bias_head, bias_query, bias_key), SLOPES, (2, 1), queries, keys, 1, HOW,
+        ALIGN, ACCUMULATOR,
     ).of_head(tl.program_id(0) * 0 + 1, tl.program_id(0) * 0 + 1)  # fmt: skip
     first_query = tl.program_id(0) * BLOCK_M
     for block in tl.range(0, tl.cdiv(keys, BLOCK_N)):
