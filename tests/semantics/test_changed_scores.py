@@ -31,7 +31,7 @@ BIASED = (
     *(Case(f"bias_{name}_causal", bias=name, causal=True, queries=50) for name in ("1hij", "b11j", "hiding")),
     Case("bias_padded", bias="bhij", mask="pad_left"),
     Case("bias_dense_mask", bias="1hij", mask="bhij"),
-    Case("bias_many_batches", batch=64, heads=1, queries=5, keys=9, d=4, bias="1hij", mask="pad_right"),
+    Case("bias_many_batches", batch=16, heads=1, queries=5, keys=9, d=4, bias="1hij", mask="pad_right"),
     Case("bias_grouped", heads=4, kv_heads=2, bias="1hij", mask="1h1j"),
     Case("bias_value_dim", d=8, dv=24, bias="b1ij", bias_in_float32=True),
     Case("bias_dropout", bias="hiding", dropout_p=0.3),

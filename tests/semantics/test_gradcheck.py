@@ -51,7 +51,7 @@ OF_FUSED = (
 FUSED_CASES = tuple(case for case in CASES if case.name in OF_FUSED)
 
 # Under the interpreter the whole Jacobian of these, and of the others a random projection of it.
-WHOLE = ("causal_dead_rows", "dropout")
+WHOLE = ("dropout",)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

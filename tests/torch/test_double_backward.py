@@ -19,8 +19,16 @@ DENSE = Case("dense_mask_causal", **{**TINY, "queries": 5}, mask="bhij", causal=
 CASES = (
     Case("padded_dead_rows_negative_scale", **{**TINY, "queries": 5}, mask="holes", causal=True, scale=-0.8),
     replace(DENSE, name="dense_mask_dropout", dropout_p=0.4),
-    Case("bias_sinks", **{**TINY, "batch": 2}, bias="1hij", sinks=True, mask="pad_left", causal=True),
-    Case("window_softcap_alibi", **{**TINY, "queries": 4}, window=(2, 1), softcap=1.5, alibi="h", bias="b11j"),
+    Case(
+        "changed_scores",
+        **{**TINY, "batch": 2},
+        window=(2, 1),
+        softcap=1.5,
+        alibi="h",
+        bias="1hij",
+        sinks=True,
+        mask="pad_left",
+    ),
 )
 
 
