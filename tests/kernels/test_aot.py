@@ -120,7 +120,8 @@ def test_smaller_scopes_leave_out_no_row_of_half_precision_and_no_kind():
 
     assert compiled(aot.COMMON, "triton") < compiled(aot.ALL, "triton")
     assert of_half(rows(aot.COMMON)) == of_half(rows(aot.ALL))
-    assert {kind for _, kind, _ in rows(aot.COMMON)} == {kind for _, kind, _ in rows(aot.SUBSET)} == set(aot.KINDS)
+    assert {kind for _, kind, _ in rows(aot.COMMON)} == set(aot.KINDS)
+    assert {kind for _, kind, _ in rows(aot.SUBSET)} == {"half", "tf32x3"}
     for scope in (aot.COMMON, aot.SUBSET):
         cases = {(case.backward, case.spec.head_dim, case.mode) for case in compiled(scope, "hopper")}
         assert cases == set(product(("separate", "fused"), HOPPER_ROWS, {"key+causal"}))
