@@ -305,7 +305,7 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
     COMMON: {"tf32": (64, 128), "tf32x3": (64, 128), "double": (64,)},
     SUBSET: {"half": (96,), "tf32": (), "tf32x3": (64,), "double": ()},
 }
-HEAVY_WIDTHS = (64, 128)  # of half precision, where COMMON has dropout and a dense mask too
+HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
 SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
 OF_SPLIT = ("forward", "merge")
@@ -315,7 +315,7 @@ COMPILED = ("triton", "hopper")  # each with both of its backwards
 def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
     """The calls that together compile every config row of these parts, or those of a smaller scope.
 
-    COMMON: half precision in the mode that costs most, and at two widths with dropout too; other kinds in that mode at
+    COMMON: half precision in the mode that costs most, and at one width with dropout too; other kinds in that mode at
     two widths; one with changed scores; the kernels for Hopper with a key mask and causality. SUBSET: for the last of
     the parts, a width of half precision and one of accurate float32, and of the kernels for Hopper all.
     """

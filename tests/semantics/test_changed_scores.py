@@ -140,7 +140,7 @@ def cases(draw: st.DrawFn, longest: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *FUSED, *CHOOSY))
+@every_backend
 def test_any_of_them_together(backend: Backend) -> None:
     count = 6 if backend.interpreted else 50
     dtypes = (torch.float32, torch.float64) if backend.interpreted else (torch.float32, torch.bfloat16, torch.float64)
