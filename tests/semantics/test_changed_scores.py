@@ -140,7 +140,7 @@ def cases(draw: st.DrawFn, longest: int) -> Case:
     )
 
 
-@every_backend
+@pytest.mark.parametrize("backend", (*BACKENDS, *FUSED[1:], *CHOOSY))  # the fused backward where it is quick: on a GPU
 def test_any_of_them_together(backend: Backend) -> None:
     count = 6 if backend.interpreted else 50
     dtypes = (torch.float32, torch.float64) if backend.interpreted else (torch.float32, torch.bfloat16, torch.float64)
