@@ -7,8 +7,8 @@ Everything else of a model works on a shard as on a short sequence; attention al
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from flash_attend.checks import needed_of, normalise_call
 from flash_attend.dispatch import check_backend
 from flash_attend.dropout import draw_seed
 from flash_attend.functional import autocast
-from flash_attend.messages import agree, of_first
+from flash_attend.messages import agree, group_named, of_first
 from flash_attend.operands import Operands
 from flash_attend.ops import INPUTS
 from flash_attend.options import check_flag, shown
@@ -44,12 +44,47 @@ __all__ = [
 Way = Literal["auto", "ring", "heads"]
 
 
-class ContextParallel(NamedTuple):
-    """How the activations of a model are shared: for `Attend` and `patch`."""
+@dataclass(frozen=True)
+class ContextParallel:
+    """How ranks share the activations of a model, as `context_parallel_attention` takes it: for `Attend` and `patch`.
+    Copies and pickles name the group, and find the one of that name."""
 
     group: ProcessGroup
     layout: Layout = "contiguous"
     way: Way = "auto"
+
+    def __post_init__(self) -> None:
+        _check_group(self.group)
+        check_layout(self.layout)
+        _check_way(self.way)
+
+    def __reduce__(self) -> tuple:
+        return _restored, (self.group.group_name, self.layout, self.way)
+
+    @staticmethod
+    def of(name: str, value: object) -> ContextParallel:
+        """`value`, a group or how one is shared; raises `TypeError` for anything else, which the option `name` is."""
+        if isinstance(value, ProcessGroup):
+            return ContextParallel(value)
+        if not isinstance(value, ContextParallel):
+            raise TypeError(f"{name} must be a ProcessGroup or a ContextParallel, got {shown(value)}")
+        return value
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **options: Any) -> Any:
+        """What `flash_attention` takes, with shards in place of sequences."""
+        if bias is not None:
+            raise ValueError("bias must be None where ranks share the sequences")
+        shared = dict(group=self.group, layout=self.layout, way=self.way)
+        return context_parallel_attention(q, k, v, **shared, **options)  # type: ignore[arg-type]
+
+
+def _restored(name: str, layout: Layout, way: Way) -> ContextParallel:
+    return ContextParallel(group_named(name), layout, way)
+
+
+def _check_group(group: object) -> None:
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {shown(group)}")
 
 
 def context_parallel_attention(
@@ -100,8 +135,7 @@ def context_parallel_attention(
         TypeError, ValueError: an argument is wrong, or the ranks do not mean the same call, which they are asked once
             for each kind of calls. A rank that is missing ends in the time-out of the group.
     """
-    if not isinstance(group, ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {shown(group)}")
+    _check_group(group)
     layout, way, return_lse = check_layout(layout), _check_way(way), check_flag("return_lse", return_lse)
     check_backend(backend)
     given = autocast(Operands(q, k, v, mask, None, None, alibi_slopes, sinks))
