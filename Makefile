@@ -105,7 +105,7 @@ sanitize: $(INSTALLED) ## on a GPU: compute-sanitizer's memcheck over a part of 
 aot: $(INSTALLED) ## compiles every row of the configuration table in every mode, without a GPU
 	@$(BIN)/python -m flash_attend.kernels.aot
 
-aot-common: $(INSTALLED) ## compiles those of half precision in one mode or two, and two widths of the others
+aot-common: $(INSTALLED) ## compiles three widths of half precision in a mode or two, and one of the others
 	@$(BIN)/python -m flash_attend.kernels.aot --common
 
 # What spills differs between Triton versions: that is checked on the pinned one, and of the kernels for Hopper on the
