@@ -357,9 +357,7 @@ def unmasked_shapes(causal: bool) -> Shapes:
 
 def key_masked_shapes(causal: bool) -> Shapes:
     """Every pattern of three blocks of keys, cut to lengths around the ends of tiles."""
-    queries, keys, *states = combinations(
-        (1, 16, 17, 33, 70), (1, 31, 33, 64, 65, 96), *[(EMPTY, PARTIAL, FULL)] * 3
-    )
+    queries, keys, *states = combinations((1, 16, 17, 33, 70), (1, 31, 33, 64, 65, 96), *[(EMPTY, PARTIAL, FULL)] * 3)
     mask = torch.stack(states, dim=1)[:, :, None] == FULL
     number = torch.arange(len(queries))
     partials = torch.stack([partial_keys(kind) for kind in range(4)])
