@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flash_attend.attend import Attend
+from flash_attend.complex_valued import complex_attention
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.explanation import explain
 from flash_attend.functional import flash_attention
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from flash_attend.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Attend", "BackendUnavailable", "explain", "flash_attention", "patch", "tune"]
+__all__ = ["Attend", "BackendUnavailable", "complex_attention", "explain", "flash_attention", "patch", "tune"]
 
 
 def __getattr__(name: str) -> Any:
