@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flash_attend.attend import Attend
+from flash_attend.complex_valued import complex_attention
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.explanation import explain
 from flash_attend.functional import flash_attention
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attend",
     "BackendUnavailable",
+    "complex_attention",
     "explain",
     "flash_attention",
     "patch",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_attend import ops
+from flash_attend.flops import count_flops
 from flash_attend.operands import Operands
 from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
 from flash_attend.reference import attention_reference
@@ -350,3 +351,4 @@ if ops.FIRST_IMPORT:
             setup_context=latest(__name__, _keep),
             lib=_InParts("flash_attend", "FRAGMENT"),
         )
+    count_flops()

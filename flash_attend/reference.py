@@ -28,6 +28,7 @@ __all__ = [
     "bounded",
     "cleared",
     "keys_seen",
+    "no_autocast",
     "right_end",
     "visible_pairs",
     "with_whole_mask",
@@ -59,7 +60,7 @@ def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: 
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-    with _no_autocast(operands.q.device):
+    with no_autocast(operands.q.device):
         parts = [attend(operands, hidden, spec, guarded, first, last, return_lse) for first, last in chunks]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     if not return_lse:
@@ -92,7 +93,7 @@ def attention_reference_gradients(
 
     grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
     of_scores = []
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         for first, last in chunks:
             given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last
             of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
@@ -455,8 +456,8 @@ def _unread_keys(
     return ~read[..., None]
 
 
-def _no_autocast(device: torch.device) -> torch.autocast | nullcontext:
-    """Autocast would take the products to half precision, whatever dtype the call asked for."""
+def no_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    """Within this context autocast, which would take products to half precision, does not."""
     if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
