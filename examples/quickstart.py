@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     shape = options.batch, HEADS, options.length, DIM
     q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     lengths = torch.linspace(options.length, options.length // 4, options.batch, device=device)
-    mask = torch.arange(options.length, device=device) < lengths[:, None]  # (b, j), True = a token
+    # (b, j), True = a token; padded on the left, as for generating.
+    mask = torch.arange(options.length, device=device) >= options.length - lengths[:, None]
     grad = torch.randn(shape, device=device, dtype=dtype) * mask[:, None, :, None]  # nothing is learned of padding
     print(explain(q, k, v, mask=mask, causal=True), end="\n\n")
 
