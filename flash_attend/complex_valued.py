@@ -146,7 +146,7 @@ def complex_attention(
     attend = partial(flash_attention, return_lse=return_lse, **options)
     with no_autocast(q.device):
         found = (_attend_completely if complete else _attend)(attend, q, k, v)
-    return found if return_lse else found[0]
+    return (found[0], found[1]) if return_lse else found[0]
 
 
 def _attend(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
