@@ -22,6 +22,7 @@ __all__ = [
     "Sizes",
     "check_call",
     "check_complex",
+    "check_dense",
     "facts_of",
     "is_dense",
     "layouts_of",
@@ -84,9 +85,9 @@ def facts_of(given: Operands) -> Facts:
     strided = torch.strided
     if not (type(q) is type(k) is type(v) is Tensor and q.layout is k.layout is v.layout is strided):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            _check_dense(name, tensor)
+            check_dense(name, tensor)
     if mask is not None and not (type(mask) is Tensor and mask.layout is strided):
-        _check_dense("mask", mask)
+        check_dense("mask", mask)
     others: tuple = (None, None, None)
     if not (bias is alibi_slopes is sinks is None):
         others = _facts_of_others(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
@@ -101,14 +102,14 @@ def facts_of(given: Operands) -> Facts:
     except RuntimeError:  # a nested tensor has neither sizes nor strides
         for name, found in zip(("q", "k", "v", "mask"), given, strict=False):
             if found is not None:
-                _check_dense(name, found)
+                check_dense(name, found)
         raise
 
 
 def _facts_of_others(**others: Tensor | None) -> tuple:
     for name, given in others.items():
         if given is not None:
-            _check_dense(name, given)
+            check_dense(name, given)
     slopes = others["alibi_slopes"]
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes must not require a gradient, there is none of them; detach them, or pass a bias")
@@ -116,7 +117,8 @@ def _facts_of_others(**others: Tensor | None) -> tuple:
     return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in found)
 
 
-def _check_dense(name: str, tensor: object) -> None:
+def check_dense(name: str, tensor: object) -> None:
+    """Raises `TypeError` for what is no tensor, or none with sizes and strides."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {shown(tensor)}")
     if not is_dense(tensor):

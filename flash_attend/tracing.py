@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
     "applied",
@@ -26,6 +27,7 @@ __all__ = [
     "jit_traced",
     "lazy",
     "mapped",
+    "modes_of_functions",
     "readable",
     "settled",
     "sharded",
@@ -101,6 +103,11 @@ def mapped(*tensors: Tensor | None) -> bool:
         if tensor is not None and is_legacy_batchedtensor(tensor):
             return True
     return False
+
+
+def modes_of_functions() -> list[TorchFunctionMode]:
+    """The modes of torch functions that this thread is in. No public function tells."""
+    return _get_current_function_mode_stack()
 
 
 def watched() -> bool:

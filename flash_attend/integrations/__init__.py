@@ -1,4 +1,4 @@
-"""Serving what other people's models hold: `patch`, and the table of the classes that it knows."""
+"""Serving other people's models: `patch` with the table of the classes that it knows, and torch's own function."""
 
 from flash_attend.integrations.lucidrains import (
     KNOWN,
@@ -9,6 +9,7 @@ from flash_attend.integrations.lucidrains import (
     register,
 )
 from flash_attend.integrations.patching import Outcome, PatchError, PatchHandle, patch
+from flash_attend.integrations.pytorch import SDPAPatch, patch_sdpa, replace_sdpa
 from flash_attend.integrations.served import ServedAttend
 
 __all__ = [
@@ -19,8 +20,11 @@ __all__ = [
     "Outcome",
     "PatchError",
     "PatchHandle",
+    "SDPAPatch",
     "ServedAttend",
     "TiledHeadsAttend",
     "patch",
+    "patch_sdpa",
     "register",
+    "replace_sdpa",
 ]
