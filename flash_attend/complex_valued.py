@@ -29,7 +29,7 @@ from flash_attend.options import check_flag
 from flash_attend.reference import no_autocast
 from flash_attend.spec import Window
 
-__all__ = ["complex_attention"]
+__all__ = ["attend_completely", "complex_attention", "parts_of"]
 
 
 @overload
@@ -145,8 +145,8 @@ def complex_attention(
     )
     attend = partial(flash_attention, return_lse=return_lse, **options)
     with no_autocast(q.device):
-        found = (_attend_completely if complete else _attend)(attend, q, k, v)
-    return found if return_lse else found[0]
+        found = (attend_completely if complete else _attend)(attend, q, k, v)
+    return (found[0], found[1]) if return_lse else found[0]
 
 
 def _attend(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -154,9 +154,10 @@ def _attend(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> tupl
     return _as_complex(out), *lse
 
 
-def _attend_completely(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+def attend_completely(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """The complete form by a real attention, which returns `out` or `(out, lse)`: what it returns, in a tuple."""
     values = _as_real(v)
-    outs, *lse = zip(*[_listed(attend(x, y, values)) for x, y in product(_parts(q), _parts(k))], strict=True)
+    outs, *lse = zip(*[_listed(attend(x, y, values)) for x, y in product(parts_of(q), parts_of(k))], strict=True)
     rr, ri, ir, ii = (out.unflatten(-1, (-1, 2)) for out in outs)
     # Of real numbers: where one of them is infinite, complex arithmetic makes NaN of both parts.
     plain, turned = (rr - ii).unbind(-1), (ri + ir).unbind(-1)
@@ -178,6 +179,6 @@ def _as_complex(tensor: Tensor) -> Tensor:
     return torch.view_as_complex(tensor.unflatten(-1, (-1, 2)))
 
 
-def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+def parts_of(tensor: Tensor) -> tuple[Tensor, ...]:
     """The real and the imaginary part, each with contiguous rows, which every backend reads as they are."""
     return torch.view_as_real(tensor.resolve_conj()).movedim(-1, 0).contiguous().unbind()

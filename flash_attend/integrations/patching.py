@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from flash_attend.attend import Attend
+from flash_attend.integrations.complex_valued import give_back, serve_whole
 from flash_attend.integrations.judging import Judge, flash_name
 from flash_attend.integrations.lucidrains import KNOWN, path_of
 from flash_attend.integrations.search import find
@@ -64,9 +65,10 @@ def _read(option: Callable[[], Any]) -> Any:
 class PatchHandle:
     """What `patch` did; print it. `restore()` undoes it, and so does leaving a `with` block."""
 
-    def __init__(self, outcomes: tuple[Outcome, ...], service: Service) -> None:
+    def __init__(self, outcomes: tuple[Outcome, ...], service: Service, whole: Sequence[nn.Module]) -> None:
         self.outcomes = outcomes
         self._service = service
+        self._whole = whole
 
     @property
     def replaced(self) -> int:
@@ -88,6 +90,7 @@ class PatchHandle:
             if serving is not None and self._service in serving.services:
                 left = tuple(service for service in serving.services if service is not self._service)
                 outcome.attend.__class__ = served_class(serving._replace(services=left))
+        give_back(self._whole)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -187,6 +190,7 @@ def patch(
     for outcome, judgement in judged:
         if judgement.serving is not None:
             outcome.attend.__class__ = served_class(judgement.serving)
+    whole = serve_whole(model)
 
     if not outcomes:
         warnings.warn(f"patch found no Attend in {type(model).__name__}: nothing was changed", stacklevel=2)
@@ -194,4 +198,4 @@ def patch(
         warnings.warn(f"patch left as it is: {refusal}", stacklevel=2)
     for doubt in _grouped(outcome for outcome, judgement in judged if judgement.doubtful):
         warnings.warn(f"patch served with a change: {doubt}", stacklevel=2)
-    return PatchHandle(outcomes, service)
+    return PatchHandle(outcomes, service, whole)
