@@ -176,7 +176,7 @@ def _load_triton() -> Functions:
 
 
 def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
-    if reason := _refuse_triton(spec, target) or _refuse_scores(spec):
+    if reason := _refuse_triton(spec, target) or _refuse_scores(spec, ("window", "sinks", "softcap")):
         return reason
     if target.interpreted:
         return "Triton's interpreter runs no Gluon"

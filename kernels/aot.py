@@ -288,7 +288,15 @@ CHANGED_MODES = (
         bias=(False, True, True, True),
     ),
 )  # fmt: skip
-HOPPER_MODES = (dict(mask=MaskKind.KEY, causal=True), dict(mask=MaskKind.KEY), dict(causal=True), dict())
+HOPPER_MODES = (
+    dict(mask=MaskKind.KEY, causal=True),
+    dict(mask=MaskKind.KEY),
+    dict(causal=True),
+    dict(),
+    dict(mask=MaskKind.KEY, causal=True, window=(255, None), sinks=True),
+    dict(window=(255, 63)),
+    dict(causal=True, window=(255, None), softcap=30.0),
+)
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
 KINDS = {
     "half": (dict(dtype=torch.bfloat16), 5),
