@@ -6,13 +6,22 @@ from flash_attend.attend import Attend
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.explanation import explain
 from flash_attend.functional import flash_attention
+from flash_attend.packed import flash_attention_packed
 
 if TYPE_CHECKING:
     from flash_attend.integrations import patch
     from flash_attend.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Attend", "BackendUnavailable", "explain", "flash_attention", "patch", "tune"]
+__all__ = [
+    "Attend",
+    "BackendUnavailable",
+    "explain",
+    "flash_attention",
+    "flash_attention_packed",
+    "patch",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:
