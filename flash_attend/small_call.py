@@ -87,6 +87,8 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
     queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
     queries = 1 if kind.one_query else FEW if variant.packed else queries
+    if kind.sequences:
+        queries, keys = 6 * edge - 3, 6 * edge + 5
     spec = spec_of(variant)
     # So far that there are full blocks in it, and so near that blocks are cut by it.
     left, right = spec.window
