@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from flash_attend.attend import Attend
+from flash_attend.complex_valued import complex_attention
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.explanation import explain
 from flash_attend.functional import flash_attention
+from flash_attend.packed import flash_attention_packed
 from flash_attend.scaled_dot_product import scaled_dot_product_attention
 
 if TYPE_CHECKING:
@@ -16,8 +18,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Attend",
     "BackendUnavailable",
+    "complex_attention",
     "explain",
     "flash_attention",
+    "flash_attention_packed",
     "patch",
     "patch_sdpa",
     "replace_sdpa",

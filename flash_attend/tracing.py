@@ -21,6 +21,7 @@ __all__ = [
     "applied",
     "constant_when_compiled",
     "directly",
+    "exporting_to_onnx",
     "forward_mode",
     "has_autocast",
     "jit_traced",
@@ -65,6 +66,11 @@ def traced(*tensors: Tensor | None) -> bool:
     """Whether the call is being compiled or exported, or a tensor is of a class that sees operators: fake, functional,
     DTensor."""
     return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is recording, which knows torch's own operators alone."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def sharded(*tensors: Tensor | None) -> bool:
