@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from flash_attend.attend import record_call
 from flash_attend.functional import flash_attention
 
 __all__ = ["ServedAttend", "Service", "Serving", "dropout_in_force", "served_class", "serving_of"]
@@ -43,6 +45,8 @@ class ServedAttend(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """As `flash_attend.Attend.forward`."""
+        if isinstance(q, Proxy):
+            return record_call(self, q, k, v, **({} if mask is None else {"mask": mask}))
         serving = self._flash_attend
         service = serving.services[-1]
         by_einsum = service.keep_flash and not getattr(self, serving.flash, False)
