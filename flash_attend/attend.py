@@ -195,7 +195,7 @@ class Attend(nn.Module):
         return ", ".join([f"causal={self.causal}", *told])
 
 
-def record_call(module: nn.Module, q: Proxy, *others: Any, **named: Any) -> Any:
+def record_call(module: nn.Module, q: Any, *others: Any, **named: Any) -> Any:
     """Has torch.fx, which traces with `q`, record a call of a module, which keeps its options and its dropout."""
     return q.tracer.create_proxy("call_module", q.tracer.path_of_module(module), (q, *others), named)
 
