@@ -7,6 +7,7 @@ from flash_attend.complex_valued import complex_attention
 from flash_attend.dispatch import BackendUnavailable
 from flash_attend.explanation import explain
 from flash_attend.functional import flash_attention
+from flash_attend.packed import flash_attention_packed
 from flash_attend.scaled_dot_product import scaled_dot_product_attention
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "complex_attention",
     "explain",
     "flash_attention",
+    "flash_attention_packed",
     "patch",
     "patch_sdpa",
     "replace_sdpa",

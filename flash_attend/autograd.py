@@ -49,10 +49,10 @@ def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Ten
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
     forward = call.planned or call.forward
-    q, k, v, mask, _, bias, slopes, sinks = operands
+    q, k, v, mask, _, bias, slopes, sinks, *_ = operands
     if lazy(q, k, v, mask, bias, slopes, sinks):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
-        q, k, v, _, _, bias, _, sinks = operands
+        q, k, v, _, _, bias, _, sinks, *_ = operands
         forward = call.forward
     if call.differentiated:
         others = () if bias is sinks is None else (bias, sinks)
@@ -107,11 +107,11 @@ class Attention(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         operands, forward, call, return_lse = planned
         out, lse, kept = forward(operands)
-        _, _, _, mask, seed, bias, slopes, sinks = operands
-        if bias is slopes is sinks is None:
+        _, _, _, mask, seed, bias, slopes, sinks, segments, _ = operands
+        if bias is slopes is sinks is segments is None:
             others = kept[:1] if mask is seed is None else (*kept, _savable(mask), seed)
         else:
-            others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks))
+            others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks), segments)
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.call = call, type(kept), len(kept)
         if not return_lse:  # an output costs a microsecond

@@ -29,7 +29,7 @@ from flash_attend.tracing import (
     watched,
 )
 
-__all__ = ["flash_attention"]
+__all__ = ["attend_given", "flash_attention"]
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -148,13 +148,13 @@ def flash_attention(
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
     )
-    return _attend_watched(given, options, return_lse, backend)
+    return attend_given(given, options, return_lse, backend)
 
 
-def _attend_watched(
+def attend_given(
     given: Operands, options: dict[str, Any], return_lse: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same where somebody else may take part: see `undisturbed`."""
+    """The same of operands that were not checked, where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
     opaque = traced(*given)

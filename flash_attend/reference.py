@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
+from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import AttentionSpec, MaskKind, describe
 from flash_attend.tracing import has_autocast, known, readable, transformed
 from flash_attend.visible import contract, pairs
@@ -56,6 +57,8 @@ def attention_reference(
         `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log; None unless
         `return_lse`.
     """
+    if spec.sequences is not None:
+        return attend_by_groups(functools.partial(attention_reference, return_lse=return_lse), operands, spec)
     chunks, recompute = _chunks(spec)
     operands, spec, hidden = _prepared(operands, spec, chunks)
     guarded = guard and _needs_guard(spec, operands)
@@ -83,13 +86,15 @@ def attention_reference_gradients(
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
     forward is held.
     """
+    if spec.sequences is not None:
+        return gradients_by_groups(attention_reference_gradients, (grad_out, grad_lse), operands, spec)
     q = operands.q
     if grad_out is None:
         grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
     if grad_lse is None:
         grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
     chunks, _ = _chunks(spec)
-    _, _, _, _, _, bias, _, sinks = operands
+    bias, sinks = operands.bias, operands.sinks
     operands, spec, hidden = _prepared(operands, spec, chunks)
     grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
     if dead is not None:
@@ -255,7 +260,7 @@ def _attend(
     weights = scores.softmax(dim=-1)[..., : end - begin]
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        weights = weights * keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        weights = weights * keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
     out = _weighted(weights, operands.v[:, :, begin:end], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
@@ -292,7 +297,7 @@ def _differentiate(
     grad_weights = _products(grad_out, v, visible)
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        kept = keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
         factor = kept.to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
     delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flash_attend.complex_valued import attend_completely, parts_of
 from flash_attend.functional import flash_attention
-from flash_attend.integrations.lucidrains import path_of
+from flash_attend.integrations.known import path_of
 from flash_attend.integrations.served import serving_of
 
 __all__ = ["give_back", "serve_whole"]

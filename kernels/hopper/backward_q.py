@@ -29,6 +29,7 @@ from flash_attend.kernels.hopper.partitions import (
     CONSUMERS,
     REGISTERS,
     Meeting,
+    Scaling,
     as_operand,
     clear_hidden,
     make_meeting,
@@ -43,9 +44,8 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ri
 from flash_attend.kernels.hopper.walk import QueryTiles, make_mask
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.operands import query_section
+from flash_attend.kernels.operands import query_section, window_numbers
 from flash_attend.kernels.schedule import Schedule
-from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import INFINITY, recomputed_weights
 from flash_attend.kernels.statistics import padded_length
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -82,13 +82,13 @@ class Rows:
     delta: gl.tensor
 
     @gluon.jit
-    def weights(self, products, scores):
-        return recomputed_weights(scores.apply(products), None, self.log2[:, None], scores.factor_log2)
+    def weights(self, applied, scores):
+        return recomputed_weights(applied, None, self.log2[:, None], scores.factor_log2)
 
     @gluon.jit
-    def grad_scores(self, weights, grad_weights, scores):
+    def grad_scores(self, weights, grad_weights, applied, scores):
         """The gradients of the products, but for the magnitude of the scale."""
-        return scores.gradient(weights * (grad_weights - self.delta[:, None]))
+        return scores.gradient(weights * (grad_weights - self.delta[:, None]), applied)
 
 
 @gluon.jit
@@ -108,19 +108,20 @@ def _masked_block(step, shared, scores, mask, rows, block, CONSUMER: gl.constexp
     v = shared.v.at(step)
     BLOCK_N: gl.constexpr = k.buffer().shape[0]
     WIDTH: gl.constexpr = k.buffer().shape[1]
-    if mask.KIND == KEY:
+    if mask.KIND == KEY or (mask.left is not None and block * BLOCK_N < mask.first_offset()):
         k.await_full()
-        # Every block so far was cleared, as this one is now. Later ones are full.
+        # Every block so far was cleared, as this one is now: later ones are full, or reach before no window.
         clear_hidden(k.buffer(), mask.counted_from(0, block * BLOCK_N), step, shared.cleared, CONSUMER)
     products_token = issue_product(shared.q.of(CONSUMER, 0).buffer(), k)
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
     products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
-    weights = rows.weights(products, scores)
+    applied = scores.apply(products)
+    weights = rows.weights(applied, scores)
     v.await_full()  # again, as in `_step`
     grad_weights = warpgroup_mma_wait(num_outstanding=0, deps=(grad_weights_token,))
     v.release()
     key = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=per_column(BLOCK_N))
-    grad_scores = rows.grad_scores(weights, grad_weights, scores)
+    grad_scores = rows.grad_scores(weights, grad_weights, applied, scores)
     grad_scores = mask.hide(grad_scores, rows.row[:, None], key[None, :], mask.key_shown(key)[None, :], 0.0)
     return as_operand(grad_scores, k.buffer().dtype, WIDTH)
 
@@ -136,13 +137,14 @@ def _step(total, grad_scores, step, shared, scores, rows, CONSUMER: gl.constexpr
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
     total_token = warpgroup_mma(grad_scores, before.buffer(), total, is_async=True)
     products = warpgroup_mma_wait(num_outstanding=2, deps=(products_token,))
-    weights = rows.weights(products, scores)
+    applied = scores.apply(products)
+    weights = rows.weights(applied, scores)
     # Both barriers are through: a wait ends a basic block, and keeps the assembler from hoisting the one for a product,
     # which follows, above the arithmetic that is to run beside it.
     v.await_full()
     grad_weights = warpgroup_mma_wait(num_outstanding=1, deps=(grad_weights_token,))
     v.release()
-    new = rows.grad_scores(weights, grad_weights, scores)
+    new = rows.grad_scores(weights, grad_weights, applied, scores)
     k.await_full()
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total_token,))
     grad_scores = as_operand(new, grad_scores.dtype, total.shape[1])
@@ -151,12 +153,12 @@ def _step(total, grad_scores, step, shared, scores, rows, CONSUMER: gl.constexpr
 
 
 @gluon.jit
-def _consume(outputs, shared, tiles, tile, scale, SCALE_SIGN: gl.constexpr, CONSUMER: gl.constexpr):
+def _consume(outputs, shared, tiles, tile, scaling, CONSUMER: gl.constexpr):
     """A consumer."""
     out = shared.q.of(CONSUMER, 0)
     WIDTH: gl.constexpr = out.buffer().shape[1]
     mask = tile.mask
-    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
+    scores = scaling.scores()
     first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
     row = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(tiles.BLOCK_N))
     at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * padded_length(mask.queries) + row
@@ -204,6 +206,9 @@ def hopper_backward_q_kernel(
     mask_stride_head: gl.int32,
     heads_total: gl.int32,
     section: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
+    softcap: gl.float64,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -211,7 +216,10 @@ def hopper_backward_q_kernel(
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
+    SOFTCAP: gl.constexpr,
 ):
     """One tile of BLOCK_M queries of one head: its rows of the gradient of q, (b, h, i, d)."""
     dtype: gl.constexpr = q_descriptor.dtype
@@ -224,17 +232,19 @@ def hopper_backward_q_kernel(
     fence_async_shared()
 
     mask = make_mask(
-        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
-    )
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, window_left, window_right, SCHEDULE_N, MASK,
+        CAUSAL, LEFT, RIGHT, HIDES_KEYS=True,
+    )  # fmt: skip
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
     outputs = Outputs(grad_q_descriptor, LOG2, DELTA)
     shared = Shared(q, grad, k, v, cleared)
+    scaling = Scaling(scale, softcap, SCALE_SIGN, SOFTCAP)
     gl.warp_specialize(
         [
-            (_consume, (outputs, shared, tiles, tile, scale, SCALE_SIGN, 0)),
-            (_consume, (outputs, shared, tiles, tile, scale, SCALE_SIGN, 1)),
+            (_consume, (outputs, shared, tiles, tile, scaling, 0)),
+            (_consume, (outputs, shared, tiles, tile, scaling, 1)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],
@@ -272,7 +282,14 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int) -> Prepared:
     return Prepared(
         hopper_backward_q_kernel,
         heads_total * triton.cdiv(spec.queries, tile.block_m),
-        (float(spec.scale), *call_numbers(spec, planes), heads_total, query_section(spec)),
+        (
+            float(spec.scale),
+            *call_numbers(spec, planes),
+            heads_total,
+            query_section(spec),
+            *window_numbers(spec),
+            float(spec.softcap),
+        ),
         dict(V_SLOTS=tile.num_stages, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -32,9 +32,11 @@ from flash_attend.kernels.hopper.partitions import (
     CONSUMERS,
     REGISTERS,
     Meeting,
+    Scaling,
     as_operand,
     clear_hidden_rows,
     make_meeting,
+    may_hide_keys,
     per_column,
     per_row,
     product_layout,
@@ -45,8 +47,7 @@ from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ring
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared
-from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.scores import scores_under
+from flash_attend.kernels.operands import window_numbers
 from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -88,17 +89,15 @@ def _produce(inputs, shared, tile):
 
 
 @gluon.jit
-def _weights(products, q, block, tile, scores):
+def _weights(applied, q, block, tile, scores):
     """The weights [CONSUMER_ROWS, BLOCK_M] of a block of queries."""
-    BLOCK_M: gl.constexpr = products.shape[1]
+    BLOCK_M: gl.constexpr = applied.shape[1]
     mask = tile.mask
-    weights = recomputed_weights(
-        scores.apply(products), None, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2
-    )
+    weights = recomputed_weights(applied, None, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2)
     # Where no product mixes keys, hidden ones may have weights: their rows are cleared at the end. Here the weights are
     # hidden, not the scores before them: that takes fewer registers where each consumer has scores of its own.
-    if mask.CAUSAL or mask.HIDES_KEYS:  # noqa: SIM102 - this one is decided when the kernel is compiled
-        if block < tile.n_masked:
+    if mask.CAUSAL or mask.left is not None or mask.HIDES_KEYS:  # noqa: SIM102 (decided when it is compiled)
+        if tile.is_masked(block):
             query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=per_column(BLOCK_M))
             key = gl.arange(0, CONSUMER_ROWS, layout=per_row(BLOCK_M))
             weights = mask.hide(weights, query[None, :], key[:, None], mask.key_shown(key)[:, None], 0.0)
@@ -138,9 +137,9 @@ def _after(head, block, n_blocks):
 
 
 @gluon.jit
-def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED: gl.constexpr):
+def _consume_for_v(outputs, shared, tile, scaling, FUSED: gl.constexpr):
     """The consumer that makes the gradient of v, and what these keys add to that of q."""
-    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
+    scores = scaling.scores()
     mask = tile.mask
     k = shared.keys.of(0, 0)
     dtype: gl.constexpr = k.buffer().dtype
@@ -149,7 +148,7 @@ def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
     total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
     if tile.n_blocks > 0:
         k.await_full()
-        if FUSED and mask.KIND == KEY:
+        if FUSED and may_hide_keys(mask.KIND, mask.left):
             clear_hidden_rows(k.buffer(), mask)
             shared.cleared.meet(0)
     head = tile.kv_head * tile.group
@@ -159,7 +158,7 @@ def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
         grad = shared.grad.at(step)
         token = issue_product(k.buffer(), q)
         products = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
-        weights = _weights(products, q, block, tile, scores)
+        weights = _weights(scores.apply(products), q, block, tile, scores)
         q.release()
         grad.await_full()
         total = add_product(total, as_operand(weights, dtype, WIDTH), grad)
@@ -173,9 +172,9 @@ def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
 
 
 @gluon.jit
-def _consume_for_k(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED: gl.constexpr):
+def _consume_for_k(outputs, shared, tile, scaling, FUSED: gl.constexpr):
     """The consumer that makes the gradient of k."""
-    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
+    scores = scaling.scores()
     mask = tile.mask
     k = shared.keys.of(0, 0)
     v = shared.keys.of(1, 0)
@@ -185,7 +184,7 @@ def _consume_for_k(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
     if tile.n_blocks > 0:
         k.await_full()
         v.await_full()
-        if FUSED and mask.KIND == KEY:
+        if FUSED and may_hide_keys(mask.KIND, mask.left):
             clear_hidden_rows(v.buffer(), mask)
             shared.cleared.meet(0)
     block = 0
@@ -195,13 +194,14 @@ def _consume_for_k(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
         products_token = issue_product(k.buffer(), q)
         grad_weights_token = issue_product(v.buffer(), grad)
         products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
-        weights = _weights(products, q, block, tile, scores)
+        applied = scores.apply(products)
+        weights = _weights(applied, q, block, tile, scores)
         # It is through: a wait ends a basic block, and keeps the assembler from hoisting the one for a product, which
         # follows, above the exponentials.
         grad.await_full()
         grad_weights = warpgroup_mma_wait(num_outstanding=0, deps=(grad_weights_token,))
         delta = grad.numbers().load(per_column(weights.shape[1]))
-        grad_scores = scores.gradient(weights * (grad_weights - delta[None, :])).to(dtype)
+        grad_scores = scores.gradient(weights * (grad_weights - delta[None, :]), applied).to(dtype)
         grad.release()
         if FUSED:
             part = shared.grad_scores.at(step)
@@ -234,19 +234,26 @@ def hopper_backward_wide_kernel(
     group: gl.int32,
     mask_stride_batch: gl.int32,
     mask_stride_head: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
+    softcap: gl.float64,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
+    SOFTCAP: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """One tile of BLOCK_N keys, as many as a consumer takes, of one key/value head: GRAD_K and GRAD_V (b, hk, j, d)."""
     mask = make_mask(
-        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=FUSED
-    )
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, window_left, window_right, SCHEDULE_N, MASK,
+        CAUSAL, LEFT, RIGHT, HIDES_KEYS=FUSED,
+    )  # fmt: skip
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
 
     dtype: gl.constexpr = q_descriptor.dtype
@@ -263,10 +270,11 @@ def hopper_backward_wide_kernel(
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_descriptor, log2_descriptor, delta_descriptor)
     outputs = Outputs(grad_k_descriptor, grad_v_descriptor, TOTAL, queries, heads)
     shared = Shared(key_rows, q, grad, grad_scores, cleared)
+    scaling = Scaling(scale, softcap, SCALE_SIGN, SOFTCAP)
     gl.warp_specialize(
         [
-            (_consume_for_k, (outputs, shared, tile, scale, SCALE_SIGN, FUSED)),
-            (_consume_for_v, (outputs, shared, tile, scale, SCALE_SIGN, FUSED)),
+            (_consume_for_k, (outputs, shared, tile, scaling, FUSED)),
+            (_consume_for_v, (outputs, shared, tile, scaling, FUSED)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],
@@ -283,7 +291,7 @@ def prepare_wide(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fus
     return Prepared(
         hopper_backward_wide_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        (float(spec.scale), *call_numbers(spec, planes)),
+        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec), float(spec.softcap)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

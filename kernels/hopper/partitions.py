@@ -8,6 +8,7 @@ from flash_attend.kernels.compat import aggregate
 from flash_attend.kernels.hopper.ring import Barriers
 from flash_attend.kernels.hopper.versions import store_tile
 from flash_attend.kernels.mask import KEY
+from flash_attend.kernels.scores import scores_under
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)  # of a tile: what one asynchronous product of four warps takes
@@ -49,6 +50,21 @@ def rows_at_a_time(columns):
 def clearing_layout(columns):
     """Where the registers of four warps hold as many rows."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@aggregate
+class Scaling:
+    """The scale and the softcap of a call, float64, of which each consumer makes the scores for itself: handed over,
+    they would take more registers."""
+
+    scale: gl.tensor
+    softcap: gl.tensor
+    SIGN: gl.constexpr
+    SOFTCAP: gl.constexpr  # how its tanh is taken, empty without one
+
+    @gluon.jit
+    def scores(self):
+        return scores_under(self.scale, self.softcap, self.SIGN, self.SOFTCAP, gl.float32)
 
 
 @aggregate
@@ -109,6 +125,12 @@ def make_turns(barriers, TAKEN: gl.constexpr):
     return Turns(barriers, TAKEN), barriers.after(CONSUMERS)
 
 
+@gluon.constexpr_function
+def may_hide_keys(kind, left):
+    """Whether keys may be hidden from every query: by a key mask, or because they lie before every window."""
+    return kind == KEY or left is not None
+
+
 @gluon.jit
 def _keep_rows(rows, kept):
     """Zeroes those of some rows of a block that are not `kept`."""
@@ -151,7 +173,7 @@ def store_rows(rows, descriptor, coordinates, buffer):
 @gluon.jit
 def clear_hidden_gradients(grad, mask):
     """The gradients of a consumer's keys [CONSUMER_ROWS, WIDTH], those of hidden ones as zeros."""
-    if mask.KIND == KEY:
+    if may_hide_keys(mask.KIND, mask.left):
         key = gl.arange(0, CONSUMER_ROWS, layout=per_row(grad.shape[1]))
         grad = gl.where(mask.key_shown(key)[:, None], grad, 0.0)
     return grad

@@ -153,6 +153,10 @@ HOPPER_MODES = {
     "grouped": dict(heads=2, kv_heads=1, causal=True, scale=-0.11),
     "dead rows": dict(heads=1, causal=True, queries=330, keys=150),
     "sliced": dict(heads=1, layout="sliced", causal=True),
+    "window": dict(heads=2, kv_heads=1, window=(60, 40), queries=250, keys=290),
+    "window key": dict(batch=2, mask="holes", window=(130, None), causal=True),
+    "window more keys": dict(window=(90, None), queries=130, keys=430),
+    "sinks": dict(heads=2, causal=True, sinks=True),
 }
 # At 64 and 256, where the kernels differ most.
 MORE_HOPPER_MODES = {
@@ -262,13 +266,11 @@ def call_of(execution: Execution) -> Call:
 
 def poisoned(call: Call) -> Call:
     """The same call with NaN and infinity wherever they must not matter: in keys that nobody sees and in dead rows."""
-    if call.mask is None and not call.causal:
-        return call
     (batch, heads, queries, _), (kv_heads, keys) = call.q.shape, call.k.shape[1:3]
-    pairs = visible_pairs(batch, heads, queries, keys, call.mask, call.causal, call.q.device)
-    # Those hidden by a mask of keys: kernels read the others, and a NaN there would be in tiles that are not empty.
-    by_key = call.mask is not None and (call.mask.ndim == 2 or call.mask.shape[2] == 1)
-    hidden = ~pairs.view(batch, kv_heads, heads // kv_heads, queries, keys).any(3).any(2).unsqueeze(3) & by_key
+    pairs = visible_pairs(
+        batch, heads, queries, keys, call.mask, call.causal, call.q.device, window=call.window, bias=call.bias
+    )
+    hidden = ~pairs.view(batch, kv_heads, heads // kv_heads, queries, keys).any(3).any(2).unsqueeze(3)
     dead = ~pairs.any(3)
 
     def fill(x: Tensor | None, where: Tensor, value: float) -> Tensor | None:
