@@ -20,7 +20,7 @@ from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
 from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import AttentionSpec, MaskKind, describe
-from flash_attend.tracing import has_autocast, readable, transformed
+from flash_attend.tracing import has_autocast, known, readable, transformed
 from flash_attend.visible import contract, pairs
 
 __all__ = [
@@ -132,8 +132,8 @@ def attention_reference_gradients(
 
 def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     """The ranges of queries that are computed at once, and whether there are too many scores to hold them all."""
-    if not all(type(size) is int for size in (spec.batch, spec.queries, spec.keys)):
-        return [(0, spec.queries)], False  # of a tracer's symbols nothing is asked: that would hold for one length
+    if _symbolic(spec):
+        return [(0, spec.queries)], False
     span = _span(spec)
     # A chunk of as many queries as one of them sees keys computes at most twice the scores that it needs.
     most = max(FEWEST_QUERIES, span) if span < spec.keys else max(FEWEST_QUERIES, spec.queries)
@@ -141,6 +141,11 @@ def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     too_many = scores_per_query * spec.queries > HELD_SCORES
     rows = max(FEWEST_QUERIES, min(most, (HELD_SCORES if too_many else CACHED_SCORES) // scores_per_query))
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
+
+
+def _symbolic(spec: AttentionSpec) -> bool:
+    """Whether lengths are a tracer's symbols, of which nothing may be asked that does not hold for all lengths."""
+    return not all(type(size) is int for size in (spec.batch, spec.queries, spec.keys))
 
 
 def right_end(spec: AttentionSpec) -> int | None:
@@ -156,6 +161,8 @@ def _span(spec: AttentionSpec) -> int:
 
 def keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
     """The range of keys beyond which causality and the window hide all from the queries from `first` to `last`."""
+    if _symbolic(spec):
+        return 0, spec.keys
     left, right = spec.window[0], right_end(spec)
     end = spec.keys if right is None else min(max(last + spec.offset + right, 0), spec.keys)
     begin = 0 if left is None else min(max(first + spec.offset - left, 0), end)
@@ -410,8 +417,8 @@ def visible_pairs(
     all of them."""
     shown = None if mask is None else (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., begin:end]
     left, right = spec.window[0], right_end(spec)
-    late = right is not None and end > first + spec.offset + right + 1
-    early = left is not None and begin < last - 1 + spec.offset - left
+    late = right is not None and not known(end <= first + spec.offset + right + 1)
+    early = left is not None and not known(begin >= last - 1 + spec.offset - left)
     if not (late or early):
         return shown
     query, key = (torch.arange(*span, device=device) for span in ((first, last), (begin, end)))
@@ -433,7 +440,7 @@ def _dead_rows(
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
     left, right = spec.window[0], right_end(spec)
     if mask is None:
-        if right is None or spec.offset + right >= 0:
+        if right is None or known(spec.offset + right >= 0):
             return None
         return (torch.arange(spec.queries, device=device) < -spec.offset - right)[None, None, :, None]
     if left is right is None:
@@ -455,7 +462,7 @@ def _unread_keys(
     if mask is None or mask.shape[2] == 1:
         # Under `causal` too: the last query sees every key that the mask leaves.
         read = None if mask is None else mask[:, :, 0]
-        if behind is not None and behind > 0:
+        if behind is not None and not known(behind <= 0):
             within = (torch.arange(spec.keys, device=device) >= behind)[None, None]
             read = within if read is None else read & within
         if read is None:

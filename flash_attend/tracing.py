@@ -25,6 +25,7 @@ __all__ = [
     "forward_mode",
     "has_autocast",
     "jit_traced",
+    "known",
     "lazy",
     "mapped",
     "modes_of_functions",
@@ -151,6 +152,15 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` where no transform of torch.func is on, without looking for one: 5 of 21 microseconds."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether what was asked of lengths holds, of all that a tracer's symbols may stand for."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def lazy(*tensors: Tensor | None) -> bool:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from flash_attend.attend import record_call
 from flash_attend.functional import flash_attention
 
 __all__ = ["ServedAttend", "Service", "Serving", "dropout_in_force", "is_neutral", "served_class", "serving_of"]
@@ -47,6 +49,8 @@ class ServedAttend(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *others: Any, **named: Any) -> Any:
         """As the original's: what it takes, in the same order and under the same names, and what it returns."""
+        if isinstance(q, Proxy):
+            return record_call(self, q, k, v, *others, **named)
         return self._compute_attention(q, k, v, **self._read_arguments(others, named))
 
     def _read_arguments(self, others: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
