@@ -178,6 +178,8 @@ def _load_triton() -> Functions:
 def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
     if reason := _refuse_triton(spec, target) or _refuse_scores(spec, ("window", "softcap", "sinks")):
         return reason
+    if spec.sequences is not None:
+        return "sequences are packed one after another"
     if target.interpreted:
         return "Triton's interpreter runs no Gluon"
     if target.arch != HOPPER_ARCH:

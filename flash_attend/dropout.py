@@ -67,20 +67,26 @@ def _mixed(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
 
 
 def keep_mask(
-    seed: Tensor, spec: AttentionSpec, first_query: int, last_query: int, last_key: int | None = None
+    seed: Tensor,
+    spec: AttentionSpec,
+    first_query: int,
+    last_query: int,
+    last_key: int | None = None,
+    entries: Tensor | None = None,
 ) -> Tensor:
     """What dropout keeps of the weights of queries `first_query` to `last_query` (exclusive): bool `(b, h, i', j)`.
 
     `seed` is the int64 `(1,)` tensor of `draw_seed`; it is never read on the host. The positions need not be
     multiples of anything, and the range does not change what is kept. `last_key` (default `spec.keys`) leaves out the
-    keys from there on.
+    keys from there on. `entries` (int64, `(b,)`) are the batch entries' own numbers, default 0 to b - 1.
     """
     last_key = spec.keys if last_key is None else last_key
     shape = (spec.batch, spec.heads, last_query - first_query, last_key)
     if 0 in shape:
         return torch.empty(shape, dtype=torch.bool, device=seed.device)
     threshold = keep_threshold(spec.dropout_p)
-    batch = torch.arange(spec.batch, device=seed.device)[:, None, None, None]
+    entries = torch.arange(spec.batch, device=seed.device) if entries is None else entries
+    batch = entries[:, None, None, None]
     head = torch.arange(spec.heads, device=seed.device)[:, None, None]
     key = _shared_positions(0, last_key, seed.device)
 

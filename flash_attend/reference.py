@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
+from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import AttentionSpec, MaskKind, describe
 from flash_attend.tracing import has_autocast, readable, transformed
 from flash_attend.visible import contract, pairs
@@ -28,6 +29,7 @@ __all__ = [
     "bounded",
     "cleared",
     "keys_seen",
+    "no_autocast",
     "right_end",
     "visible_pairs",
     "with_whole_mask",
@@ -43,23 +45,30 @@ HELD_SCORES = 2**25
 FEWEST_QUERIES = 64
 
 
-def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attention_reference(
+    operands: Operands, spec: AttentionSpec, *, return_lse: bool, guard: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Attention as the contract has it, differentiable any number of times.
+
+    Without `guard` NaN and infinity in a row of v that some queries see may show in others, and products take a fifth
+    of the time that they take guarded.
 
     Returns:
         `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log; None unless
         `return_lse`.
     """
+    if spec.sequences is not None:
+        return attend_by_groups(functools.partial(attention_reference, return_lse=return_lse), operands, spec)
     chunks, recompute = _chunks(spec)
     operands, spec, hidden = _prepared(operands, spec, chunks)
-    guarded = _needs_guard(spec, operands)
+    guarded = guard and _needs_guard(spec, operands)
 
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-    with _no_autocast(operands.q.device):
+    with no_autocast(operands.q.device):
         parts = [attend(operands, hidden, spec, guarded, first, last, return_lse) for first, last in chunks]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     if not return_lse:
@@ -77,13 +86,15 @@ def attention_reference_gradients(
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
     forward is held.
     """
+    if spec.sequences is not None:
+        return gradients_by_groups(attention_reference_gradients, (grad_out, grad_lse), operands, spec)
     q = operands.q
     if grad_out is None:
         grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
     if grad_lse is None:
         grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
     chunks, _ = _chunks(spec)
-    _, _, _, _, _, bias, _, sinks = operands
+    bias, sinks = operands.bias, operands.sinks
     operands, spec, hidden = _prepared(operands, spec, chunks)
     grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
     if dead is not None:
@@ -92,7 +103,7 @@ def attention_reference_gradients(
 
     grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
     of_scores = []
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         for first, last in chunks:
             given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last
             of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
@@ -121,6 +132,8 @@ def attention_reference_gradients(
 
 def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     """The ranges of queries that are computed at once, and whether there are too many scores to hold them all."""
+    if not all(type(size) is int for size in (spec.batch, spec.queries, spec.keys)):
+        return [(0, spec.queries)], False  # of a tracer's symbols nothing is asked: that would hold for one length
     span = _span(spec)
     # A chunk of as many queries as one of them sees keys computes at most twice the scores that it needs.
     most = max(FEWEST_QUERIES, span) if span < spec.keys else max(FEWEST_QUERIES, spec.queries)
@@ -240,7 +253,7 @@ def _attend(
     weights = scores.softmax(dim=-1)[..., : end - begin]
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        weights = weights * keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        weights = weights * keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
     out = _weighted(weights, operands.v[:, :, begin:end], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
@@ -277,7 +290,7 @@ def _differentiate(
     grad_weights = _products(grad_out, v, visible)
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        kept = keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
         factor = kept.to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
     delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
@@ -337,7 +350,7 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
         scores, slope = bent * spec.softcap, 1 - bent.square()
     for term in _added(operands, spec, first, last):
         scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
-    if shown is not None and visible is not None:
+    if shown is not None and (visible is not None or not readable(scores)):
         scores = torch.where(shown, scores, -torch.inf)
     elif shown is not None:
         # 1 - 1 / shown, 0 or -inf: finite scores are hidden by a sum in a third of the time that a choice takes a CPU.
@@ -455,8 +468,8 @@ def _unread_keys(
     return ~read[..., None]
 
 
-def _no_autocast(device: torch.device) -> torch.autocast | nullcontext:
-    """Autocast would take the products to half precision, whatever dtype the call asked for."""
+def no_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    """Within this context autocast, which would take products to half precision, does not."""
     if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -8,7 +8,7 @@ zeros where nobody looks, and then by the einsum path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from math import copysign, isnan
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from flash_attend.reference import (
     visible_pairs,
     with_whole_mask,
 )
+from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["attention_backward", "attention_forward", "plan_forward"]
@@ -53,6 +54,10 @@ NOTHING = Kept()
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
+    if spec.sequences is not None:
+        out, lse = attend_by_groups(partial(attention_forward, tiles=None), operands, spec)
+        assert lse is not None
+        return out.clone(), lse.clone(), NOTHING  # no views, as below
     operands, spec = with_whole_mask(operands, spec)
     groups = split(operands.mask, spec)
     for read in (lambda: operands, lambda: cleared(operands, spec)[0]):
@@ -66,6 +71,8 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> t
 
 def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable[[Operands], tuple] | None:
     """The same for operands with these layouts, where torch's kernel takes them as they are; else None."""
+    if spec.sequences is not None:
+        return None
     rows_alone = layouts.q[3] == layouts.k[3] == layouts.v[3] == 1
     part = _whole(split(None, spec), spec) if layouts.mask is None and rows_alone else None
     if part is None:
@@ -97,6 +104,13 @@ def attention_backward(
     """The gradients of q, k, v and, where there is one, the bias; None where `needed` says so. Torch's operator knows
     no gradient of an LSE or of a bias, and its weights are as exact as an LSE is: what has such a gradient or large
     scores goes by the einsum path."""
+    if spec.sequences is not None:
+
+        def differentiate(grad_out: Any, grad_lse: Any, out: Any, lse: Any, *call: Any) -> tuple[Tensor | None, ...]:
+            of_group, spec_of_group = call
+            return attention_backward(grad_out, grad_lse, of_group, out, lse, NOTHING, spec_of_group, None, needed)
+
+        return gradients_by_groups(differentiate, (grad_out, grad_lse, out, lse), operands, spec)
     found: Any = None
     of_bias = spec.bias is not None and needed[3]
     if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):

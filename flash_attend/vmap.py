@@ -75,9 +75,11 @@ class _Folded:
         self.one_schedule = False  # whether all of an entry's batch have the same, where its bias makes it
         one_mask = mask is None or mask.shape[1 if dim_of["mask"] == 0 else 0] == 1
         needed = Options.read(options).needed
-        # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch.
+        # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch,
+        # and sequences that are packed one of one.
         own_sinks = "sinks" in given and (dim_of["sinks"] is not None or "sinks" in needed)
-        self.one_by_one = size > 0 and (own_sinks or ("seed" in given and dim_of["seed"] is None))
+        one_seed = "seed" in given and dim_of["seed"] is None
+        self.one_by_one = size > 0 and (own_sinks or one_seed or "segments" in given)
         self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
         if mask is not None and not self.shared_schedule:
             mask = self.entries(mask, dim_of["mask"]).expand(-1, self.batch, -1, -1, -1)

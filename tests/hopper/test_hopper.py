@@ -179,7 +179,8 @@ def test_nothing_is_launched_for_nothing(sizes: tuple[int, int, int], backward: 
 
 def test_as_an_operator_it_is_the_same_launch() -> None:
     call = make_call(Case("operator", 1, 2, queries=140, keys=300, d=64, mask="pad_right"), torch.float16)
-    (*tensors, _, _, _, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    tensors = operands[:4]
     tensors, tiles = Operands(*tensors, seed=None), select_hopper_tiles(spec, H100)
     with on_h100() as launches:
         numbers, options = options_of(tensors, spec, choose(spec, H100, "hopper"), return_lse=True)

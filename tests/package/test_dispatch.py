@@ -227,7 +227,7 @@ def test_what_was_fastest_is_asked_first() -> None:
 def test_the_variant_that_is_asked_for_is_the_calls() -> None:
     """With the tiles that were measured fastest with its backward."""
     spec = replace(SPEC, mask=MaskKind.KEY, causal=True, scale=-1.0, queries=1)
-    kind = "float16", "ieee", 64, 64, "key", True, False, True, ""
+    kind = "float16", "ieee", 64, 64, "key", True, False, True, "", False
     asked = []
     for backward in ("separate", "fused"):
         won = Tuned("triton", (("triton", backward, "measured"),), "")

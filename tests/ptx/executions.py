@@ -208,28 +208,22 @@ def _for_mutants() -> Iterator[Execution]:
 
 
 # What `make test` has time for: together they have every kernel, every dtype and every kind of mask. Compiling takes
-# half of the time: those for Hopper share what is compiled.
+# more than half of the time where nothing is cached: those for Hopper share what is compiled.
 FAST = (
     "sm_80 triton fused bf16 d64 dense dropout",
-    "sm_80 triton bf16 d64 sliced",
     "sm_80 triton bf16 d64 key causal random random seed1",
     "sm_80 triton bf16 d64 everything",
     "sm_80 triton bf16 d128 grouped",
     "sm_80 triton bf16 d80 narrow v",
-    "sm_80 triton bf16 d192 key causal",
     "sm_80 triton bf16 d256 dropout",
     "sm_80 triton fused fp16 d80 key causal",
     "sm_80 triton fused tf32 d64 dense dropout",
-    "sm_80 triton tf32 d256 grouped",
     "sm_80 triton fused tf32x3 d64 key causal",
-    "sm_80 triton tf32x3 d128 key causal",
     "sm_80 triton fused fp64 d64 key causal",
     "sm_90 triton fused bf16 d64 key causal",
     "sm_90 triton bf16 d64 window key",
-    "sm_90 triton bf16 d128 staircase",
     "sm_90 triton bf16 d256 key causal",
     "sm_90 triton tf32 d64 grouped",
-    "sm_90 triton fp64 d64 dropout",
     "sm_90 triton bf16 d64 few queries on16",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
