@@ -154,7 +154,6 @@ HOPPER_MODES = {
     "dead rows": dict(heads=1, causal=True, queries=330, keys=150),
     "sliced": dict(heads=1, layout="sliced", causal=True),
     "window": dict(heads=2, kv_heads=1, window=(60, 40), queries=250, keys=290),
-    "window key": dict(batch=2, mask="holes", window=(130, None), causal=True),
     "window more keys": dict(window=(90, None), queries=130, keys=430),
     "sinks": dict(heads=2, causal=True, sinks=True),
 }
@@ -182,6 +181,9 @@ def _of_gluon() -> Iterator[Execution]:
             case = Case(name, **{"batch": 1, "heads": 1, "d": d, **lengths, **options})
             for backward in ("separate", "fused"):
                 yield Execution("sm_90", "hopper", backward, "bf16", case, Options(seed=len(name)))
+        if d < 256:  # in one pass, and at 256, such calls are refused
+            case = Case("window key", 2, 1, d=d, **lengths, mask="holes", window=(130, None), causal=True)
+            yield Execution("sm_90", "hopper", "separate", "bf16", case, Options(seed=3))
         case = Case("key causal", batch=2, heads=1, d=d, **lengths, mask="holes", causal=True)
         for backward in ("separate", "fused"):
             yield Execution("sm_90", "hopper", backward, "fp16", case, Options("early", seed=1))
