@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -161,8 +161,7 @@ def attend_given(
     if opaque and sharded(*given):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
-        return attend_locally(here, given, options["dropout_p"])
+        return attend_locally(given, dict(options, return_lse=return_lse, backend=backend))
     given = autocast(given)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_call(given, **options)

@@ -24,6 +24,7 @@ from flash_attend.tracing import has_autocast, known, readable, transformed
 from flash_attend.visible import contract, pairs
 
 __all__ = [
+    "Merged",
     "attention_reference",
     "attention_reference_gradients",
     "bounded",
@@ -77,14 +78,25 @@ def attention_reference(
     return out.to(spec.dtype).contiguous(), lse
 
 
+class Merged(NamedTuple):
+    """The results of attention over more keys than a call has: weights are theirs, and not the call's own softmax."""
+
+    out: Tensor  # (b, h, i, dv)
+    lse: Tensor  # (b, h, i)
+
+
 def attention_reference_gradients(
-    grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, spec: AttentionSpec
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    spec: AttentionSpec,
+    merged: Merged | None = None,
 ) -> tuple[Tensor | None, ...]:
     """What a backward through `attention_reference` gives for q, k and v and, where there is either, for the bias and
     the sinks; itself differentiable any number of times.
 
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
-    forward is held.
+    forward is held. Where the keys are a part of those that `merged` is over, so are the gradients.
     """
     if spec.sequences is not None:
         return gradients_by_groups(attention_reference_gradients, (grad_out, grad_lse), operands, spec)
@@ -99,13 +111,13 @@ def attention_reference_gradients(
     grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
     if dead is not None:
         grad_out, grad_lse = grad_out.masked_fill(dead, 0.0), grad_lse.masked_fill(dead[..., 0], 0.0)
-    guarded = _needs_guard(spec, operands, grad_out, grad_lse)
+    guarded = _needs_guard(spec, operands, grad_out, grad_lse, *(() if merged is None else merged[:1]))
 
     grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
     of_scores = []
     with no_autocast(q.device):
         for first, last in chunks:
-            given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last
+            given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last, merged
             of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
             begin, end = keys_seen(spec, first, last)
             rest = (0, 0, begin, spec.keys - end)  # the keys that no query of the chunk sees
@@ -284,15 +296,19 @@ def _differentiate(
     guarded: bool,
     first: int,
     last: int,
+    merged: Merged | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the queries from `first` to `last` give to the gradients: their own, those of the keys they may see, and in
     the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
-    scores, slope, seen, visible, _ = _scores(operands, hidden, spec, guarded, first, last)
+    scores, slope, seen, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
     begin, end = keys_seen(spec, first, last)
     q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
 
-    all_weights = scores.softmax(dim=-1)
+    if merged is None:
+        all_weights = scores.softmax(dim=-1)
+    else:
+        all_weights = _weights_of(scores, merged.lse[:, :, first:last, None], dead)
     weights = kept_weights = all_weights[..., : end - begin]
     grad_weights = _products(grad_out, v, visible)
     if spec.dropout_p > 0:
@@ -300,7 +316,11 @@ def _differentiate(
         kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
         factor = kept.to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
-    delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
+    if merged is None:
+        delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
+    else:
+        delta = (merged.out[:, :, first:last].to(grad_out.dtype) * grad_out).sum(dim=-1, keepdim=True) - grad_lse
+        delta = delta if dead is None else delta.masked_fill(dead, 0.0)
     grad_scores = weights * (grad_weights - delta)
     of_bias = of_sinks = None
     if operands.bias is not None:
@@ -313,6 +333,13 @@ def _differentiate(
     grad_q = _weighted(grad_scores, k, visible) * spec.scale
     grad_k = _gathered(grad_scores, q, visible, spec.kv_heads)
     return grad_q, grad_k, _gathered(kept_weights, grad_out, visible, spec.kv_heads), of_bias, of_sinks
+
+
+def _weights_of(scores: Tensor, lse: Tensor, dead: Tensor | None) -> Tensor:
+    """The weights that an LSE over more keys gives to scores. Those of rows that see none of these are 0, whatever
+    their scores; and of rows that see none at all."""
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
+    return weights if dead is None else weights.masked_fill(dead, 0.0)
 
 
 def _gradient_of_bias(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ class Service:
     backend: str = "auto"
     keep_flash: bool = False
     deterministic: bool | None = None
+    context_parallel: Any = None
 
     def asks_the_same(self, other: Service) -> bool:
         """Whether nothing would change if the other one took its place."""
-        return dataclasses.astuple(self) == dataclasses.astuple(other)
+        return vars(self) == vars(other)
 
 
 class Serving(NamedTuple):
@@ -84,7 +84,8 @@ class ServedAttend(nn.Module):
         service = serving.services[-1]
         by_einsum = service.keep_flash and not getattr(self, serving.flash, False)
         probability, training = dropout_in_force(self, serving.flash)
-        return flash_attention(
+        attend = flash_attention if service.context_parallel is None else service.context_parallel.attend
+        return attend(
             q,
             k,
             v,
