@@ -50,6 +50,9 @@ setup(
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
         "demo": DEMO,
         "bench": [*DEMO, "pandas"],
-        "test": ["build", "hypothesis", "mypy", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
+        "test": [
+            *["build", "hypothesis", "mypy", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
+            "transformers>=5",
+        ],
     },
 )
