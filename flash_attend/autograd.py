@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_attend import ops
+from flash_attend.flops import count_flops
 from flash_attend.operands import Operands
 from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
 from flash_attend.reference import attention_reference
@@ -22,6 +23,7 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.tracing import (
     constant_when_compiled,
     directly,
+    exporting_to_onnx,
     forward_mode,
     lazy,
     mapped,
@@ -66,6 +68,8 @@ def attend_by_operators(
     path's loop over chunks as many graphs as there are lengths."""
     if forward_mode():
         return attention_reference(operands, spec, return_lse=return_lse)
+    if plan.backward == "einsum" and exporting_to_onnx():
+        return attention_reference(operands, spec, return_lse=return_lse, guard=False)
     compiled = torch.compiler.is_compiling()
     if not compiled:
         operands = operands._replace(
@@ -319,9 +323,11 @@ def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
     return *_second_gradients(ctx, cotangents), ctx.of_outputs, None, None
 
 
-def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
+def forward_in_parts(
+    operands: Sequence[Tensor], numbers: Sequence[float], options: str, *, guard: bool = True
+) -> list[Tensor]:
     """What `ops.forward` gives, of which nobody reads more then."""
-    found = ops.forward_composite(operands, numbers, options)
+    found = ops.forward_composite(operands, numbers, options, guard=guard)
     return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
 
 
@@ -350,3 +356,4 @@ if ops.FIRST_IMPORT:
             setup_context=latest(__name__, _keep),
             lib=_InParts("flash_attend", "FRAGMENT"),
         )
+    count_flops()

@@ -21,6 +21,8 @@ __all__ = [
     "Options",
     "Sizes",
     "check_call",
+    "check_complex",
+    "check_dense",
     "facts_of",
     "is_dense",
     "layouts_of",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+COMPLEX_HINT = "; flash_attend.complex_attention takes complex tensors, or view them as real ones (torch.view_as_real)"
 OTHERS = ("bias", "alibi_slopes", "sinks")
 UNLIMITED: Window = (None, None)
 NONE = (False, False, False)
@@ -82,9 +86,9 @@ def facts_of(given: Operands) -> Facts:
     strided = torch.strided
     if not (type(q) is type(k) is type(v) is Tensor and q.layout is k.layout is v.layout is strided):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            _check_dense(name, tensor)
+            check_dense(name, tensor)
     if mask is not None and not (type(mask) is Tensor and mask.layout is strided):
-        _check_dense("mask", mask)
+        check_dense("mask", mask)
     others: tuple = (None, None, None)
     if not (bias is alibi_slopes is sinks is None):
         others = _facts_of_others(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
@@ -100,14 +104,14 @@ def facts_of(given: Operands) -> Facts:
     except RuntimeError:  # a nested tensor has neither sizes nor strides
         for name, found in zip(("q", "k", "v", "mask"), given, strict=False):
             if found is not None:
-                _check_dense(name, found)
+                check_dense(name, found)
         raise
 
 
 def _facts_of_others(**others: Tensor | None) -> tuple:
     for name, given in others.items():
         if given is not None:
-            _check_dense(name, given)
+            check_dense(name, given)
     slopes = others["alibi_slopes"]
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes must not require a gradient, there is none of them; detach them, or pass a bias")
@@ -115,7 +119,8 @@ def _facts_of_others(**others: Tensor | None) -> tuple:
     return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in found)
 
 
-def _check_dense(name: str, tensor: object) -> None:
+def check_dense(name: str, tensor: object) -> None:
+    """Raises `TypeError` for what is no tensor, or none with sizes and strides."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {shown(tensor)}")
     if not is_dense(tensor):
@@ -128,11 +133,9 @@ def _check_tensors(
 ) -> None:
     """Each by itself, and whether they are of one kind."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        rank = len(tensor.shape)
-        if rank != 4 and (rank != 3 or name == "q"):
-            raise ValueError(f"{name} must be {FORMS[name]}, got {rank} dimensions: {tensor.shown}")
+        _check_rank(name, tensor)
         if tensor.dtype not in SUPPORTED_DTYPES:
-            hint = "; view complex tensors as real ones first (torch.view_as_real)" if tensor.dtype.is_complex else ""
+            hint = COMPLEX_HINT if tensor.dtype.is_complex else ""
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}{hint}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
@@ -144,6 +147,27 @@ def _check_tensors(
     for name, at in (("k", k), ("v", v), ("mask", mask), *others.items()):
         if at is not None and at.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {at.device}")
+
+
+def _check_rank(name: str, tensor: TensorFacts) -> None:
+    rank = len(tensor.shape)
+    if rank != 4 and (rank != 3 or name == "q"):
+        raise ValueError(f"{name} must be {FORMS[name]}, got {rank} dimensions: {tensor.shown}")
+
+
+def check_complex(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Whether these are what `complex_attention` takes, told in its caller's shapes and not in those of what it views
+    them as. Raises as `check_call` does."""
+    facts = facts_of(Operands(q, k, v))[:3]
+    of_q, of_k, of_v = (TensorFacts(*of) for of in facts)
+    for name, tensor in (("q", of_q), ("k", of_k), ("v", of_v)):
+        _check_rank(name, tensor)
+        if tensor.dtype not in COMPLEX_DTYPES:
+            hint = "" if tensor.dtype.is_complex else "; flash_attend.flash_attention takes real ones"
+            raise TypeError(f"{name} must be complex64 or complex128, got {tensor.dtype}{hint}")
+        if tensor.dtype != of_q.dtype:
+            raise TypeError(f"{name} must have q's dtype {of_q.dtype}, got {tensor.dtype}")
+    _check_shapes(of_q, of_k, of_v)
 
 
 def _check_shapes(q: TensorFacts, k: TensorFacts, v: TensorFacts) -> None:

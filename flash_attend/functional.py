@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -20,6 +20,7 @@ from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
+    exporting_to_onnx,
     has_autocast,
     jit_traced,
     sharded,
@@ -160,12 +161,13 @@ def attend_given(
     if opaque and sharded(*given):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
-        return attend_locally(here, given, options["dropout_p"])
+        return attend_locally(given, dict(options, return_lse=return_lse, backend=backend))
     given = autocast(given)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_call(given, **options)
         device = operands.q.device
+        if backend == "auto" and exporting_to_onnx():
+            backend = "math"
         plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
         seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)

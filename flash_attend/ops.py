@@ -49,6 +49,7 @@ class Options(NamedTuple):
     operands: tuple[str, ...]  # the fields of `Operands` that there are, in their order
     grads: tuple[str, ...] = ()  # of a backward: which of OUTPUTS have a gradient
     needed: tuple[str, ...] = ()  # of a backward: which of INPUTS need one
+    layout: str = ""  # how ranks share the sequences of which these are shards
 
     @staticmethod
     @lru_cache(maxsize=CALLS_KEPT)
@@ -224,10 +225,13 @@ def like_backward(
 # The same by the einsum path, whose parts can be differentiated and transformed.
 
 
-def forward_composite(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
+def forward_composite(
+    tensors: Sequence[Tensor], numbers: Sequence[float], text: str, *, guard: bool = True
+) -> list[Tensor]:
     options = Options.read(text)
     operands = options.operands_of(tensors)
-    found = attention_reference(operands, spec_of(operands, numbers, options), return_lse=options.return_lse)
+    spec = spec_of(operands, numbers, options)
+    found = attention_reference(operands, spec, return_lse=options.return_lse, guard=guard)
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from flash_attend.operands import Layouts, Operands
 from flash_attend.parts import Group, Part, Range, split
 from flash_attend.reference import (
+    Merged,
     attention_reference,
     attention_reference_gradients,
     bounded,
@@ -30,7 +31,7 @@ from flash_attend.reference import (
 from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward", "plan_forward"]
+__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_forward"]
 
 # Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
 FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
@@ -111,6 +112,33 @@ def attention_backward(
             return attention_backward(grad_out, grad_lse, of_group, out, lse, NOTHING, spec_of_group, None, needed)
 
         return gradients_by_groups(differentiate, (grad_out, grad_lse, out, lse), operands, spec)
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, None)
+
+
+def backward_of_part(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tiles: None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The same where the keys are a part of those that `out` and `lse` are over."""
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, Merged(out, lse))
+
+
+def _gradients_of(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    needed: Sequence[bool],
+    merged: Merged | None,
+) -> tuple[Tensor | None, ...]:
     found: Any = None
     of_bias = spec.bias is not None and needed[3]
     if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
@@ -128,7 +156,7 @@ def attention_backward(
             found = _backward(grad_out, read, out, lse, spec, groups)
             found = None if _leaks(groups, found) else found
     if found is None:
-        found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
+        found = attention_reference_gradients(grad_out, grad_lse, operands, spec, merged)
     found = *found, *[None] * (len(needed) - len(found))
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
 

@@ -93,7 +93,7 @@ class _Folded:
             self.sizes[name] = entries.shape[1]
             if name == "bias" or dim_of[name] is not None or entries.shape[1] > 1:
                 given[name] = entries.expand(-1, self.batch, *entries.shape[2:]).flatten(0, 1)
-            if name == "bias" and entries.shape[4] > 1 and (mask is None or mask.shape[3] == 1):
+            if name == "bias":
                 self.planes = max(self.planes, entries.shape[2])
                 self.one_schedule = entries.shape[1] == 1 and one_mask
         if own_sinks and not size:

@@ -291,7 +291,15 @@ CHANGED_MODES = (
         bias=(False, True, True, True),
     ),
 )  # fmt: skip
-HOPPER_MODES = (dict(mask=MaskKind.KEY, causal=True), dict(mask=MaskKind.KEY), dict(causal=True), dict())
+HOPPER_MODES = (
+    dict(mask=MaskKind.KEY, causal=True),
+    dict(mask=MaskKind.KEY),
+    dict(causal=True),
+    dict(),
+    dict(mask=MaskKind.KEY, causal=True, window=(255, None), sinks=True),
+    dict(window=(255, 63)),
+    dict(causal=True, window=(255, None)),
+)
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
 KINDS = {
     "half": (dict(dtype=torch.bfloat16), 5),
@@ -302,11 +310,11 @@ KINDS = {
 # Head dims in other parts, and dv != d, that share a row of the kind "half" with those as wide as the row.
 OTHER_DIMS = {64: ((40, 40), (32, 64)), 96: ((80, 80),), 128: ((64, 128),), 192: ((160, 160), (192, 128))}
 ALL, COMMON, SUBSET = "all", "common", "subset"  # how many of the calls are compiled
-# Of each kind, where they are not all: 96 is in two parts.
+# Of each kind, where they are not all: 96, in two parts, is what other Tritons are tried on.
 WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
     ALL: {},
-    COMMON: {"tf32": (64, 128), "tf32x3": (64, 128), "double": (64,)},
-    SUBSET: {"half": (96,), "tf32": (), "tf32x3": (64,), "double": ()},
+    COMMON: {"half": (64, 128, 256), "tf32": (64,), "tf32x3": (64,), "double": (64,)},
+    SUBSET: {"half": (96,), "tf32": (), "tf32x3": (), "double": ()},
 }
 HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
@@ -326,9 +334,9 @@ COMPILED = ("triton", "hopper")  # each with both of its backwards
 def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
     """The calls that together compile every config row of these parts, or those of a smaller scope.
 
-    COMMON: half precision in the mode that costs most, and at one width with dropout too; other kinds in that mode at
-    two widths; one with changed scores; the kernels for Hopper with a key mask and causality. SUBSET: for the last of
-    the parts, a width of half precision and one of accurate float32, and of the kernels for Hopper all.
+    COMMON: half precision at three widths in the mode that costs most, and at one of them with dropout and with changed
+    scores too; other kinds in that mode at one; the kernels for Hopper with a key mask and causality. SUBSET: for the
+    last of the parts, a width of half precision, and of the kernels for Hopper all.
     """
     for arch in [*archs][-1:] if scope == SUBSET else archs:
         for kind, width in sorted({(kind, width) for _, kind, width in ROWS}):
@@ -359,9 +367,9 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
 def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
     """Of `CHANGED_MODES`, those that a kind of this width is compiled in; of COMMON, one, of half precision."""
     modes: tuple[dict[str, Any], ...] = ()
-    if kind == "half" and width in CHANGED_WIDTHS and scope != SUBSET:
-        modes = CHANGED_MODES if scope == ALL else CHANGED_MODES[-1:]
-    elif width == 64 and scope == ALL:
+    if kind == "half" and width in CHANGED_WIDTHS and scope == ALL:
+        modes = CHANGED_MODES
+    elif width == 64 and (scope == ALL or (scope == COMMON and kind == "half")):
         modes = CHANGED_MODES[-1:]
     return [((width, width), mode) for mode in modes]
 
@@ -386,7 +394,10 @@ def _hopper_cases(scope: str) -> Iterator[Case]:
     modes = HOPPER_MODES if scope == ALL else HOPPER_MODES[:1]
     backwards: tuple[BackwardName, ...] = ("separate", "fused")
     for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
-        yield Case.of("sm_90", spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
+        spec, hopper = spec_of((dim, dim), dtype=torch.bfloat16, **mode), BACKENDS["hopper"]
+        refuse = hopper.refuse_fused if backward == "fused" else hopper.refuse
+        if not (hopper.refuse(spec, PARTS["sm_90"]) or refuse(spec, PARTS["sm_90"])):
+            yield Case.of("sm_90", spec, "hopper", backward)
 
 
 def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]) -> list[tuple[Case, tuple[str, ...]]]:

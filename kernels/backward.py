@@ -52,7 +52,7 @@ from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Layouts, Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["attention_backward", "empty_gradients"]
+__all__ = ["attention_backward", "empty_gradients", "sinks_gradient"]
 
 
 @aggregate
@@ -646,11 +646,11 @@ class Backward:
         grad_bias = None
         if of_bias:
             grad_bias = bias_gradient(grad_out, operands, statistics, schedule, self.spec, self.tiles)
-        grad_sinks = _sinks_gradient(sinks, lse, statistics.delta) if of_sinks else None
+        grad_sinks = sinks_gradient(sinks, lse, statistics.delta) if of_sinks else None
         return grad_q, grad_k, grad_v, grad_bias, grad_sinks
 
 
-def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The gradient of the sinks `(h,)`, by their weights and the `delta` of each query."""
     weights = torch.exp(sinks[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)  # (b, h, i)
     return -(weights * delta[..., : lse.shape[2]]).sum((0, 2)).to(sinks.dtype)

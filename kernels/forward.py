@@ -42,13 +42,11 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import (
     Planes,
     Schedule,
-    may_hide_keys,
     plan_schedule,
-    scheduled_mask,
     scheduled_sizes,
     scheduled_spec,
 )
-from flash_attend.kernels.scores import LOG2E, query_of, scores_of_call
+from flash_attend.kernels.scores import LOG2E, Bias, query_of, scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
 from flash_attend.kernels.tiles import Tile, added, clear_rows, scaled, weighted_sum, zeros
@@ -282,9 +280,7 @@ def forward_kernel(
         # Where nothing was seen there is nothing to merge.
         out_rows.store(first_row, total, exists & (softmax.sum != 0.0), BLOCK_M)
     else:
-        alive = mask.alive(query, first_query, softmax.sum == 0.0)
-        if BIAS is not None:
-            alive = alive & (softmax.sum != 0.0)  # it may hide all that a query sees
+        alive = mask.alive(query, first_query, softmax.sum == 0.0, scores.bias, first_row)
         index = place.first_number(batch.to(tl.int64) * heads + head) + query
         keep_factor = dropout.factor if DROPOUT else None
         _finish(
@@ -303,6 +299,7 @@ def merge_kernel(
     VISIBLE,
     LISTS,
     SINKS,
+    BIAS,
     factor_log2: tl.float64,
     keep_scale: tl.float64,
     queries: tl.int32,
@@ -318,6 +315,10 @@ def merge_kernel(
     window_left: tl.int32,
     window_right: tl.int32,
     splits: tl.int32,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
     ALIGN: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE0: tl.constexpr,
@@ -328,7 +329,7 @@ def merge_kernel(
     CAUSAL: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    BIASED: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     EXACT: tl.constexpr,
     APART: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -361,9 +362,12 @@ def merge_kernel(
     )
     masks = masks_of_call(planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=True)
     query = first_query + tl.arange(0, 1)
-    alive = masks.of_head(batch, head).alive(query, first_query, softmax.sum == 0.0)
-    if BIASED:
-        alive = alive & (softmax.sum != 0.0)
+    bias = None
+    if BIAS is not None:
+        bias = Bias(
+            BIAS, bias_batch, bias_head, bias_query, bias_key, queries, keys, None, BIAS_ALIGN, ACCUMULATOR
+        ).of_head(batch, head)  # fmt: skip
+    alive = masks.of_head(batch, head).alive(query, first_query, softmax.sum == 0.0, bias, first_query)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR) if DROPOUT else None
     _finish(
         total, softmax, alive, factor, keep_factor, SINKS, head, first_query, query < queries, out_rows, LSE,
@@ -408,11 +412,10 @@ class Forward:
     lse: HeadsLayout
     statistics: HeadsLayout
     lse_dtype: torch.dtype  # and that of the statistics
-    schedule: Callable[[Tensor | None], Schedule]  # of the mask
+    schedule: Callable[[Tensor | None, Tensor | None], Schedule]  # of the mask and the bias
     sequences: Callable[[Tensor], tuple[Tensor, Tensor]]  # `packed_tiles` of the segments
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
-    hides_keys: bool  # the bias may hide some from everybody
     changes_scores: bool  # there is a bias, or there are slopes or sinks
     merge: Merge | None  # of a call whose keys are split
 
@@ -422,9 +425,7 @@ class Forward:
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         statistics = lse.new_empty_strided(*self.statistics)
-        if self.hides_keys:
-            mask = scheduled_mask(mask, operands.bias)
-        schedule = self.schedule(mask)
+        schedule = self.schedule(mask, operands.bias)
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
         prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
         if aligned and self.changes_scores:
@@ -435,7 +436,7 @@ class Forward:
         launch(prepared, q, k, v, *parts, *schedule[:2], seed, *others, *sequences, aligned=aligned)
         if self.merge is not None:
             found, _, of_found = parts
-            launch(self.merge.prepared, found, of_found, *results, *schedule[:2], operands.sinks)
+            launch(self.merge.prepared, found, of_found, *results, *schedule[:2], operands.sinks, operands.bias)
         return out, lse, Kept(statistics, *schedule)
 
 
@@ -455,21 +456,17 @@ class Merge:
 def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
     changes_scores = spec.bias is not None or spec.alibi or spec.sinks
-    hides_keys = may_hide_keys(spec)
-    if hides_keys:
-        sizes = tuple(scheduled_sizes(layouts.mask_sizes, spec))
-        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled_spec(spec)
+    schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask, layouts.bias)
+    layouts = layouts._replace(mask_sizes=scheduled_sizes(layouts.mask_sizes, spec))
+    spec = scheduled_spec(spec)
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
-    schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
     layouts_of = out, lse_layout(spec), statistics_layout(spec)
     merge = None
     if (splits := key_splits(spec, tiles.forward)) > 1:
         sizes = *query_sizes(spec), splits, spec.value_dim
         merge = Merge(sizes, _prepare_merge(spec, tiles, layouts, out[1], splits))
     sequences = partial(packed_tiles, spec=spec, size=tiles.forward.block_m, of_keys=False)
-    return Forward(
-        *layouts_of, spec.accumulator_dtype, schedule, sequences, *launches, hides_keys, changes_scores, merge
-    )
+    return Forward(*layouts_of, spec.accumulator_dtype, schedule, sequences, *launches, changes_scores, merge)
 
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
@@ -519,14 +516,18 @@ def _prepare_merge(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Str
     spec = _without_causality(spec)
     align, strides = aligned_strides(spec.dtype, (query_sizes(spec), out))
     _, keep_scale, _, queries, keys, heads, _, *schedule = call_arguments(spec, _planes(layouts.mask_sizes), tiles)
+    bias_align, of_bias = bias_strides(spec, layouts.bias)
     choices = call_choices(spec, tiles.forward, tiles)
     return Prepared(
         merge_kernel,
         spec.batch * heads * queries,
-        (factor_log2(spec), keep_scale, queries, keys, heads, *schedule, *strides, *window_numbers(spec), splits),
+        (
+            *(factor_log2(spec), keep_scale, queries, keys, heads, *schedule, *strides, *window_numbers(spec), splits),
+            *of_bias,
+        ),
         dict(
             ALIGN=align,
-            BIASED=spec.bias is not None,
+            BIAS_ALIGN=bias_align,
             EXACT=is_exact(spec),
             APART=is_apart(spec),
             STEP=PARTS_PER_STEP,

@@ -1,6 +1,7 @@
 """The keep mask: its generator against published vectors, its positions, its statistics."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,16 @@ def test_neither_the_range_nor_the_piece_changes_what_is_kept(piece, monkeypatch
         assert torch.equal(keep_mask(seed, spec, first, last), whole[:, :, first:last])
         for keys in (0, 1, 15, 16, 44):
             assert torch.equal(keep_mask(seed, spec, first, last, keys), whole[:, :, first:last, :keys])
+
+
+@pytest.mark.parametrize("origin", [(0, 0), (16, 5), (37, 24), (61, 30)])
+def test_a_part_of_longer_sequences_keeps_what_the_whole_does(origin):
+    seed, (query, key) = make_seed(11), origin
+    whole = keep_mask(seed, make_spec(batch=2, heads=2, queries=75, keys=45), 0, 75)
+    part = replace(make_spec(batch=2, heads=2, queries=75 - query, keys=45 - key), origin=origin)
+    for first, last in ((0, 14), (3, 10), (8, 9)):
+        found = keep_mask(seed, part, first, last, 14)
+        assert torch.equal(found, whole[:, :, query + first : query + last, key : key + 14])
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])
