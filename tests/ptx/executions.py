@@ -84,6 +84,7 @@ MODES = {
     "window": dict(batch=1, heads=2, window=(200, None), causal=True),
     "window key": dict(batch=3, heads=1, window=(150, 40), mask="holes"),
     "window dense": dict(batch=1, heads=1, window=(150, 40), mask="bhij"),
+    "narrow window": dict(batch=1, heads=2, window=(30, 20)),
     "softcap": dict(batch=1, heads=2, softcap=1.5, causal=True),
     "alibi sinks": dict(batch=2, heads=2, kv_heads=1, alibi="bh", sinks=True, causal=True),
     "bias": dict(batch=2, heads=2, keys=328, bias="1hij"),
