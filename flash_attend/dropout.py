@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flash_attend.spec import AttentionSpec
+from flash_attend.tracing import readable
 
 __all__ = ["ROUNDS", "draw_seed", "keep_mask", "keep_threshold"]
 
@@ -71,7 +72,7 @@ def keep_mask(
 ) -> Tensor:
     """What dropout keeps of the weights of queries `first_query` to `last_query` (exclusive): bool `(b, h, i', j)`.
 
-    `seed` is the int64 `(1,)` tensor of `draw_seed`; it is never read on the host. The positions need not be
+    `seed` is the int64 `(1,)` tensor of `draw_seed`; on a GPU it is never read on the host. The positions need not be
     multiples of anything, and the range does not change what is kept. `last_key` (default `spec.keys`) leaves out the
     keys from there on.
     """
@@ -79,6 +80,10 @@ def keep_mask(
     shape = (spec.batch, spec.heads, last_query - first_query, last_key)
     if 0 in shape:
         return torch.empty(shape, dtype=torch.bool, device=seed.device)
+    if readable(seed):
+        from flash_attend.dropout_cpu import keep_mask_on_cpu  # imports numpy
+
+        return keep_mask_on_cpu(int(seed.item()), spec, first_query, last_query, last_key)
     threshold = keep_threshold(spec.dropout_p)
     batch = torch.arange(spec.batch, device=seed.device)[:, None, None, None]
     head = torch.arange(spec.heads, device=seed.device)[:, None, None]
