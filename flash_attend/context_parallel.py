@@ -119,8 +119,9 @@ def context_parallel_attention(
         group: the ranks that share the sequences, in their order; NCCL, gloo or any other.
         layout: "contiguous", rank r has the r-th of equal pieces; or "balanced", of twice as many the r-th from either
             end, which gives ranks the same work under causality. `shard_sequence` and `sequence_positions` follow it.
-        way: "ring", in which keys pass from rank to rank while others are attended to; "heads", in which ranks exchange
-            positions for heads, where they can share those of q and of k evenly; or "auto".
+        way: "ring", in which keys come from one rank after the other while others are attended to; "heads", in which
+            ranks exchange positions for heads, where they can share those of q and of k evenly; or "auto": heads where
+            that is possible and there is no window.
         mask: bool, True = may attend: key padding, `(b, j)` or `(b|1, h|1, 1, j)`, sharded as k is.
         causal, window, scale, softcap, dropout_p, deterministic, backend: as in `flash_attention`.
         alibi_slopes, sinks: as in `flash_attention`, the same on every rank. Of the gradient of the sinks each rank has
@@ -144,7 +145,7 @@ def context_parallel_attention(
     )
     operands, spec = normalise_call(given, **options)
     _check_shards(spec, layout)
-    if _goes_by_heads(spec, way, group.size()):
+    if _goes_by_heads(spec, window, way, group.size()):
         options |= dict(backend=backend)
         out, lse = _by_heads(operands, spec, group, layout, return_lse, options)
     else:
@@ -168,10 +169,12 @@ def _check_shards(spec: AttentionSpec, layout: Layout) -> None:
             raise ValueError(f"{name} must have an even length in a balanced layout, two pieces, got {length}")
 
 
-def _goes_by_heads(spec: AttentionSpec, way: Way, ranks: int) -> bool:
+def _goes_by_heads(spec: AttentionSpec, window: Window | None, way: Way, ranks: int) -> bool:
     refusal = refuse_heads(spec, ranks)
     if way == "heads" and refusal:
         raise ValueError(f"way must not be 'heads': {refusal}")
+    if way == "auto":  # as benchmarks/context_parallel.py has it: a ring does not send what a window hides
+        return not refusal and (window is None or window[0] is None)
     return way == "heads"
 
 

@@ -253,9 +253,9 @@ def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> boo
 def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
     """Whether the tensors are without NaN and infinity, and so small that no score can be infinite. Reads them."""
     with torch.no_grad():
-        norms = [torch.linalg.vector_norm(tensor, dtype=spec.accumulator_dtype) for tensor in (q, k, *others)]
-        largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
-    return largest.item() < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
+        norms = [torch.linalg.vector_norm(x, dtype=spec.accumulator_dtype).item() for x in (q, k, *others)]
+    largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
+    return largest < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
 
 
 def _attend(
@@ -272,7 +272,8 @@ def _attend(
     weights = scores.softmax(dim=-1)[..., : end - begin]
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        weights = weights * keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
+        kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
+        weights = weights.mul_(kept) if _unwatched(weights) else weights * kept
     out = _weighted(weights, operands.v[:, :, begin:end], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
@@ -355,6 +356,11 @@ def _gradient_of_bias(
     return of_chunk if bias.shape[3] == 1 else pad(of_chunk, (begin, rest))
 
 
+def _unwatched(tensor: Tensor) -> bool:
+    """Whether nobody can tell that a tensor of ours is changed in place, which saves a CPU the pages of another one."""
+    return not tensor.requires_grad and readable(tensor)
+
+
 class _Scores(NamedTuple):
     scores: Tensor  # (b, h, i, j) and, where there are sinks, theirs as one more key
     slope: Tensor | None  # (b, h, i, j): the derivative of the scores by the products, where it is not 1
@@ -388,7 +394,8 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
         scores = torch.where(shown, scores, -torch.inf)
     elif shown is not None:
         # 1 - 1 / shown, 0 or -inf: finite scores are hidden by a sum in a third of the time that a choice takes a CPU.
-        scores = scores - shown.to(q.dtype).reciprocal().sub(1)
+        hiding = shown.to(q.dtype).reciprocal().sub(1)
+        scores = scores.sub_(hiding) if _unwatched(scores) else scores - hiding
     if operands.sinks is not None:
         column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -448,11 +455,12 @@ def visible_pairs(
     early = left is not None and not known(begin >= last - 1 + spec.offset - left)
     if not (late or early):
         return shown
-    query, key = (torch.arange(*span, device=device) for span in ((first, last), (begin, end)))
-    ahead = key - (query[:, None] + spec.offset)  # of a query's own place
-    within = ahead <= right if late else ahead >= -left  # type: ignore[operator]
-    if late and early:
-        within = within & (ahead >= -left)  # type: ignore[operator]
+    within = torch.ones(last - first, end - begin, dtype=torch.bool, device=device)
+    place = first + spec.offset - begin  # of the first query among the keys
+    if right is not None and late:
+        within = within.tril(place + right)
+    if left is not None and early:
+        within = within.triu(place - left)
     return within[None, None] if shown is None else shown & within
 
 

@@ -203,7 +203,7 @@ class _Merged:
         rows = slice(*block.rows)
         before, total = self.lse[:, :, rows], torch.logaddexp(self.lse[:, :, rows], lse)
         known = _finite(total)
-        self.out[:, :, rows].mul_((before - known).exp()[..., None]).add_(out * (lse - known).exp()[..., None])
+        self.out[:, :, rows].mul_((before - known).exp()[..., None]).addcmul_(out, (lse - known).exp()[..., None])
         before.copy_(total)
 
     def add_sinks(self, sinks: Tensor) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "constant_when_compiled",
     "directly",
     "exporting_to_onnx",
+    "float32_products",
     "forward_mode",
     "has_autocast",
     "jit_traced",
@@ -55,6 +56,12 @@ def constant_when_compiled(function: _F) -> _F:
 def jit_traced() -> bool:
     """Whether torch.jit.trace is recording: `torch.jit.is_tracing`, in one call instead of three."""
     return torch._C._get_tracing_state() is not None
+
+
+def float32_products() -> str:
+    """`torch.backends.cuda.matmul.fp32_precision`, without the attributes that do not exist on the way to it: in a
+    third of the time."""
+    return torch._C._get_fp32_precision_getter("cuda", "matmul")
 
 
 @constant_when_compiled

@@ -1,15 +1,14 @@
 """Hugging Face's transformers: `attn_implementation="attend"`, once `register()` was called.
 
 Models ask a mask interface for a mask, mostly once in a forward, and then an attention interface for every layer. What
-transformers gives its own kernels is a mask `(b, 1, i, j)`; ours stays `(b, j)` wherever it says no more than that, and
-its shape says under which causality and window it stands, so that neither has to be guessed by the layer:
+transformers gives its own kernels is a mask `(b, 1, i, j)`; ours stays `(b, j)` wherever it says no more than that. Its
+shape says under which causality and window it stands, so that no layer has to guess:
 
     None           nothing is hidden but by causality, if the layer is causal: as it is for torch's attention
-    (b, j)         keys that are hidden from every query
-    (b, kind, j)   the same within causality or a window, read with a stride of 0 along `kind`
-    (b, 1, i, j)   all that is hidden, causality too; with one query this is no more than `(b, j)`
+    (b, kind, j)   keys that are hidden from every query, beside what the kind hides; of stride 0 along `kind`
+    (b, 1, i, j)   all that is hidden, causality too: of one query, that is no more than `(b, j)`
 
-Queries are aligned with the last of `j` keys: a static cache is cut to as many as are filled.
+With a kind, the last query sees the last of `j` keys: a static cache is cut to as many as are filled.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from transformers.masking_utils import prepare_padding_mask, sdpa_mask
 
 from flash_attend.dispatch import check_backend
 from flash_attend.functional import flash_attention
+from flash_attend.packed import flash_attention_packed
 from flash_attend.spec import Window
 from flash_attend.tracing import constant_when_compiled
 
@@ -38,11 +38,11 @@ _TAKEN = ("flash", "sdpa", "flex_attention", "paged", "eager", "/")
 _UNSERVED = ("sinks", "indices", "block_indices", "block_table")
 
 
-# What a mask says beside the keys that are hidden from every query, by the length of its second dimension.
-PADDED = 0  # nothing: it has no such dimension
-CAUSAL = 1
-WINDOW = 2  # causal, within the `sliding_window` of the layer's config
-BOTH_SIDES = 3  # within as many keys on both sides
+# Kinds of masks `(b, kind, j)`: what they hide beside the keys that they hide from every query.
+PADDED = 1  # nothing
+CAUSAL = 2
+WINDOW = 3  # what is not causal, or not within the `sliding_window` of the layer's config
+BOTH_SIDES = 4  # what is not within as many keys, on both sides
 
 _NAMES: set[str] = set()  # that are registered
 
@@ -124,12 +124,12 @@ def _mask(
         return None
     else:
         shown_keys = torch.ones(1, 1, dtype=torch.bool, device=device).expand(batch_size, keys)
-    return shown_keys if kind == PADDED else shown_keys[:, None].expand(-1, kind, -1)
+    return shown_keys[:, None].expand(-1, kind, -1)
 
 
 def _kind(causal: bool, filled: int, kv_length: int, keys: int, local_size: int | None, config: Any) -> int | None:
-    """What a plain mask is, as above; None for what has to be written out. `filled` keys end with the last query's."""
-    if filled > kv_length:
+    """The kind of a plain mask; None for what has to be written out. The last of `filled` keys is the last query's."""
+    if causal and filled > kv_length:
         return None
     if local_size is None or keys <= local_size:
         return CAUSAL if causal else PADDED
@@ -168,51 +168,71 @@ def _attend(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
     *,
     backend: str,
     deterministic: bool | None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention of a layer: `(b, h, i, d)`, `(b, hk, j, d)` and `(b, hk, j, dv)` to `(b, i, h, dv)`."""
-    _check_others(others, attention_mask)
-    if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        within = sliding_window is not None and key.shape[2] > sliding_window
-        seen = _Seen(causal=causal, window=(sliding_window - 1, sliding_window - 1) if within else None)
-    else:
-        seen = _read(attention_mask, module)
-    if seen.mask is not None and seen.mask.shape[-1] < key.shape[2]:
-        keys = seen.mask.shape[-1]
+    _check_others(others)
+    options: dict[str, Any] = dict(
+        scale=scaling, softcap=softcap, sinks=s_aux, dropout_p=dropout, deterministic=deterministic, backend=backend
+    )
+    by_layer = _by_layer(module, is_causal, sliding_window)
+    if cu_seq_lens_q is not None and query.shape[2] == key.shape[2]:
+        if position_bias is None and (attention_mask is None or _tells_window(module, sliding_window)):
+            options |= dict(causal=by_layer.causal, window=by_layer.window)
+            return _attend_packed(query, key, value, cu_seq_lens_q, others, **options), None
+        if attention_mask is None:
+            raise ValueError("position_bias is not served where sequences are packed, and no mask keeps them apart")
+    seen = by_layer if attention_mask is None else _read(attention_mask, module)
+    if attention_mask is not None and attention_mask.ndim == 3 and attention_mask.shape[2] < key.shape[2]:
+        keys = attention_mask.shape[2]
         key, value = key[:, :, :keys], value[:, :, :keys]
         position_bias = None if position_bias is None else position_bias[..., :keys]
     if position_bias is not None:
         seen = seen._replace(bias=position_bias if seen.bias is None else seen.bias + position_bias)
-    out = flash_attention(
-        query,
-        key,
-        value,
-        **seen._asdict(),
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-        dropout_p=dropout,
-        deterministic=deterministic,
-        backend=backend,
-    )
+    out = flash_attention(query, key, value, **seen._asdict(), **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens_q: Tensor, others: dict[str, Any], **options: Any
+) -> Tensor:
+    """The attention of sequences that are one row, `(1, h, t, d)` to `(1, t, h, dv)`."""
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # A length that only the device knows is no longer than all of them.
+    max_q, max_k = (
+        length if isinstance(length := others.get(name), int) else q.shape[0]
+        for name in ("max_length_q", "max_length_k")
+    )
+    return flash_attention_packed(q, k, v, cu_seq_lens_q, others["cu_seq_lens_k"], max_q, max_k, **options)[None]
+
+
+def _by_layer(module: nn.Module, is_causal: bool | None, sliding_window: int | None) -> _Seen:
+    """What a layer says of itself: a `sliding_window` counts the query in, on either side."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    return _Seen(causal=causal, window=None if sliding_window is None else (sliding_window - 1, sliding_window - 1))
+
+
+def _tells_window(module: nn.Module, sliding_window: int | None) -> bool:
+    """Whether a layer without a window says that it has none: some models leave it to the mask."""
+    return sliding_window is not None or getattr(getattr(module, "config", None), "sliding_window", None) is None
 
 
 def _read(attention_mask: Tensor, module: nn.Module) -> _Seen:
     """A mask of ours or of a model's own."""
     if attention_mask.dtype == torch.bool:
-        if attention_mask.ndim != 3:
+        if attention_mask.ndim == 4:
             return _Seen(mask=attention_mask)
-        kind, mask = attention_mask.shape[1], attention_mask[:, 0]
-        if kind == CAUSAL:
-            return _Seen(mask=mask, causal=True)
-        size = module.config.sliding_window  # type: ignore[union-attr]
-        return _Seen(mask=mask, causal=kind == WINDOW, window=(size - 1, 0) if kind == WINDOW else (size, size))
-    if attention_mask.is_floating_point() and attention_mask.ndim == 4:
+        if attention_mask.ndim == 3:
+            kind, mask = attention_mask.shape[1], attention_mask[:, 0]
+            if kind in (PADDED, CAUSAL):
+                return _Seen(mask=mask, causal=kind == CAUSAL)
+            size: Any = module.config.sliding_window  # type: ignore[union-attr]
+            return _Seen(mask=mask, causal=kind == WINDOW, window=(size - 1, 0) if kind == WINDOW else (size, size))
+    elif attention_mask.is_floating_point() and attention_mask.ndim == 4:
         # What lies at the lowest number is hidden, not merely unlikely; all else is a bias. It is not looked whether
         # there is any, which would wait for the device.
         hidden = attention_mask <= torch.finfo(attention_mask.dtype).min
@@ -223,13 +243,11 @@ def _read(attention_mask: Tensor, module: nn.Module) -> _Seen:
     )
 
 
-def _check_others(others: dict[str, Any], attention_mask: Tensor | None) -> None:
+def _check_others(others: dict[str, Any]) -> None:
     """Raises for arguments that ask for another attention than is computed here."""
     for name in _UNSERVED:
         if others.get(name) is not None:
             raise ValueError(f"{name} is not served: the layer asks for another attention than masks and biases make")
-    if attention_mask is None and others.get("cu_seq_lens_q") is not None:
-        raise ValueError("cu_seq_lens_q is served where position_ids come with it, of which a mask is made")
     if others.get("output_attentions"):
         _warn_of_weights()
 
@@ -273,17 +291,18 @@ def _guard() -> None:
     PreTrainedModel.post_init, PreTrainedModel.set_attn_implementation = post_init, set_attn_implementation
 
 
-def _check(model: PreTrainedModel, asked: str | dict = "") -> None:
+def _check(model: Any, asked: str | dict = "") -> None:
     """Raises `ValueError` if a model, without the models inside it, has attention that never asks for ours."""
     name = asked if isinstance(asked, str) and asked in _NAMES else model.config._attn_implementation
     if name not in _NAMES:
         return
-    pending, own = list(model.children()), set()
+    pending, own = list(model.children()), set[str]()
     while pending:
         module = pending.pop()
         if not isinstance(module, PreTrainedModel):
             pending += module.children()
-            if _attends_by_itself(type(module)):
+            kind: type = type(module)
+            if _attends_by_itself(kind):
                 own.add(type(module).__name__)
     if own:
         raise ValueError(
@@ -293,7 +312,7 @@ def _check(model: PreTrainedModel, asked: str | dict = "") -> None:
 
 
 @functools.cache
-def _attends_by_itself(kind: type[nn.Module]) -> bool:
+def _attends_by_itself(kind: type) -> bool:
     """Whether a class weighs values by a softmax of products, and does not know the interface: by its source."""
     if not re.search("Atten|Attn", kind.__name__) or kind.__module__.startswith("torch."):
         return False

@@ -76,18 +76,22 @@ FAMILIES = {
         takes="images",
     ),
 }  # fmt: skip
-ESSENTIAL = ("llama", "gemma2", "gpt_oss", "modernbert", "t5")  # what differs: these take seconds, the rest does too
-PADDINGS = ("none", "right", "left")
+TEXTS = tuple(name for name, family in FAMILIES.items() if family.takes in ("tokens", "pairs"))
+GENERATING = tuple(name for name, family in FAMILIES.items() if family.generates)
+# What differs between families, once each; all else is for `make test-clients`.
+ESSENTIAL = {
+    ("llama", "left"), ("gemma2", "left"), ("gpt_oss", "right"), ("modernbert", "right"), ("t5", "left"),
+    ("vit", "none"), ("llama", "static"), ("gpt_oss", "static"), ("modernbert", "compiled"),
+}  # fmt: skip
 
 
-def families(*wanted: str) -> Any:
-    """For `parametrize`: those that are not essential are for `make test-clients`."""
-    names = wanted or tuple(FAMILIES)
-    marked = [pytest.param(name, marks=() if name in ESSENTIAL else pytest.mark.clients) for name in names]
-    return pytest.mark.parametrize("name", marked)
-
-
-GENERATING = [name for name, family in FAMILIES.items() if family.generates]
+def cases(names: tuple[str, ...], *ways: str) -> list[Any]:
+    """For `parametrize`."""
+    return [
+        pytest.param(name, way, marks=() if (name, way) in ESSENTIAL else pytest.mark.clients)
+        for name in names
+        for way in ways
+    ]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -156,11 +160,8 @@ def others(name: str) -> tuple[str, ...]:
     return ("eager", "sdpa") if FAMILIES[name].sdpa else ("eager",)
 
 
-@families()
-@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("name", "padding"), cases(tuple(FAMILIES), "none") + cases(TEXTS, "left", "right"))
 def test_logits_and_gradients(name: str, padding: str) -> None:
-    if padding != "none" and FAMILIES[name].takes in ("images", "sound"):
-        return
     model, inputs = built(name), inputs_of(name, padding)
     model.set_attn_implementation("attend")
     ours = with_gradients(model, name, inputs)
@@ -169,8 +170,7 @@ def test_logits_and_gradients(name: str, padding: str) -> None:
         close(ours, with_gradients(model, name, inputs))
 
 
-@families(*GENERATING)
-@pytest.mark.parametrize("how", ("dynamic", "static", "beams"))
+@pytest.mark.parametrize(("name", "how"), cases(GENERATING, "dynamic", "static", "beams"))
 def test_generation(name: str, how: str) -> None:
     """The same tokens, and the scores that they were chosen by."""
     model, inputs = built(name), inputs_of(name, "left")
@@ -185,16 +185,16 @@ def test_generation(name: str, how: str) -> None:
     for implementation in others(name):
         theirs = generated(implementation)
         assert torch.equal(ours.sequences, theirs.sequences)
-        finite = [score.isfinite() for score in theirs.scores]
-        close([x[f] for x, f in zip(ours.scores, finite, strict=True)],
-              [x[f] for x, f in zip(theirs.scores, finite, strict=True)])  # fmt: skip
+        for x, y in zip(ours.scores, theirs.scores, strict=True):
+            assert torch.equal(x.isfinite(), y.isfinite())
+            close([x[x.isfinite()]], [y[y.isfinite()]])
 
 
-@families()
-def test_compiled(name: str) -> None:
+@pytest.mark.parametrize(("name", "_"), cases(tuple(FAMILIES), "compiled"))
+def test_compiled(name: str, _: str) -> None:
     """In one graph, in which our operators stand."""
-    padding = "none" if FAMILIES[name].takes in ("images", "sound") else "left"
-    model, inputs = copy.deepcopy(built(name)), inputs_of(name, padding)
+    inputs = inputs_of(name, "left" if name in TEXTS else "none")
+    model = copy.deepcopy(built(name))
     model.set_attn_implementation("eager")
     theirs = with_gradients(model, name, inputs)
     model.set_attn_implementation("attend")
@@ -209,3 +209,141 @@ def test_compiled(name: str) -> None:
     close(with_gradients(compiled, name, inputs), theirs)
     assert len(graphs) == 1
     assert "flash_attend" in graphs[0]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `flash_attention` is asked for: queries and keys beside the options."""
+    found: list[dict[str, Any]] = []
+
+    def told(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        found.append(dict(options, i=q.shape[2], j=k.shape[2]))
+        return attend(q, k, v, **options)
+
+    attend = huggingface.flash_attention
+    monkeypatch.setattr(huggingface, "flash_attention", told)
+    return found
+
+
+def test_masks_stay_small(calls: list[dict[str, Any]]) -> None:
+    """Key padding is `(b, j)`, causality and windows are options, and of a static cache only what is filled is read."""
+    model, inputs = built("gemma2"), inputs_of("gemma2", "left")
+    model.set_attn_implementation("attend")
+    model(**inputs)
+    assert [call["mask"].shape for call in calls] == [(2, TOKENS)] * 2
+    assert [(call["causal"], call["window"]) for call in calls] == [(True, (WINDOW - 1, 0)), (True, None)]
+    assert {call["softcap"] for call in calls} == {2.0}
+    calls.clear()
+    model.generate(**inputs, max_new_tokens=4, cache_implementation="static", pad_token_id=0)
+    prefill, steps = calls[:2], calls[2:]
+    assert [(call["i"], call["j"], *call["mask"].shape) for call in prefill] == [(TOKENS, TOKENS, 2, TOKENS)] * 2
+    assert {call["i"] for call in steps} == {1}
+    assert all(call["mask"].shape == (2, 1, 1, call["j"]) and not call["causal"] for call in steps)
+    calls.clear()
+    built("bert").set_attn_implementation("attend")
+    built("bert")(**inputs)
+    assert [(call["mask"].shape, call["causal"]) for call in calls] == [((2, TOKENS), False)] * 2
+    calls.clear()
+    built("llama").set_attn_implementation("attend")
+    built("llama")(inputs["input_ids"])
+    assert [(call["mask"], call["causal"]) for call in calls] == [(None, True)] * 2
+
+
+def test_masks_of_four_dimensions(calls: list[dict[str, Any]]) -> None:
+    """A model's own, complete: bool, 0 and the lowest number, or a true bias with a gradient."""
+    model, inputs = built("llama"), inputs_of("llama", "none")
+    shown = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    shown[1, ..., :5] = False
+    lowest = torch.finfo(torch.float32).min
+    bias = torch.randn(2, 4, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)).where(shown, lowest)
+    for mask in (torch.zeros(shown.shape).masked_fill(~shown, lowest), bias, shown):
+        results = []
+        for implementation in ("attend", "sdpa"):
+            model.set_attn_implementation(implementation)
+            leaf = mask.clone().requires_grad_(mask is bias)
+            logits = model(**inputs, attention_mask=leaf).logits[:, 5:]
+            grads = torch.autograd.grad(logits.sum(), leaf) if mask is bias else ()
+            results.append((logits, *(grad[:, :, 5:] for grad in grads)))
+        close(*results)
+    model.set_attn_implementation("attend")
+    calls.clear()
+    model(**inputs, attention_mask=bias)
+    assert all(torch.equal(call["bias"].isinf(), ~shown.expand(-1, 4, -1, -1)) for call in calls)
+    with pytest.raises(
+        ValueError, match=r"attention_mask must be one that transformers made .* got torch.float32 \(2, 24"
+    ):
+        huggingface._read(torch.zeros(2, TOKENS), model)
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma2"))
+def test_packed_sequences(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `cu_seq_lens` no mask is read; without, transformers makes one of the positions."""
+    model, counted = built(name), []
+    attend = huggingface.flash_attention_packed
+
+    def told(*args: Any, **options: Any) -> Tensor:
+        counted.append(args[5])
+        return attend(*args, **options)
+
+    monkeypatch.setattr(huggingface, "flash_attention_packed", told)
+    tokens, lengths = inputs_of(name, "none")["input_ids"][:1], (10, 14)
+    ends = torch.tensor([0, 10, 24], dtype=torch.int32)
+    packed = dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=14, max_length_k=14)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+    model.set_attn_implementation("attend")
+    model = partial(model, use_cache=False)  # with a cache transformers does not look at positions
+    alone = torch.cat([model(part).logits for part in tokens.split(lengths, dim=1)], dim=1)
+    assert counted == []
+    for options in ({}, packed, dict(packed, max_length_q=torch.tensor(14))):
+        counted.clear()
+        close([model(tokens, position_ids=position_ids, **options).logits], [alone])
+        # One of its two layers leaves it to the config what its window is.
+        layers = 0 if not options else 1 if name == "gemma2" else 2
+        assert counted == [options.get("max_length_q") if isinstance(options.get("max_length_q"), int) else 24] * layers
+
+
+def test_dropout_is_on_in_training_alone() -> None:
+    config = FAMILIES["llama"].config()
+    config.attention_dropout = 0.5
+    model = hf.LlamaForCausalLM._from_config(config, attn_implementation="attend")
+    inputs = inputs_of("llama", "left")
+    assert torch.equal(model.eval()(**inputs).logits, model(**inputs).logits)
+    torch.manual_seed(0)
+    first, second = model.train()(**inputs).logits, model(**inputs).logits
+    torch.manual_seed(0)
+    assert torch.equal(first, model(**inputs).logits)
+    assert not torch.equal(first, second)
+
+
+def test_a_backend_by_name(calls: list[dict[str, Any]]) -> None:
+    model, inputs = built("llama"), inputs_of("llama", "right")
+    model.set_attn_implementation("attend-math")
+    ours = forward(model, "llama", inputs)
+    assert {call["backend"] for call in calls} == {"math"}
+    model.set_attn_implementation("sdpa")
+    close([ours], [forward(model, "llama", inputs)])
+
+
+def test_models_that_never_ask_are_refused() -> None:
+    config = hf.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=VOCABULARY)
+    told = "attn_implementation='attend' cannot serve BloomModel: BloomAttention computes attention by itself"
+    with pytest.raises(ValueError, match=told):
+        hf.AutoModelForCausalLM.from_config(config, attn_implementation="attend")
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match=told):
+        model.set_attn_implementation("attend")
+    assert model.config._attn_implementation == "eager"
+    model(torch.arange(3, 9)[None])
+
+
+@pytest.mark.parametrize("name", ("flash", "my-sdpa", "org/attend"))
+def test_names_of_transformers_own_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="name must not contain"):
+        huggingface.register(name)
+
+
+def test_what_asks_for_another_attention_is_refused() -> None:
+    model = built("llama")
+    model.set_attn_implementation("attend")
+    with pytest.raises(ValueError, match="indices is not served"):
+        model(torch.arange(3, 9)[None], indices=torch.zeros(1))
