@@ -41,8 +41,10 @@ def segments_of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: 
 
 def _spans(cu_seqlens: Tensor, total: int) -> Tensor:
     """Beginnings and lengths of the sequences and of what is behind them, int32 `(b + 1, 2)`."""
-    inside = cu_seqlens[1:].clamp(0, total).cummax(0).values.to(torch.int32)
-    edges = pad(pad(inside, (1, 0)), (0, 1), value=total)
+    # As a tensor: a compiler makes a graph of its own of every number that fills one.
+    end = torch.full((1,), total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    inside = torch.minimum(cu_seqlens[1:].clamp(min=0), end).cummax(0).values
+    edges = torch.cat((pad(inside, (1, 0)), end)).to(torch.int32)
     return torch.stack((edges[:-1], edges.diff()), 1)
 
 
