@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attend.operands import Layouts, Operands
-from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.reference import Merged, attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
@@ -43,6 +43,8 @@ class Functions(NamedTuple):
     forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, kept
     backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, kept, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
+    # `backward` without `kept`, where the keys are a part of those that out and lse are over
+    backward_of_part: Callable[..., Any]
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
     plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
@@ -126,6 +128,8 @@ def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
     version = release(target.triton)
     if version is not None and version < oldest:
         return f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
+    if spec.dropout_p > 0 and spec.origin is not None:
+        return "its dropout counts queries and keys from those of the call, which are parts of longer sequences"
     for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
         if size > LARGEST_HEAD_DIM:
             return f"{letter} = {size} is beyond the kernels' {LARGEST_HEAD_DIM}"
@@ -166,8 +170,10 @@ def _load_triton() -> Functions:
     from flash_attend.kernels.backward import attention_backward
     from flash_attend.kernels.configs import select_tiles
     from flash_attend.kernels.forward import attention_forward, plan_forward
+    from flash_attend.kernels.part import backward_of_part
 
-    return Functions(attention_forward, attention_backward, select_tiles, plan_forward)
+    of_part = partial(backward_of_part, attention_backward)
+    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,8 +226,10 @@ def _load_hopper() -> Functions:
     from flash_attend.kernels.configs import select_hopper_tiles
     from flash_attend.kernels.hopper.backward import attention_backward
     from flash_attend.kernels.hopper.forward import attention_forward
+    from flash_attend.kernels.part import backward_of_part
 
-    return Functions(attention_forward, attention_backward, select_hopper_tiles)
+    of_part = partial(backward_of_part, attention_backward)
+    return Functions(attention_forward, attention_backward, select_hopper_tiles, of_part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,9 +250,10 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward, plan_forward
+    from flash_attend.sdpa import attention_backward, attention_forward, backward_of_part, plan_forward
 
-    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None, plan_forward)
+    no_tiles = lambda spec, target, backward: None  # noqa: E731
+    return Functions(attention_forward, attention_backward, no_tiles, backward_of_part, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,7 +266,7 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None)
+    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None, _einsum_backward_of_part)
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:
@@ -276,6 +285,20 @@ def _einsum_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
+    return tuple(grad if need else None for grad, need in zip(found, needed, strict=False))
+
+
+def _einsum_backward_of_part(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tiles: None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    found = attention_reference_gradients(grad_out, grad_lse, operands, spec, Merged(out, lse))
     return tuple(grad if need else None for grad, need in zip(found, needed, strict=False))
 
 

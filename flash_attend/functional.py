@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flash_attend.autograd import attend, attend_by_operators
 from flash_attend.checks import is_dense, needed_of, normalise_call
-from flash_attend.dispatch import BackendUnavailable, choose
+from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
@@ -161,14 +161,13 @@ def attend_given(
     if opaque and sharded(*given):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
-        return attend_locally(here, given, options["dropout_p"])
+        return attend_locally(given, dict(options, return_lse=return_lse, backend=backend))
     given = autocast(given)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_call(given, **options)
         device = operands.q.device
-        if exporting_to_onnx():
-            backend = _of_onnx(backend)
+        if backend == "auto" and exporting_to_onnx():
+            backend = "math"
         plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
         seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
@@ -182,14 +181,6 @@ def attend_given(
     if plan.warning:
         _warn_once(plan.warning)
     return (out, cast(Tensor, lse)) if return_lse else out
-
-
-def _of_onnx(backend: str) -> str:
-    """The backend that computes in operators which ONNX knows."""
-    if backend not in ("auto", "math"):
-        reason = "torch.onnx.export takes what the einsum path computes alone, backend 'math'"
-        raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
-    return "math"
 
 
 HALF = (torch.float16, torch.bfloat16)

@@ -177,8 +177,9 @@ def patch_sdpa(model: nn.Module, *, backend: str = "auto") -> SDPAPatch:
     check_backend(backend)
     before = [(module, type(module)) for module in model.modules() if module is model or _may_attend(module)]
     for module, kind in before:
-        serving = vars(kind).get("_flash_attend_sdpa")
-        module.__class__ = _served(serving.kind if serving else kind, backend)
+        serving: _Serving | None = vars(kind).get("_flash_attend_sdpa")
+        own: type = serving.kind if serving else kind
+        module.__class__ = _served(own, backend)
     return SDPAPatch(before)
 
 

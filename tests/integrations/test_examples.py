@@ -43,3 +43,15 @@ def test_decoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     monkeypatch.setattr(example, "flash_attention", lambda *of, mask=None, **how: attend(*of, **how))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     assert example.main(small) == 1, "without the mask a step reads what is not filled"
+
+
+def test_huggingface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = example_of("huggingface")
+    small = ["--device=cpu", "--batch=2", "--tokens=12", "--new=4"]
+    assert example.main(small) == 0
+    assert capsys.readouterr().out.count("the same tokens") == 3
+
+    attend = example.huggingface.flash_attention
+    monkeypatch.setattr(example.huggingface, "flash_attention", lambda *of, mask, **how: attend(*of, **how))
+    assert example.main(small) == 1, "without the padding's mask"
+    assert "other tokens" in capsys.readouterr().out

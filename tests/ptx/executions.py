@@ -196,7 +196,12 @@ def _of_gluon() -> Iterator[Execution]:
 
 def _for_mutants() -> Iterator[Execution]:
     """Calls in which every ring of buffers goes round; some of the blocks are full, some are cut by causality, some
-    have hidden keys, and the first rows are dead. Programs of the forward have several tiles."""
+    have hidden keys, and the first rows are dead. Programs of the forward for Hopper have several tiles."""
+    for arch in ("sm_80", "sm_90"):
+        case = Case("several tiles", 2, 1, queries=189, keys=325, d=64, mask="pad_left", causal=True)
+        yield Execution(arch, "triton", "separate", "bf16", case)
+    case = Case("whole blocks", 1, 1, queries=128, keys=256, d=64)  # none of them masked
+    yield Execution("sm_90", "triton", "separate", "bf16", case)
     for d, keys in ((64, 200), (256, 150)):
         case = Case("several tiles", 2, 2, 1, queries=200, keys=keys, d=d, mask="pad_left", causal=True)
         yield Execution("sm_90", "hopper", "fused", "bf16", case, Options(seed=1), 1)
