@@ -296,8 +296,8 @@ HOPPER_MODES = (
     dict(mask=MaskKind.KEY),
     dict(causal=True),
     dict(),
-    dict(mask=MaskKind.KEY, causal=True, window=(255, None), sinks=True),
-    dict(window=(255, 63)),
+    dict(mask=MaskKind.KEY, causal=True, window=(255, None)),
+    dict(window=(255, 63), sinks=True),
     dict(causal=True, window=(255, None)),
 )
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.

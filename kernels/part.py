@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.schedule import plan_schedule
+from flash_attend.kernels.schedule import build_schedule
 from flash_attend.kernels.softmax import LN2
 from flash_attend.kernels.statistics import Kept, is_apart
-from flash_attend.operands import Layouts, Operands
+from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec
 
 __all__ = ["backward_of_part", "kept_of_part"]
@@ -45,6 +45,4 @@ def kept_of_part(lse: Tensor, operands: Operands, spec: AttentionSpec, tiles: Ti
     """
     log2 = (lse / LN2.value).masked_fill_(lse == -torch.inf, torch.inf)
     statistics = torch.stack((torch.zeros_like(log2), log2), dim=3) if is_apart(spec) else log2[..., None]
-    layouts = Layouts.of(operands)
-    plan = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask, layouts.bias)
-    return Kept(statistics, *plan(operands.mask, operands.bias))
+    return Kept(statistics, *build_schedule(operands.mask, spec, tiles, operands.bias))
