@@ -29,18 +29,22 @@ PIECE = 2**14  # evaluations at once: four arrays of 128 KB
 FEWEST_PIECES = 4  # a pool of threads takes as long to start as two
 
 
-def keep_mask_on_cpu(seed: int, spec: AttentionSpec, first_query: int, last_query: int, last_key: int) -> Tensor:
-    """`keep_mask`, bool `(b, h, i', j')`, of which no size is 0."""
-    start = first_query - first_query % BLOCK
-    rows, columns = -((start - last_query) // BLOCK), -(-last_key // BLOCK)
+def keep_mask_on_cpu(
+    seed: Tensor, spec: AttentionSpec, queries: tuple[int, int], keys: tuple[int, int], entries: Tensor
+) -> Tensor:
+    """What is kept of the weights of ranges of queries and keys, none of them empty: bool `(b, h, i', j')`. The
+    `entries` (int64, `(b,)`) are the batch entries' numbers."""
+    query_block, key_block = queries[0] // BLOCK, keys[0] // BLOCK
+    rows, columns = -(-queries[1] // BLOCK) - query_block, -(-keys[1] // BLOCK) - key_block
     # Eight neighbouring keys, which stay together, are one number.
     kept = np.empty((spec.batch, spec.heads, rows, 2, SHARED_BIT, columns, 2), np.uint64)
-    round_keys, limit = [*_round_keys(seed)], np.uint64(keep_threshold(spec.dropout_p) << 32)
+    round_keys, limit = [*_round_keys(int(seed.item()))], np.uint64(keep_threshold(spec.dropout_p) << 32)
+    batch = entries.numpy().astype(np.uint64)[:, None, None, None]
 
     def fill(piece: tuple[slice, slice, slice]) -> None:
         heads, of_rows, of_columns = piece
-        batch, head = _counted(0, spec.batch)[:, None, None, None], _counted(heads.start, heads.stop)[:, None, None]
-        query, key = _shared_positions(of_rows, start)[:, None], _shared_positions(of_columns, 0)
+        head = _counted(heads.start, heads.stop)[:, None, None]
+        query, key = _shared_positions(of_rows, query_block)[:, None], _shared_positions(of_columns, key_block)
         words = _philox(batch, head, query, key, round_keys)
         into = kept[:, heads, of_rows, :, :, of_columns]
         shape = (*into.shape[:3], SHARED_BIT, into.shape[5])
@@ -57,7 +61,11 @@ def keep_mask_on_cpu(seed: int, spec: AttentionSpec, first_query: int, last_quer
     else:
         [*map(fill, pieces)]
     whole = torch.from_numpy(kept.view(np.bool_).reshape(spec.batch, spec.heads, rows * BLOCK, columns * BLOCK))
-    return whole[:, :, first_query - start : last_query - start, :last_key]
+    (first_query, last_query), (first_key, last_key) = [
+        (first - block * BLOCK, last - block * BLOCK)
+        for (first, last), block in ((queries, query_block), (keys, key_block))
+    ]
+    return whole[:, :, first_query:last_query, first_key:last_key]
 
 
 def _pieces(spec: AttentionSpec, rows: int, columns: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -81,10 +89,10 @@ def _counted(first: int, last: int) -> Words:
     return np.arange(first, last, dtype=np.uint64)
 
 
-def _shared_positions(blocks: slice, start: int) -> Words:
-    """The positions with bit 3 clear in a range of blocks, which are counted from position `start`."""
-    firsts = _counted(blocks.start, blocks.stop) * np.uint64(BLOCK) + np.uint64(start)
-    return (firsts[:, None] + _counted(0, SHARED_BIT)).ravel()
+def _shared_positions(blocks: slice, first: int) -> Words:
+    """The positions with bit 3 clear in a range of blocks, which are counted from block `first`."""
+    numbers = _counted(first + blocks.start, first + blocks.stop)
+    return (numbers[:, None] * np.uint64(BLOCK) + _counted(0, SHARED_BIT)).ravel()
 
 
 def _philox(batch: Words, head: Words, query: Words, key: Words, keys: list) -> tuple[Words, Words]:

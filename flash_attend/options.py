@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "check_count",
     "check_flag",
+    "check_length",
     "check_number",
     "check_positive",
     "check_probability",
@@ -93,6 +94,13 @@ def check_count(name: str, value: object) -> int:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {shown(value)}")
     return int(count)
+
+
+def check_length(name: str, value: object) -> int:
+    """`value`, an integer of at least 0 but no bool, as Python's."""
+    if value is not False and isinstance(value, int) and value == 0:
+        return 0
+    return check_count(name, value)
 
 
 def optional(check: Callable[[str, object], _T]) -> Callable[[str, object], _T | None]:

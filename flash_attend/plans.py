@@ -103,12 +103,12 @@ def _work_out(facts: Facts, options: Options, needed: Needed, backend: str, gene
 
 
 def _as_given(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> bool:
-    _, of_k, of_v, of_mask, of_bias, of_slopes, _ = facts
+    _, of_k, of_v, of_mask, of_bias, of_slopes, *_ = facts
     return (
         (len(of_k[0]) == len(of_v[0]) == 4 and spec.kv_heads > 0)
         and (of_mask is None or of_mask[0] == (*sizes.mask, spec.keys))
         and (of_bias is None or of_bias[0] == sizes.bias)
-        and (of_slopes is None or len(of_slopes[0]) == 2)
+        and (of_slopes is None or (len(of_slopes[0]) == 2 and of_slopes[0][0] > 0))
     )
 
 

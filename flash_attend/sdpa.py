@@ -8,7 +8,7 @@ zeros where nobody looks, and then by the einsum path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from math import copysign, isnan
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from torch import Tensor
 from flash_attend.operands import Layouts, Operands
 from flash_attend.parts import ONE_CALL, Group, Part, Range, is_small, keys_shown, split, whole_and_masked
 from flash_attend.reference import (
+    Merged,
     attention_reference,
     attention_reference_gradients,
     bounded,
@@ -27,9 +28,10 @@ from flash_attend.reference import (
     visible_pairs,
     with_whole_mask,
 )
+from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward", "plan_forward"]
+__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_forward"]
 
 # Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
 FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
@@ -56,6 +58,10 @@ NOTHING = Kept()
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
+    if spec.sequences is not None:
+        out, lse = attend_by_groups(partial(attention_forward, tiles=None), operands, spec)
+        assert lse is not None
+        return out.clone(), lse.clone(), NOTHING  # no views, as below
     operands, spec = with_whole_mask(operands, spec)
     groups = split(operands.mask, spec)
     part = _only(groups, spec)
@@ -74,6 +80,8 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> t
 
 def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable[[Operands], tuple] | None:
     """The same for operands with these layouts, where torch's kernel takes them as they are; else None."""
+    if spec.sequences is not None:
+        return None
     if not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1 or not _takes(spec) or spec.adds_to_scores:
         return None
     if layouts.mask_sizes is not None:
@@ -132,11 +140,46 @@ def attention_backward(
     """The gradients of q, k, v and, where there is one, the bias; None where `needed` says so. Torch's operator knows
     no gradient of an LSE or of a bias, and its weights are as exact as an LSE is: what has such a gradient or large
     scores goes by the einsum path."""
+    if spec.sequences is not None:
+
+        def differentiate(grad_out: Any, grad_lse: Any, out: Any, lse: Any, *call: Any) -> tuple[Tensor | None, ...]:
+            of_group, spec_of_group = call
+            return attention_backward(grad_out, grad_lse, of_group, out, lse, NOTHING, spec_of_group, None, needed)
+
+        return gradients_by_groups(differentiate, (grad_out, grad_lse, out, lse), operands, spec)
+    hiding = None if kept is None else kept.hiding
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, None, hiding)
+
+
+def backward_of_part(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tiles: None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The same where the keys are a part of those that `out` and `lse` are over."""
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, Merged(out, lse))
+
+
+def _gradients_of(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    needed: Sequence[bool],
+    merged: Merged | None,
+    hiding: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     found: Any = None
     of_bias = spec.bias is not None and needed[3]
     if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
         operands, spec = with_whole_mask(operands, spec)
-        hiding = None if kept is None else kept.hiding
         groups = split(operands.mask, spec) if hiding is None else whole_and_masked(spec)
         part = _only(groups, spec)
         if part is not None and _rows_alone(*operands[:3], grad_out, out):
@@ -150,7 +193,7 @@ def attention_backward(
             found = _backward(grad_out, read, out, lse, spec, groups)
             found = None if _leaks(groups, found) else found
     if found is None:
-        found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
+        found = attention_reference_gradients(grad_out, grad_lse, operands, spec, merged)
     found = *found, *[None] * (len(needed) - len(found))
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
 
@@ -207,13 +250,13 @@ class _Kernel:
     """Torch's kernel on some tensors of a call, with all their keys or with those that are `picked`."""
 
     def __init__(self, operands: Operands, spec: AttentionSpec, picked: Tensor | None = None) -> None:
-        self.q, self.k, self.v, self.mask, _, self.bias, self.slopes, _ = operands
+        self.q, self.k, self.v, self.mask, _, self.bias, self.slopes, *_ = operands
         self.spec, self.picked, (self.factor, self.scale) = spec, picked, _factors(spec)
 
     @staticmethod
     def of(unit: _Unit, operands: Operands, spec: AttentionSpec, dtype: torch.dtype) -> _Kernel:
         """On the tensors of a unit, computed in a dtype."""
-        q, k, v, mask, _, bias, slopes, _ = operands
+        q, k, v, mask, _, bias, slopes, *_ = operands
         mask, bias, slopes = [None if x is None else unit.cut(x) for x in (mask, bias, slopes)]
         q, k, v, picked = unit.cut(q), unit.cut_keys(k), unit.cut_keys(v), unit.group.picked
         if picked is not None:

@@ -278,7 +278,7 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
             choices = choices._replace(**others)
     if spec.dropout_p > 0 or spec.mask == MaskKind.DENSE or not spec.plain_scores:
         choices = choices._replace(backward_fused=choices.backward_fused[::-1])
-    return choices._replace(forward=ONE_QUERY) if spec.queries == 1 and kind == "half" else choices
+    return choices._replace(forward=ONE_QUERY) if spec.one_query and kind == "half" else choices
 
 
 def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
@@ -357,7 +357,7 @@ def _filling(tiles: Tiles, spec: AttentionSpec, target: DeviceTarget) -> Tiles:
 def _splitting(tile: Tile, spec: AttentionSpec, target: DeviceTarget) -> Tile | None:
     """A tile of few queries whose keys are split over programs; None where there are more, or that many anyway."""
     rows = _rows(spec)
-    if rows > PACKED_ROWS and spec.queries > 1:
+    if spec.sequences is not None or (rows > PACKED_ROWS and spec.queries > 1):
         return None
     if tile.block_m > SMALLEST_PART:
         tile = FEW_QUERIES[kind_of(spec)]
