@@ -88,19 +88,16 @@ def keep_mask(
         return torch.empty(shape, dtype=torch.bool, device=seed.device)
     of_query, of_key = spec.origin or (0, 0)
     first_query, last_query = first_query + of_query, last_query + of_query
-    first_key, last_key = of_key, of_key + last_key
-    if readable(seed) and (entries is None or readable(entries)):
+    entries = torch.arange(spec.batch, device=seed.device) if entries is None else entries
+    if readable(seed, entries):
         from flash_attend.dropout_cpu import keep_mask_on_cpu  # imports numpy
 
-        numbers = range(spec.batch) if entries is None else entries.tolist()
-        spans = (first_query, last_query), (first_key, last_key)
-        return keep_mask_on_cpu(int(seed.item()), spec.dropout_p, numbers, spec.heads, *spans)
+        return keep_mask_on_cpu(seed, spec, (first_query, last_query), (of_key, of_key + last_key), entries)
     threshold = keep_threshold(spec.dropout_p)
-    entries = torch.arange(spec.batch, device=seed.device) if entries is None else entries
     batch = entries[:, None, None, None]
     head = torch.arange(spec.heads, device=seed.device)[:, None, None]
-    start_key = first_key - first_key % BLOCK
-    key = _shared_positions(start_key, last_key, seed.device)
+    start_key = of_key - of_key % BLOCK
+    key = _shared_positions(start_key, of_key + last_key, seed.device)
 
     pieces = []
     evaluations = spec.batch * spec.heads * key.numel() * SHARED_BIT  # of one block of queries
@@ -117,8 +114,11 @@ def keep_mask(
             query_bit=2, x=SHARED_BIT,
         )  # fmt: skip
         pieces.append(moved.view(torch.bool))
-    kept = torch.cat(pieces, dim=2)
-    return kept[:, :, first_query - start : last_query - start, first_key - start_key : last_key - start_key]
+    rows, keys = (
+        slice(first_query - start, last_query - start),
+        slice(of_key - start_key, of_key - start_key + last_key),
+    )
+    return torch.cat(pieces, dim=2)[:, :, rows, keys]
 
 
 def _shared_positions(first: int, last: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ them `c2 * M1 ^ (c1 ^ k0) << 32` and `c0 * M0 ^ (c3 ^ k1) << 32`: five passes ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flash_attend.dropout import BLOCK, KEY_INCREMENTS, MULTIPLIERS, ROUNDS, SHARED_BIT, keep_threshold
+from flash_attend.spec import AttentionSpec
 
 __all__ = ["keep_mask_on_cpu"]
 
@@ -29,50 +30,51 @@ FEWEST_PIECES = 4  # a pool of threads takes as long to start as two
 
 
 def keep_mask_on_cpu(
-    seed: int, p: float, entries: Sequence[int], heads: int, queries: tuple[int, int], keys: tuple[int, int]
+    seed: Tensor, spec: AttentionSpec, queries: tuple[int, int], keys: tuple[int, int], entries: Tensor
 ) -> Tensor:
-    """`keep_mask`, bool `(b, h, i', j')`, of batch entries by their numbers and of positions from the first up to the
-    last, exclusive. No size is 0."""
-    starts = [first - first % BLOCK for first, _ in (queries, keys)]
-    rows, columns = (-((start - last) // BLOCK) for start, (_, last) in zip(starts, (queries, keys), strict=True))
+    """What is kept of the weights of ranges of queries and keys, none of them empty: bool `(b, h, i', j')`. The
+    `entries` (int64, `(b,)`) are the batch entries' numbers."""
+    query_block, key_block = queries[0] // BLOCK, keys[0] // BLOCK
+    rows, columns = -(-queries[1] // BLOCK) - query_block, -(-keys[1] // BLOCK) - key_block
     # Eight neighbouring keys, which stay together, are one number.
-    kept = np.empty((len(entries), heads, rows, 2, SHARED_BIT, columns, 2), np.uint64)
-    round_keys, limit = [*_round_keys(seed)], np.uint64(keep_threshold(p) << 32)
-    batch = np.array(entries, dtype=np.uint64)[:, None, None, None]
+    kept = np.empty((spec.batch, spec.heads, rows, 2, SHARED_BIT, columns, 2), np.uint64)
+    round_keys, limit = [*_round_keys(int(seed.item()))], np.uint64(keep_threshold(spec.dropout_p) << 32)
+    batch = entries.numpy().astype(np.uint64)[:, None, None, None]
 
     def fill(piece: tuple[slice, slice, slice]) -> None:
-        of_heads, of_rows, of_columns = piece
-        head = _counted(of_heads.start, of_heads.stop)[:, None, None]
-        query, key = _shared_positions(of_rows, starts[0])[:, None], _shared_positions(of_columns, starts[1])
+        heads, of_rows, of_columns = piece
+        head = _counted(heads.start, heads.stop)[:, None, None]
+        query, key = _shared_positions(of_rows, query_block)[:, None], _shared_positions(of_columns, key_block)
         words = _philox(batch, head, query, key, round_keys)
-        into = kept[:, of_heads, of_rows, :, :, of_columns]
+        into = kept[:, heads, of_rows, :, :, of_columns]
         shape = (*into.shape[:3], SHARED_BIT, into.shape[5])
         for query_bit, word in enumerate(words):
             for key_bit in range(2):
                 into[:, :, :, query_bit, ..., key_bit] = (word >= limit).view(np.uint64).reshape(shape)
                 word <<= HALF
 
-    pieces = [*_pieces(len(entries), heads, rows, columns)]
+    pieces = [*_pieces(spec, rows, columns)]
     threads = min(torch.get_num_threads(), len(pieces) // FEWEST_PIECES)
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
             [*pool.map(fill, pieces)]
     else:
         [*map(fill, pieces)]
-    whole = torch.from_numpy(kept.view(np.bool_).reshape(len(entries), heads, rows * BLOCK, columns * BLOCK))
-    of_queries, of_keys = (
-        slice(first - start, last - start) for start, (first, last) in zip(starts, (queries, keys), strict=True)
-    )
-    return whole[:, :, of_queries, of_keys]
+    whole = torch.from_numpy(kept.view(np.bool_).reshape(spec.batch, spec.heads, rows * BLOCK, columns * BLOCK))
+    (first_query, last_query), (first_key, last_key) = [
+        (first - block * BLOCK, last - block * BLOCK)
+        for (first, last), block in ((queries, query_block), (keys, key_block))
+    ]
+    return whole[:, :, first_query:last_query, first_key:last_key]
 
 
-def _pieces(entries: int, heads: int, rows: int, columns: int) -> Iterator[tuple[slice, slice, slice]]:
+def _pieces(spec: AttentionSpec, rows: int, columns: int) -> Iterator[tuple[slice, slice, slice]]:
     """The work by ranges of heads, of blocks of queries and of blocks of keys."""
-    left, steps = max(1, PIECE // (entries * SHARED_BIT**2)), []
-    for size in (columns, rows, heads):
+    left, steps = max(1, PIECE // (spec.batch * SHARED_BIT**2)), []
+    for size in (columns, rows, spec.heads):
         steps.append(min(size, left))
         left = max(1, left // steps[-1])
-    sizes = zip((heads, rows, columns), reversed(steps), strict=True)
+    sizes = zip((spec.heads, rows, columns), reversed(steps), strict=True)
     return product(*([slice(at, min(at + step, size)) for at in range(0, size, step)] for size, step in sizes))
 
 
@@ -87,10 +89,10 @@ def _counted(first: int, last: int) -> Words:
     return np.arange(first, last, dtype=np.uint64)
 
 
-def _shared_positions(blocks: slice, start: int) -> Words:
-    """The positions with bit 3 clear in a range of blocks, which are counted from position `start`."""
-    firsts = _counted(blocks.start, blocks.stop) * np.uint64(BLOCK) + np.uint64(start)
-    return (firsts[:, None] + _counted(0, SHARED_BIT)).ravel()
+def _shared_positions(blocks: slice, first: int) -> Words:
+    """The positions with bit 3 clear in a range of blocks, which are counted from block `first`."""
+    numbers = _counted(first + blocks.start, first + blocks.stop)
+    return (numbers[:, None] * np.uint64(BLOCK) + _counted(0, SHARED_BIT)).ravel()
 
 
 def _philox(batch: Words, head: Words, query: Words, key: Words, keys: list) -> tuple[Words, Words]:

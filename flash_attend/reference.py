@@ -455,12 +455,11 @@ def visible_pairs(
     early = left is not None and not known(begin >= last - 1 + spec.offset - left)
     if not (late or early):
         return shown
-    within = torch.ones(last - first, end - begin, dtype=torch.bool, device=device)
-    place = first + spec.offset - begin  # of the first query among the keys
-    if right is not None and late:
-        within = within.tril(place + right)
-    if left is not None and early:
-        within = within.triu(place - left)
+    query, key = (torch.arange(*span, device=device) for span in ((first, last), (begin, end)))
+    ahead = key - (query[:, None] + spec.offset)  # of a query's own place
+    within = ahead <= right if late else ahead >= -left  # type: ignore[operator]
+    if late and early:
+        within = within & (ahead >= -left)  # type: ignore[operator]
     return within[None, None] if shown is None else shown & within
 
 

@@ -148,7 +148,7 @@ def attention_backward(
 
         return gradients_by_groups(differentiate, (grad_out, grad_lse, out, lse), operands, spec)
     hiding = None if kept is None else kept.hiding
-    return _gradients_of(grad_out, grad_lse, operands, out, lse, hiding, spec, needed, None)
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, None, hiding)
 
 
 def backward_of_part(
@@ -162,7 +162,7 @@ def backward_of_part(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The same where the keys are a part of those that `out` and `lse` are over."""
-    return _gradients_of(grad_out, grad_lse, operands, out, lse, None, spec, needed, Merged(out, lse))
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, Merged(out, lse))
 
 
 def _gradients_of(
@@ -171,10 +171,10 @@ def _gradients_of(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    hiding: Tensor | None,
     spec: AttentionSpec,
     needed: Sequence[bool],
     merged: Merged | None,
+    hiding: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     found: Any = None
     of_bias = spec.bias is not None and needed[3]

@@ -70,7 +70,7 @@ def test_the_tensor_generator_equals_the_plain_one(rounds, monkeypatch):
 @pytest.mark.parametrize("on_cpu", [True, False], ids=("numpy", "torch"))
 @pytest.mark.parametrize("seed", [3, 2**33 + 3, 2**63 - 1])
 def test_the_mask_equals_the_definition(seed, on_cpu, monkeypatch):
-    monkeypatch.setattr(dropout, "readable", lambda seed: on_cpu)
+    monkeypatch.setattr(dropout, "readable", lambda *tensors: on_cpu)
     spec = make_spec(batch=2, heads=3, queries=23, keys=37)
     mask = keep_mask(make_seed(seed), spec, 0, 23)
     assert mask.shape == (2, 3, 23, 37) and mask.dtype == torch.bool
@@ -84,7 +84,7 @@ def test_neither_the_range_nor_the_piece_nor_the_threads_change_what_is_kept(pie
     spec = make_spec(batch=2, heads=2, queries=75, keys=45)
     seed = make_seed(11)
     whole = keep_mask(seed, spec, 0, 75)
-    monkeypatch.setattr(dropout, "readable", lambda seed: on_cpu)
+    monkeypatch.setattr(dropout, "readable", lambda *tensors: on_cpu)
     monkeypatch.setattr(dropout, "LARGEST_PIECE", piece)
     monkeypatch.setattr(dropout_cpu, "PIECE", piece)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
