@@ -29,7 +29,7 @@ from flash_attend.tracing import (
     watched,
 )
 
-__all__ = ["attend_given", "flash_attention"]
+__all__ = ["attend_given", "autocast", "flash_attention", "warn_once"]
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -143,7 +143,7 @@ def flash_attention(
         call = plan_call(given, causal, scale, dropout_p, deterministic, backend, window, softcap)
         out, lse = attend(call.operands(given), call, return_lse=return_lse)
         if call.plan.warning:
-            _warn_once(call.plan.warning)
+            warn_once(call.plan.warning)
         return (out, cast(Tensor, lse)) if return_lse else out
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
@@ -179,7 +179,7 @@ def attend_given(
         else:
             out, lse = attend(operands, call, return_lse=return_lse)
     if plan.warning:
-        _warn_once(plan.warning)
+        warn_once(plan.warning)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
@@ -206,7 +206,8 @@ def autocast(given: Operands) -> Operands:
 
 
 @constant_when_compiled  # so that the compiler warns, and does not compile a warning
-def _warn_once(warning: str) -> None:
+def warn_once(warning: str) -> None:
+    """What a plan has to tell its user."""
     _warn(warning)
 
 

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 
 from flash_attend.backends import Functions
 from flash_attend.dispatch import choose
+from flash_attend.functional import warn_once
 from flash_attend.generation import generation
 from flash_attend.messages import Exchange, agree, group_named
 from flash_attend.operands import Operands
@@ -169,6 +170,8 @@ def _chosen(
     spec: AttentionSpec, target: DeviceTarget, backend: str, needed: tuple[bool, ...], generation: object
 ) -> tuple[Functions, Any]:
     plan = choose(spec, target, backend, needed)
+    if plan.warning:
+        warn_once(plan.warning)
     functions = plan.backend.load()
     return functions, functions.tiles(spec, target, plan.backward)
 

@@ -1,7 +1,7 @@
 """Who else takes part in a call: compilers, transforms, tensor subclasses.
 
-All of torch's private names that the package uses are here, each with its reason, but for what DTensor needs;
-`tests/torch/test_private_names.py` says which torch broke one.
+All of torch's private names that the package uses are here, each with its reason, but for what DTensor needs and by
+what ranks speak to each other (`messages.py`); `tests/torch/test_private_names.py` says which torch broke one.
 """
 
 from __future__ import annotations

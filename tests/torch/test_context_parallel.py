@@ -16,6 +16,7 @@ from sequence_ranks import CASES, Case
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "context_parallel.py"
 WITHOUT_DROPOUT = [name for name, case in CASES.items() if "dropout" not in name and case.kv_heads == 4]
 NUMBERS = 2 * 4 * 4 * 8 * 8  # bytes of k on each of four ranks
 MASK = 2 * 4
@@ -51,6 +52,7 @@ def test_four_processes(tmp_path: Path) -> None:
         ranks.run(on_ranks.whole_again, "contiguous")
         ranks.run(on_ranks.whole_again, "balanced")
         ranks.run(on_ranks.attends_as_a_module)
+        ranks.run(on_ranks.trains_the_example, str(EXAMPLE))
         what_ranks_mean_differently_is_refused_on_each(ranks)
         assert "imed out" in ranks.run(on_ranks.missing)[0]
     finally:
@@ -68,7 +70,9 @@ def every_rank_has_what_one_process_has(ranks: Ranks) -> None:
 
 def keys_go_once_to_everybody_and_their_gradients_straight_home(ranks: Ranks) -> None:
     """Three others get k, v and the mask in either direction; each transfer begins before what came is attended to."""
-    for forward, backward, kept in ranks.run(on_ranks.sent_by, Case(dict(causal=True), mask=True), "balanced", "ring"):
+    for forward, backward, kept in ranks.run(
+        on_ranks.sent_by, Case(dict(causal=True), mask="keys"), "balanced", "ring"
+    ):
         assert forward == [("sent", 2 * NUMBERS + MASK), ("attended", 0)] * 3 + [("attended", 0)]
         assert sum(size for _, size in backward) == 3 * (2 * NUMBERS + MASK) + 3 * 2 * NUMBERS
         assert backward[:4] == [*forward[:3], ("attended", 0)]

@@ -72,8 +72,8 @@ SERVED = {
     "positions": Call([THIRD], [THIRD], [HEADS], (4, 6), queries=4, keys=6, options=dict(causal=True)),
     "positions_shared_heads": Call([THIRD], [THIRD], [HERE], (4, 6), kv_heads=2, queries=8, keys=6, sinks=[HERE]),
     "positions_without_kv_heads": Call([THIRD], [HEADS], kv_heads=None, queries=6, keys=6),
-    "batch_and_positions": Call(
-        [BATCH, THIRD], [BATCH, THIRD], [BATCH, LAST], (4, 1, 1, 6), mesh=(1, RANKS), queries=6, keys=6
+    "positions_on_one_dimension": Call(
+        [HERE, THIRD], [HERE, THIRD], [HERE, LAST], (4, 1, 1, 6), mesh=(1, RANKS), queries=6, keys=6
     ),
     "two_dimensions": Call([BATCH, HEADS], [BATCH, HEADS], [BATCH, HERE], kv_heads=2, mesh=(RANKS, 1)),
     "two_dimensions_of_heads": Call([HEADS, HEADS], [HEADS, HEADS], [HERE, HERE], kv_heads=2, mesh=(1, RANKS)),
@@ -113,7 +113,7 @@ def test_sharded_tensors_stay_where_they_are(ranks: Ranks, call: Call, device: s
 COMPILED = {
     "other_heads": (SERVED["batch_key_mask"], SERVED["heads_shared"]),
     "other_placements": (SERVED["batch_key_mask"], SERVED["heads_key_mask"], SERVED["batch_replicated_key_mask"]),
-    "positions": (SERVED["positions"], replace(SERVED["positions"], queries=8, keys=8, mask_sizes=(4, 8))),
+    "positions": (SERVED["positions"],),
     "uneven": (SERVED["uneven_heads"], replace(SERVED["uneven_heads"], heads=9, kv_heads=9), SERVED["uneven_batch"]),
 }
 
