@@ -43,7 +43,7 @@ def compare(
     """
     if type(torch.empty(0, device="cpu")) is not Tensor:
         raise Different("it cannot be compared where tensors are fake: patch outside of FakeTensorMode")
-    notes = set()
+    notes: set[str] = set()
     with _undisturbed():
         for change in changes:
             try:
@@ -120,7 +120,7 @@ class _Pair:
         shapes = ((batch, heads, queries, 8), kv, kv)
         return [torch.randn(shape, generator=self.generator, dtype=self.dtype, device="cpu") for shape in shapes]
 
-    def agree(self, where: str, inputs: list[Tensor], gradients: bool = True, **arguments: Tensor | bool) -> bool:
+    def agree(self, where: str, inputs: list[Tensor], gradients: bool = True, **arguments: Any) -> bool:
         """Whether theirs computes this at all. Raises `Different` if ours computes something else."""
         try:
             theirs = self.results(self.theirs, inputs, gradients, arguments)
@@ -137,7 +137,7 @@ class _Pair:
         return True
 
     def results(
-        self, module: nn.Module, inputs: list[Tensor], gradients: bool, arguments: dict[str, Tensor | bool]
+        self, module: nn.Module, inputs: list[Tensor], gradients: bool, arguments: dict[str, Any]
     ) -> dict[str, Any]:
         """The output, and the gradients of q, k, v, a bias and what the module holds."""
         # Copies, since a module may write into what it is given.
@@ -191,16 +191,16 @@ class _Pair:
 
     def compare_changed_scores(self) -> None:
         """With a bias of each shape, on five keys, with a mask too."""
+        mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="cpu").tril(2)
+        masks: list[dict[str, Any]] = [{}, {"mask": mask}] if "mask" in self.heeds else [{}]
         for name in {"attn_bias", "bias"} & self.heeds:
-            for shape in ((5, 5), (4, 5, 5), (2, 4, 5, 5), (2, 1, 1, 5)):
+            for shape, kv_heads in (((5, 5), 4), ((4, 5, 5), 4), ((2, 4, 5, 5), 4), ((2, 1, 1, 5), 4), ((4, 5, 5), 2)):
                 bias = torch.randn(shape, generator=self.generator, dtype=self.dtype, device="cpu")
-                plain, where = self.draw(5, 5, self.grouped), f"with a bias of {shape}"
-                self.agree(where, plain, **{name: bias})
-                if "mask" in self.heeds:
-                    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="cpu").tril(2)
-                    self.agree(f"{where} and a mask", plain, mask=mask, **{name: bias})
-            by_head = torch.randn(4, 5, 5, generator=self.generator, dtype=self.dtype, device="cpu")
-            self.agree("with a bias and grouped heads", self.draw(5, 5, 2), **{name: by_head})
+                inputs = self.draw(5, 5, self.grouped and kv_heads)
+                for masked in masks:
+                    where = f"with a bias of {shape}, {kv_heads} heads{' and a mask' if masked else ''}"
+                    arguments = {**masked, name: bias}
+                    self.agree(where, inputs, **arguments)
 
     def compare_alignment(self) -> str:
         """Fewer queries than keys: a flash path may align `causal` otherwise, which is noted."""

@@ -53,7 +53,9 @@ class Comparison:
 def compare(package: Package) -> Comparison:
     """Builds it, calls it, patches it and calls it again, in double precision where it can that."""
     torch.manual_seed(0)
-    model = package.make()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = package.make()
     before = answers(package, model)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -95,7 +97,7 @@ def answers(package: Package, model: nn.Module) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def attend_of(package: str, file: str = "attend", **options: Any) -> nn.Module:
+def attend_of(package: str, file: str = "attend", kind: str = "Attend", **options: Any) -> nn.Module:
     """An Attend of a package, of which nothing else is loaded."""
     name = f"{package}.{file}"
     if name not in sys.modules:
@@ -103,7 +105,7 @@ def attend_of(package: str, file: str = "attend", **options: Any) -> nn.Module:
         spec = importlib.util.spec_from_file_location(name, Path(folder) / f"{file}.py")
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[name].Attend(**options)
+    return getattr(sys.modules[name], kind)(**options)
 
 
 def attends(
@@ -137,9 +139,9 @@ def classes() -> list[Package]:
     """The Attends of packages that have one of their own."""
 
     def one(name: str, call: Callable[[Any], Any], told: str = "", served: bool = True, **options: Any) -> Package:
-        file = options.pop("file", "attend")
+        where = {key: options.pop(key) for key in ("file", "kind") if key in options}
         what = ", ".join(f"{key}={value}" for key, value in options.items())
-        return Package(name, lambda: attend_of(name, file, **options), call, f"Attend({what})", told, served)
+        return Package(name, lambda: attend_of(name, **where, **options), call, f"Attend({what})", told, served)
 
     top_left = "where i != j, its flash path aligned causal top-left; ours is bottom-right"
     unknown = "not in the table of known classes; computes the same on examples"
@@ -172,6 +174,9 @@ def classes() -> list[Package]:
         one("classifier_free_guidance_pytorch", shared),
         one("spear_tts_pytorch", attends(2, mask=padding), causal=True),
         one("simple_hierarchical_transformer", each, file="attention", causal=True),
+        one("palm_rlhf_pytorch", shared, file="attention", kind="Attention", causal=True),
+        one("naturalspeech2_pytorch", each, causal=True),
+        one("naturalspeech2_pytorch", attends(), top_left, causal=True, use_flash=True),
         one("recurrent_memory_transformer_pytorch", each, causal=True),
         one(
             "recurrent_memory_transformer_pytorch",
