@@ -98,7 +98,7 @@ proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and 
 	@$(BIN)/python tests/ptx/prove.py --resume $(VENV)/proof.jsonl $(ARGS)
 
 test-clients: $(INSTALLED) $(VENV)/.peers $(VENV)/clients/.installed ## the packages of models that `patch` is tried on, all of them
-	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest -q -n 2 -m clients tests/integrations
+	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest -q -n 2 -m clients tests/integrations tests/torch
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
