@@ -21,7 +21,7 @@ from flash_attend.options import (
 )
 from flash_attend.spec import Window
 
-__all__ = ["Attend"]
+__all__ = ["Attend", "record_call"]
 
 
 class Attend(nn.Module):
@@ -142,10 +142,10 @@ class Attend(nn.Module):
         Raises:
             TypeError, ValueError: as `flash_attention`.
         """
-        if isinstance(q, Proxy):  # torch.fx records a call of this module, which keeps its options and its dropout
+        if isinstance(q, Proxy):
             others = dict(attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks)
             given = {name: tensor for name, tensor in others.items() if tensor is not None}
-            return q.tracer.create_proxy("call_module", q.tracer.path_of_module(self), (q, k, v, mask), given)
+            return record_call(self, q, k, v, mask, **given)
         layer = self.attn_dropout
         dropout_p = _probability_of("attn_dropout", layer)
         attend: Any = flash_attention if self.context_parallel is None else self.context_parallel.attend
@@ -199,6 +199,11 @@ class Attend(nn.Module):
             f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
         ]
         return ", ".join([f"causal={self.causal}", *told])
+
+
+def record_call(module: nn.Module, q: Any, *others: Any, **named: Any) -> Any:
+    """Has torch.fx, which traces with `q`, record a call of a module, which keeps its options and its dropout."""
+    return q.tracer.create_proxy("call_module", q.tracer.path_of_module(module), (q, *others), named)
 
 
 def _probability_of(name: str, layer: object) -> float:

@@ -182,8 +182,10 @@ def _load_triton() -> Functions:
 
 
 def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
-    if reason := _refuse_triton(spec, target) or _refuse_scores(spec):
+    if reason := _refuse_triton(spec, target) or _refuse_scores(spec, ("window", "softcap", "sinks")):
         return reason
+    if spec.sequences is not None:
+        return "sequences are packed one after another"
     if target.interpreted:
         return "Triton's interpreter runs no Gluon"
     if target.arch != HOPPER_ARCH:
@@ -199,9 +201,24 @@ def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
         return "query heads that share a kv head have key masks of their own"
     if spec.dropout_p > 0:
         return "dropout is on"
+    # What was compiled of these had accesses to spilled registers in its main loops.
+    if spec.softcap:
+        return "its backward has no registers for a softcap"
+    if spec.head_dim == LARGEST_HEAD_DIM and _masks_a_window(spec):
+        return f"at d = {LARGEST_HEAD_DIM} its backward has no registers for a key mask in a window"
     if spec.keys == 0:
         return "there are no keys"
     return ""
+
+
+def _masks_a_window(spec: AttentionSpec) -> bool:
+    return spec.mask == MaskKind.KEY and spec.window[0] is not None
+
+
+def _refuse_fused_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if reason := _refuse_fused(spec, target):
+        return reason
+    return "it has no registers for a key mask in a window" if _masks_a_window(spec) else ""
 
 
 @cache
@@ -289,7 +306,7 @@ def _einsum_backward_of_part(
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("hopper", _refuse_hopper, _refuse_fused, _load_hopper, proof="faster"),
+        Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),

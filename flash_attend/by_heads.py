@@ -36,7 +36,7 @@ def attend_by_heads(
     operands: Operands, group: ProcessGroup, layout: Layout, return_lse: bool, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`out (b, h, i, dv)` and, if asked for, `lse (b, h, i)` of this rank's queries, from its shards."""
-    q, k, v, mask, _, _, slopes, sinks = operands
+    q, k, v, mask, _, _, slopes, sinks, *_ = operands
     ranks, rank = group.size(), dist.get_rank(group)
     q, k, v = (in_order(x, ranks, layout, dim=2) for x in _to_heads((q, k, v), group))
 

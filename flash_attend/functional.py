@@ -20,6 +20,7 @@ from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
+    exporting_to_onnx,
     has_autocast,
     jit_traced,
     sharded,
@@ -28,7 +29,7 @@ from flash_attend.tracing import (
     watched,
 )
 
-__all__ = ["autocast", "flash_attention", "warn_once"]
+__all__ = ["attend_given", "autocast", "flash_attention", "warn_once"]
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -147,13 +148,13 @@ def flash_attention(
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
     )
-    return _attend_watched(given, options, return_lse, backend)
+    return attend_given(given, options, return_lse, backend)
 
 
-def _attend_watched(
+def attend_given(
     given: Operands, options: dict[str, Any], return_lse: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same where somebody else may take part: see `undisturbed`."""
+    """The same of operands that were not checked, where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
     opaque = traced(*given)
@@ -165,6 +166,8 @@ def _attend_watched(
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_call(given, **options)
         device = operands.q.device
+        if backend == "auto" and exporting_to_onnx():
+            backend = "math"
         plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
         seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)

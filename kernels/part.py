@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_attend.kernels.configs import Tiles
-from flash_attend.kernels.schedule import build_schedule, may_hide_keys, scheduled_mask, scheduled_spec
+from flash_attend.kernels.schedule import build_schedule
 from flash_attend.kernels.softmax import LN2
 from flash_attend.kernels.statistics import Kept, is_apart
 from flash_attend.operands import Operands
@@ -45,7 +45,4 @@ def kept_of_part(lse: Tensor, operands: Operands, spec: AttentionSpec, tiles: Ti
     """
     log2 = (lse / LN2.value).masked_fill_(lse == -torch.inf, torch.inf)
     statistics = torch.stack((torch.zeros_like(log2), log2), dim=3) if is_apart(spec) else log2[..., None]
-    mask = operands.mask
-    if operands.bias is not None and may_hide_keys(spec):
-        mask = scheduled_mask(mask, operands.bias)
-    return Kept(statistics, *build_schedule(mask, scheduled_spec(spec), tiles))
+    return Kept(statistics, *build_schedule(operands.mask, spec, tiles, operands.bias))
