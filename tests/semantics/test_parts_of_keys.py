@@ -54,12 +54,12 @@ class InParts(torch.autograd.Function):
         return made
 
 
-# Of the padded one's entries the second part hides one, and both hide the last.
+# Of the padded one's entries the second part hides one, and both hide the last. In the kernels float32 is APART.
 PADDED = Case("padded", mask="dead_batch", batch=3, kv_heads=1, queries=20, dv=24)
 SCORES = Case("scores", softcap=1.5, bias="1h1j", mask="bh1j", scale=-0.4, queries=20)
 
 
-@pytest.mark.parametrize(("case", "dtype"), ((PADDED, torch.float32), (PADDED, torch.float16), (SCORES, torch.float32)))
+@pytest.mark.parametrize(("case", "dtype"), ((PADDED, torch.float16), (SCORES, torch.float32)))
 @pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
 def test_parts_add_up_to_the_whole(backend: Backend, dtype: torch.dtype, case: Case) -> None:
     skip_unless_interpretable(backend, dtype)
