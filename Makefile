@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
+# Bytecode is made of what is imported, when it is: of everything it would take longer than installing does.
+INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
 ON_CPU := benchmarks/results/cpu/readme.json
 INSTALLED := $(VENV)/.installed
 
@@ -32,11 +33,11 @@ $(VENV)/.made: $(CONSTRAINTS)
 	@echo "making $(VENV): a few minutes, once"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) setuptools
+	@$(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) setuptools
 	@touch $@
 
 $(INSTALLED): $(VENV)/.made setup.py pyproject.toml
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,bench,test]'
+	@$(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,bench,test]'
 	@touch $@
 
 demo: $(INSTALLED) ## trains a real model on real text with its own Attend and with ours, and compares
@@ -53,12 +54,12 @@ train-step: $(INSTALLED) ## measures whole training steps, with models' own Atte
 
 # Other people's models: of what they ask for, they need a part here.
 $(VENV)/.peers: .ci/essential.txt $(VENV)/.made
-	@$(PIP) install --quiet --no-deps --requirement $<
+	@$(BIN)/python $(INSTALL) --no-deps --requirement $<
 	@touch $@
 
 $(VENV)/clients/.installed: .ci/clients.txt $(VENV)/.made
 	@rm -rf $(@D)
-	@$(PIP) install --quiet --no-deps --target $(@D) --requirement $<
+	@$(BIN)/python $(INSTALL) --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 # Every stage runs, whatever became of the ones before it; the summary comes last.
@@ -97,7 +98,7 @@ proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and 
 	@$(BIN)/python tests/ptx/prove.py --resume $(VENV)/proof.jsonl $(ARGS)
 
 test-clients: $(INSTALLED) $(VENV)/.peers $(VENV)/clients/.installed ## the packages of models that `patch` is tried on, all of them
-	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest -q -n 2 -m clients tests/integrations
+	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest -q -n 2 -m clients tests/integrations tests/torch
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
@@ -113,7 +114,7 @@ sanitize: $(INSTALLED) ## on a GPU: compute-sanitizer's memcheck over a part of 
 aot: $(INSTALLED) ## compiles every row of the configuration table in every mode, without a GPU
 	@$(BIN)/python -m flash_attend.kernels.aot
 
-aot-common: $(INSTALLED) ## compiles those of half precision in one mode or two, and two widths of the others
+aot-common: $(INSTALLED) ## compiles three widths of half precision in a mode or two, and one of the others
 	@$(BIN)/python -m flash_attend.kernels.aot --common
 
 # What spills differs between Triton versions: that is checked on the pinned one, and of the kernels for Hopper on the
@@ -125,7 +126,7 @@ aot-%: $(INSTALLED) $(VENV)/triton-%/.installed ## compiles a subset with anothe
 .PRECIOUS: $(VENV)/triton-%/.installed
 $(VENV)/triton-%/.installed: $(VENV)/.made
 	@rm -rf $(@D)
-	@$(PIP) install --quiet --no-deps --target $(@D) triton==$*
+	@$(BIN)/python $(INSTALL) --no-deps --target $(@D) triton==$*
 	@touch $@
 
 # A torch with the Triton that it brings. numpy 2.4 is too new for the interpreter of the oldest one.
@@ -138,10 +139,10 @@ $(VENV)/torch-%/.installed: $(VENV)/.made .ci/essential.txt setup.py pyproject.t
 	@rm -rf $(@D)
 	@$(PYTHON) -m venv $(@D)
 	@sed -E 's/^(torch|triton)==.*//; s/^numpy==.*/numpy<2.4/' $(CONSTRAINTS) > $(@D)/constraints.txt
-	@$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt setuptools
-	@$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-build-isolation \
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt setuptools
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt --no-build-isolation \
 		--editable '.[triton,demo,bench,test]' torch==$*
-	@$(@D)/bin/python -m pip install --quiet --no-deps --requirement .ci/essential.txt
+	@$(@D)/bin/python $(INSTALL) --no-deps --requirement .ci/essential.txt
 	@touch $@
 
 clean: ## removes the environment, the builds and the caches

@@ -156,9 +156,8 @@ class _Pair:
             names = leaves if out.requires_grad else ()
             generator = torch.Generator().manual_seed(0)
             grad_out = torch.randn(out.shape, generator=generator, dtype=out.dtype, device="cpu")
-            found = torch.autograd.grad(
-                out, [leaves[name] for name in names], grad_out, allow_unused=True, materialize_grads=True
-            )
+            needed = [leaves[name] for name in names]
+            found = names and torch.autograd.grad(out, needed, grad_out, allow_unused=True, materialize_grads=True)
             results |= {f"another gradient of {name}": None for name in leaves}
             results |= {f"another gradient of {name}": x for name, x in zip(names, found, strict=True)}
         return results

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from flash_attend.attend import Attend
+from flash_attend.integrations.complex_valued import give_back, serve_whole
 from flash_attend.integrations.judging import Judge, flash_name
 from flash_attend.integrations.known import KNOWN, path_of
 from flash_attend.integrations.search import attention_like, find
@@ -64,9 +65,10 @@ def _read(option: Callable[[], Any]) -> Any:
 class PatchHandle:
     """What `patch` did; print it. `restore()` undoes it, and so does leaving a `with` block."""
 
-    def __init__(self, outcomes: tuple[Outcome, ...], service: Service) -> None:
+    def __init__(self, outcomes: tuple[Outcome, ...], service: Service, whole: Sequence[nn.Module]) -> None:
         self.outcomes = outcomes
         self._service = service
+        self._whole = whole
 
     @property
     def replaced(self) -> int:
@@ -88,6 +90,7 @@ class PatchHandle:
             if serving is not None and self._service in serving.services:
                 left = tuple(service for service in serving.services if service is not self._service)
                 outcome.attend.__class__ = served_class(serving._replace(services=left))
+        give_back(self._whole)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -137,6 +140,7 @@ def patch(
     keep_flash: bool = False,
     deterministic: bool | None = None,
     strict: bool = False,
+    context_parallel: Any = None,
 ) -> PatchHandle:
     """Has every lucidrains-style `Attend` in `model` computed by `flash_attention`, where it is.
 
@@ -158,6 +162,7 @@ def patch(
             backend serves whatever the flag is.
         deterministic: as in `Attend`.
         strict: raise `PatchError`, with the model as it was, if any is refused or none is found.
+        context_parallel: as in `Attend`, for a model of whose activations each rank holds shards.
 
     Returns:
         A handle: `print(handle)` shows what was found and what became of it; `handle.restore()` undoes it. Where a
@@ -175,9 +180,10 @@ def patch(
     for name, flag in (("keep_flash", keep_flash), ("strict", strict)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
-    Attend(backend=backend, deterministic=deterministic)  # raises for what is wrong whatever the model holds
+    # Raises for what is wrong whatever the model holds.
+    shared = Attend(backend=backend, deterministic=deterministic, context_parallel=context_parallel).context_parallel
 
-    service = Service(backend, keep_flash, deterministic)
+    service = Service(backend, keep_flash, deterministic, shared)
     judge = Judge(service)
     judged = []
     for found in find(model):
@@ -197,6 +203,7 @@ def patch(
     for outcome, judgement in judged:
         if judgement.serving is not None:
             outcome.attend.__class__ = served_class(judgement.serving)
+    whole = serve_whole(model)
 
     if searched:
         warnings.warn(f"patch found no Attend in {searched}: nothing was changed", stacklevel=2)
@@ -204,4 +211,4 @@ def patch(
         warnings.warn(f"patch left as it is: {refusal}", stacklevel=2)
     for doubt in _grouped(outcome for outcome, judgement in judged if judgement.doubtful):
         warnings.warn(f"patch served with a change: {doubt}", stacklevel=2)
-    return PatchHandle(outcomes, service)
+    return PatchHandle(outcomes, service, whole)

@@ -108,20 +108,17 @@ def test_the_tiles_that_serve_the_fused_backward_are_compiled():
                 assert {((kind, width), row.backward_fused[end]) for end in (0, -1)} <= compiled
 
 
-def test_smaller_scopes_leave_out_no_row_of_half_precision_and_no_kind():
+def test_smaller_scopes_have_every_kind_or_every_kernel_for_hopper():
     def compiled(scope, backend):
         return {case for case in aot.cases(aot.CHECKED, scope) if case.backend == backend}
 
     def rows(scope):
         return {(case.arch, *row_of(case.spec)) for case in compiled(scope, "triton")}
 
-    def of_half(rows):
-        return {row for row in rows if "half" in row}
-
     assert compiled(aot.COMMON, "triton") < compiled(aot.ALL, "triton")
-    assert of_half(rows(aot.COMMON)) == of_half(rows(aot.ALL))
-    assert {kind for _, kind, _ in rows(aot.COMMON)} == set(aot.KINDS)
-    assert {kind for _, kind, _ in rows(aot.SUBSET)} == {"half", "tf32x3"}
+    assert rows(aot.COMMON) | rows(aot.SUBSET) < rows(aot.ALL)
+    assert {row[:2] for row in rows(aot.COMMON)} == set(product(aot.CHECKED, aot.KINDS))
+    assert rows(aot.SUBSET) == {("sm_90", "half", 96)}
     for scope in (aot.COMMON, aot.SUBSET):
         cases = {(case.backward, case.spec.head_dim, case.mode) for case in compiled(scope, "hopper")}
         assert cases == set(product(("separate", "fused"), HOPPER_ROWS, {"key+causal"}))
@@ -133,6 +130,7 @@ def test_every_kernel_for_hopper_is_compiled_in_every_mode(backward):
     compiled = {(case.arch, case.spec.head_dim, case.spec.mask, case.spec.causal) for case in cases}
     modes = product(HOPPER_ROWS, (MaskKind.NONE, MaskKind.KEY), (False, True))
     assert compiled == {("sm_90", *mode) for mode in modes}
+    assert {(case.spec.window != (None, None), case.spec.sinks) for case in cases} >= {(False, False), (True, True)}
     for case in cases:
         with override_backward(backward):
             assert choose(case.spec, aot.PARTS["sm_90"], "hopper").backward == backward
