@@ -172,8 +172,8 @@ def served(case: Case, backend: Backend) -> Case:
 
 EVERYWHERE = (*BACKENDS, pytest.param(SDPA_CPU, id=str(SDPA_CPU)))
 # What the interpreter, which takes seconds for each, runs of the cases; and of the fused backward, which is also that.
-INTERPRETED = ("window", "value_dim", "everything", "one_query_each", "short", "only_lse", "no_sequences")
-INTERPRETED_FUSED = ("window_causal", "everything")
+INTERPRETED = ("window", "value_dim", "everything", "one_query_each", "no_sequences")
+INTERPRETED_FUSED = ("window_causal",)
 
 
 @pytest.mark.parametrize("backend", (*EVERYWHERE, *FUSED))
