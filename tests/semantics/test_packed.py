@@ -213,6 +213,33 @@ def test_dropout_is_that_of_a_padded_batch(backend: Backend) -> None:
     torch.testing.assert_close(run(packed, backend.name).out[0].unflatten(1, (2, -1)).transpose(0, 1), padded)
 
 
+def jagged(tensor: Tensor, places: Tensor) -> Tensor:
+    """`(t, h, d)` as a nested tensor `(b, h, i*, d)`, with its gradient."""
+    return torch.nested.nested_tensor_from_jagged(tensor, places).transpose(1, 2)
+
+
+def test_jagged_nested_tensors_are_packed() -> None:
+    lengths = tuple((j, j) for _, j in MIXED)
+    packed = make(Case("jagged", lengths=lengths, causal=True, kv_heads=1, dv=8, index=torch.int64), torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (packed.q, packed.k, packed.v)]
+    q, k, v = (jagged(x, packed.cu_seqlens[0]) for x in inputs)
+    out, lse = flash_attention(q, k, v, causal=True, return_lse=True)
+    assert out.shape == (*q.shape[:3], 8) and lse.shape == q.shape[:3]
+    assert (out + out).is_nested, "its lengths are those of q"
+    whole = run(packed, "math")
+    rows = out.transpose(1, 2).values()
+    torch.testing.assert_close(rows, whole.out[0].transpose(0, 1))
+    found = torch.autograd.grad((rows, lse.transpose(1, 2).values()), inputs, (packed.grad_out, packed.grad_lse.t()))
+    torch.testing.assert_close(found, tuple(x[0].transpose(0, 1) for x in (whole.dq, whole.dk, whole.dv)))
+
+    with pytest.raises(TypeError, match="mask must be None where q, k and v are nested"):
+        flash_attention(q, k, v, mask=torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="k and v must share their offsets"):
+        flash_attention(q, k, jagged(packed.v, packed.cu_seqlens[0].clone()))
+    with pytest.raises(ValueError, match="q must be ragged along its third dimension"):
+        flash_attention(q.transpose(1, 2), k, v)
+
+
 @pytest.mark.parametrize("backend", (MATH_CPU, SDPA_CPU), ids=str)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
