@@ -22,7 +22,7 @@ from flash_attend.ops import INPUTS
 __all__ = ["RANKS", "SAME_SUMS", "Call", "Ranks", "attend", "attend_compiled", "refusal", "train"]
 
 RANKS = 2
-PATIENCE = timedelta(seconds=60)  # a rank that waits longer for the other one fails
+PATIENCE = timedelta(seconds=180)  # a rank that waits longer for the other one fails
 
 
 class Ranks:
