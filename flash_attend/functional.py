@@ -100,7 +100,8 @@ def flash_attention(
     """Exact attention, `softmax(q k^T * scale) v`, with masks, windows, and what is added to scores.
 
     Args:
-        q: `(b, h, i, d)`; float16, bfloat16, float32 or float64.
+        q: `(b, h, i, d)`; float16, bfloat16, float32 or float64. Jagged nested tensors `(b, h, i*, d)`, q, k and v
+            alike, are packed sequences: see `flash_attention_packed`.
         k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`, and query head `n` reads key head `n // (h // hk)`.
         v: `(b, hk, j, dv)` or `(b, j, dv)`; `dv` may differ from `d`.
         mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
@@ -157,6 +158,10 @@ def attend_given(
     """The same of operands that were not checked, where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
+    if all(isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged for x in given[:3]):
+        from flash_attend.jagged import attend_jagged  # which packs them, and comes back here
+
+        return attend_jagged(given, options, return_lse, backend)
     opaque = traced(*given)
     if opaque and sharded(*given):
         from flash_attend.sharding import attend_locally  # imports DTensor

@@ -64,6 +64,8 @@ class Run:
         torch.manual_seed(0)
         try:
             test()
+        except KeyboardInterrupt:
+            raise
         except BaseException:  # pytest's skip is one, too
             return traceback.format_exc(limit=-1)
         finally:

@@ -57,10 +57,15 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("sm_80 triton bf16 d64 several tiles", "forward_kernel", fast=True),
-    Subject("sm_80 triton bf16 d64 several tiles", "backward_kv_kernel"),
-    Subject("sm_80 triton bf16 d64 several tiles", "backward_q_kernel"),
-    Subject("sm_90 triton bf16 d64 several tiles", "forward_kernel"),
+    Subject("sm_80 triton bf16 d64 several runs", "forward_kernel", fast=True),
+    # There a head has nothing visible.
+    Subject("sm_80 triton bf16 d64 key causal", "forward_kernel", r"^(load|bound) .*first_key: "),
+    # There a tile has one masked block.
+    Subject("sm_80 triton bf16 d64 plain", "forward_kernel", r"^bound .*masked_count"),
+    Subject("sm_80 triton bf16 d64 plain", "backward_q_kernel", r"^bound .*masked_count"),
+    Subject("sm_80 triton bf16 d64 several runs", "backward_kv_kernel"),
+    Subject("sm_80 triton bf16 d64 several runs", "backward_q_kernel"),
+    Subject("sm_90 triton bf16 d64 several runs", "forward_kernel"),
     Subject("sm_90 triton bf16 d64 whole blocks", "forward_kernel", "^products .*: "),
     Subject("sm_90 hopper bf16 d64 several tiles seed1 on1", "hopper_forward_kernel", fast=True),
     Subject(
