@@ -246,6 +246,7 @@ FAST = (
     "sm_90 triton bf16 d256 key causal",
     "sm_90 triton tf32 d64 grouped",
     "sm_90 triton bf16 d64 few queries on16",
+    "sm_90 triton bf16 d64 packed",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
     "sm_90 hopper bf16 d64 one query seed9",
