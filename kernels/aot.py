@@ -319,7 +319,7 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
 HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
 SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
-# Of sequences that are packed, of half precision: everything that is known of them where not all widths are compiled.
+# Of sequences that are packed, of half precision in ALL: the last at the widths of `CHANGED_MODES` alone.
 PACKED_MODES = (
     dict(batch=1, sequences=16, queries=16_000, keys=16_000, causal=True),
     dict(
@@ -376,7 +376,7 @@ def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, i
 
 def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
     """Of `PACKED_MODES`, those that a kind of this width is compiled in."""
-    if kind != "half" or scope == SUBSET or (scope == COMMON and width not in HEAVY_WIDTHS):
+    if kind != "half" or scope != ALL:
         return []
     return [((width, width), mode) for mode in PACKED_MODES[: 2 if width in CHANGED_WIDTHS else 1]]
 

@@ -6,18 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import partial
+from itertools import product
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from emulator.driver import Launched, Runner, executed
 from emulator.machine import Options
+from flash_attend import flash_attention, flash_attention_packed
 from flash_attend.kernels.configs import HOPPER_ROWS, Tile, Tiles, override
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.calls import Call, Case, budget_of, make_call
 from flash_attend.testing.calls import run as run_publicly
 from flash_attend.testing.oracle import Answer, visible_pairs
+from flash_attend.testing.sequences import whole_call
 
 __all__ = ["EXECUTIONS", "Execution", "Result", "budget_for", "call_of", "execute", "judge", "poisoned"]
 
@@ -40,6 +44,7 @@ class Execution:
     multiprocessors: int | None = None  # that persistent programs share: fewer than tiles give each several
     tiles: str = ""  # others than the usual ones, by their name in `TILES`
     fast: bool = False  # in `make test`
+    lengths: tuple[tuple[int, int], ...] = ()  # of sequences that are packed in the batch entry, unless there are none
 
     @property
     def name(self) -> str:
@@ -117,8 +122,18 @@ def _case(mode: str, dtype: str, d: int, arch: str) -> Case:
     return Case(mode, **{"queries": queries, "keys": keys, "d": d, **MODES[mode], **narrow})
 
 
+# Full and cut tiles, sequences without queries and without keys, and queries and keys in none.
+LENGTHS = ((150, 170), (0, 9), (5, 0), (20, 140))
+PACKED = Case(
+    "packed", batch=1, heads=4, kv_heads=2, queries=189, keys=325, layout="heads_inside", causal=True, softcap=5.0,
+    sinks=True,
+)  # fmt: skip
+
+
 def _of_triton() -> Iterator[Execution]:
     for arch in ("sm_80", "sm_90"):
+        for d, backward in product((64, 128), ("separate", "fused")):
+            yield Execution(arch, "triton", backward, "bf16", replace(PACKED, d=d), lengths=LENGTHS)
         for dtype, dims in DIMS.items():
             for d in dims:
                 modes = MODES if dtype == "bf16" and d in (64, 128) else COMMON_MODES
@@ -231,6 +246,7 @@ FAST = (
     "sm_90 triton bf16 d256 key causal",
     "sm_90 triton tf32 d64 grouped",
     "sm_90 triton bf16 d64 few queries on16",
+    "sm_90 triton bf16 d64 packed",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
     "sm_90 hopper bf16 d64 one query seed9",
@@ -263,6 +279,9 @@ EXECUTIONS = _all()  # by their names
 def call_of(execution: Execution) -> Call:
     """The call of a case; of a mask with holes, the last batch has nothing visible."""
     call = make_call(execution.case, DTYPES[execution.dtype])
+    if execution.lengths:
+        mask = whole_call(execution.lengths, call.q, call.k, causal=call.causal)["mask"]
+        return call.with_(mask=mask, causal=False)
     if execution.case.mask == "holes":
         call.mask[-1] = False
     if execution.case.name in ("several tiles", "many blocks", "several runs"):  # in two blocks of a tile
@@ -317,7 +336,17 @@ def execute(execution: Execution, call: Call, runner: Runner | None = None) -> t
         # With a single multiprocessor no grid is small: the tiles are those of long calls.
         single = 1 if execution.backend == "triton" else None
         stack.enter_context(executed(runner, execution.multiprocessors or single))
-        return run_publicly(call, execution.backend, backward=execution.backward), runner
+        attend = partial(_attend_packed, execution) if execution.lengths else flash_attention
+        return run_publicly(call, execution.backend, attend=attend, backward=execution.backward), runner
+
+
+def _attend_packed(execution: Execution, *inputs: Tensor, mask: Tensor, causal: bool, **options: Any) -> tuple:
+    """What a call whose mask keeps sequences apart is, with these packed, in its shapes."""
+    places = [torch.tensor([0, *lengths]).cumsum(0) for lengths in zip(*execution.lengths, strict=True)]
+    longest = [max(lengths) for lengths in zip(*execution.lengths, strict=True)]
+    rows = [x[0].transpose(0, 1) for x in inputs]
+    out, lse = flash_attention_packed(*rows, *places, *longest, causal=execution.case.causal, **options)
+    return out.transpose(0, 1)[None], lse[None]
 
 
 def judge(execution: Execution, runner: Runner | None = None) -> Result:
