@@ -130,7 +130,7 @@ def _seen_instead(model: nn.Module) -> str:
     for path, module in attention_like(model):
         paths.setdefault(path_of(type(module)), []).append(path or "(the model itself)")
     seen = [f"{_counted(places)} ({kind})" for kind, places in paths.items()]
-    return f", only {', '.join(seen)}" if seen else ""
+    return f", only {', '.join(seen)}, which patch_sdpa or huggingface.register() may serve" if seen else ""
 
 
 def patch(

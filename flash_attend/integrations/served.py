@@ -51,7 +51,12 @@ class ServedAttend(nn.Module):
         """As the original's: what it takes, in the same order and under the same names, and what it returns."""
         if isinstance(q, Proxy):
             return record_call(self, q, k, v, *others, **named)
-        return self._compute_attention(q, k, v, **self._read_arguments(others, named))
+        out = self._compute_attention(q, k, v, **self._read_arguments(others, named))
+        return self._returned(out, (q, k, v), others, named)
+
+    def _returned(self, out: Tensor, qkv: tuple[Tensor, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What the original's forward returns, of which `_output_of` is the output."""
+        return out
 
     def _read_arguments(self, others: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """What a call carries after q, k and v, by the names that `_compute_attention` has for it."""

@@ -42,14 +42,12 @@ class XTransformersAttend(TiledHeadsAttend):
     _record: ClassVar[Any]  # what the original returns beside the output
     _record_later: ClassVar[Any]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *others: Any, **named: Any) -> Any:
-        """As the original's."""
-        out = self._compute_attention(q, k, v, **self._read_arguments(others, named))
+    def _returned(self, out: Tensor, qkv: tuple[Tensor, ...], others: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if self.flash:
             return out, self._record()
         record = self._record_later
         made: Any = record.__new__(record)
-        made.attend, made.gradients, made.call = self, torch.is_grad_enabled(), ((q, k, v), others, named)
+        made.attend, made.gradients, made.call = self, torch.is_grad_enabled(), (qkv, others, named)
         return out, made
 
     def _compute_attention(

@@ -563,7 +563,7 @@ def test_finding_nothing_warns():
 def test_what_may_be_attention_of_another_form_is_listed():
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3, enable_nested_tensor=False)
     path = "torch.nn.modules.activation.MultiheadAttention"
-    told = f"found no Attend in TransformerEncoder, only layers.0.self_attn (+2 more) ({path}): nothing was changed"
+    told = f"found no Attend in TransformerEncoder, only layers.0.self_attn (+2 more) ({path}), which patch_sdpa"
     with pytest.warns(UserWarning, match=re.escape(told)):
         patch(layers)
 
