@@ -1,5 +1,6 @@
 """Exact attention from hand-written Triton kernels, behind an `Attend` that replaces the one a model has."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flash_attend.attend import Attend
@@ -11,6 +12,7 @@ from flash_attend.packed import flash_attention_packed
 from flash_attend.scaled_dot_product import scaled_dot_product_attention
 
 if TYPE_CHECKING:
+    from flash_attend.context_parallel import context_parallel_attention
     from flash_attend.integrations import patch, patch_sdpa, replace_sdpa
     from flash_attend.tuning import tune
 
@@ -19,6 +21,7 @@ __all__ = [
     "Attend",
     "BackendUnavailable",
     "complex_attention",
+    "context_parallel_attention",
     "explain",
     "flash_attention",
     "flash_attention_packed",
@@ -28,17 +31,19 @@ __all__ = [
     "scaled_dot_product_attention",
     "tune",
 ]
+_LATE = {
+    "context_parallel_attention": "context_parallel",
+    **dict.fromkeys(("patch", "patch_sdpa", "replace_sdpa"), "integrations"),
+    "tune": "tuning",
+}
 
 
 def __getattr__(name: str) -> Any:
     """What is imported by the first who asks for it: everybody else's import stays short."""
-    if name not in ("patch", "patch_sdpa", "replace_sdpa", "tune"):
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from flash_attend.integrations import patch, patch_sdpa, replace_sdpa
-    from flash_attend.tuning import tune
-
-    globals().update(patch=patch, patch_sdpa=patch_sdpa, replace_sdpa=replace_sdpa, tune=tune)
-    return globals()[name]
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -68,7 +68,7 @@ def attend_by_operators(
     path's loop over chunks as many graphs as there are lengths."""
     if forward_mode():
         return attention_reference(operands, spec, return_lse=return_lse)
-    if exporting_to_onnx():
+    if plan.backward == "einsum" and exporting_to_onnx():
         return attention_reference(operands, spec, return_lse=return_lse, guard=False)
     compiled = torch.compiler.is_compiling()
     if not compiled:

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from flash_attend.operands import Layouts, Operands, Strides, broadcast_strides
 from flash_attend.options import check_flag, check_number, check_positive, check_probability, check_window, shown
 from flash_attend.spec import DEAD_SEGMENTS, LARGEST_LENGTH, AttentionSpec, Window, canonical, describe
-from flash_attend.tracing import constant_when_compiled
+from flash_attend.tracing import constant_when_compiled, float32_products
 
 __all__ = [
     "Facts",
@@ -412,4 +412,4 @@ def _float32_precision() -> str:
     Asked in the only words that answer to all of torch's ways to say it, the older `allow_tf32` and
     `set_float32_matmul_precision` among them; those two raise once the newer ones were used.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if float32_products() == "tf32" else "tf32x3"

@@ -49,6 +49,7 @@ class Options(NamedTuple):
     operands: tuple[str, ...]  # the fields of `Operands` that there are, in their order
     grads: tuple[str, ...] = ()  # of a backward: which of OUTPUTS have a gradient
     needed: tuple[str, ...] = ()  # of a backward: which of INPUTS need one
+    layout: str = ""  # how ranks share the sequences of which these are shards
 
     @staticmethod
     @lru_cache(maxsize=CALLS_KEPT)

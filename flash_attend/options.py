@@ -97,10 +97,13 @@ def check_count(name: str, value: object) -> int:
 
 
 def check_length(name: str, value: object) -> int:
-    """`value`, an integer of at least 0 but no bool, as Python's."""
-    if value is not False and isinstance(value, int) and value == 0:
-        return 0
-    return check_count(name, value)
+    """`value`, an integer of at least 0 but no bool, as Python's; a compiler's symbol as it is."""
+    length = _unwrapped(value)
+    if isinstance(length, bool) or not isinstance(length, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if length < 0:
+        raise ValueError(f"{name} must be at least 0, got {shown(value)}")
+    return length  # type: ignore[return-value]
 
 
 def optional(check: Callable[[str, object], _T]) -> Callable[[str, object], _T | None]:

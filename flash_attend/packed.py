@@ -124,8 +124,8 @@ def flash_attention_packed(
     for name, cu_seqlens, tensor, longest in zip(
         ("q", "k"), (cu_seqlens_q, cu_seqlens_k), (q, k), lengths, strict=True
     ):
-        asked = not traced(cu_seqlens) and os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1"
-        if asked or readable(cu_seqlens):
+        known = not traced(cu_seqlens)
+        if known and (readable(cu_seqlens) or os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1"):
             _check_values(name, cu_seqlens, tensor.shape[0], longest)
     segments = segments_of(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch.nn.functional import pad
 
 from flash_attend.operands import Operands
 from flash_attend.spec import AttentionSpec, canonical
+
+COPIED_IN_A_CALL = 2**13  # elements of q that are put into another order, with all else, in the time of one more call
 
 Attend = Callable[[Operands, AttentionSpec], Any]
 Differentiate = Callable[..., Sequence[Tensor | None]]
@@ -38,8 +41,10 @@ def segments_of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: 
 
 def _spans(cu_seqlens: Tensor, total: int) -> Tensor:
     """Beginnings and lengths of the sequences and of what is behind them, int32 `(b + 1, 2)`."""
-    inside = cu_seqlens[1:].clamp(0, total).cummax(0).values.to(torch.int32)
-    edges = pad(pad(inside, (1, 0)), (0, 1), value=total)
+    # As a tensor: a compiler makes a graph of its own of every number that fills one.
+    end = torch.full((1,), total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    inside = torch.minimum(cu_seqlens[1:].clamp(min=0), end).cummax(0).values
+    edges = torch.cat((pad(inside, (1, 0)), end)).to(torch.int32)
     return torch.stack((edges[:-1], edges.diff()), 1)
 
 
@@ -54,18 +59,21 @@ class _Group(NamedTuple):
 class Groups:
     """The segments of a call, those of the same lengths together, each group as a batch without padding."""
 
-    def __init__(self, segments: Tensor) -> None:
-        """Reads them on the host, for which a GPU is waited for."""
+    def __init__(self, segments: Tensor, elements: int) -> None:
+        """Reads them on the host, for which a GPU is waited for. Neighbours of the same lengths are together; all are,
+        and stand in another order, where that takes less time than calls of their own: q has so many elements."""
+        lengths = [(queries, keys) for _, queries, _, keys in segments.tolist()]
+        present = [number for number, pair in enumerate(lengths) if pair != (0, 0)] or [0]
+        runs = [[*run] for _, run in groupby(present, key=lengths.__getitem__)]
         by_lengths: dict[tuple[int, int], list[int]] = {}
-        for number, (_, queries, _, keys) in enumerate(segments.tolist()):
-            by_lengths.setdefault((queries, keys), []).append(number)
-        if len(by_lengths) > 1:
-            by_lengths.pop((0, 0), None)
-        self.groups = [_Group(len(numbers), *lengths) for lengths, numbers in by_lengths.items()]
-        order = [number for numbers in by_lengths.values() for number in numbers]
-        self.order = torch.tensor(order, dtype=torch.int64, device=segments.device)
+        for run in runs:
+            by_lengths.setdefault(lengths[run[0]], []).extend(run)
+        apart = len(by_lengths) < len(runs) and (len(runs) - len(by_lengths)) * COPIED_IN_A_CALL > elements
+        members = [*by_lengths.values()] if apart else runs
+        self.groups = [_Group(len(numbers), *lengths[numbers[0]]) for numbers in members]
+        self.order = torch.tensor([*chain(*members)], dtype=torch.int64, device=segments.device)
         self.query_rows = self.key_rows = None  # where each row stands in the call, unless they are as they were
-        if order != sorted(order):
+        if apart:
             query_begins, queries, key_begins, keys = segments.long()[self.order].unbind(1)
             self.query_rows, self.key_rows = _rows(query_begins, queries), _rows(key_begins, keys)
 
@@ -111,7 +119,7 @@ def attend_by_groups(attend: Attend, operands: Operands, spec: AttentionSpec) ->
     """`out (1, h, t, dv)` and `lse (1, h, t)` of a packed call by `attend`, which computes calls without segments, and
     may give no lse."""
     assert operands.segments is not None
-    groups = Groups(operands.segments)
+    groups = Groups(operands.segments, operands.q.numel())
     found = [attend(*call)[:2] for call in groups.calls(operands, spec)]
     outs, lses = zip(*found, strict=True)
     return groups.all_queries(outs), None if lses[0] is None else groups.all_queries(lses)
@@ -126,7 +134,7 @@ def gradients_by_groups(
     of each of the tensors `of_rows (1, h, t, ...)`, of which some may be None.
     """
     assert operands.segments is not None
-    groups = Groups(operands.segments)
+    groups = Groups(operands.segments, operands.q.numel())
     rows = zip(*map(groups.of_queries, of_rows), strict=True)
     calls = zip(rows, groups.calls(operands, spec), strict=True)
     of_q, of_k, of_v, *others = zip(*[differentiate(*of_group, *call) for of_group, call in calls], strict=True)
@@ -146,5 +154,6 @@ def _joined(pieces: Sequence[Tensor], rows: Tensor | None) -> Tensor:
     """`(n, h, i, ...)` of each group as `(1, h, t, ...)`, in the order of the call."""
     whole = torch.cat([piece.transpose(1, 2).flatten(0, 1) for piece in pieces])
     if rows is not None:
-        whole = torch.empty_like(whole).index_copy(0, rows, whole)
+        places = torch.arange(rows.numel(), device=rows.device)
+        whole = whole.index_select(0, torch.empty_like(rows).scatter_(0, rows, places))
     return whole.transpose(0, 1)[None]

@@ -24,6 +24,7 @@ __all__ = [
     "BiasKind",
     "MaskKind",
     "Window",
+    "bias_kind",
     "canonical",
     "describe",
     "kind_of",
@@ -85,6 +86,9 @@ class AttentionSpec:
     # How many sequences a batch of one holds, one after another, each of which sees itself alone; else None. `queries`
     # and `keys` are then those of all, and positions are counted within a sequence.
     sequences: int | None = None
+    # Where the first query and the first key stand in the sequences of which dropout counts positions, where these are
+    # parts of longer ones.
+    origin: tuple[int, int] | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -95,7 +99,7 @@ class AttentionSpec:
         sizes = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim)
         mode = (int(self.mask), self.mask_per_head, self.causal, self.scale, self.dropout_p, self.deterministic)
         bias = None if self.bias is None else (*self.bias[:4], self.bias.dtype.itemsize)
-        scores = (self.window, self.softcap, bias, self.alibi, self.sinks, self.sequences)
+        scores = (self.window, self.softcap, bias, self.alibi, self.sinks, self.sequences, self.origin)
         return hash((sizes, mode, self.dtype.itemsize, scores))
 
     @property
@@ -213,13 +217,14 @@ def describe(
         precision=precision,
         window=window,
         softcap=softcap,
-        bias=None if bias is None else _bias_kind(bias),
+        bias=None if bias is None else bias_kind(bias),
         alibi=alibi,
         sinks=sinks,
         sequences=None if segments is None else segments.shape[0] - DEAD_SEGMENTS,
     )
 
 
-def _bias_kind(bias: _Shaped) -> BiasKind:
+def bias_kind(bias: _Shaped) -> BiasKind:
+    """What a bias `(b|1, h|1, i|1, j|1)` varies over."""
     batch, heads, queries, keys = (bool(size != 1) for size in bias.shape)
     return BiasKind(batch, heads, queries, keys, bias.dtype)

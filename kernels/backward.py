@@ -367,7 +367,7 @@ def _query_gradient_tile(
     first_key = block * tile.BLOCK_N
     query = first_query + tl.arange(0, tile.BLOCK_M)
     key = first_key + tl.arange(0, tile.BLOCK_N)
-    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE or k_rows.first_row is not None
+    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE or mask.left is not None or k_rows.first_row is not None
     readable = None
     if MASKED:
         shown, readable = mask.shown(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N)

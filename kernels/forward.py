@@ -73,7 +73,7 @@ def _tile(
     query = query_of(first_row + tl.arange(0, tile.BLOCK_M), group)
     key = first_key + tl.arange(0, tile.BLOCK_N)
     # Other sequences follow those that are packed.
-    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE or k_rows.first_row is not None
+    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE or mask.left is not None or k_rows.first_row is not None
     readable = None
     if MASKED:
         shown, readable = mask.shown(first_row, first_key, tile.BLOCK_M, tile.BLOCK_N)

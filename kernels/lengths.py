@@ -106,7 +106,7 @@ def packed_tiles(segments: Tensor, spec: AttentionSpec, size: int, *, of_keys: b
     last = torch.minimum(first + size, others)
     low = 0 if before is None else (first - before).clamp_(min=0)
     high = others if after is None else torch.minimum(last + after, others)
-    work = torch.where(exists, high - low, -1)
-    order = work.argsort()
+    work = torch.where(exists, (high - low).clamp_(min=0), -1)
+    order = work.argsort(stable=True)  # tiles of a sequence, which read the same, stay neighbours
     tiles = torch.stack((number, torch.where(exists, tile, -1)), 1)[order].to(torch.int32)
     return segments.contiguous(), tiles

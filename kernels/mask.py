@@ -260,8 +260,8 @@ class Mask:
     @triton.jit
     def _see_keys(self, query, first_query, in_doubt, bias, first_row):
         """Which queries [SIZE] see a key that a bias, unless None, does not hide, if any is in doubt."""
+        STEP: tl.constexpr = 16
         SIZE: tl.constexpr = query.shape[0]
-        STEP: tl.constexpr = min(max(16, 1024 // SIZE), self.planes.BLOCK_N)
         any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
         begin, _, _, end = self.key_blocks(first_query, SIZE, STEP)
         seen = tl.zeros([SIZE, STEP], tl.int32)

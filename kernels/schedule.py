@@ -540,10 +540,12 @@ def empty_packed(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> list[
     return [operands.q.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
 
 
-def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
-    """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
+def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles, bias: Tensor | None = None) -> Schedule:
+    """The schedule of a mask `(b|1, h|1, i|1, j)` and a bias `(b|1, h|1, i|1, j|1)`, in blocks that fit all three
+    kernels."""
     of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
-    return plan_schedule(spec, tiles, *of_mask)(mask, None)
+    of_bias = None if bias is None else broadcast_strides(bias.shape, bias.stride())
+    return plan_schedule(spec, tiles, *of_mask, of_bias)(mask, bias)
 
 
 @lru_cache(maxsize=CALLS_KEPT)

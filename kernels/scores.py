@@ -208,35 +208,20 @@ class Scores:
 
 
 @triton.jit
-def capped(scale, softcap, SOFTCAP: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """The scale divided by the softcap, in the units that its tanh takes."""
-    capped_scale = scale / softcap
-    if SOFTCAP == "fast":
-        capped_scale = capped_scale * TWICE_LOG2E
-    return capped_scale.to(ACCUMULATOR)
-
-
-@triton.jit
 def scaled_scores(scale, SIGN: tl.constexpr, ACCUMULATOR: tl.constexpr):
     """The scores under a scale, a float64 argument of a kernel, whose sign is what `scale_sign` says."""
-    whole_scale = tl.full([], scale, tl.float64)  # the interpreter hands over a float
-    return scores_under(whole_scale, None, SIGN, "", ACCUMULATOR)
+    return scores_under(tl.full([], scale, tl.float64), SIGN, ACCUMULATOR)  # the interpreter hands over a float
 
 
 @triton.jit
-def scores_under(scale, softcap, SIGN: tl.constexpr, SOFTCAP: tl.constexpr, ACCUMULATOR: tl.constexpr):
-    """The scores under a scale and a softcap, if SOFTCAP says how its tanh is taken, that are tensors, as Gluon has
-    them."""
-    if SOFTCAP == "":
-        magnitude = scale
-        if SIGN < 0:
-            magnitude = -magnitude
-        factor_log2 = tl.full([], 1.0, ACCUMULATOR) if SIGN == 0 else (magnitude * LOG2E).to(ACCUMULATOR)
-        return Scores(factor_log2, magnitude.to(ACCUMULATOR), None, None, None, None, SIGN, "")
-    else:
-        capped_scale = capped(scale, softcap, SOFTCAP, ACCUMULATOR)
-        factor_log2 = (softcap * LOG2E).to(ACCUMULATOR)
-        return Scores(factor_log2, scale.to(ACCUMULATOR), capped_scale, None, None, None, SIGN, SOFTCAP)
+def scores_under(scale, SIGN: tl.constexpr, ACCUMULATOR: tl.constexpr):
+    """The same for a scale that is a tensor, as Gluon has it."""
+    magnitude = scale
+    if SIGN < 0:
+        magnitude = -magnitude
+    # Of a scale of 0 the factor is 1, which Gluon has no other way to write without a layout.
+    factor_log2 = (magnitude + 1.0 if SIGN == 0 else magnitude * LOG2E).to(ACCUMULATOR)
+    return Scores(factor_log2, magnitude.to(ACCUMULATOR), None, None, None, None, SIGN, "")
 
 
 @triton.jit
@@ -255,7 +240,10 @@ def scores_of_call(
         unit = whole_scale
         if SOFTCAP != "":
             unit = tl.full([], softcap, tl.float64)
-            capped_scale = capped(whole_scale, unit, SOFTCAP, ACCUMULATOR)
+            capped_scale = whole_scale / unit
+            if SOFTCAP == "fast":
+                capped_scale = capped_scale * TWICE_LOG2E
+            capped_scale = capped_scale.to(ACCUMULATOR)
         magnitude = whole_scale.to(ACCUMULATOR)
         if BIAS is None and ALIBI_SLOPES is None:
             return Scores((unit * LOG2E).to(ACCUMULATOR), magnitude, capped_scale, None, None, None, SIGN, SOFTCAP)

@@ -26,23 +26,32 @@ class Different(Exception):
     """What is compared does not compute what ours does; the message says where."""
 
 
+class _Fails(Different):
+    """It computes nothing at all."""
+
+
 def compare(
     attend: nn.Module, serving: Serving, changes: Iterable[dict[str, Any]], flash_differs: Collection[str] = ()
 ) -> str:
     """Compares outputs and gradients, in training without dropout, then dropout by itself, and what is left behind.
 
     What it cannot compute does not matter, as long as it computes the plainest example. Each of `changes` is a set of
-    attributes to compare with; in what its flash path differs, it is not compared there. Returns a note on how it
-    aligns `causal`.
+    attributes to compare with, the first as it is; nor does it matter if it computes nothing after another. In what its
+    flash path differs, it is not compared there. Returns a note on how it aligns `causal`.
 
     Raises `Different`.
     """
     if type(torch.empty(0, device="cpu")) is not Tensor:
         raise Different("it cannot be compared where tensors are fake: patch outside of FakeTensorMode")
-    notes = set()
+    notes: set[str] = set()
     with _undisturbed():
         for change in changes:
-            pair = _Pair(attend, serving, change)
+            try:
+                pair = _Pair(attend, serving, change)
+            except _Fails:
+                if not notes:
+                    raise
+                continue
             differs = flash_differs if getattr(pair.theirs, serving.flash, False) else ()
             pair.heeds = {*serving.arguments, "dropout", "2-D masks"} - {*serving.surplus, *differs}
             pair.compare_short()
@@ -103,7 +112,7 @@ class _Pair:
             if each or shared:
                 self.grouped = 4 if each else None
                 return
-        raise Different(f"it fails on a small example: {self.error}")
+        raise _Fails(f"it fails on a small example: {self.error}")
 
     def draw(self, queries: int, keys: int, kv_heads: int | None, batch: int = 2, heads: int = 4) -> list[Tensor]:
         """Random `q (b, h, i, 8)`, `k` and `v`."""
@@ -111,7 +120,7 @@ class _Pair:
         shapes = ((batch, heads, queries, 8), kv, kv)
         return [torch.randn(shape, generator=self.generator, dtype=self.dtype, device="cpu") for shape in shapes]
 
-    def agree(self, where: str, inputs: list[Tensor], gradients: bool = True, **arguments: Tensor | bool) -> bool:
+    def agree(self, where: str, inputs: list[Tensor], gradients: bool = True, **arguments: Any) -> bool:
         """Whether theirs computes this at all. Raises `Different` if ours computes something else."""
         try:
             theirs = self.results(self.theirs, inputs, gradients, arguments)
@@ -128,7 +137,7 @@ class _Pair:
         return True
 
     def results(
-        self, module: nn.Module, inputs: list[Tensor], gradients: bool, arguments: dict[str, Tensor | bool]
+        self, module: nn.Module, inputs: list[Tensor], gradients: bool, arguments: dict[str, Any]
     ) -> dict[str, Any]:
         """The output, and the gradients of q, k, v, a bias and what the module holds."""
         # Copies, since a module may write into what it is given.
@@ -147,9 +156,8 @@ class _Pair:
             names = leaves if out.requires_grad else ()
             generator = torch.Generator().manual_seed(0)
             grad_out = torch.randn(out.shape, generator=generator, dtype=out.dtype, device="cpu")
-            found = torch.autograd.grad(
-                out, [leaves[name] for name in names], grad_out, allow_unused=True, materialize_grads=True
-            )
+            needed = [leaves[name] for name in names]
+            found = names and torch.autograd.grad(out, needed, grad_out, allow_unused=True, materialize_grads=True)
             results |= {f"another gradient of {name}": None for name in leaves}
             results |= {f"another gradient of {name}": x for name, x in zip(names, found, strict=True)}
         return results
@@ -161,7 +169,9 @@ class _Pair:
     def compare_short(self) -> None:
         """Scores, heads, dimensions and masks, on five keys."""
         q, k, v = plain = self.draw(5, 5, self.grouped)
-        self.agree("with large scores", [30 * q, k, v])  # these show what clamps scores
+        # These show what clamps scores. Thirty times what they usually are, whatever its own scale is.
+        large = 30 * q.shape[-1] ** -0.5 / abs(getattr(self.ours, "scale", None) or q.shape[-1] ** -0.5)
+        self.agree("with large scores", [large * q, k, v])
         self.agree("with a wider v", [q, k, torch.cat((v, v + 1), dim=-1)])
         self.agree("with grouped heads", self.draw(5, 5, 2))
         for causal in (False, True) if "causal" in self.heeds else ():
@@ -180,16 +190,16 @@ class _Pair:
 
     def compare_changed_scores(self) -> None:
         """With a bias of each shape, on five keys, with a mask too."""
+        mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="cpu").tril(2)
+        masks: list[dict[str, Any]] = [{}, {"mask": mask}] if "mask" in self.heeds else [{}]
         for name in {"attn_bias", "bias"} & self.heeds:
-            for shape in ((5, 5), (4, 5, 5), (2, 4, 5, 5), (2, 1, 1, 5)):
+            for shape, kv_heads in (((5, 5), 4), ((4, 5, 5), 4), ((2, 4, 5, 5), 4), ((2, 1, 1, 5), 4), ((4, 5, 5), 2)):
                 bias = torch.randn(shape, generator=self.generator, dtype=self.dtype, device="cpu")
-                plain, where = self.draw(5, 5, self.grouped), f"with a bias of {shape}"
-                self.agree(where, plain, **{name: bias})
-                if "mask" in self.heeds:
-                    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="cpu").tril(2)
-                    self.agree(f"{where} and a mask", plain, mask=mask, **{name: bias})
-            by_head = torch.randn(4, 5, 5, generator=self.generator, dtype=self.dtype, device="cpu")
-            self.agree("with a bias and grouped heads", self.draw(5, 5, 2), **{name: by_head})
+                inputs = self.draw(5, 5, self.grouped and kv_heads)
+                for masked in masks:
+                    where = f"with a bias of {shape}, {kv_heads} heads{' and a mask' if masked else ''}"
+                    arguments = {**masked, name: bias}
+                    self.agree(where, inputs, **arguments)
 
     def compare_alignment(self) -> str:
         """Fewer queries than keys: a flash path may align `causal` otherwise, which is noted."""

@@ -140,6 +140,7 @@ def patch(
     keep_flash: bool = False,
     deterministic: bool | None = None,
     strict: bool = False,
+    context_parallel: Any = None,
 ) -> PatchHandle:
     """Has every lucidrains-style `Attend` in `model` computed by `flash_attention`, where it is.
 
@@ -161,6 +162,7 @@ def patch(
             backend serves whatever the flag is.
         deterministic: as in `Attend`.
         strict: raise `PatchError`, with the model as it was, if any is refused or none is found.
+        context_parallel: as in `Attend`, for a model of whose activations each rank holds shards.
 
     Returns:
         A handle: `print(handle)` shows what was found and what became of it; `handle.restore()` undoes it. Where a
@@ -178,9 +180,10 @@ def patch(
     for name, flag in (("keep_flash", keep_flash), ("strict", strict)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
-    Attend(backend=backend, deterministic=deterministic)  # raises for what is wrong whatever the model holds
+    # Raises for what is wrong whatever the model holds.
+    shared = Attend(backend=backend, deterministic=deterministic, context_parallel=context_parallel).context_parallel
 
-    service = Service(backend, keep_flash, deterministic)
+    service = Service(backend, keep_flash, deterministic, shared)
     judge = Judge(service)
     judged = []
     for found in find(model):

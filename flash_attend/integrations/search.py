@@ -10,7 +10,7 @@ import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,12 +52,12 @@ def find(model: nn.Module) -> list[Found]:
             it.owners += _listed(owners)
         elif id(value) not in seen:
             seen[id(value)] = value
-            if type(value) is types.MethodType and _is_attend(value.__self__):
+            if type(value) is types.MethodType and _is_attend(bound := cast(Any, value.__self__)):
                 name = getattr(value.__func__, "__name__", "")
-                found.setdefault(id(value.__self__), Found(value.__self__)).methods[path] = name
+                found.setdefault(id(bound), Found(bound)).methods[path] = name
             if nn.Module in type(value).__mro__:
                 owners = (value, owners)
-            pending += [(*held, owners) for held in list(_inside(path, value))[::-1]]
+            pending += [(place, held, owners) for place, held in list(_inside(path, value))[::-1]]
     return list(found.values())
 
 

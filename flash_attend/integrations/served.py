@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from flash_attend.attend import record_call
 from flash_attend.functional import flash_attention
 
 __all__ = ["ServedAttend", "Service", "Serving", "dropout_in_force", "is_neutral", "served_class", "serving_of"]
@@ -22,10 +23,11 @@ class Service:
     backend: str = "auto"
     keep_flash: bool = False
     deterministic: bool | None = None
+    context_parallel: Any = None
 
     def asks_the_same(self, other: Service) -> bool:
         """Whether nothing would change if the other one took its place."""
-        return dataclasses.astuple(self) == dataclasses.astuple(other)
+        return vars(self) == vars(other)
 
 
 class Serving(NamedTuple):
@@ -47,6 +49,8 @@ class ServedAttend(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *others: Any, **named: Any) -> Any:
         """As the original's: what it takes, in the same order and under the same names, and what it returns."""
+        if isinstance(q, Proxy):
+            return record_call(self, q, k, v, *others, **named)
         return self._compute_attention(q, k, v, **self._read_arguments(others, named))
 
     def _read_arguments(self, others: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +84,8 @@ class ServedAttend(nn.Module):
         service = serving.services[-1]
         by_einsum = service.keep_flash and not getattr(self, serving.flash, False)
         probability, training = dropout_in_force(self, serving.flash)
-        return flash_attention(
+        attend = flash_attention if service.context_parallel is None else service.context_parallel.attend
+        return attend(
             q,
             k,
             v,

@@ -59,7 +59,7 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_ba
 from flash_attend.kernels.hopper.versions import reduce_tile
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import readable, scale_sign, window_numbers
+from flash_attend.kernels.operands import readable, window_numbers
 from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
 from flash_attend.kernels.statistics import Kept, prepare_statistics
@@ -174,8 +174,7 @@ def _step(grad_k, grad_v, step, block, shared, mask, scores, tile, CONSUMER: gl.
     grad_weights_token = issue_product(shared.v.of(CONSUMER, 0).buffer(), grad)
 
     products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
-    applied = scores.apply(products)
-    x = applied
+    x = scores.apply(products)
     # Without the gradient of q no product mixes keys: what a hidden one holds stays in its own rows until the end.
     if mask.CAUSAL or mask.left is not None or mask.HIDES_KEYS:  # noqa: SIM102 (when it is compiled; next, when it runs)
         if tile.is_masked(block):
@@ -189,7 +188,7 @@ def _step(grad_k, grad_v, step, block, shared, mask, scores, tile, CONSUMER: gl.
 
     grad_weights = warpgroup_mma_wait(num_outstanding=1, deps=(grad_weights_token,))
     delta = grad.numbers().load(per_column(BLOCK_M))[None, :]
-    grad_scores = scores.gradient(weights * (grad_weights - delta), applied).to(dtype)
+    grad_scores = scores.gradient(weights * (grad_weights - delta)).to(dtype)
     if FUSED:
         shared.grad_scores.put(grad_scores, step, CONSUMER)
         grad_q_token = _issue_query_gradient(shared, step, CONSUMER)
@@ -261,7 +260,6 @@ def hopper_backward_kernel(
     mask_stride_head: gl.int32,
     window_left: gl.int32,
     window_right: gl.int32,
-    softcap: gl.float64,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -271,7 +269,6 @@ def hopper_backward_kernel(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
-    SOFTCAP: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """One tile of BLOCK_N keys of one key/value head: GRAD_K and GRAD_V (b, hk, j, d). FUSED: its share of the sum that
@@ -283,7 +280,7 @@ def hopper_backward_kernel(
     )  # fmt: skip
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
     # Made here: an argument would be loaded anew in every round.
-    scores = scores_under(scale, softcap, SCALE_SIGN, SOFTCAP, gl.float32)
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)
 
     dtype: gl.constexpr = q_descriptor.dtype
     barriers = make_barriers()
@@ -362,7 +359,7 @@ def attention_backward(
         inputs = map(bulk_readable, (of_queries[0], k, v, of_queries[1]))
         launch(prepared, *inputs, *rows, grad_k, grad_v, total, schedule.visible, schedule.lists)
     if fused:
-        torch.mul(total, spec.scale * (scale_sign(spec) or 1), out=grad_q)
+        torch.mul(total, abs(spec.scale), out=grad_q)
     elif needs_q:
         query_gradient(q, k, v, grad_out, grad_q, log2, delta, schedule, spec, tiles)
     grads = grad_q, grad_k if needs_k else None, grad_v if needs_v else None
@@ -398,7 +395,7 @@ def _prepare(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fused: 
     return Prepared(
         hopper_backward_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec), float(spec.softcap)),
+        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -29,7 +29,6 @@ from flash_attend.kernels.hopper.partitions import (
     CONSUMERS,
     REGISTERS,
     Meeting,
-    Scaling,
     as_operand,
     clear_hidden,
     make_meeting,
@@ -46,6 +45,7 @@ from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
 from flash_attend.kernels.operands import query_section, window_numbers
 from flash_attend.kernels.schedule import Schedule
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import INFINITY, recomputed_weights
 from flash_attend.kernels.statistics import padded_length
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -82,13 +82,13 @@ class Rows:
     delta: gl.tensor
 
     @gluon.jit
-    def weights(self, applied, scores):
-        return recomputed_weights(applied, None, self.log2[:, None], scores.factor_log2)
+    def weights(self, products, scores):
+        return recomputed_weights(scores.apply(products), None, self.log2[:, None], scores.factor_log2)
 
     @gluon.jit
-    def grad_scores(self, weights, grad_weights, applied, scores):
+    def grad_scores(self, weights, grad_weights, scores):
         """The gradients of the products, but for the magnitude of the scale."""
-        return scores.gradient(weights * (grad_weights - self.delta[:, None]), applied)
+        return scores.gradient(weights * (grad_weights - self.delta[:, None]))
 
 
 @gluon.jit
@@ -115,13 +115,12 @@ def _masked_block(step, shared, scores, mask, rows, block, CONSUMER: gl.constexp
     products_token = issue_product(shared.q.of(CONSUMER, 0).buffer(), k)
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
     products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
-    applied = scores.apply(products)
-    weights = rows.weights(applied, scores)
+    weights = rows.weights(products, scores)
     v.await_full()  # again, as in `_step`
     grad_weights = warpgroup_mma_wait(num_outstanding=0, deps=(grad_weights_token,))
     v.release()
     key = block * BLOCK_N + gl.arange(0, BLOCK_N, layout=per_column(BLOCK_N))
-    grad_scores = rows.grad_scores(weights, grad_weights, applied, scores)
+    grad_scores = rows.grad_scores(weights, grad_weights, scores)
     grad_scores = mask.hide(grad_scores, rows.row[:, None], key[None, :], mask.key_shown(key)[None, :], 0.0)
     return as_operand(grad_scores, k.buffer().dtype, WIDTH)
 
@@ -137,14 +136,13 @@ def _step(total, grad_scores, step, shared, scores, rows, CONSUMER: gl.constexpr
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
     total_token = warpgroup_mma(grad_scores, before.buffer(), total, is_async=True)
     products = warpgroup_mma_wait(num_outstanding=2, deps=(products_token,))
-    applied = scores.apply(products)
-    weights = rows.weights(applied, scores)
+    weights = rows.weights(products, scores)
     # Both barriers are through: a wait ends a basic block, and keeps the assembler from hoisting the one for a product,
     # which follows, above the arithmetic that is to run beside it.
     v.await_full()
     grad_weights = warpgroup_mma_wait(num_outstanding=1, deps=(grad_weights_token,))
     v.release()
-    new = rows.grad_scores(weights, grad_weights, applied, scores)
+    new = rows.grad_scores(weights, grad_weights, scores)
     k.await_full()
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total_token,))
     grad_scores = as_operand(new, grad_scores.dtype, total.shape[1])
@@ -153,12 +151,12 @@ def _step(total, grad_scores, step, shared, scores, rows, CONSUMER: gl.constexpr
 
 
 @gluon.jit
-def _consume(outputs, shared, tiles, tile, scaling, CONSUMER: gl.constexpr):
+def _consume(outputs, shared, tiles, tile, scale, SCALE_SIGN: gl.constexpr, CONSUMER: gl.constexpr):
     """A consumer."""
     out = shared.q.of(CONSUMER, 0)
     WIDTH: gl.constexpr = out.buffer().shape[1]
     mask = tile.mask
-    scores = scaling.scores()
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
     row = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(tiles.BLOCK_N))
     at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * padded_length(mask.queries) + row
@@ -208,7 +206,6 @@ def hopper_backward_q_kernel(
     section: gl.int32,
     window_left: gl.int32,
     window_right: gl.int32,
-    softcap: gl.float64,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -219,7 +216,6 @@ def hopper_backward_q_kernel(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
-    SOFTCAP: gl.constexpr,
 ):
     """One tile of BLOCK_M queries of one head: its rows of the gradient of q, (b, h, i, d)."""
     dtype: gl.constexpr = q_descriptor.dtype
@@ -240,11 +236,10 @@ def hopper_backward_q_kernel(
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
     outputs = Outputs(grad_q_descriptor, LOG2, DELTA)
     shared = Shared(q, grad, k, v, cleared)
-    scaling = Scaling(scale, softcap, SCALE_SIGN, SOFTCAP)
     gl.warp_specialize(
         [
-            (_consume, (outputs, shared, tiles, tile, scaling, 0)),
-            (_consume, (outputs, shared, tiles, tile, scaling, 1)),
+            (_consume, (outputs, shared, tiles, tile, scale, SCALE_SIGN, 0)),
+            (_consume, (outputs, shared, tiles, tile, scale, SCALE_SIGN, 1)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],
@@ -282,14 +277,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int) -> Prepared:
     return Prepared(
         hopper_backward_q_kernel,
         heads_total * triton.cdiv(spec.queries, tile.block_m),
-        (
-            float(spec.scale),
-            *call_numbers(spec, planes),
-            heads_total,
-            query_section(spec),
-            *window_numbers(spec),
-            float(spec.softcap),
-        ),
+        (float(spec.scale), *call_numbers(spec, planes), heads_total, query_section(spec), *window_numbers(spec)),
         dict(V_SLOTS=tile.num_stages, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -32,7 +32,6 @@ from flash_attend.kernels.hopper.partitions import (
     CONSUMERS,
     REGISTERS,
     Meeting,
-    Scaling,
     as_operand,
     clear_hidden_rows,
     make_meeting,
@@ -48,6 +47,7 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ri
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared
 from flash_attend.kernels.operands import window_numbers
+from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
@@ -89,11 +89,13 @@ def _produce(inputs, shared, tile):
 
 
 @gluon.jit
-def _weights(applied, q, block, tile, scores):
+def _weights(products, q, block, tile, scores):
     """The weights [CONSUMER_ROWS, BLOCK_M] of a block of queries."""
-    BLOCK_M: gl.constexpr = applied.shape[1]
+    BLOCK_M: gl.constexpr = products.shape[1]
     mask = tile.mask
-    weights = recomputed_weights(applied, None, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2)
+    weights = recomputed_weights(
+        scores.apply(products), None, q.numbers().load(per_column(BLOCK_M))[None, :], scores.factor_log2
+    )
     # Where no product mixes keys, hidden ones may have weights: their rows are cleared at the end. Here the weights are
     # hidden, not the scores before them: that takes fewer registers where each consumer has scores of its own.
     if mask.CAUSAL or mask.left is not None or mask.HIDES_KEYS:  # noqa: SIM102 (decided when it is compiled)
@@ -137,9 +139,9 @@ def _after(head, block, n_blocks):
 
 
 @gluon.jit
-def _consume_for_v(outputs, shared, tile, scaling, FUSED: gl.constexpr):
+def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED: gl.constexpr):
     """The consumer that makes the gradient of v, and what these keys add to that of q."""
-    scores = scaling.scores()
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     mask = tile.mask
     k = shared.keys.of(0, 0)
     dtype: gl.constexpr = k.buffer().dtype
@@ -158,7 +160,7 @@ def _consume_for_v(outputs, shared, tile, scaling, FUSED: gl.constexpr):
         grad = shared.grad.at(step)
         token = issue_product(k.buffer(), q)
         products = warpgroup_mma_wait(num_outstanding=0, deps=(token,))
-        weights = _weights(scores.apply(products), q, block, tile, scores)
+        weights = _weights(products, q, block, tile, scores)
         q.release()
         grad.await_full()
         total = add_product(total, as_operand(weights, dtype, WIDTH), grad)
@@ -172,9 +174,9 @@ def _consume_for_v(outputs, shared, tile, scaling, FUSED: gl.constexpr):
 
 
 @gluon.jit
-def _consume_for_k(outputs, shared, tile, scaling, FUSED: gl.constexpr):
+def _consume_for_k(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED: gl.constexpr):
     """The consumer that makes the gradient of k."""
-    scores = scaling.scores()
+    scores = scores_under(scale, SCALE_SIGN, gl.float32)  # here: handed over, it would take another register
     mask = tile.mask
     k = shared.keys.of(0, 0)
     v = shared.keys.of(1, 0)
@@ -194,14 +196,13 @@ def _consume_for_k(outputs, shared, tile, scaling, FUSED: gl.constexpr):
         products_token = issue_product(k.buffer(), q)
         grad_weights_token = issue_product(v.buffer(), grad)
         products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
-        applied = scores.apply(products)
-        weights = _weights(applied, q, block, tile, scores)
+        weights = _weights(products, q, block, tile, scores)
         # It is through: a wait ends a basic block, and keeps the assembler from hoisting the one for a product, which
         # follows, above the exponentials.
         grad.await_full()
         grad_weights = warpgroup_mma_wait(num_outstanding=0, deps=(grad_weights_token,))
         delta = grad.numbers().load(per_column(weights.shape[1]))
-        grad_scores = scores.gradient(weights * (grad_weights - delta[None, :]), applied).to(dtype)
+        grad_scores = scores.gradient(weights * (grad_weights - delta[None, :])).to(dtype)
         grad.release()
         if FUSED:
             part = shared.grad_scores.at(step)
@@ -236,7 +237,6 @@ def hopper_backward_wide_kernel(
     mask_stride_head: gl.int32,
     window_left: gl.int32,
     window_right: gl.int32,
-    softcap: gl.float64,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -246,7 +246,6 @@ def hopper_backward_wide_kernel(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
-    SOFTCAP: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """One tile of BLOCK_N keys, as many as a consumer takes, of one key/value head: GRAD_K and GRAD_V (b, hk, j, d)."""
@@ -270,11 +269,10 @@ def hopper_backward_wide_kernel(
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_descriptor, log2_descriptor, delta_descriptor)
     outputs = Outputs(grad_k_descriptor, grad_v_descriptor, TOTAL, queries, heads)
     shared = Shared(key_rows, q, grad, grad_scores, cleared)
-    scaling = Scaling(scale, softcap, SCALE_SIGN, SOFTCAP)
     gl.warp_specialize(
         [
-            (_consume_for_k, (outputs, shared, tile, scaling, FUSED)),
-            (_consume_for_v, (outputs, shared, tile, scaling, FUSED)),
+            (_consume_for_k, (outputs, shared, tile, scale, SCALE_SIGN, FUSED)),
+            (_consume_for_v, (outputs, shared, tile, scale, SCALE_SIGN, FUSED)),
             (_produce, (inputs, shared, tile)),
         ],
         [4, 1],
@@ -291,7 +289,7 @@ def prepare_wide(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fus
     return Prepared(
         hopper_backward_wide_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec), float(spec.softcap)),
+        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

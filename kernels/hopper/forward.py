@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels.compat import TWICE_LOG2E, aggregate, kernel
+from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.forward import empty_outputs
 from flash_attend.kernels.hopper.operands import (
@@ -255,7 +255,6 @@ def hopper_forward_kernel(
     section: gl.int32,
     window_left: gl.int32,
     window_right: gl.int32,
-    capped_scale: gl.float32,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -265,7 +264,6 @@ def hopper_forward_kernel(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
-    SOFTCAP: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     PING_PONG: gl.constexpr,
 ):
@@ -285,9 +283,7 @@ def hopper_forward_kernel(
         CAUSAL, LEFT, RIGHT, HIDES_KEYS=True,
     )  # fmt: skip
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
-    scores = Scores(
-        factor_log2, None, capped_scale if SOFTCAP != "" else None, None, None, None, SCALE_SIGN, SOFTCAP
-    )  # fmt: skip
+    scores = Scores(factor_log2, None, None, None, None, None, SCALE_SIGN, "")
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, None, None, None)
     outputs = Outputs(out_descriptor, LSE, STATISTICS, COUNTS, SINKS)
     shared = Shared(q, k, v, out, cleared, turns)
@@ -321,11 +317,6 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> 
     return out, lse, Kept(statistics, *schedule)
 
 
-def _capped_scale(spec: AttentionSpec) -> float:
-    """What `capped` gives; 0 without a softcap."""
-    return spec.scale / spec.softcap * TWICE_LOG2E.value if spec.softcap else 0.0
-
-
 @lru_cache(maxsize=CALLS_KEPT)
 def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: int) -> Prepared:
     """The launch for all tensors of these sizes."""
@@ -337,14 +328,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: in
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
-        (
-            factor_log2(spec),
-            *call_numbers(spec, planes),
-            heads_total,
-            query_section(spec),
-            *window_numbers(spec),
-            _capped_scale(spec),
-        ),
+        (factor_log2(spec), *call_numbers(spec, planes), heads_total, query_section(spec), *window_numbers(spec)),
         dict(
             PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v

@@ -73,5 +73,4 @@ def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict[str, Any
         MASK=int(spec.mask),
         **all_edges(spec),
         SCALE_SIGN=scale_sign(spec),
-        SOFTCAP="fast" if spec.softcap else "",
     )

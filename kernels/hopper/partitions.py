@@ -8,7 +8,6 @@ from flash_attend.kernels.compat import aggregate
 from flash_attend.kernels.hopper.ring import Barriers
 from flash_attend.kernels.hopper.versions import store_tile
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.scores import scores_under
 
 CONSUMERS = gl.constexpr(2)
 CONSUMER_ROWS = gl.constexpr(64)  # of a tile: what one asynchronous product of four warps takes
@@ -50,21 +49,6 @@ def rows_at_a_time(columns):
 def clearing_layout(columns):
     """Where the registers of four warps hold as many rows."""
     return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
-
-
-@aggregate
-class Scaling:
-    """The scale and the softcap of a call, float64, of which each consumer makes the scores for itself: handed over,
-    they would take more registers."""
-
-    scale: gl.tensor
-    softcap: gl.tensor
-    SIGN: gl.constexpr
-    SOFTCAP: gl.constexpr  # how its tanh is taken, empty without one
-
-    @gluon.jit
-    def scores(self):
-        return scores_under(self.scale, self.softcap, self.SIGN, self.SOFTCAP, gl.float32)
 
 
 @aggregate

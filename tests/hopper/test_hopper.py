@@ -65,7 +65,7 @@ CASES = (
     Case("window_pad_left_causal", 3, 2, queries=300, keys=300, d=128, window=(40, None), mask="pad_left", causal=True),
     Case("window_left_alone", 1, 2, queries=130, keys=600, d=256, window=(60, None)),
     Case("window_right_alone", 1, 2, queries=600, keys=130, d=64, window=(None, 60), mask="pad_right"),
-    Case("window_of_one", 1, 1, queries=300, keys=280, d=256, window=(0, 0), mask="holes"),
+    Case("window_of_one", 1, 1, queries=300, keys=280, d=128, window=(0, 0), mask="holes"),
     Case("sinks_dead_batch", 2, 2, queries=140, keys=300, d=64, mask="dead_batch", sinks=True, bias_in_float32=True),
 )
 KEY_CASES = (

@@ -55,3 +55,14 @@ def test_huggingface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(example.huggingface, "flash_attention", lambda *of, mask, **how: attend(*of, **how))
     assert example.main(small) == 1, "without the padding's mask"
     assert "other tokens" in capsys.readouterr().out
+
+
+def test_packed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = example_of("packed")
+    small = ["--device=cpu", "--texts=6", "--steps=3", "--longest=80", "--heads=2", "--d=8"]
+    assert example.main(small) == 0
+    assert "the losses are the same" in capsys.readouterr().out
+
+    attend = example.flash_attention_packed
+    monkeypatch.setattr(example, "flash_attention_packed", lambda *of, causal: attend(*of))
+    assert example.main(small) == 1, "what comes later must not be seen"

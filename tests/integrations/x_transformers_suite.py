@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from flash_attend import patch
+from flash_attend.integrations import PatchHandle
+from flash_attend.integrations.judging import Judge
 from flash_attend.integrations.search import find
 
 TOLERANCE = 1e-4
@@ -62,6 +64,8 @@ class Run:
         torch.manual_seed(0)
         try:
             test()
+        except KeyboardInterrupt:
+            raise
         except BaseException:  # pytest's skip is one, too
             return traceback.format_exc(limit=-1)
         finally:
@@ -79,14 +83,22 @@ class Run:
         for attend in new:
             attend.dropout = attend.attn_dropout.p = 0.0
         if self.patched:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                handle = patch(model)
+            handle = self.patch(model)
             for outcome in handle.outcomes:
                 if id(outcome.attend) in {id(attend) for attend in new}:
                     self.replaced += outcome.status == "replaced"
                     self.reasons[outcome.reason] += outcome.status == "refused"
         return True
+
+    def patch(self, model: nn.Module) -> PatchHandle:
+        """Those that are alike are judged once for all tests."""
+        self.inside = True
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return patch(model)
+        finally:
+            self.inside = False
 
 
 def answers(model: nn.Module, returned: Any) -> dict[str, Tensor]:
@@ -153,12 +165,16 @@ def parametrized(names: Any, values: Any) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path)
-    parser.add_argument("-k", dest="only", default="")
+    parser.add_argument("-k", dest="only", default="", help="only tests with this in their name")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th test, from the I-th on")
     given = parser.parse_args()
+    verdicts: dict[Any, Any] = {}
+    Judge.verdicts = property(lambda judge: verdicts, lambda judge, none: None)  # type: ignore[assignment]
     total: collections.Counter[str] = collections.Counter()
     reasons: collections.Counter[str] = collections.Counter()
     worst: dict[str, tuple[float, str]] = {"output": (0.0, ""), "gradient": (0.0, "")}
-    for name, test in cases(given.path, given.only):
+    first, step = map(int, given.part.split("/"))
+    for name, test in itertools.islice(cases(given.path, given.only), first, None, step):
         before, after = Run(patched=False), Run(patched=True)
         errors = before(test), after(test)
         total.update(
@@ -166,7 +182,7 @@ def main() -> int:
             models=len(after.models),
             attends=len(after.attends),
             replaced=after.replaced,
-            failed=bool(errors[0]),
+            failed=int(bool(errors[0])),
             calls=len(after.answers),
         )
         reasons.update(after.reasons)
@@ -185,6 +201,7 @@ def main() -> int:
             total["otherwise"] += 1
             print(f"{name}: {max(gaps)[1]} differs by {max(gaps)[0]:.1e}", flush=True)
     print(", ".join(f"{count} {what}" for what, count in total.items()))
+    print(f"{len(verdicts)} kinds of Attends compared")
     for reason, count in reasons.most_common():
         if count:
             print(f"{count:4d} refused: {reason}")

@@ -135,6 +135,12 @@ HOPPER_REFUSALS = {
     ),
     "dropout": (replace(SPEC, dropout_p=0.1), H100, "dropout is on"),
     "scores": (replace(SPEC, alibi=True, bias=BIAS), H100, "it does not serve a bias and ALiBi"),
+    "softcap": (replace(SPEC, softcap=1.0), H100, "its backward has no registers for a softcap"),
+    "wide_window": (
+        replace(SPEC, head_dim=256, value_dim=256, mask=MaskKind.KEY, window=(9, None)),
+        H100,
+        "at d = 256 its backward has no registers for a key mask in a window",
+    ),
     "no_keys": (replace(SPEC, keys=0), H100, "there are no keys"),
     "interpreter": (SPEC, INTERPRETER, "Triton's interpreter runs no Gluon"),
 }

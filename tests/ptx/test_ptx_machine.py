@@ -310,6 +310,15 @@ MISTAKES = {
         dict(wait="@%p1 mbarrier.inval.shared::cta.b64 [%r1+2048];" + WAIT.format(phase=0)),
         "invalidated while a copy to it is in flight|no mbarrier",
     ),
+    "invalidated while others may wait": (
+        dict(end="@%p1 mbarrier.inval.shared::cta.b64 [%r1+2048];"), "nothing that orders its uses|no mbarrier"
+    ),
+    "initialized twice": (
+        dict(end="@%p1 mbarrier.init.shared::cta.b64 [%r1+2048], 1;"), "initialized where there is one"
+    ),
+    "initialized where others read": (
+        dict(end="@%p1 mbarrier.init.shared::cta.b64 [%r1+128], 1;"), "race: write of byte 128|race: read of byte"
+    ),
 }  # fmt: skip
 
 
@@ -320,6 +329,16 @@ def test_mistakes_with_mbarriers(name: str, copies: str) -> None:
     for seed in range(3):
         with pytest.raises(Fault, match=message):
             bulk(copies, seed, **changes)
+
+
+def test_an_mbarrier_takes_the_place_of_what_was_read_and_of_another() -> None:
+    reuse = """
+    bar.sync 0;
+    @%p1 mbarrier.init.shared::cta.b64 [%r1+128], 1;
+    @%p1 mbarrier.inval.shared::cta.b64 [%r1+2048];
+    @%p1 mbarrier.init.shared::cta.b64 [%r1+2048], 1;
+    """
+    np.testing.assert_array_equal(bulk(end=reuse), WORDS)
 
 
 @pytest.mark.parametrize("copies", ("late", "early", "random"))
@@ -448,9 +467,10 @@ def product(
     before: str = "",
     fence: str = "wgmma.fence.sync.aligned;",
     behind: str = "",
+    partitions: bool = True,
 ) -> Array:
     stores = "\n".join(f"st.shared.b32 [%r2+{4 * n}], %r3;" for n in range(32))
-    body = CHOICE + GROUP.format(
+    body = CHOICE * partitions + GROUP.format(
         before=before, fence=fence, behind=behind, early=early, late=late, left_over=left_over,
         stores=stores, left=descriptor(0, 1024, 1), right=descriptor(8192, 1024, 1),
         operand="{ %r3, %r3, %r3, %r3 }" if registers else "%rd5",
@@ -470,6 +490,16 @@ def test_registers_are_fenced_before_the_product_that_takes_them(write: str) -> 
     for wrong in (dict(fence=""), dict(behind=write)):
         with pytest.raises(Fault, match=r"without a wgmma\.fence since"):
             product(registers=True, **wrong)
+
+
+def test_without_partitions_a_fence_comes_after_the_last_wait() -> None:
+    """There Triton leaves out the one after the last write to a register."""
+    again = GROUP[GROUP.index("wgmma.mma") : GROUP.index("{early}")].format(operand="%rd5", trans=", 0, 0")
+    again += "wgmma.wait_group.sync.aligned 0;"
+    product(partitions=False, behind="mov.b32 %r10, 0;", late=f"wgmma.fence.sync.aligned;\n{again}")
+    for wrong in (dict(fence=""), dict(late=again)):
+        with pytest.raises(Fault, match=r"without a wgmma\.fence since"):
+            product(partitions=False, **wrong)
 
 
 STORE_TO_OPERAND = "st.shared.b32 [%r2+64], 0;"

@@ -323,7 +323,7 @@ def test_keys_that_a_bias_or_a_window_hides_are_inert(backend: Backend) -> None:
     rest = (dict(causal=True), dict(window=(9, 3)), dict(mask="bhij"))
     for options in (
         dict(bias="hiding_keys"),
-        dict(window=(3, None), queries=5, keys=40),
+        dict(window=(3, None), queries=5, keys=43),
         *(dict(bias="1hij", queries=43, **others) for others in rest),
     ):
         call = call_for(backend, Case("inert", **options), backend.dtype)

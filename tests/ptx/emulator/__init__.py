@@ -32,7 +32,7 @@ What is not modelled:
 - Clusters, and with them other programs' shared memory.
 - That a bulk copy which overwrites what was read by ordinary loads may need a fence.
 - In kernels without partitions, two fences that are asked for in the others, because Triton 3.7 itself leaves them out:
-  the one between the initialization of an mbarrier and a bulk copy that completes on it, and `wgmma.fence` after what
-  it moves there itself, between the last write to a register and the product that reads it.
+  the one between the initialization of an mbarrier and a bulk copy that completes on it, and `wgmma.fence` after the
+  last write to a register that a product reads. There one has to come after the last wait for products.
 - Arithmetic to the last bit: see `arithmetic` and `products`. TF32 operands are cut off to 19 bits, as the part does.
 """

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy import ndarray as Array
 
 from emulator.faults import Fault
+from emulator.races import LANES
 from emulator.shared import BASE
 
 if TYPE_CHECKING:
     from emulator.machine import Machine
 
 __all__ = ["Barriers"]
+
+BYTES = 8  # of one in shared memory
 
 
 @dataclass
@@ -29,6 +32,7 @@ class _Barrier:
     fenced: bool = False  # since it was initialized: bulk copies may complete on it
     gathered: Array | None = None  # what those who arrived in this phase knew
     published: Array | None = None  # what those who arrived in complete phases knew
+    used: dict[int, int] = field(default_factory=dict)  # by which warps, and their clocks then
 
 
 class Barriers:
@@ -45,12 +49,18 @@ class Barriers:
             agent = self.machine.agent(row, warp)
             if not self.machine.races.knows(agent, barrier.made_by, barrier.made_at):
                 raise Fault(f"warp {warp} uses an mbarrier whose initialization is not ordered before")
+            barrier.used[agent] = int(self.machine.races.now(agent))
         return barrier
 
     def init(self, lanes: Iterable[list[int]], count: int) -> None:
         for row, thread, address in lanes:
-            agent = self.machine.agent(row, thread // 32)
-            self.barriers[row, address] = _Barrier(count, count, agent, int(self.machine.races.now(agent)))
+            if (row, address) in self.barriers:
+                raise Fault("an mbarrier is initialized where there is one")
+            agent, races, shared = self.machine.agent(row, thread // 32), self.machine.races, self.machine.shared
+            place = int(shared.first[row, 0]) + address - BASE
+            races.write(np.array([place]), np.array([agent * LANES + thread % 32]), BYTES)
+            shared.bytes[place : place + BYTES] = 0xFF
+            self.barriers[row, address] = _Barrier(count, count, agent, int(races.now(agent)))
 
     def fence(self, warps: Array) -> None:
         """What these warps have initialized, bulk copies may complete on from now on."""
@@ -61,7 +71,9 @@ class Barriers:
 
     def invalidate(self, lanes: Iterable[list[int]]) -> None:
         for row, thread, address in lanes:
-            self._at(row, address, thread // 32)
+            barrier, agent = self._at(row, address, thread // 32), self.machine.agent(row, thread // 32)
+            if not all(self.machine.races.knows(agent, of, clock) for of, clock in barrier.used.items()):
+                raise Fault("an mbarrier is invalidated with nothing that orders its uses before")
             if self.machine.bulk.completes_on(row, address):
                 raise Fault("an mbarrier is invalidated while a copy to it is in flight")
             del self.barriers[row, address]

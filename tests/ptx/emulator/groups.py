@@ -38,6 +38,7 @@ class GroupProducts:
         self.machine = machine
         self.group = np.zeros((machine.shape[0], -(-machine.warps // 4)), np.int64)  # that the next product belongs to
         self.reads: list[_Reads] = []
+        self.fenced = np.zeros(self.group.shape, bool)  # since the last wait
         # Of each register that products write: the group of the last one, until it is waited for.
         self.pending = np.full((*self.group.shape, len(machine.program.sums)), DONE, np.int64)
 
@@ -48,7 +49,10 @@ class GroupProducts:
 
     def issue(self, registers: Array, mask: Mask) -> None:
         """A product that writes to these begins."""
-        row, four = np.nonzero(self._active(mask))
+        active = self._active(mask)
+        if not self.fenced[active].all():
+            self.unfenced()
+        row, four = np.nonzero(active)
         self.pending[row[:, None], four[:, None], registers] = self.group[row, four][:, None]
 
     def move(self, register: int, to: int, mask: Mask) -> None:
@@ -59,6 +63,9 @@ class GroupProducts:
         if (self.pending[:, :, registers][self.machine.groups_of(mask)] != DONE).any():
             raise Fault("registers of a product of four warps are touched before it is waited for")
 
+    def fence(self, mask: Mask) -> None:
+        self.fenced |= self._active(mask)
+
     def unfenced(self) -> None:
         raise Fault("a product of four warps takes registers that were written without a wgmma.fence since")
 
@@ -68,6 +75,8 @@ class GroupProducts:
     def wait(self, count: int, mask: Mask) -> None:
         """Until all but the last so many groups of products of each four warps have read their operands."""
         active, races = self._active(mask), self.machine.races
+        if not self.machine.program.specialized:  # for those `translate` asks more
+            self.fenced &= ~active
         self.pending[active[:, :, None] & (self.pending < (self.group - count)[:, :, None])] = DONE
         done = [
             bool(active[reads.row, reads.four]) and reads.group < self.group[reads.row, reads.four] - count

@@ -138,8 +138,8 @@ def _wgmma_shape(item: Instruction) -> tuple[int, str]:
 
 @instruction("wgmma.fence", section=GROUP)
 def _wgmma_fence(item: Instruction) -> Meaning:
-    """Orders what warps write to registers before the product that reads them: the machine writes registers at once."""
-    return Meaning(lambda machine, mask: None, acts=True)
+    """Orders what warps do to registers before the product that takes them: the machine asks whether it is there."""
+    return Meaning(lambda machine, mask: machine.products.fence(mask), acts=True)
 
 
 @instruction("wgmma.commit_group", section=GROUP)
