@@ -211,6 +211,36 @@ def test_compiled(name: str, _: str) -> None:
     assert "flash_attend" in graphs[0]
 
 
+@pytest.mark.parametrize(("name", "_"), cases(("llama", "gemma2", "gpt_oss"), "compiled steps"))
+def test_compiled_steps_with_a_static_cache(name: str, _: str) -> None:
+    """One graph for all steps: how far the cache is filled, the device alone knows."""
+    model, inputs = built(name), inputs_of(name, "left")
+    shown = inputs["attention_mask"]
+    whole = torch.cat((shown, torch.ones(2, 8, dtype=shown.dtype)), dim=1)
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    def decoded(implementation: str, step: Callable) -> list[Tensor]:
+        model.set_attn_implementation(implementation)
+        cache = hf.StaticCache(config=model.config, max_cache_len=TOKENS + 8)
+        found = [model(**inputs, cache=cache).logits[:, -1]]
+        for done in range(3):
+            token, at = found[-1].argmax(dim=-1, keepdim=True), shown.sum(dim=1, keepdim=True) + done
+            options = dict(input_ids=token, attention_mask=whole, position_ids=at, cache=cache)
+            found.append(step(**options).logits[:, -1])
+        return found
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        theirs = decoded("eager", model)
+        close(decoded("attend", torch.compile(model, fullgraph=True, backend=keep)), theirs)
+    assert len(graphs) == 1 + (name != "llama"), "with sliding layers, one more while their length is no symbol yet"
+    assert all("flash_attend" in graph for graph in graphs)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `flash_attention` is asked for: queries and keys beside the options."""

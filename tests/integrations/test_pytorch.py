@@ -250,6 +250,17 @@ def test_compiled(where: str, layer: nn.Module) -> None:
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
+def test_what_cannot_be_served_is_compiled_as_torchs_own() -> None:
+    def entered(q: Tensor) -> Tensor:
+        with replace_sdpa():
+            return F.scaled_dot_product_attention(q, q, q, dropout_p=1.0)
+
+    torch.compiler.reset()
+    with pytest.warns(UserWarning, match=r"has served a call: dropout_p must be in \[0, 1\)"):
+        out = torch.compile(entered, fullgraph=True, backend="eager")(example()[:, None])
+    assert (out == 0).all()
+
+
 def test_one_module(served: list[str]) -> None:
     model, other = nn.Sequential(Attention(), nn.Linear(16, 16), Attention()), Attention()
     state, kinds = list(model.state_dict()), [type(module) for module in model.modules()]
