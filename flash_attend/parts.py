@@ -67,8 +67,8 @@ def split(mask: Tensor | None, spec: AttentionSpec) -> list[Group]:
 
 
 def is_small(spec: AttentionSpec) -> bool:
-    """Whether a call is too small to be split."""
-    return spec.batch * spec.heads * spec.queries * spec.keys * spec.head_dim <= 2 * ONE_CALL
+    """Whether a call is too small to be split, and not empty."""
+    return 0 < spec.batch * spec.heads * spec.queries * spec.keys * spec.head_dim <= 2 * ONE_CALL
 
 
 def whole_and_masked(spec: AttentionSpec, keys: Range | None = None) -> list[Group]:
