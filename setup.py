@@ -19,6 +19,8 @@ def read_version() -> str:
 
 # A model that the package serves, which imports `packaging` without declaring it, and what shows how it trains.
 DEMO = ["complex-valued-transformer==0.0.14", "matplotlib", "packaging", "tqdm"]
+# Where `attn_implementation="attend"` comes into being, which the package imports by `integrations.huggingface` alone.
+HUGGING_FACE = ["transformers>=5"]
 
 setup(
     name="flash_attend",
@@ -48,11 +50,12 @@ setup(
     install_requires=["einops>=0.7", "numpy", "torch>=2.10", "tqdm"],
     extras_require={
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
+        "huggingface": HUGGING_FACE,
         "demo": DEMO,
         "bench": [*DEMO, "pandas"],
         "test": [
             *["build", "hypothesis", "mypy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
-            "transformers>=5",
+            *HUGGING_FACE,
         ],
     },
 )

@@ -144,10 +144,17 @@ def test_the_wheel_says_what_it_needs(wheel):
     (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
     metadata = archive.read(name).decode()
     required = set(re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", metadata, re.MULTILINE))
-    optional = set(re.findall(r"^Requires-Dist: ([\w-]+)[^\n]*extra == \"triton\"", metadata, re.MULTILINE))
-    assert optional == {"triton"}
+    extras = r"^Requires-Dist: ([\w-]+)[^\n]*extra == \"(?:triton|huggingface)\""
+    optional = set(re.findall(extras, metadata, re.MULTILINE))
+    assert optional == {"triton", "transformers"}
     assert required | optional == imported_by_the_package() - sys.stdlib_module_names - {"flash_attend"}
-    assert re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE) == ["triton", "demo", "bench", "test"]
+    assert re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE) == [
+        "triton",
+        "huggingface",
+        "demo",
+        "bench",
+        "test",
+    ]
     assert f"\nVersion: {flash_attend.__version__}\n" in metadata
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_attend import tracing
@@ -67,6 +68,12 @@ def forward_modes() -> list[object]:
 def watchers() -> list[object]:
     ways = (torch.func.grad, torch.vmap, jvp, in_dual_level, in_a_mode, lambda f: f)
     return [seen_in(way, tracing.watched)[1] for way in ways]
+
+
+def modes_of_functions() -> list[object]:
+    outside = tracing.modes_of_functions()
+    with BaseTorchFunctionMode() as mode:
+        return [outside == [], tracing.modes_of_functions() == [mode]]
 
 
 def constants() -> list[object]:
@@ -155,6 +162,7 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "torch._C._functorch.get_interpreter_stack, forward_ad._current_level": (forward_modes, [False, True, True]),
     "torch._C._get_tracing_state": (jit_traces, [False, True]),
     "torch._C._len_torch_dispatch_stack": (watchers, [True, True, True, True, True, False]),
+    "torch.overrides._get_current_function_mode_stack": (modes_of_functions, [True, True]),
     "torch._C._functorch.is_legacy_batchedtensor": (mapped, [False, True]),
     "the attribute _dynamo_marked_constant": (constants, [2.0, 2.0]),
     "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
