@@ -101,7 +101,9 @@ def gradients(operands: Operands, spec: AttentionSpec, grad_out: Tensor, grad_ls
     tiles = Tiles(tile, tile, tile)
     out, lse, schedule = attention_forward(operands, spec, tiles)
     saved = [None if tensor is None else change(tensor) for tensor in (*operands, out, lse, *schedule)]
-    operands, (out, lse), schedule = Operands(*saved[:8]), saved[8:10], type(schedule)(*saved[10:])
+    count = len(operands)
+    operands, (out, lse) = Operands(*saved[:count]), saved[count : count + 2]
+    schedule = type(schedule)(*saved[count + 2 :])
     return (
         out,
         lse,
