@@ -4,8 +4,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := .ci/constraints.txt
+# Bytecode is made of what is imported, when it is: of everything it would take longer than installing does.
+INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
 ON_CPU := benchmarks/results/cpu/readme.json
 INSTALLED := $(VENV)/.installed
 
@@ -18,7 +19,7 @@ unexport PYTHONPATH TRITON_INTERPRET
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
-.PHONY: help env demo bench bench-cpu train-step test lint format test-plain test-interpreter test-ptx proof test-gpu sanitize
+.PHONY: help env demo bench bench-cpu train-step test lint format test-plain test-interpreter test-ptx proof test-clients test-gpu sanitize
 .PHONY: aot aot-common clean
 .DEFAULT_GOAL := help
 
@@ -32,11 +33,11 @@ $(VENV)/.made: $(CONSTRAINTS)
 	@echo "making $(VENV): a few minutes, once"
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) setuptools
+	@$(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) setuptools
 	@touch $@
 
 $(INSTALLED): $(VENV)/.made setup.py pyproject.toml
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,bench,test]'
+	@$(BIN)/python $(INSTALL) --constraint $(CONSTRAINTS) --no-build-isolation --editable '.[triton,demo,bench,test]'
 	@touch $@
 
 demo: $(INSTALLED) ## trains a real model on real text with its own Attend and with ours, and compares
@@ -51,9 +52,14 @@ bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 m
 train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py --training $(ARGS)
 
-# Of this peer one file is used, which needs none of what the package requires.
-$(VENV)/.peers: $(VENV)/.made
-	@$(PIP) install --quiet --constraint $(CONSTRAINTS) --no-deps naturalspeech2-pytorch
+# Other people's models: of what they ask for, they need a part here.
+$(VENV)/.peers: .ci/essential.txt $(VENV)/.made
+	@$(BIN)/python $(INSTALL) --no-deps --requirement $<
+	@touch $@
+
+$(VENV)/clients/.installed: .ci/clients.txt $(VENV)/.made
+	@rm -rf $(@D)
+	@$(BIN)/python $(INSTALL) --no-deps --target $(@D) --requirement $<
 	@touch $@
 
 # Every stage runs, whatever became of the ones before it; the summary comes last.
@@ -77,7 +83,7 @@ format: $(INSTALLED) ## ruff: mends what it can
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-test-plain: $(INSTALLED) ## the tests that need neither a GPU nor the interpreter
+test-plain: $(INSTALLED) $(VENV)/.peers ## the tests that need neither a GPU nor the interpreter
 	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx'
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
@@ -90,6 +96,9 @@ test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls tha
 # What is done is kept, and not done again while the kernels and these tests are the same.
 proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)
 	@$(BIN)/python tests/ptx/prove.py --resume $(VENV)/proof.jsonl $(ARGS)
+
+test-clients: $(INSTALLED) $(VENV)/.peers $(VENV)/clients/.installed ## the packages of models that `patch` is tried on, all of them
+	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest -q -n 2 -m clients tests/integrations tests/torch
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
@@ -117,7 +126,7 @@ aot-%: $(INSTALLED) $(VENV)/triton-%/.installed ## compiles a subset with anothe
 .PRECIOUS: $(VENV)/triton-%/.installed
 $(VENV)/triton-%/.installed: $(VENV)/.made
 	@rm -rf $(@D)
-	@$(PIP) install --quiet --no-deps --target $(@D) triton==$*
+	@$(BIN)/python $(INSTALL) --no-deps --target $(@D) triton==$*
 	@touch $@
 
 # A torch with the Triton that it brings. numpy 2.4 is too new for the interpreter of the oldest one.
@@ -126,13 +135,14 @@ test-torch-%: $(VENV)/torch-%/.installed ## the plain tests and a part of the in
 	@TRITON_INTERPRET=1 $(VENV)/torch-$*/bin/pytest -q -n 2 -m interpreter tests/semantics
 
 .PRECIOUS: $(VENV)/torch-%/.installed
-$(VENV)/torch-%/.installed: $(VENV)/.made setup.py pyproject.toml
+$(VENV)/torch-%/.installed: $(VENV)/.made .ci/essential.txt setup.py pyproject.toml
 	@rm -rf $(@D)
 	@$(PYTHON) -m venv $(@D)
 	@sed -E 's/^(torch|triton)==.*//; s/^numpy==.*/numpy<2.4/' $(CONSTRAINTS) > $(@D)/constraints.txt
-	@$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt setuptools
-	@$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --no-build-isolation \
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt setuptools
+	@$(@D)/bin/python $(INSTALL) --constraint $(@D)/constraints.txt --no-build-isolation \
 		--editable '.[triton,demo,bench,test]' torch==$*
+	@$(@D)/bin/python $(INSTALL) --no-deps --requirement .ci/essential.txt
 	@touch $@
 
 clean: ## removes the environment, the builds and the caches

@@ -45,11 +45,14 @@ setup(
         "flash_attend.testing",
     ],
     python_requires=">=3.10",
-    install_requires=["einops>=0.7", "torch>=2.10", "tqdm"],
+    install_requires=["einops>=0.7", "numpy", "torch>=2.10", "tqdm"],
     extras_require={
         "triton": ['triton>=3.6,<3.10; platform_system == "Linux"'],
         "demo": DEMO,
         "bench": [*DEMO, "pandas"],
-        "test": ["build", "hypothesis", "mypy", "numpy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
+        "test": [
+            *["build", "hypothesis", "mypy", "pytest>=8", "pytest-xdist", "ruff", "setuptools>=77"],
+            "transformers>=5",
+        ],
     },
 )

@@ -37,6 +37,11 @@ from flash_attend.testing.memory import peak_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("own", "ours")
+COMPLETE = (
+    "the complete complex form"  # eight attentions in one, which the client computes on four copies of q, k and v
+)
+# What is compared: the title, and the setting that says for how many steps.
+SECTIONS = {"no padding": "steps", "with key padding": "padded_steps", COMPLETE: "complete_steps"}
 EPS = torch.finfo(torch.float32).eps
 DIM_HEAD = 32  # complex numbers
 # The losses may differ by so many float32 roundings at first, and by twice as many every so many steps: this model
@@ -47,23 +52,24 @@ ROUNDINGS = 64
 DOUBLING = 8
 # What takes about a minute on two CPU cores, and what gives a GPU something to do.
 SIZES = {
-    "cpu": dict(steps=60, padded_steps=20, batch=4, length=192, dim=64, depth=2, heads=4),
-    "cuda": dict(steps=60, padded_steps=20, batch=8, length=1024, dim=128, depth=4, heads=8),
+    "cpu": dict(steps=60, padded_steps=20, complete_steps=6, batch=4, length=192, dim=64, depth=2, heads=4),
+    "cuda": dict(steps=60, padded_steps=20, complete_steps=20, batch=8, length=1024, dim=128, depth=4, heads=8),
 }
-SMALLEST = {"padded_steps": 0, "length": 2}  # 1 of everything else
+SMALLEST = {"padded_steps": 0, "complete_steps": 0, "length": 2}  # 1 of everything else
 
 
 class Batches:
     """Windows of `length + 1` bytes at places that the seed decides, the same for both arms."""
 
-    def __init__(self, settings: argparse.Namespace, padded: bool) -> None:
+    def __init__(self, settings: argparse.Namespace, title: str) -> None:
+        padded = title == "with key padding"
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         text = bytearray(b"".join(file.read_bytes() for file in files))
         self.corpus = torch.frombuffer(text, dtype=torch.uint8)
         if settings.length >= len(self.corpus):
             raise SystemExit(f"--length must be below the text's {len(self.corpus)} bytes, got {settings.length}")
         generator = torch.Generator().manual_seed(settings.seed)
-        size = (settings.padded_steps if padded else settings.steps, settings.batch)
+        size = (getattr(settings, SECTIONS[title]), settings.batch)
         self.starts = torch.randint(len(self.corpus) - settings.length, size, generator=generator)
         shortest = max(1, settings.length // 4)
         self.lengths = torch.randint(shortest, settings.length + 1, size, generator=generator) if padded else None
@@ -78,14 +84,14 @@ class Batches:
         return tokens.masked_fill(~valid, 0), valid[:, None, None, :-1]
 
 
-def build_model(settings: argparse.Namespace, flash: bool) -> nn.Module:
+def build_model(settings: argparse.Namespace, flash: bool, complete: bool) -> nn.Module:
     """The client's model, wrapped for next-byte prediction, the same for both arms."""
     from complex_valued_transformer import ComplexTransformer
     from complex_valued_transformer.autoregressive_wrapper import AutoregressiveWrapper
 
     sizes = dict(dim=settings.dim, depth=settings.depth, heads=settings.heads, dim_head=DIM_HEAD)
     torch.manual_seed(settings.seed)
-    net = ComplexTransformer(num_tokens=256, causal=True, flash_attn=flash, **sizes)
+    net = ComplexTransformer(num_tokens=256, causal=True, flash_attn=flash, complete_complex=complete, **sizes)
     for norm in (net.norm, *(layer[0] for layer in net.layers)):
         nn.init.constant_(norm.gamma, settings.dim)
     return AutoregressiveWrapper(net, seq_len=settings.length).to(settings.device)
@@ -107,14 +113,14 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor | None]) -> Tensor:
 class Arm:
     """One training, step by step."""
 
-    def __init__(self, kind: str, settings: argparse.Namespace, padded: bool) -> None:
-        self.batches = Batches(settings, padded)
+    def __init__(self, kind: str, settings: argparse.Namespace, title: str) -> None:
+        self.batches, self.complete = Batches(settings, title), title == COMPLETE
         self.flash, self.told = self._try_flash(settings)
-        self.model = build_model(settings, self.flash)
+        self.model = build_model(settings, self.flash, self.complete)
         self.device = torch.device(settings.device)
         if kind == "ours":
             patched = flash_attend.patch(self.model, backend=settings.backend, strict=True)
-            self.told = f"\n{patched}\n{self._explain(settings, padded)}"
+            self.told = f"\n{patched}\n{self._explain(settings)}"
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=5e-4)
 
     def step(self, index: int) -> tuple[float, float]:
@@ -136,18 +142,19 @@ class Arm:
         tokens, mask = self.batches[0]
         small = tokens[:1, :17], None if mask is None else mask[:1, ..., :16]
         try:
-            loss_of(build_model(settings, True), small).backward()
+            loss_of(build_model(settings, True, self.complete), small).backward()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             return False, f"flash=False (flash=True fails here: {str(error).splitlines()[0]})"
         return True, "flash=True"
 
-    def _explain(self, settings: argparse.Namespace, padded: bool) -> str:
+    def _explain(self, settings: argparse.Namespace) -> str:
         """How each backend judges this model's calls."""
-        size = (settings.batch, settings.heads, settings.length, 2 * DIM_HEAD)  # real and imaginary parts side by side
-        q = torch.empty(size, device=settings.device)
-        mask = torch.ones(settings.batch, settings.length, dtype=torch.bool, device=q.device) if padded else None
+        width = DIM_HEAD if self.complete else 2 * DIM_HEAD  # real and imaginary parts apart, or side by side
+        q = torch.empty(settings.batch, settings.heads, settings.length, width, device=settings.device)
+        _, mask = self.batches[0]
+        mask = None if mask is None else torch.ones(settings.batch, settings.length, dtype=torch.bool, device=q.device)
         explanation = flash_attend.explain(q, q, q, mask=mask, causal=True, backend=settings.backend)
         if explanation.plan is None:
             raise SystemExit(str(explanation))
@@ -251,11 +258,11 @@ class Section:
         return "\n".join(["", self.title, "", lines[0], rule, *lines[1:], "", *told])
 
 
-def compare(settings: argparse.Namespace, padded: bool) -> Section:
+def compare(settings: argparse.Namespace, title: str) -> Section:
     """Trains both arms in step."""
-    section = Section("with key padding" if padded else "no padding")
-    arms = {kind: Arm(kind, settings, padded) for kind in ARMS}
-    steps = range(settings.padded_steps if padded else settings.steps)
+    section = Section(title)
+    arms = {kind: Arm(kind, settings, title) for kind in ARMS}
+    steps = range(getattr(settings, SECTIONS[title]))
     for step in tqdm(steps, desc=f"training, {section.title}", unit="step"):
         for kind in ARMS[:: -1 if step % 2 else 1]:  # both are first and second equally often
             loss, spent = arms[kind].step(step)
@@ -319,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_arguments(argv)
     warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # the client's flash path calls what torch deprecates
     with redirect_stdout(sys.stderr):  # what the client prints must not come between the lines of the tables
-        sections = [compare(settings, padded) for padded in ((False, True) if settings.padded_steps else (False,))]
+        sections = [compare(settings, title) for title, steps in SECTIONS.items() if getattr(settings, steps)]
     print(
         f"\ncomplex-valued-transformer on {settings.device}: dim {settings.dim}, depth {settings.depth}, "
         f"{settings.heads} heads of {DIM_HEAD} complex numbers, batch {settings.batch}, length {settings.length}",

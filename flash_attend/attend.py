@@ -21,7 +21,7 @@ from flash_attend.options import (
 )
 from flash_attend.spec import Window
 
-__all__ = ["Attend"]
+__all__ = ["Attend", "record_call"]
 
 
 class Attend(nn.Module):
@@ -42,6 +42,8 @@ class Attend(nn.Module):
         softcap: a positive number `c`: scores `s` become `c * tanh(s / c)`.
         backend: "auto" or a backend by name, as in `flash_attention`; one asked for by name never falls back.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
+        context_parallel: the `ProcessGroup` whose ranks share the sequences, or a `ContextParallel` that says how: each
+            call then takes this rank's shards, as `context_parallel_attention` does.
 
     Every option may be assigned later, is checked then as here, and holds from the next call on; numbers and flags of
     numpy's become Python's. `dropout` is the probability of the submodule `attn_dropout`, an `nn.Dropout` or, for none,
@@ -65,6 +67,7 @@ class Attend(nn.Module):
         softcap: float | None = None,
         backend: str = "auto",
         deterministic: bool | None = None,
+        context_parallel: Any = None,
     ) -> None:
         super().__init__()
         names = {"flash": flash, "use_flash": use_flash}
@@ -80,6 +83,7 @@ class Attend(nn.Module):
         self.softcap = softcap
         self.backend = backend
         self.deterministic = deterministic
+        self.context_parallel = context_parallel
         self._asked_backend()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -138,14 +142,15 @@ class Attend(nn.Module):
         Raises:
             TypeError, ValueError: as `flash_attention`.
         """
-        if isinstance(q, Proxy):  # torch.fx records a call of this module, which keeps its options and its dropout
+        if isinstance(q, Proxy):
             others = dict(attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks)
             given = {name: tensor for name, tensor in others.items() if tensor is not None}
-            return q.tracer.create_proxy("call_module", q.tracer.path_of_module(self), (q, k, v, mask), given)
+            return record_call(self, q, k, v, mask, **given)
         layer = self.attn_dropout
         dropout_p = _probability_of("attn_dropout", layer)
+        attend: Any = flash_attention if self.context_parallel is None else self.context_parallel.attend
         try:
-            return flash_attention(
+            return attend(
                 q,
                 k,
                 v,
@@ -188,11 +193,17 @@ class Attend(nn.Module):
             "flash": True,
             "backend": "auto",
             "deterministic": None,
+            "context_parallel": None,
         }
         told = [
             f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
         ]
         return ", ".join([f"causal={self.causal}", *told])
+
+
+def record_call(module: nn.Module, q: Any, *others: Any, **named: Any) -> Any:
+    """Has torch.fx, which traces with `q`, record a call of a module, which keeps its options and its dropout."""
+    return q.tracer.create_proxy("call_module", q.tracer.path_of_module(module), (q, *others), named)
 
 
 def _probability_of(name: str, layer: object) -> float:
@@ -224,6 +235,14 @@ def _check_backend(_: str, backend: str) -> str:
     return backend
 
 
+def _check_context_parallel(name: str, value: object) -> object:
+    if value is None:
+        return None
+    from flash_attend.context_parallel import ContextParallel  # imports what is said to other ranks
+
+    return ContextParallel.of(name, value)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "attn_dropout": _check_layer,
     "dropout": _check_dropout,
@@ -236,4 +255,5 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "softcap": optional(check_positive),
     "backend": _check_backend,
     "deterministic": optional(check_flag),
+    "context_parallel": _check_context_parallel,
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flash_attend import ops
+from flash_attend.flops import count_flops
 from flash_attend.operands import Operands
 from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
 from flash_attend.reference import attention_reference
@@ -22,6 +23,7 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.tracing import (
     constant_when_compiled,
     directly,
+    exporting_to_onnx,
     forward_mode,
     lazy,
     mapped,
@@ -47,10 +49,10 @@ def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Ten
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
     forward = call.planned or call.forward
-    q, k, v, mask, _, bias, slopes, sinks = operands
+    q, k, v, mask, _, bias, slopes, sinks, *_ = operands
     if lazy(q, k, v, mask, bias, slopes, sinks):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
-        q, k, v, _, _, bias, _, sinks = operands
+        q, k, v, _, _, bias, _, sinks, *_ = operands
         forward = call.forward
     if call.differentiated:
         others = () if bias is sinks is None else (bias, sinks)
@@ -66,6 +68,8 @@ def attend_by_operators(
     path's loop over chunks as many graphs as there are lengths."""
     if forward_mode():
         return attention_reference(operands, spec, return_lse=return_lse)
+    if plan.backward == "einsum" and exporting_to_onnx():
+        return attention_reference(operands, spec, return_lse=return_lse, guard=False)
     compiled = torch.compiler.is_compiling()
     if not compiled:
         operands = operands._replace(
@@ -103,11 +107,11 @@ class Attention(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         operands, forward, call, return_lse = planned
         out, lse, kept = forward(operands)
-        _, _, _, mask, seed, bias, slopes, sinks = operands
-        if bias is slopes is sinks is None:
+        _, _, _, mask, seed, bias, slopes, sinks, segments, _ = operands
+        if bias is slopes is sinks is segments is None:
             others = kept[:1] if mask is seed is None else (*kept, _savable(mask), seed)
         else:
-            others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks))
+            others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks), segments)
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.call = call, type(kept), len(kept)
         if not return_lse:  # an output costs a microsecond
@@ -319,9 +323,11 @@ def backward_formula(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple:
     return *_second_gradients(ctx, cotangents), ctx.of_outputs, None, None
 
 
-def forward_in_parts(operands: Sequence[Tensor], numbers: Sequence[float], options: str) -> list[Tensor]:
+def forward_in_parts(
+    operands: Sequence[Tensor], numbers: Sequence[float], options: str, *, guard: bool = True
+) -> list[Tensor]:
     """What `ops.forward` gives, of which nobody reads more then."""
-    found = ops.forward_composite(operands, numbers, options)
+    found = ops.forward_composite(operands, numbers, options, guard=guard)
     return [*found, *ops.like_forward(operands, numbers, options)[len(found) :]]
 
 
@@ -350,3 +356,4 @@ if ops.FIRST_IMPORT:
             setup_context=latest(__name__, _keep),
             lib=_InParts("flash_attend", "FRAGMENT"),
         )
+    count_flops()

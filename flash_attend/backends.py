@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attend.operands import Layouts, Operands
-from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.reference import Merged, attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
@@ -43,6 +43,8 @@ class Functions(NamedTuple):
     forward: Callable[..., Any]  # (operands, spec, tiles) -> out, lse, kept
     backward: Callable[..., Any]  # (grad_out, grad_lse, operands, out, lse, kept, spec, tiles, needed) -> gradients
     tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles | None]
+    # `backward` without `kept`, where the keys are a part of those that out and lse are over
+    backward_of_part: Callable[..., Any]
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
     plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
@@ -126,6 +128,8 @@ def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
     version = release(target.triton)
     if version is not None and version < oldest:
         return f"Triton {target.triton} is older than {oldest[0]}.{oldest[1]}"
+    if spec.dropout_p > 0 and spec.origin is not None:
+        return "its dropout counts queries and keys from those of the call, which are parts of longer sequences"
     for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
         if size > LARGEST_HEAD_DIM:
             return f"{letter} = {size} is beyond the kernels' {LARGEST_HEAD_DIM}"
@@ -166,8 +170,10 @@ def _load_triton() -> Functions:
     from flash_attend.kernels.backward import attention_backward
     from flash_attend.kernels.configs import select_tiles
     from flash_attend.kernels.forward import attention_forward, plan_forward
+    from flash_attend.kernels.part import backward_of_part
 
-    return Functions(attention_forward, attention_backward, select_tiles, plan_forward)
+    of_part = partial(backward_of_part, attention_backward)
+    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,8 +182,10 @@ def _load_triton() -> Functions:
 
 
 def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
-    if reason := _refuse_triton(spec, target) or _refuse_scores(spec):
+    if reason := _refuse_triton(spec, target) or _refuse_scores(spec, ("window", "softcap", "sinks")):
         return reason
+    if spec.sequences is not None:
+        return "sequences are packed one after another"
     if target.interpreted:
         return "Triton's interpreter runs no Gluon"
     if target.arch != HOPPER_ARCH:
@@ -193,9 +201,24 @@ def _refuse_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
         return "query heads that share a kv head have key masks of their own"
     if spec.dropout_p > 0:
         return "dropout is on"
+    # What was compiled of these had accesses to spilled registers in its main loops.
+    if spec.softcap:
+        return "its backward has no registers for a softcap"
+    if spec.head_dim == LARGEST_HEAD_DIM and _masks_a_window(spec):
+        return f"at d = {LARGEST_HEAD_DIM} its backward has no registers for a key mask in a window"
     if spec.keys == 0:
         return "there are no keys"
     return ""
+
+
+def _masks_a_window(spec: AttentionSpec) -> bool:
+    return spec.mask == MaskKind.KEY and spec.window[0] is not None
+
+
+def _refuse_fused_hopper(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if reason := _refuse_fused(spec, target):
+        return reason
+    return "it has no registers for a key mask in a window" if _masks_a_window(spec) else ""
 
 
 @cache
@@ -203,8 +226,10 @@ def _load_hopper() -> Functions:
     from flash_attend.kernels.configs import select_hopper_tiles
     from flash_attend.kernels.hopper.backward import attention_backward
     from flash_attend.kernels.hopper.forward import attention_forward
+    from flash_attend.kernels.part import backward_of_part
 
-    return Functions(attention_forward, attention_backward, select_hopper_tiles)
+    of_part = partial(backward_of_part, attention_backward)
+    return Functions(attention_forward, attention_backward, select_hopper_tiles, of_part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,9 +250,10 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward, plan_forward
+    from flash_attend.sdpa import attention_backward, attention_forward, backward_of_part, plan_forward
 
-    return Functions(attention_forward, attention_backward, lambda spec, target, backward: None, plan_forward)
+    no_tiles = lambda spec, target, backward: None  # noqa: E731
+    return Functions(attention_forward, attention_backward, no_tiles, backward_of_part, plan_forward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,7 +266,7 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None)
+    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None, _einsum_backward_of_part)
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:
@@ -262,11 +288,25 @@ def _einsum_backward(
     return tuple(grad if need else None for grad, need in zip(found, needed, strict=False))
 
 
+def _einsum_backward_of_part(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tiles: None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    found = attention_reference_gradients(grad_out, grad_lse, operands, spec, Merged(out, lse))
+    return tuple(grad if need else None for grad, need in zip(found, needed, strict=False))
+
+
 # In the order in which "auto" asks them: from what should be fastest to what serves everything.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("hopper", _refuse_hopper, _refuse_fused, _load_hopper, proof="faster"),
+        Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),

@@ -197,11 +197,16 @@ def servable(target: DeviceTarget) -> list[Variant]:
             Kind(*products, dim, dim, "none", True, False, scores=changes.format(dtype=products[0])), target
         )
     ]
+    found += [
+        one
+        for products, dim, causal, dropout in product(PRODUCTS, HEAD_DIMS, (False, True), (False, True))
+        for one in _of_changes(Kind(*products, dim, dim, "none", causal, dropout, sequences=True), target)
+    ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
 
 
 def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
-    """The variants of a kind whose scores are changed, on a part."""
+    """The variants of a kind whose scores are changed, or whose sequences are packed, on a part."""
     others = "bias" in kind.scores, "sinks" in kind.scores
     needed = (*ALL, *others) if any(others) else ALL
     found = []

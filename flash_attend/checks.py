@@ -12,8 +12,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from flash_attend.operands import Layouts, Operands, Strides, broadcast_strides
 from flash_attend.options import check_flag, check_number, check_positive, check_probability, check_window, shown
-from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, Window, describe
-from flash_attend.tracing import constant_when_compiled
+from flash_attend.spec import DEAD_SEGMENTS, LARGEST_LENGTH, AttentionSpec, Window, canonical, describe
+from flash_attend.tracing import constant_when_compiled, float32_products
 
 __all__ = [
     "Facts",
@@ -21,6 +21,8 @@ __all__ = [
     "Options",
     "Sizes",
     "check_call",
+    "check_complex",
+    "check_dense",
     "facts_of",
     "is_dense",
     "layouts_of",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 SUPPORTED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+COMPLEX_HINT = "; flash_attend.complex_attention takes complex tensors, or view them as real ones (torch.view_as_real)"
 OTHERS = ("bias", "alibi_slopes", "sinks")
 UNLIMITED: Window = (None, None)
 NONE = (False, False, False)
@@ -42,8 +46,8 @@ FORMS = {"q": "(b, h, i, d)", "k": "(b, hk, j, d) or (b, j, d)", "v": "(b, hk, j
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# What is known of q, k, v, the mask, the bias, the slopes and the sinks, each as in `TensorFacts`.
-Facts = tuple[tuple, tuple, tuple, tuple | None, tuple | None, tuple | None, tuple | None]
+# What is known of q, k, v, the mask, the bias, the slopes, the sinks and the segments, each as in `TensorFacts`.
+Facts = tuple[tuple, tuple, tuple, tuple | None, tuple | None, tuple | None, tuple | None, tuple | None]
 # causal, scale, dropout_p, deterministic, how float32 products are computed, window, softcap
 Options = tuple[bool, float | None, float, bool, str, Window, float]
 Needed = tuple[bool, ...]  # of what a gradient is needed: q, k, v and, where there is either, the bias and the sinks
@@ -56,10 +60,11 @@ class TensorFacts(NamedTuple):
     stride: Strides
     dtype: torch.dtype
     device: torch.device
+    packed: bool = False  # it came as (t, h, d), and is read as (1, h, t, d)
 
     @property
     def shown(self) -> str:
-        return str(tuple(self.shape))
+        return str(tuple(self.shape[at] for at in (2, 1, 3)) if self.packed else tuple(self.shape))
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -77,13 +82,13 @@ class Sizes(NamedTuple):
 
 def facts_of(given: Operands) -> Facts:
     """What is known of the tensors of a call. Raises `TypeError` for what is no dense tensor."""
-    q, k, v, mask, _, bias, alibi_slopes, sinks = given
+    q, k, v, mask, _, bias, alibi_slopes, sinks, segments, _ = given
     strided = torch.strided
     if not (type(q) is type(k) is type(v) is Tensor and q.layout is k.layout is v.layout is strided):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
-            _check_dense(name, tensor)
+            check_dense(name, tensor)
     if mask is not None and not (type(mask) is Tensor and mask.layout is strided):
-        _check_dense("mask", mask)
+        check_dense("mask", mask)
     others: tuple = (None, None, None)
     if not (bias is alibi_slopes is sinks is None):
         others = _facts_of_others(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
@@ -94,18 +99,19 @@ def facts_of(given: Operands) -> Facts:
             (v.shape, v.stride(), v.dtype, v.device),
             None if mask is None else (mask.shape, mask.stride(), mask.dtype, mask.device),
             *others,
+            None if segments is None else (segments.shape, segments.stride(), segments.dtype, segments.device),
         )
     except RuntimeError:  # a nested tensor has neither sizes nor strides
         for name, found in zip(("q", "k", "v", "mask"), given, strict=False):
             if found is not None:
-                _check_dense(name, found)
+                check_dense(name, found)
         raise
 
 
 def _facts_of_others(**others: Tensor | None) -> tuple:
     for name, given in others.items():
         if given is not None:
-            _check_dense(name, given)
+            check_dense(name, given)
     slopes = others["alibi_slopes"]
     if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes must not require a gradient, there is none of them; detach them, or pass a bias")
@@ -113,7 +119,8 @@ def _facts_of_others(**others: Tensor | None) -> tuple:
     return tuple(None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in found)
 
 
-def _check_dense(name: str, tensor: object) -> None:
+def check_dense(name: str, tensor: object) -> None:
+    """Raises `TypeError` for what is no tensor, or none with sizes and strides."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {shown(tensor)}")
     if not is_dense(tensor):
@@ -126,11 +133,9 @@ def _check_tensors(
 ) -> None:
     """Each by itself, and whether they are of one kind."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        rank = len(tensor.shape)
-        if rank != 4 and (rank != 3 or name == "q"):
-            raise ValueError(f"{name} must be {FORMS[name]}, got {rank} dimensions: {tensor.shown}")
+        _check_rank(name, tensor)
         if tensor.dtype not in SUPPORTED_DTYPES:
-            hint = "; view complex tensors as real ones first (torch.view_as_real)" if tensor.dtype.is_complex else ""
+            hint = COMPLEX_HINT if tensor.dtype.is_complex else ""
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}{hint}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {tensor.dtype}")
@@ -142,6 +147,27 @@ def _check_tensors(
     for name, at in (("k", k), ("v", v), ("mask", mask), *others.items()):
         if at is not None and at.device != q.device:
             raise ValueError(f"{name} must be on q's device {q.device}, got {at.device}")
+
+
+def _check_rank(name: str, tensor: TensorFacts) -> None:
+    rank = len(tensor.shape)
+    if rank != 4 and (rank != 3 or name == "q"):
+        raise ValueError(f"{name} must be {FORMS[name]}, got {rank} dimensions: {tensor.shown}")
+
+
+def check_complex(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Whether these are what `complex_attention` takes, told in its caller's shapes and not in those of what it views
+    them as. Raises as `check_call` does."""
+    facts = facts_of(Operands(q, k, v))[:3]
+    of_q, of_k, of_v = (TensorFacts(*of) for of in facts)
+    for name, tensor in (("q", of_q), ("k", of_k), ("v", of_v)):
+        _check_rank(name, tensor)
+        if tensor.dtype not in COMPLEX_DTYPES:
+            hint = "" if tensor.dtype.is_complex else "; flash_attend.flash_attention takes real ones"
+            raise TypeError(f"{name} must be complex64 or complex128, got {tensor.dtype}{hint}")
+        if tensor.dtype != of_q.dtype:
+            raise TypeError(f"{name} must have q's dtype {of_q.dtype}, got {tensor.dtype}")
+    _check_shapes(of_q, of_k, of_v)
 
 
 def _check_shapes(q: TensorFacts, k: TensorFacts, v: TensorFacts) -> None:
@@ -206,9 +232,8 @@ def _check_bias(bias: TensorFacts, full: tuple[int, ...], needs_gradient: bool) 
     return tuple(1 if size > 1 and step == 0 else size for size, step in zip(shape, strides, strict=True))
 
 
-def _check_by_heads(q: TensorFacts, others: dict[str, TensorFacts]) -> None:
-    """Whether slopes and sinks fit q."""
-    batch, heads = q.shape[:2]
+def _check_by_heads(batch: int, heads: int, others: dict[str, TensorFacts]) -> None:
+    """Whether slopes and sinks fit so many batch entries, or sequences, and heads."""
     if (slopes := others.get("alibi_slopes")) is not None:
         rank, fitting = len(slopes.shape), slopes.shape[-1:] == (heads,)
         if not (fitting and (rank == 1 or (rank == 2 and slopes.shape[0] in (1, batch)))):
@@ -257,7 +282,7 @@ def _view_heads(tensor: Tensor, kv_heads: int) -> Tensor:
 
 def needed_of(given: Operands) -> Needed:
     """Of which of the tensors of a call a gradient is needed."""
-    q, k, v, _, _, bias, _, sinks = given
+    q, k, v, _, _, bias, _, sinks, *_ = given
     if bias is sinks is None:
         return (q.requires_grad, k.requires_grad, v.requires_grad) if torch.is_grad_enabled() else NONE
     return tuple(x is not None and x.requires_grad and torch.is_grad_enabled() for x in (q, k, v, bias, sinks))
@@ -324,9 +349,12 @@ def check_call(facts: Facts, options: Options, needed: Needed) -> tuple[Attentio
     """The spec of a call, by `facts_of` its tensors, its `options_of` and `needed_of` it, and the sizes that its mask
     and its bias are read with."""
     q, k, v = (TensorFacts(*of_tensor) for of_tensor in facts[:3])
+    segments = None if facts[7] is None else TensorFacts(*facts[7])
     mask = None if facts[3] is None else TensorFacts(*facts[3])
-    others = {name: TensorFacts(*of) for name, of in zip(OTHERS, facts[4:], strict=True) if of is not None}
+    others = {name: TensorFacts(*of) for name, of in zip(OTHERS, facts[4:7], strict=True) if of is not None}
     causal, scale, dropout_p, deterministic, precision, window, softcap = options
+    if segments is not None:
+        q, k, v = (tensor._replace(packed=True) for tensor in (q, k, v))
     _check_tensors(q, k, v, mask, others)
     _check_shapes(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -338,41 +366,31 @@ def check_call(facts: Facts, options: Options, needed: Needed) -> tuple[Attentio
     if bias is not None:
         of_bias = _check_bias(bias, full, needed[3])
         sizes, bias = sizes._replace(bias=of_bias), bias._replace(shape=of_bias)
-    _check_by_heads(q, others)
-    causal, window = _canonical(causal, window, full[2], full[3])
+    _check_by_heads(q.shape[0] if segments is None else segments.shape[0] - DEAD_SEGMENTS, q.shape[1], others)
+    causal, window = canonical(causal, window, full[2], full[3])
     said = causal, scale, dropout_p, deterministic, precision, window, softcap
     alibi, sinks = "alibi_slopes" in others, "sinks" in others
-    return describe(q, k, v, mask, *said, bias=bias, alibi=alibi, sinks=sinks), sizes
-
-
-def _canonical(causal: bool, window: Window, queries: int, keys: int) -> tuple[bool, Window]:
-    """The same causality and window in the words of `AttentionSpec`. Of lengths that may be a compiler's symbols
-    nothing is asked."""
-    left, right = window
-    if not torch.compiler.is_compiling():
-        left = None if left is None or left >= keys - 1 else left
-        right = None if right is None or right >= queries - 1 else right
-    if causal or right == 0:
-        return True, (left, None)
-    return False, (left, right)
+    return describe(q, k, v, mask, *said, bias=bias, alibi=alibi, sinks=sinks, segments=segments), sizes
 
 
 def view_operands(given: Operands, spec: AttentionSpec, sizes: Sizes) -> Operands:
     """Tensors that were checked as the operands that they are read as."""
-    q, k, v, mask, seed, bias, alibi_slopes, sinks = given
+    q, k, v, mask, seed, bias, alibi_slopes, sinks, segments, _ = given
     mask = None if mask is None else _view_mask(mask, sizes.mask, spec.keys)
     bias = None if bias is None or sizes.bias is None else _view_bias(bias, sizes.bias)
     if alibi_slopes is not None and alibi_slopes.ndim == 1:
         alibi_slopes = alibi_slopes[None]
+    elif alibi_slopes is not None and segments is not None and alibi_slopes.shape[0] == 0:
+        alibi_slopes = alibi_slopes.new_zeros(1, spec.heads)  # of no sequences, of which nothing is read
     k, v = (_view_heads(tensor, spec.kv_heads) for tensor in (k, v))
-    return Operands(q, k, v, mask, seed, bias, alibi_slopes, sinks)
+    return Operands(q, k, v, mask, seed, bias, alibi_slopes, sinks, segments)
 
 
 def layouts_of(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> Layouts:
     """How the operands of a call will lie, by `facts_of` its tensors. The strides of a dimension of size 1 are any."""
     q, k, v = (TensorFacts(*of_tensor).stride for of_tensor in facts[:3])
     k, v = ((x[0], 0, *x[1:]) if len(x) == 3 else x for x in (k, v))
-    found, (mask, bias, slopes, sinks) = Layouts(q, k, v), facts[3:]
+    found, (mask, bias, slopes, sinks) = Layouts(q, k, v), facts[3:7]
     if mask is not None:
         shape, strides, *_ = mask
         if len(strides) == 2:
@@ -394,4 +412,4 @@ def _float32_precision() -> str:
     Asked in the only words that answer to all of torch's ways to say it, the older `allow_tf32` and
     `set_float32_matmul_precision` among them; those two raise once the newer ones were used.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32" if float32_products() == "tf32" else "tf32x3"

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from flash_attend.spec import AttentionSpec
+from flash_attend.tracing import readable
 
 __all__ = ["ROUNDS", "draw_seed", "keep_mask", "keep_threshold"]
 
@@ -67,22 +68,36 @@ def _mixed(product: Tensor, word: Tensor, key: Tensor) -> Tensor:
 
 
 def keep_mask(
-    seed: Tensor, spec: AttentionSpec, first_query: int, last_query: int, last_key: int | None = None
+    seed: Tensor,
+    spec: AttentionSpec,
+    first_query: int,
+    last_query: int,
+    last_key: int | None = None,
+    entries: Tensor | None = None,
 ) -> Tensor:
     """What dropout keeps of the weights of queries `first_query` to `last_query` (exclusive): bool `(b, h, i', j)`.
 
-    `seed` is the int64 `(1,)` tensor of `draw_seed`; it is never read on the host. The positions need not be
+    `seed` is the int64 `(1,)` tensor of `draw_seed`; on a GPU it is never read on the host. The positions need not be
     multiples of anything, and the range does not change what is kept. `last_key` (default `spec.keys`) leaves out the
-    keys from there on.
+    keys from there on. All of them are counted from `spec.origin`. `entries` (int64, `(b,)`) are the batch entries' own
+    numbers, default 0 to b - 1.
     """
     last_key = spec.keys if last_key is None else last_key
     shape = (spec.batch, spec.heads, last_query - first_query, last_key)
     if 0 in shape:
         return torch.empty(shape, dtype=torch.bool, device=seed.device)
+    of_query, of_key = spec.origin or (0, 0)
+    first_query, last_query = first_query + of_query, last_query + of_query
+    entries = torch.arange(spec.batch, device=seed.device) if entries is None else entries
+    if readable(seed, entries):
+        from flash_attend.dropout_cpu import keep_mask_on_cpu  # imports numpy
+
+        return keep_mask_on_cpu(seed, spec, (first_query, last_query), (of_key, of_key + last_key), entries)
     threshold = keep_threshold(spec.dropout_p)
-    batch = torch.arange(spec.batch, device=seed.device)[:, None, None, None]
+    batch = entries[:, None, None, None]
     head = torch.arange(spec.heads, device=seed.device)[:, None, None]
-    key = _shared_positions(0, last_key, seed.device)
+    start_key = of_key - of_key % BLOCK
+    key = _shared_positions(start_key, of_key + last_key, seed.device)
 
     pieces = []
     evaluations = spec.batch * spec.heads * key.numel() * SHARED_BIT  # of one block of queries
@@ -99,7 +114,11 @@ def keep_mask(
             query_bit=2, x=SHARED_BIT,
         )  # fmt: skip
         pieces.append(moved.view(torch.bool))
-    return torch.cat(pieces, dim=2)[:, :, first_query - start : last_query - start, :last_key]
+    rows, keys = (
+        slice(first_query - start, last_query - start),
+        slice(of_key - start_key, of_key - start_key + last_key),
+    )
+    return torch.cat(pieces, dim=2)[:, :, rows, keys]
 
 
 def _shared_positions(first: int, last: int, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
@@ -14,8 +15,9 @@ from flash_attend.operands import Operands
 from flash_attend.options import check_flag
 from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
+from flash_attend.tracing import constant_when_compiled
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "advice_for", "explain"]
 
 ADVICE = (
     "no kernel here is for this part: where memory or time matter, leave the model its own attention, which PyTorch has"
@@ -50,9 +52,18 @@ class Explanation:
     @property
     def advice(self) -> str:
         """What to do on a part that no backend but the einsum path serves; empty on others."""
-        target = self.target
-        kernels = target.capability is not None and target.capability >= OLDEST_CAPABILITY
-        return "" if kernels or target.absent or target.device_type == "cpu" else ADVICE
+        return _advice(self.target)
+
+
+def _advice(target: DeviceTarget) -> str:
+    kernels = target.capability is not None and target.capability >= OLDEST_CAPABILITY
+    return "" if kernels or target.absent or target.device_type == "cpu" else ADVICE
+
+
+@constant_when_compiled
+def advice_for(device: torch.device) -> str:
+    """What `Explanation.advice` says of a device."""
+    return _advice(DeviceTarget.of(device))
 
 
 def explain(

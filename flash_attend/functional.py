@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache, partial
+from functools import cache
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -20,6 +20,7 @@ from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
+    exporting_to_onnx,
     has_autocast,
     jit_traced,
     sharded,
@@ -28,7 +29,7 @@ from flash_attend.tracing import (
     watched,
 )
 
-__all__ = ["flash_attention"]
+__all__ = ["attend_given", "autocast", "flash_attention", "warn_once"]
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -99,7 +100,8 @@ def flash_attention(
     """Exact attention, `softmax(q k^T * scale) v`, with masks, windows, and what is added to scores.
 
     Args:
-        q: `(b, h, i, d)`; float16, bfloat16, float32 or float64.
+        q: `(b, h, i, d)`; float16, bfloat16, float32 or float64. Jagged nested tensors `(b, h, i*, d)`, q, k and v
+            alike, are packed sequences: see `flash_attention_packed`.
         k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`, and query head `n` reads key head `n // (h // hk)`.
         v: `(b, hk, j, dv)` or `(b, j, dv)`; `dv` may differ from `d`.
         mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
@@ -142,30 +144,35 @@ def flash_attention(
         call = plan_call(given, causal, scale, dropout_p, deterministic, backend, window, softcap)
         out, lse = attend(call.operands(given), call, return_lse=return_lse)
         if call.plan.warning:
-            _warn_once(call.plan.warning)
+            warn_once(call.plan.warning)
         return (out, cast(Tensor, lse)) if return_lse else out
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
     )
-    return _attend_watched(given, options, return_lse, backend)
+    return attend_given(given, options, return_lse, backend)
 
 
-def _attend_watched(
+def attend_given(
     given: Operands, options: dict[str, Any], return_lse: bool, backend: str
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same where somebody else may take part: see `undisturbed`."""
+    """The same of operands that were not checked, where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
+    if all(isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged for x in given[:3]):
+        from flash_attend.jagged import attend_jagged  # which packs them, and comes back here
+
+        return attend_jagged(given, options, return_lse, backend)
     opaque = traced(*given)
     if opaque and sharded(*given):
         from flash_attend.sharding import attend_locally  # imports DTensor
 
-        here = partial(flash_attention, return_lse=return_lse, backend=backend, **options)
-        return attend_locally(here, given, options["dropout_p"])
+        return attend_locally(given, dict(options, return_lse=return_lse, backend=backend))
     given = autocast(given)
     if opaque:  # lengths may be symbols, by which nothing can be looked up
         operands, spec = normalise_call(given, **options)
         device = operands.q.device
+        if backend == "auto" and exporting_to_onnx():
+            backend = "math"
         plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
         seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
@@ -177,7 +184,7 @@ def _attend_watched(
         else:
             out, lse = attend(operands, call, return_lse=return_lse)
     if plan.warning:
-        _warn_once(plan.warning)
+        warn_once(plan.warning)
     return (out, cast(Tensor, lse)) if return_lse else out
 
 
@@ -204,7 +211,8 @@ def autocast(given: Operands) -> Operands:
 
 
 @constant_when_compiled  # so that the compiler warns, and does not compile a warning
-def _warn_once(warning: str) -> None:
+def warn_once(warning: str) -> None:
+    """What a plan has to tell its user."""
     _warn(warning)
 
 

@@ -24,6 +24,10 @@ class Operands(NamedTuple):
     bias: Tensor | None = None  # (b|1, h|1, i|1, j|1), added to the scores; -inf hides a pair as the mask does
     alibi_slopes: Tensor | None = None  # (b|1, h)
     sinks: Tensor | None = None  # (h,), logits that take part in the normaliser alone
+    # int32 (n, 4), where a batch of one holds several sequences one after another: see `segments.py`
+    segments: Tensor | None = None
+    # int64 (b,): which of a larger batch's entries these are, by which dropout goes; None for all of one
+    entries: Tensor | None = None
 
 
 def broadcast_strides(sizes: Sequence[int], strides: Strides) -> Strides:
@@ -46,7 +50,7 @@ class Layouts(NamedTuple):
     @staticmethod
     def of(operands: Operands) -> Layouts:
         """Those of operands."""
-        q, k, v, mask, _, *others = operands
+        q, k, v, mask, _, *others = operands[:8]
         of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
         of_others = [None if tensor is None else broadcast_strides(tensor.shape, tensor.stride()) for tensor in others]
         return Layouts(q.stride(), k.stride(), v.stride(), *of_mask, *of_others)

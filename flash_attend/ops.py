@@ -49,6 +49,7 @@ class Options(NamedTuple):
     operands: tuple[str, ...]  # the fields of `Operands` that there are, in their order
     grads: tuple[str, ...] = ()  # of a backward: which of OUTPUTS have a gradient
     needed: tuple[str, ...] = ()  # of a backward: which of INPUTS need one
+    layout: str = ""  # how ranks share the sequences of which these are shards
 
     @staticmethod
     @lru_cache(maxsize=CALLS_KEPT)
@@ -88,10 +89,11 @@ def with_gradients(options: str, grads: Sequence[str], needed: Sequence[str]) ->
 
 def spec_of(operands: Operands, numbers: Sequence[float], options: Options) -> AttentionSpec:
     """The description of a call that has been checked."""
-    q, k, v, mask, _, bias, slopes, sinks = operands
+    q, k, v, mask, _, bias, slopes, sinks, segments, _ = operands
     (scale, dropout_p, softcap), flag = numbers, options.deterministic
     said = options.causal, scale, dropout_p, flag, options.precision, options.window, softcap
-    return describe(q, k, v, mask, *said, bias=bias, alibi=slopes is not None, sinks=sinks is not None)
+    alibi, has_sinks = slopes is not None, sinks is not None
+    return describe(q, k, v, mask, *said, bias=bias, alibi=alibi, sinks=has_sinks, segments=segments)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ class _Call(NamedTuple):
                 1,
                 1,
                 1,
-                1 if spec.queries == 1 else 2,
+                1 if spec.one_query else 2,
                 1,
                 int(spec.head_dim),
                 int(spec.value_dim),
@@ -136,6 +138,7 @@ class _Call(NamedTuple):
             bias=spec.bias,
             alibi=spec.alibi,
             sinks=spec.sinks,
+            sequences=None if spec.sequences is None else 1,
         )
         tiles = backend.tiles(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
         return _Call(operands, spec, options, backend, tiles)
@@ -222,10 +225,13 @@ def like_backward(
 # The same by the einsum path, whose parts can be differentiated and transformed.
 
 
-def forward_composite(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
+def forward_composite(
+    tensors: Sequence[Tensor], numbers: Sequence[float], text: str, *, guard: bool = True
+) -> list[Tensor]:
     options = Options.read(text)
     operands = options.operands_of(tensors)
-    found = attention_reference(operands, spec_of(operands, numbers, options), return_lse=options.return_lse)
+    spec = spec_of(operands, numbers, options)
+    found = attention_reference(operands, spec, return_lse=options.return_lse, guard=guard)
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = [
     "check_count",
     "check_flag",
+    "check_length",
     "check_number",
     "check_positive",
     "check_probability",
@@ -93,6 +94,16 @@ def check_count(name: str, value: object) -> int:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {shown(value)}")
     return int(count)
+
+
+def check_length(name: str, value: object) -> int:
+    """`value`, an integer of at least 0 but no bool, as Python's; a compiler's symbol as it is."""
+    length = _unwrapped(value)
+    if isinstance(length, bool) or not isinstance(length, (int, numbers.Integral)):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if length < 0:
+        raise ValueError(f"{name} must be at least 0, got {shown(value)}")
+    return length  # type: ignore[return-value]
 
 
 def optional(check: Callable[[str, object], _T]) -> Callable[[str, object], _T | None]:

@@ -21,11 +21,11 @@ from torch import Tensor
 from flash_attend.reference import keys_seen, right_end, visible_pairs
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["Group", "Part", "Range", "split"]
+__all__ = ["Group", "Part", "Range", "is_small", "keys_shown", "split", "whole_and_masked"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
 LARGEST_CUT_SQUARE = 1024
-WIDTH = 16  # keys in the registers of a product
+WIDTH = 16  # keys in the registers of a product, which is slow where a length is no multiple of it
 ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
 
 Range = tuple[int, int]
@@ -38,6 +38,11 @@ class Part(NamedTuple):
     keys: Range
     causal: bool = False  # a square, whose first query sees its first key
     biased: bool = False  # the mask says more than the ranges do, or something is added to the scores
+
+    @property
+    def hides(self) -> bool:
+        """Whether something may be hidden in it."""
+        return self.causal or self.biased
 
 
 class Group(NamedTuple):
@@ -54,9 +59,42 @@ def split(mask: Tensor | None, spec: AttentionSpec) -> list[Group]:
         return _without_mask(spec)
     if not spec.batch * spec.heads * spec.queries * spec.keys:
         return []
+    if is_small(spec):
+        return _at_once(mask, spec)
     if mask.shape[1] == mask.shape[2] == 1:
         return [group for run in _runs(mask, spec) if (group := _of_run(run, mask, spec)).parts]
     return _by_rows(mask, spec)
+
+
+def is_small(spec: AttentionSpec) -> bool:
+    """Whether a call is too small to be split, and not empty."""
+    return 0 < spec.batch * spec.heads * spec.queries * spec.keys * spec.head_dim <= 2 * ONE_CALL
+
+
+def whole_and_masked(spec: AttentionSpec, keys: Range | None = None) -> list[Group]:
+    """A call, or some keys of it, as one part in which a mask hides something."""
+    return [Group((0, spec.batch), [Part((0, spec.queries), keys or (0, spec.keys), biased=True)])]
+
+
+def keys_shown(mask: Tensor, spec: AttentionSpec) -> Range:
+    """The range of keys that any entry of a mask `(b|1, 1, 1, j)` sees: empty where none does."""
+    shown = _bytes_of(mask)
+    ranges = [_range_of(shown[start : start + spec.keys]) for start in range(0, len(shown), spec.keys)]
+    seen = [found for found in ranges if found[1]]
+    return (min([first for first, _ in seen]), max([last for _, last in seen])) if seen else (0, 0)
+
+
+def _at_once(mask: Tensor, spec: AttentionSpec) -> list[Group]:
+    """A call too small to be split."""
+    if mask.shape[1] > 1 or mask.shape[2] > 1:
+        return whole_and_masked(spec)
+    keys = keys_shown(mask, spec)
+    return whole_and_masked(spec, _widened(keys, spec)) if keys[1] else []
+
+
+def _widened(keys: Range, spec: AttentionSpec) -> Range:
+    """A range of keys as long as products are fast."""
+    return keys[0] // WIDTH * WIDTH, min(-(-keys[1] // WIDTH) * WIDTH, spec.keys)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -193,10 +231,7 @@ def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
     if run.alike and _wasted(run, spec) == ONE_CALL:
         picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
         return Group(run.entries, list(_of_picked(picked, spec)), picked)
-    first_key, last_key = run.keys
-    # The kernel's products are slow where a length is no multiple of this.
-    keys = first_key // WIDTH * WIDTH, min(-(-last_key // WIDTH) * WIDTH, spec.keys)
-    return Group(run.entries, list(_biased(keys, spec)))
+    return Group(run.entries, list(_biased(_widened(run.keys, spec), spec)))
 
 
 def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:

@@ -46,6 +46,7 @@ class CallPlan(NamedTuple):
     differentiated: bool  # a gradient is needed of something
     sizes: Sizes
     as_given: bool  # the operands are the tensors themselves, none of them a view
+    padding: tuple[int, ...] | None  # the shape of the mask, where it alone is a view: `(b, 1, 1, j)`
 
     def forward(self, operands: Operands) -> Any:
         """`(out, lse, schedule)` of operands with any layouts."""
@@ -56,6 +57,9 @@ class CallPlan(NamedTuple):
         if self.spec.dropout_p > 0:
             q, k, v, mask, _, *others = given
             given = Operands(q, k, v, mask, draw_seed(q.device), *others)
+        if self.padding is not None:
+            q, k, v, mask, seed, *others = given
+            return Operands(q, k, v, mask.view(self.padding), seed, *others)  # type: ignore[union-attr]
         return given if self.as_given else view_operands(given, self.spec, self.sizes)
 
 
@@ -91,16 +95,20 @@ def _work_out(facts: Facts, options: Options, needed: Needed, backend: str, gene
     tiles = functions.tiles(spec, target, plan.backward)
     planned = functions.plan_forward
     forward = None if planned is None else planned(spec, tiles, layouts_of(facts, spec, sizes))
-    return CallPlan(spec, plan, functions, tiles, forward, True in needed, sizes, _as_given(facts, spec, sizes))
+    mask = facts[3]
+    as_given, padding = _as_given(facts, spec, sizes), None
+    if mask is not None and len(mask[0]) == 2 and sizes.mask == (spec.batch, 1, 1):
+        padding = (*sizes.mask, spec.keys) if _as_given((*facts[:3], None, *facts[4:]), spec, sizes) else None
+    return CallPlan(spec, plan, functions, tiles, forward, True in needed, sizes, as_given, padding)
 
 
 def _as_given(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> bool:
-    _, of_k, of_v, of_mask, of_bias, of_slopes, _ = facts
+    _, of_k, of_v, of_mask, of_bias, of_slopes, *_ = facts
     return (
         (len(of_k[0]) == len(of_v[0]) == 4 and spec.kv_heads > 0)
         and (of_mask is None or of_mask[0] == (*sizes.mask, spec.keys))
         and (of_bias is None or of_bias[0] == sizes.bias)
-        and (of_slopes is None or len(of_slopes[0]) == 2)
+        and (of_slopes is None or (len(of_slopes[0]) == 2 and of_slopes[0][0] > 0))
     )
 
 

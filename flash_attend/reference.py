@@ -18,16 +18,19 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
+from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import AttentionSpec, MaskKind, describe
-from flash_attend.tracing import has_autocast, readable, transformed
+from flash_attend.tracing import has_autocast, known, readable, transformed
 from flash_attend.visible import contract, pairs
 
 __all__ = [
+    "Merged",
     "attention_reference",
     "attention_reference_gradients",
     "bounded",
     "cleared",
     "keys_seen",
+    "no_autocast",
     "right_end",
     "visible_pairs",
     "with_whole_mask",
@@ -43,23 +46,30 @@ HELD_SCORES = 2**25
 FEWEST_QUERIES = 64
 
 
-def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attention_reference(
+    operands: Operands, spec: AttentionSpec, *, return_lse: bool, guard: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Attention as the contract has it, differentiable any number of times.
+
+    Without `guard` NaN and infinity in a row of v that some queries see may show in others, and products take a fifth
+    of the time that they take guarded.
 
     Returns:
         `out (b, h, i, dv)` in q's dtype, and `lse (b, h, i)` in `spec.accumulator_dtype`, natural log; None unless
         `return_lse`.
     """
+    if spec.sequences is not None:
+        return attend_by_groups(functools.partial(attention_reference, return_lse=return_lse), operands, spec)
     chunks, recompute = _chunks(spec)
     operands, spec, hidden = _prepared(operands, spec, chunks)
-    guarded = _needs_guard(spec, operands)
+    guarded = guard and _needs_guard(spec, operands)
 
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-    with _no_autocast(operands.q.device):
+    with no_autocast(operands.q.device):
         parts = [attend(operands, hidden, spec, guarded, first, last, return_lse) for first, last in chunks]
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     if not return_lse:
@@ -68,33 +78,46 @@ def attention_reference(operands: Operands, spec: AttentionSpec, *, return_lse: 
     return out.to(spec.dtype).contiguous(), lse
 
 
+class Merged(NamedTuple):
+    """The results of attention over more keys than a call has: weights are theirs, and not the call's own softmax."""
+
+    out: Tensor  # (b, h, i, dv)
+    lse: Tensor  # (b, h, i)
+
+
 def attention_reference_gradients(
-    grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, spec: AttentionSpec
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    spec: AttentionSpec,
+    merged: Merged | None = None,
 ) -> tuple[Tensor | None, ...]:
     """What a backward through `attention_reference` gives for q, k and v and, where there is either, for the bias and
     the sinks; itself differentiable any number of times.
 
     From `grad_out (b, h, i, dv)` and `grad_lse (b, h, i)`, where None counts as 0. A chunk at a time: nothing of the
-    forward is held.
+    forward is held. Where the keys are a part of those that `merged` is over, so are the gradients.
     """
+    if spec.sequences is not None:
+        return gradients_by_groups(attention_reference_gradients, (grad_out, grad_lse), operands, spec)
     q = operands.q
     if grad_out is None:
         grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
     if grad_lse is None:
         grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
     chunks, _ = _chunks(spec)
-    _, _, _, _, _, bias, _, sinks = operands
+    bias, sinks = operands.bias, operands.sinks
     operands, spec, hidden = _prepared(operands, spec, chunks)
     grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
     if dead is not None:
         grad_out, grad_lse = grad_out.masked_fill(dead, 0.0), grad_lse.masked_fill(dead[..., 0], 0.0)
-    guarded = _needs_guard(spec, operands, grad_out, grad_lse)
+    guarded = _needs_guard(spec, operands, grad_out, grad_lse, *(() if merged is None else merged[:1]))
 
     grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
     of_scores = []
-    with _no_autocast(q.device):
+    with no_autocast(q.device):
         for first, last in chunks:
-            given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last
+            given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last, merged
             of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
             begin, end = keys_seen(spec, first, last)
             rest = (0, 0, begin, spec.keys - end)  # the keys that no query of the chunk sees
@@ -121,6 +144,8 @@ def attention_reference_gradients(
 
 def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     """The ranges of queries that are computed at once, and whether there are too many scores to hold them all."""
+    if _symbolic(spec):
+        return [(0, spec.queries)], False
     span = _span(spec)
     # A chunk of as many queries as one of them sees keys computes at most twice the scores that it needs.
     most = max(FEWEST_QUERIES, span) if span < spec.keys else max(FEWEST_QUERIES, spec.queries)
@@ -128,6 +153,11 @@ def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     too_many = scores_per_query * spec.queries > HELD_SCORES
     rows = max(FEWEST_QUERIES, min(most, (HELD_SCORES if too_many else CACHED_SCORES) // scores_per_query))
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
+
+
+def _symbolic(spec: AttentionSpec) -> bool:
+    """Whether lengths are a tracer's symbols, of which nothing may be asked that does not hold for all lengths."""
+    return not all(type(size) is int for size in (spec.batch, spec.queries, spec.keys))
 
 
 def right_end(spec: AttentionSpec) -> int | None:
@@ -143,6 +173,8 @@ def _span(spec: AttentionSpec) -> int:
 
 def keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
     """The range of keys beyond which causality and the window hide all from the queries from `first` to `last`."""
+    if _symbolic(spec):
+        return 0, spec.keys
     left, right = spec.window[0], right_end(spec)
     end = spec.keys if right is None else min(max(last + spec.offset + right, 0), spec.keys)
     begin = 0 if left is None else min(max(first + spec.offset - left, 0), end)
@@ -221,9 +253,9 @@ def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> boo
 def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
     """Whether the tensors are without NaN and infinity, and so small that no score can be infinite. Reads them."""
     with torch.no_grad():
-        norms = [torch.linalg.vector_norm(tensor, dtype=spec.accumulator_dtype) for tensor in (q, k, *others)]
-        largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
-    return largest.item() < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
+        norms = [torch.linalg.vector_norm(x, dtype=spec.accumulator_dtype).item() for x in (q, k, *others)]
+    largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
+    return largest < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
 
 
 def _attend(
@@ -240,7 +272,8 @@ def _attend(
     weights = scores.softmax(dim=-1)[..., : end - begin]
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        weights = weights * keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
+        weights = weights.mul_(kept) if _unwatched(weights) else weights * kept
     out = _weighted(weights, operands.v[:, :, begin:end], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
@@ -264,23 +297,31 @@ def _differentiate(
     guarded: bool,
     first: int,
     last: int,
+    merged: Merged | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the queries from `first` to `last` give to the gradients: their own, those of the keys they may see, and in
     the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
-    scores, slope, seen, visible, _ = _scores(operands, hidden, spec, guarded, first, last)
+    scores, slope, seen, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
     begin, end = keys_seen(spec, first, last)
     q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
 
-    all_weights = scores.softmax(dim=-1)
+    if merged is None:
+        all_weights = scores.softmax(dim=-1)
+    else:
+        all_weights = _weights_of(scores, merged.lse[:, :, first:last, None], dead)
     weights = kept_weights = all_weights[..., : end - begin]
     grad_weights = _products(grad_out, v, visible)
     if spec.dropout_p > 0:
         assert operands.seed is not None
-        kept = keep_mask(operands.seed, spec, first, last, end)[..., begin:]
+        kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
         factor = kept.to(weights.dtype) / (1 - spec.dropout_p)
         kept_weights, grad_weights = weights * factor, grad_weights * factor
-    delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
+    if merged is None:
+        delta = (weights * grad_weights).sum(dim=-1, keepdim=True) - grad_lse
+    else:
+        delta = (merged.out[:, :, first:last].to(grad_out.dtype) * grad_out).sum(dim=-1, keepdim=True) - grad_lse
+        delta = delta if dead is None else delta.masked_fill(dead, 0.0)
     grad_scores = weights * (grad_weights - delta)
     of_bias = of_sinks = None
     if operands.bias is not None:
@@ -295,6 +336,13 @@ def _differentiate(
     return grad_q, grad_k, _gathered(kept_weights, grad_out, visible, spec.kv_heads), of_bias, of_sinks
 
 
+def _weights_of(scores: Tensor, lse: Tensor, dead: Tensor | None) -> Tensor:
+    """The weights that an LSE over more keys gives to scores. Those of rows that see none of these are 0, whatever
+    their scores; and of rows that see none at all."""
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
+    return weights if dead is None else weights.masked_fill(dead, 0.0)
+
+
 def _gradient_of_bias(
     grad_scores: Tensor, visible: Tensor | None, bias: Tensor, begin: int, spec: AttentionSpec
 ) -> Tensor:
@@ -306,6 +354,11 @@ def _gradient_of_bias(
     of_chunk = grad_scores.sum(dim=summed, keepdim=True) if summed else grad_scores
     rest = spec.keys - begin - grad_scores.shape[3]
     return of_chunk if bias.shape[3] == 1 else pad(of_chunk, (begin, rest))
+
+
+def _unwatched(tensor: Tensor) -> bool:
+    """Whether nobody can tell that a tensor of ours is changed in place, which saves a CPU the pages of another one."""
+    return not tensor.requires_grad and readable(tensor)
 
 
 class _Scores(NamedTuple):
@@ -337,11 +390,12 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
         scores, slope = bent * spec.softcap, 1 - bent.square()
     for term in _added(operands, spec, first, last):
         scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
-    if shown is not None and visible is not None:
+    if shown is not None and (visible is not None or not readable(scores)):
         scores = torch.where(shown, scores, -torch.inf)
     elif shown is not None:
         # 1 - 1 / shown, 0 or -inf: finite scores are hidden by a sum in a third of the time that a choice takes a CPU.
-        scores = scores - shown.to(q.dtype).reciprocal().sub(1)
+        hiding = shown.to(q.dtype).reciprocal().sub(1)
+        scores = scores.sub_(hiding) if _unwatched(scores) else scores - hiding
     if operands.sinks is not None:
         column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -397,8 +451,8 @@ def visible_pairs(
     all of them."""
     shown = None if mask is None else (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., begin:end]
     left, right = spec.window[0], right_end(spec)
-    late = right is not None and end > first + spec.offset + right + 1
-    early = left is not None and begin < last - 1 + spec.offset - left
+    late = right is not None and not known(end <= first + spec.offset + right + 1)
+    early = left is not None and not known(begin >= last - 1 + spec.offset - left)
     if not (late or early):
         return shown
     query, key = (torch.arange(*span, device=device) for span in ((first, last), (begin, end)))
@@ -420,7 +474,7 @@ def _dead_rows(
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
     left, right = spec.window[0], right_end(spec)
     if mask is None:
-        if right is None or spec.offset + right >= 0:
+        if right is None or known(spec.offset + right >= 0):
             return None
         return (torch.arange(spec.queries, device=device) < -spec.offset - right)[None, None, :, None]
     if left is right is None:
@@ -442,7 +496,7 @@ def _unread_keys(
     if mask is None or mask.shape[2] == 1:
         # Under `causal` too: the last query sees every key that the mask leaves.
         read = None if mask is None else mask[:, :, 0]
-        if behind is not None and behind > 0:
+        if behind is not None and not known(behind <= 0):
             within = (torch.arange(spec.keys, device=device) >= behind)[None, None]
             read = within if read is None else read & within
         if read is None:
@@ -455,8 +509,8 @@ def _unread_keys(
     return ~read[..., None]
 
 
-def _no_autocast(device: torch.device) -> torch.autocast | nullcontext:
-    """Autocast would take the products to half precision, whatever dtype the call asked for."""
+def no_autocast(device: torch.device) -> torch.autocast | nullcontext:
+    """Within this context autocast, which would take products to half precision, does not."""
     if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -7,8 +7,8 @@ zeros where nobody looks, and then by the einsum path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, lru_cache, partial
 from itertools import groupby
 from math import copysign, isnan
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from flash_attend.operands import Layouts, Operands
-from flash_attend.parts import Group, Part, Range, split
+from flash_attend.parts import ONE_CALL, Group, Part, Range, is_small, keys_shown, split, whole_and_masked
 from flash_attend.reference import (
+    Merged,
     attention_reference,
     attention_reference_gradients,
     bounded,
@@ -27,9 +28,10 @@ from flash_attend.reference import (
     visible_pairs,
     with_whole_mask,
 )
+from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward", "plan_forward"]
+__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_forward"]
 
 # Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
 FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
@@ -37,11 +39,14 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.d
 
 # In float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most. In float64 as far off.
 LARGEST_LSE = {torch.float32: 256.0, torch.float64: 256.0 * 2.0**29}
-CONVERTED = 2**18  # elements of q that are converted at one time
+FEW = 2**11  # elements, of which an operator takes no longer than to start it
+FEWEST_PRODUCTS = 8 * ONE_CALL  # of a unit of work: what is smaller is not cut further
 
 
 class Kept(NamedTuple):
-    """What a forward leaves for its backward beside its results: nothing."""
+    """What a forward leaves for its backward beside its results: what hid pairs of a call too small to be split."""
+
+    hiding: Tensor | None = None  # (b|1, h|1, i|1, j), 0 or -inf
 
     def packed(self) -> list[Tensor]:
         """As tensors."""
@@ -53,8 +58,17 @@ NOTHING = Kept()
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
+    if spec.sequences is not None:
+        out, lse = attend_by_groups(partial(attention_forward, tiles=None), operands, spec)
+        assert lse is not None
+        return out.clone(), lse.clone(), NOTHING  # no views, as below
     operands, spec = with_whole_mask(operands, spec)
     groups = split(operands.mask, spec)
+    part = _only(groups, spec)
+    if part is not None and _rows_alone(*operands[:3]):
+        found = _Kernel(operands, spec).forward(part)
+        if found is not None and not (part.hides and _has_nan(found[0])):
+            return *found, NOTHING
     for read in (lambda: operands, lambda: cleared(operands, spec)[0]):
         found = _forward(read(), spec, groups)
         if found is not None and not _leaks(groups, found):
@@ -66,19 +80,48 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> t
 
 def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable[[Operands], tuple] | None:
     """The same for operands with these layouts, where torch's kernel takes them as they are; else None."""
-    rows_alone = layouts.q[3] == layouts.k[3] == layouts.v[3] == 1
-    part = _whole(split(None, spec), spec) if layouts.mask is None and rows_alone else None
-    if part is None:
+    if spec.sequences is not None:
+        return None
+    if not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1 or not _takes(spec) or spec.adds_to_scores:
+        return None
+    if layouts.mask_sizes is not None:
+        return _plan_masked(spec, layouts.mask_sizes) if is_small(spec) and spec.window == (None, None) else None
+    part = _only(split(None, spec), spec)
+    if part is None or part.biased or part.keys != (0, spec.keys):
         return None
     causal, scale = part.causal, spec.scale
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, *_ = operands
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
-        sound = lse.count_nonzero().item() == lse.numel() or bounded(spec, q, k)
+        sound = _has_no_zero(lse) or bounded(spec, q, k)
         if sound and not (causal and _has_nan(out)):
             return out, lse, NOTHING
         return attention_forward(operands, spec, tiles)
+
+    return forward
+
+
+def _plan_masked(spec: AttentionSpec, mask_sizes: tuple[int, ...]) -> Callable[[Operands], tuple]:
+    """That of a call too small to be split: the mask is handed over whole, unless it leaves out keys at either end."""
+    by_keys, causal, scale = mask_sizes[1] == mask_sizes[2] == 1, spec.causal and spec.queries > 1, spec.scale
+    shown, hidden = [torch.tensor(x, dtype=spec.accumulator_dtype, device="cpu") for x in (0.0, -torch.inf)]
+
+    def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
+        q, k, v, visible, *_ = operands
+        assert visible is not None
+        if by_keys and 4 * len(range(*keys_shown(visible, spec))) <= 3 * spec.keys:
+            return attention_forward(operands, spec, None)
+        if causal:
+            visible = visible_pairs(visible, spec, 0, spec.queries, spec.keys, visible.device)
+            assert visible is not None
+        hiding = torch.where(visible, shown, hidden)
+        out, lse = FORWARD(q, k, v, 0.0, False, attn_mask=hiding, scale=scale)
+        sound = _has_no_zero(lse)
+        if not sound:
+            lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
+            sound = _has_no_zero(lse) or bounded(spec, q, k)
+        return (out, lse, Kept(hiding)) if sound and not _has_nan(out) else attention_forward(operands, spec, None)
 
     return forward
 
@@ -89,7 +132,7 @@ def attention_backward(
     operands: Operands,
     out: Tensor,
     lse: Tensor,
-    kept: Kept,
+    kept: Kept | None,
     spec: AttentionSpec,
     tiles: None,
     needed: Sequence[bool],
@@ -97,36 +140,71 @@ def attention_backward(
     """The gradients of q, k, v and, where there is one, the bias; None where `needed` says so. Torch's operator knows
     no gradient of an LSE or of a bias, and its weights are as exact as an LSE is: what has such a gradient or large
     scores goes by the einsum path."""
+    if spec.sequences is not None:
+
+        def differentiate(grad_out: Any, grad_lse: Any, out: Any, lse: Any, *call: Any) -> tuple[Tensor | None, ...]:
+            of_group, spec_of_group = call
+            return attention_backward(grad_out, grad_lse, of_group, out, lse, NOTHING, spec_of_group, None, needed)
+
+        return gradients_by_groups(differentiate, (grad_out, grad_lse, out, lse), operands, spec)
+    hiding = None if kept is None else kept.hiding
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, None, hiding)
+
+
+def backward_of_part(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    tiles: None,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """The same where the keys are a part of those that `out` and `lse` are over."""
+    return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, Merged(out, lse))
+
+
+def _gradients_of(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    needed: Sequence[bool],
+    merged: Merged | None,
+    hiding: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
     found: Any = None
     of_bias = spec.bias is not None and needed[3]
     if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
         operands, spec = with_whole_mask(operands, spec)
-        groups = split(operands.mask, spec)
-        whole = _whole(groups, spec)
-        rows_alone = all([tensor.stride(-1) == 1 for tensor in (*operands[:3], grad_out, out)])
-        if whole is None or not rows_alone:
-            found = _backward(grad_out, operands, out, lse, spec, groups)
+        groups = split(operands.mask, spec) if hiding is None else whole_and_masked(spec)
+        part = _only(groups, spec)
+        if part is not None and _rows_alone(*operands[:3], grad_out, out):
+            of_q, of_k, of_v = _Kernel(operands, spec).backward(part, grad_out, out, lse, hiding)
+            found = of_q, _spread(of_k, part.keys, operands.k), _spread(of_v, part.keys, operands.v)
         else:
-            found = BACKWARD(grad_out, *operands[:3], out, lse, 0.0, whole.causal, scale=spec.scale)
+            found = _backward(grad_out, operands, out, lse, spec, groups)
         if _leaks(groups, found):
             read, (rows, _) = cleared(operands, spec)
             grad_out = grad_out if rows is None else grad_out.masked_fill(rows, 0.0)
             found = _backward(grad_out, read, out, lse, spec, groups)
             found = None if _leaks(groups, found) else found
     if found is None:
-        found = attention_reference_gradients(grad_out, grad_lse, operands, spec)
+        found = attention_reference_gradients(grad_out, grad_lse, operands, spec, merged)
     found = *found, *[None] * (len(needed) - len(found))
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
 
 
-def _whole(groups: list[Group], spec: AttentionSpec) -> Part | None:
-    """The only part of a call that torch's kernel takes as it is, from which everything between it and its caller is
-    left out: of a small call that was half the time."""
-    if len(groups) != 1 or len(groups[0].parts) != 1 or not _takes(spec):
+def _only(groups: list[Group], spec: AttentionSpec) -> Part | None:
+    """The only part of a call whose tensors torch's kernel takes as they are, from which everything between it and its
+    caller is left out: of a small call that was half the time."""
+    if len(groups) != 1 or len(groups[0].parts) != 1 or spec.adds_to_scores or not _takes(spec):
         return None
-    part = groups[0].parts[0]
-    whole = part.rows == (0, spec.queries) and part.keys == (0, spec.keys) and groups[0].entries == (0, spec.batch)
-    return part if whole and not part.biased else None
+    (entries, (part,), picked) = groups[0]
+    return part if entries == (0, spec.batch) and part.rows == (0, spec.queries) and picked is None else None
 
 
 def _takes(spec: AttentionSpec) -> bool:
@@ -136,7 +214,7 @@ def _takes(spec: AttentionSpec) -> bool:
 
 def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
     """Whether something may have come through a hidden pair: then it is in `out`, or in a gradient of q or k."""
-    if not any([part.causal or part.biased for group in groups for part in group.parts]):
+    if not any([part.hides for group in groups for part in group.parts]):
         return False
     return any(map(_has_nan, found[:2]))
 
@@ -147,35 +225,47 @@ def _has_nan(tensor: Tensor) -> bool:
 
 def _is_exact(lse: Tensor) -> bool:
     """Whether weights that are recomputed from an LSE are as exact as a softmax's."""
-    sizes, largest = lse.abs(), LARGEST_LSE[lse.dtype]
-    return not lse.numel() or sizes.max().item() <= largest or not ((sizes > largest) & sizes.isfinite()).any()
+    sizes, limit = lse.abs(), LARGEST_LSE[lse.dtype]
+    return not lse.numel() or sizes.max().item() <= limit or not ((sizes > limit) & sizes.isfinite()).any()
+
+
+class _Unit(NamedTuple):
+    """What is computed at one time: some heads of some entries of a group, all of its parts."""
+
+    group: Group
+    entries: Range
+    heads: Range
+    kv_heads: Range
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """What a unit takes of a tensor `(b|1, h|1, ...)`."""
+        return _cut_unless_1(_cut_unless_1(tensor, 0, self.entries), 1, self.heads)
+
+    def cut_keys(self, tensor: Tensor) -> Tensor:
+        """What a unit takes of a tensor `(b, hk, ...)`."""
+        return _cut(_cut(tensor, 0, self.entries), 1, self.kv_heads)
 
 
 class _Kernel:
-    """Torch's kernel on the tensors of one group of batch entries."""
+    """Torch's kernel on some tensors of a call, with all their keys or with those that are `picked`."""
 
-    def __init__(self, operands: Operands, spec: AttentionSpec, group: Group, dtype: torch.dtype) -> None:
-        q, k, v = [_cut(tensor, 0, group.entries) for tensor in operands[:3]]
-        if group.picked is not None:
-            k, v = k.index_select(2, group.picked), v.index_select(2, group.picked)
-        self.picked, mask = group.picked, operands.mask
-        self.mask = mask if mask is None or mask.shape[0] == 1 else _cut(mask, 0, group.entries)
-        self.spec, (self.factor, self.scale) = spec, _factors(spec)
-        self.bias: Tensor | None = None
-        self.slopes: Tensor | None = None
-        if spec.adds_to_scores:
-            self._take_added(operands, group)
-        q = q if self.factor == 1 else q * self.factor
-        self.q, self.k, self.v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
+    def __init__(self, operands: Operands, spec: AttentionSpec, picked: Tensor | None = None) -> None:
+        self.q, self.k, self.v, self.mask, _, self.bias, self.slopes, *_ = operands
+        self.spec, self.picked, (self.factor, self.scale) = spec, picked, _factors(spec)
 
-    def _take_added(self, operands: Operands, group: Group) -> None:
-        """The group's bias and slopes, of the keys that it gathers."""
-        self.bias, self.slopes = [
-            x if x is None or x.shape[0] == 1 else _cut(x, 0, group.entries)
-            for x in (operands.bias, operands.alibi_slopes)
-        ]
-        if group.picked is not None and self.bias is not None and self.bias.shape[3] > 1:
-            self.bias = self.bias.index_select(3, group.picked)
+    @staticmethod
+    def of(unit: _Unit, operands: Operands, spec: AttentionSpec, dtype: torch.dtype) -> _Kernel:
+        """On the tensors of a unit, computed in a dtype."""
+        q, k, v, mask, _, bias, slopes, *_ = operands
+        mask, bias, slopes = [None if x is None else unit.cut(x) for x in (mask, bias, slopes)]
+        q, k, v, picked = unit.cut(q), unit.cut_keys(k), unit.cut_keys(v), unit.group.picked
+        if picked is not None:
+            k, v = k.index_select(2, picked), v.index_select(2, picked)
+            bias = bias if bias is None or bias.shape[3] == 1 else bias.index_select(3, picked)
+        factor, _ = _factors(spec)
+        q = q if factor == 1 else q * factor
+        q, k, v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
+        return _Kernel(Operands(q, k, v, mask, None, bias, slopes), spec, picked)
 
     def forward(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Of a part's queries: out, and the LSE of the part's keys. The kernel makes 0 of both where all scores are
@@ -188,10 +278,14 @@ class _Kernel:
             lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
         return (out, lse) if _has_no_zero(lse) or bounded(self.spec, self.q, self.k) else None
 
-    def backward(self, part: Part, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a part gives to the gradients of its queries and keys; `out` and `lse` are whole rows' own."""
-        bias, visible = self._bias(part)
-        lse = lse if visible is None else lse.masked_fill(lse == -torch.inf, 0.0)
+    def backward(
+        self, part: Part, grad_out: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What a part gives to the gradients of its queries and keys; `out` and `lse` are whole rows' own. The
+        `bias` is made anew where it was not kept."""
+        bias = self._bias(part)[0] if bias is None else bias
+        if part.biased:  # rows that see nothing are in it
+            lse = lse.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
         grads = BACKWARD(grad_out, *self._cut(part), out, lse, 0.0, part.causal, attn_mask=bias, scale=self.scale)
         return (grads[0] if self.factor == 1 else grads[0] * self.factor), grads[1], grads[2]
 
@@ -206,8 +300,7 @@ class _Kernel:
         visible = self._visible(part)
         terms = [*self._added(part)] if self.spec.adds_to_scores else []
         if visible is not None:
-            # As a sum it takes a third of the time of a choice, and a logarithm ten times.
-            terms.append(1 - visible.to(self.spec.accumulator_dtype).reciprocal_())
+            terms.append(_hiding(visible, self.spec.accumulator_dtype))
         shape = (*self.q.shape[:2], part.rows[1] - part.rows[0], part.keys[1] - part.keys[0])
         bias = terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
         return bias.expand(shape), visible
@@ -239,14 +332,39 @@ class _Kernel:
             yield -self.slopes.to(dtype)[..., None, None] * self._ahead(part).abs()
 
 
+def _hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a pair is visible, -inf where it is hidden."""
+    found = visible.to(dtype)
+    # A logarithm is one operator less, and of many elements takes ten times as long.
+    return found.log_() if found.numel() <= FEW else 1 - found.reciprocal_()
+
+
+def _spread(grad: Tensor, keys: Range, like: Tensor) -> Tensor:
+    """A gradient of the keys in a range as one of all keys."""
+    if grad.shape == like.shape:
+        return grad
+    whole = _zeros_like(like)
+    _cut(whole, 2, keys).copy_(grad)
+    return whole
+
+
 def _cut(tensor: Tensor, dim: int, within: Range) -> Tensor:
     """A range of a dimension: the tensor itself where that is all of it, which saves several microseconds."""
     first, last = within
     return tensor if last - first == tensor.shape[dim] else tensor.narrow(dim, first, last - first)
 
 
+def _cut_unless_1(tensor: Tensor, dim: int, within: Range) -> Tensor:
+    return tensor if tensor.shape[dim] == 1 else _cut(tensor, dim, within)
+
+
+def _rows_alone(*tensors: Tensor) -> bool:
+    """Whether torch's kernel reads tensors as they are: it takes a row's elements for neighbours."""
+    return all([tensor.stride(-1) == 1 for tensor in tensors])
+
+
 def _readable_rows(tensor: Tensor) -> Tensor:
-    """The tensor as torch's kernel reads it: it takes a row's elements for neighbours, whatever the stride says."""
+    """The tensor as torch's kernel reads it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -262,8 +380,8 @@ def _factors(spec: AttentionSpec) -> tuple[float, float]:
 def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor] | None:
     """`out` and `lse`; None where the kernel may be wrong about a row."""
     out = lse = None
-    for group, kernel in _kernels(operands, spec, groups):
-        for rows, same in groupby(group.parts, key=lambda part: part.rows):
+    for unit, kernel in _kernels(operands, spec, groups):
+        for rows, same in groupby(unit.group.parts, key=lambda part: part.rows):
             found = _merged([kernel.forward(part) for part in same])
             if found is None:
                 return None
@@ -272,7 +390,7 @@ def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tu
             if out is None or lse is None:
                 out, lse = _of_dead_rows(operands.q, spec)
             for whole, piece in zip((out, lse), found, strict=True):
-                _cut(_cut(whole, 0, group.entries), 2, rows).copy_(piece)
+                _cut(unit.cut(whole), 2, rows).copy_(piece)
             del found, piece  # before the next one is computed
         del kernel
     return _of_dead_rows(operands.q, spec) if out is None or lse is None else (out, lse)
@@ -298,32 +416,36 @@ def _merged(pieces: list[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]
     (out, lse), (other, other_lse) = first, second
     # Of the difference: both less their sum, which is rounded, would not give shares that add up to 1.
     share, other_share = ((lse - other_lse).sigmoid()[..., None], (other_lse - lse).sigmoid()[..., None])
-    return out * share + other * other_share, torch.logaddexp(lse, other_lse)
+    return out.mul_(share).addcmul_(other, other_share), torch.logaddexp(lse, other_lse)
 
 
 def _backward(
     grad_out: Tensor, operands: Operands, out: Tensor, lse: Tensor, spec: AttentionSpec, groups: list[Group]
 ) -> tuple[Tensor, ...]:
-    grads: tuple[Tensor, ...] | None = None
-    for group, kernel in _kernels(operands, spec, groups):
-        of_rows = [_readable_rows(_cut(tensor, 0, group.entries).to(kernel.q.dtype)) for tensor in (grad_out, out)]
-        found, rows, keys = _gradients(kernel, group.parts, [*of_rows, _cut(lse, 0, group.entries)])
-        if all([grad.shape == tensor.shape for grad, tensor in zip(found, operands[:3], strict=True)]):
-            return tuple([grad.to(spec.dtype) for grad in found])
-        grads = grads or _zeros_like(operands[:3])
-        for whole, of_group, within in zip(grads, found, (rows, keys, keys), strict=True):
-            of_entries = _cut(whole, 0, group.entries)
-            if group.picked is None or whole is grads[0]:
-                _cut(of_entries, 2, within).copy_(of_group)
+    grads: list[Tensor] = []
+    for unit, kernel in _kernels(operands, spec, groups):
+        of_rows = [_readable_rows(unit.cut(tensor).to(kernel.q.dtype)) for tensor in (grad_out, out)]
+        found, rows, keys = _gradients(kernel, unit.group.parts, [*of_rows, unit.cut(lse)])
+        grads = grads or [
+            grad.to(spec.dtype) if grad.shape == like.shape else _zeros_like(like)
+            for grad, like in zip(found, operands[:3], strict=True)
+        ]
+        for whole, of_unit in zip(grads, found, strict=True):
+            if of_unit.shape == whole.shape:  # it is the whole
+                continue
+            if whole is grads[0]:
+                _cut(unit.cut(whole), 2, rows).copy_(of_unit)
+            elif kernel.picked is None:
+                _cut(unit.cut_keys(whole), 2, keys).copy_(of_unit)
             else:
-                of_entries.index_copy_(2, group.picked[slice(*within)], of_group.to(whole.dtype))
-        del kernel, found, of_rows, of_group
-    return grads or _zeros_like(operands[:3])
+                unit.cut_keys(whole).index_copy_(2, kernel.picked[slice(*keys)], of_unit.to(whole.dtype))
+        del kernel, found, of_rows, of_unit
+    return tuple(grads) or tuple(map(_zeros_like, operands[:3]))
 
 
-def _zeros_like(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
-    """Of their shapes, each element in a place of its own."""
-    return tuple(torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors)
+def _zeros_like(tensor: Tensor) -> Tensor:
+    """Of its shape, each element in a place of its own."""
+    return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _gradients(kernel: _Kernel, parts: list[Part], of_rows: list[Tensor]) -> tuple[tuple[Tensor, ...], Range, Range]:
@@ -333,26 +455,44 @@ def _gradients(kernel: _Kernel, parts: list[Part], of_rows: list[Tensor]) -> tup
         found = kernel.backward(part, *[_cut(tensor, 2, part.rows) for tensor in of_rows])
         if len(parts) == 1:
             return found, part.rows, part.keys
-        sums = sums or _zeros_like((kernel.q, kernel.k, kernel.v))
+        sums = sums or tuple(map(_zeros_like, (kernel.q, kernel.k, kernel.v)))
         for total, of_part, within in zip(sums, found, (part.rows, part.keys, part.keys), strict=True):
             _cut(total, 2, within).add_(of_part)
     return sums, (0, kernel.q.shape[2]), (0, kernel.k.shape[2])
 
 
-def _kernels(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> Iterator[tuple[Group, _Kernel]]:
-    """The kernels of the groups, which are cut where they are computed in another dtype, so that what is converted at
-    one time stays small.
+def _kernels(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> Iterator[tuple[_Unit, _Kernel]]:
+    """The kernels of all units of work, one after the other, so that beside the results little is held.
 
     Half precision is computed in float32 where the CPU has no products of it: torch's forward is no faster in it and
     gives an LSE of some 14 bits, and its backward takes ten times as long.
     """
     dtype = spec.dtype if _multiplies(spec.dtype) else spec.accumulator_dtype
-    step = spec.batch if dtype == spec.dtype else max(1, CONVERTED // max(1, spec.heads * spec.queries * spec.head_dim))
-    for whole in groups:
-        first, last = whole.entries
-        for start in range(first, last, step) if whole.parts else ():
-            group = whole if step >= last - first else whole._replace(entries=(start, min(start + step, last)))
-            yield group, _Kernel(operands, spec, group, dtype)
+    for group in groups:
+        for unit in _units(group, spec, dtype) if group.parts else ():
+            yield unit, _Kernel.of(unit, operands, spec, dtype)
+
+
+def _units(group: Group, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[_Unit]:
+    """All of a group, where its results are those of the call; else as few heads at a time as keep all threads busy,
+    and long enough for a call not to count."""
+    first, last = group.entries
+    if (
+        group.entries == (0, spec.batch)
+        and dtype == spec.dtype
+        and {part.rows for part in group.parts} == {(0, spec.queries)}
+    ):
+        yield _Unit(group, group.entries, (0, spec.heads), (0, spec.kv_heads))
+        return
+    pairs = sum([(part.rows[1] - part.rows[0]) * (part.keys[1] - part.keys[0]) for part in group.parts])
+    of_head = pairs * spec.head_dim * spec.group
+    wanted = max(1, -(-torch.get_num_threads() // spec.group), FEWEST_PRODUCTS * len(group.parts) // max(1, of_head))
+    entries, kv_heads = max(1, wanted // spec.kv_heads), min(wanted, spec.kv_heads)
+    for entry in range(first, last, entries):
+        for head in range(0, spec.kv_heads, kv_heads):
+            of_keys = head, min(head + kv_heads, spec.kv_heads)
+            of_queries = of_keys[0] * spec.group, of_keys[1] * spec.group
+            yield _Unit(group, (entry, min(entry + entries, last)), of_queries, of_keys)
 
 
 @cache

@@ -1,23 +1,26 @@
-"""Attention of DTensors: each rank attends over what it holds, and nothing is sent.
+"""Attention of DTensors: each rank attends over what it holds, and nothing is sent but keys that ranks share.
 
 Batch entries do not see each other, and neither do heads: a call whose q, k and v are sharded on those is one call a
-rank. A call that would need another rank's data is refused, where DTensor itself would gather it without a word.
+rank. Where they are sharded on the sequence, ranks attend to each other's keys as `context_parallel_attention` does.
+Any other call that would need another rank's data is refused, where DTensor itself would gather it without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from flash_attend.functional import flash_attention
 from flash_attend.operands import Operands
 
 __all__ = ["attend_locally"]
 
-BATCH, HEADS = Shard(0), Shard(1)
+BATCH, HEADS, QUERIES = Shard(0), Shard(1), Shard(2)
 DIMENSIONS: dict[str, dict[int, tuple[str, ...]]] = {
     "q": {4: ("batch", "heads", "queries", "d")},
     "k": {4: ("batch", "heads", "keys", "d"), 3: ("batch", "keys", "d")},
@@ -29,15 +32,14 @@ DIMENSIONS: dict[str, dict[int, tuple[str, ...]]] = {
 }
 
 
-def attend_locally(
-    call: Callable[..., Tensor | tuple[Tensor, Tensor]], given: Operands, dropout_p: float
-) -> Tensor | tuple[Tensor, Tensor]:
-    """`call(q, k, v, mask=mask, ...)`, which is `flash_attention` with its options, on each rank's part of DTensors.
+def attend_locally(given: Operands, options: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """`flash_attention` with its options on each rank's part of DTensors.
 
     Shapes as in `flash_attention`. On each dimension of the mesh q is replicated or sharded on batch or heads, and k
-    and v are as q is; where q is sharded on heads and k and v have only one, they are replicated. The mask, the bias,
-    the slopes and the sinks are as q is, replicated where they have no such dimension or one of 1, or replicated as a
-    whole where they need no gradient. What comes back is placed as q is.
+    and v are as q is; where q is sharded on heads and k and v have only one, they are replicated. On one of them q may
+    be sharded on queries, evenly, and k and v on keys. The mask, the bias, the slopes and the sinks are as q is,
+    replicated where they have no such dimension or one of 1, or replicated as a whole where they need no gradient; a
+    key mask is as k is. What comes back is placed as q is.
 
     Raises:
         TypeError: some are DTensors and others are not.
@@ -48,19 +50,24 @@ def attend_locally(
     k, v = _checked("k", given.k, mesh), _checked("v", given.v, mesh)
     names = ("mask", "bias", "alibi_slopes", "sinks")
     others = {name: _checked(name, x, mesh) for name in names if (x := getattr(given, name)) is not None}
-    if dropout_p:  # what is dropped depends on the place in the whole batch, and ranks draw seeds of their own
+    # What is dropped depends on the place in the whole batch, and ranks draw seeds of their own.
+    if dropout_p := options["dropout_p"]:
         raise ValueError(f"dropout_p must be 0 for DTensors, got {dropout_p}")
+    sequence = next((at for at, placement in enumerate(placements) if placement == QUERIES), None)
     for at, placement in enumerate(placements):
-        if placement not in (Replicate(), BATCH, HEADS):
-            raise _misplaced("q", q, at, "replicated or sharded on batch or heads")
+        if placement not in (Replicate(), BATCH, HEADS, QUERIES) or (placement == QUERIES and at != sequence):
+            raise _misplaced("q", q, at, "replicated or sharded on batch or heads, or once on queries")
 
     inputs = [_part("q", q)]
     for name, tensor in (("k", k), ("v", v)):
         wanted = _places_of_heads(name, tensor, q)
         # Where every rank has heads of its own for the same k and v, each finds a part of their gradients.
-        parts = [Partial() if ours != theirs else ours for ours, theirs in zip(wanted, placements, strict=True)]
+        pairs = zip(wanted, placements, strict=True)
+        parts = [Partial() if ours == Replicate() != theirs else ours for ours, theirs in pairs]
         inputs.append(_part(name, tensor, parts))
-    found = call(*inputs, **{name: _other_part(name, tensor, q) for name, tensor in others.items()})
+    local = {name: _other_part(name, tensor, q) for name, tensor in others.items()}
+    attend: Any = flash_attention if sequence is None else _attend_along(sequence, q, k)
+    found = attend(*inputs, **local, **options)
 
     even = all(q.shape[one.dim] % mesh.size(at) == 0 for at, one in enumerate(placements) if isinstance(one, Shard))
 
@@ -74,6 +81,17 @@ def attend_locally(
         return whole(found, v.shape[-1])
     out, lse = found
     return whole(out, v.shape[-1]), whole(lse)
+
+
+def _attend_along(sequence: int, q: DTensor, k: DTensor) -> Any:
+    """`flash_attention` of parts of sequences, which the ranks along a dimension of the mesh share."""
+    from flash_attend.context_parallel import ContextParallel
+
+    ranks = q.device_mesh.size(sequence)
+    for name, length, dimension in (("q", q.shape[2], "queries"), ("k", k.shape[-2], "keys")):
+        if length % ranks:
+            raise ValueError(f"{name} must have {dimension} that {ranks} ranks can share evenly, got {length}")
+    return ContextParallel(q.device_mesh.get_group(sequence)).attend
 
 
 def _checked(name: str, tensor: Tensor, mesh: DeviceMesh | None = None) -> DTensor:
@@ -110,7 +128,8 @@ def _places_of_heads(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:
     wanted = []
     for at, (placement, found) in enumerate(zip(q.placements, tensor.placements, strict=True)):
         shared = placement == HEADS and own_heads == 1 and (heads > 1 or tensor.ndim == 3)
-        wanted.append(Replicate() if shared else placement)
+        own = Shard(tensor.ndim - 2) if placement == QUERIES else placement
+        wanted.append(Replicate() if shared else own)
         if found != wanted[-1]:
             reason = f"as q is {_told('q', q, at)}" + (f" and {name} has one head" if shared else "")
             raise _misplaced(name, tensor, at, f"{_told(name, tensor, at, wanted[-1])}, {reason}")
@@ -137,6 +156,7 @@ def _places_of(name: str, tensor: DTensor, q: DTensor) -> list[Placement]:
     own = DIMENSIONS[name][tensor.ndim]
     for at, (placement, found) in enumerate(zip(q.placements, tensor.placements, strict=True)):
         dimension = DIMENSIONS["q"][4][placement.dim] if isinstance(placement, Shard) else ""
+        dimension = "keys" if placement == QUERIES and name == "mask" else dimension
         follows = dimension in own and tensor.shape[own.index(dimension)] > 1
         wanted.append(Shard(own.index(dimension)) if follows else Replicate())
         # The gradient of what each rank cuts out of a replicated tensor would have to be gathered.

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
 from flash_attend.reference import attention_reference, attention_reference_gradients
+from flash_attend.segments import segments_of
 from flash_attend.spec import PACKED_ROWS, AttentionSpec, BiasKind, MaskKind, describe
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer
+from flash_attend.testing.sequences import whole_call
 from flash_attend.variant import Variant
 
 __all__ = ["SmallCall", "budget_of", "small_call", "spec_of", "truth_of"]
@@ -25,6 +28,8 @@ __all__ = ["SmallCall", "budget_of", "small_call", "spec_of", "truth_of"]
 DROPOUT_P = 0.25
 SEED = 20_260_131
 FEW = 5  # queries of a call whose heads are packed
+# Of sequences that are packed: eighths of the queries and of the keys that each has, and what is left is in none.
+SHARES = ((4, 3), (0, 1), (1, 0), (2, 3))
 HIDDEN = 7  # keys at the end that a mask hides from everybody
 
 
@@ -57,6 +62,7 @@ def spec_of(variant: Variant) -> AttentionSpec:
         dropout_p=DROPOUT_P if kind.dropout else 0.0,
         precision=kind.precision,
         **_changes(kind.scores),
+        sequences=len(SHARES) if kind.sequences else None,
     )
 
 
@@ -81,6 +87,8 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
     # Without a mask only causality leaves queries with nothing to see, where they outnumber the keys.
     queries = 3 * edge + 9 if kind.causal and kind.mask == "none" else edge + edge // 2 - 3
     queries = 1 if kind.one_query else FEW if variant.packed else queries
+    if kind.sequences:
+        queries, keys = 6 * edge - 3, 6 * edge + 5
     spec = spec_of(variant)
     # So far that there are full blocks in it, and so near that blocks are cut by it.
     left, right = spec.window
@@ -105,12 +113,24 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
         bias = draw(*(n if varies else 1 for n, varies in zip(sizes, spec.bias[:4], strict=True))).to(spec.bias.dtype)
         if spec.bias.keys:
             bias[..., 3::11] = -torch.inf
-    clean = poisoned = Operands(q, k, v, mask, seed, bias, slopes, sinks)
+    segments = _segments(spec, device) if spec.sequences else None
+    clean = poisoned = Operands(q, k, v, mask, seed, bias, slopes, sinks, segments)
     if mask is not None:
         hidden = ~mask.flatten(1, 2).any(dim=1)[:, None, :, None]  # (b, 1, j, 1)
         poisoned = clean._replace(k=k.masked_fill(hidden, torch.nan), v=v.masked_fill(hidden, torch.nan))
-    assert describe(q, k, v, mask, *spec.options, bias=bias, alibi=spec.alibi, sinks=spec.sinks) == spec
+    if segments is not None:
+        unseen = (torch.arange(keys, device=device) >= segments[-1, 2])[:, None]
+        poisoned = clean._replace(k=k.masked_fill(unseen, torch.nan), v=v.masked_fill(unseen, torch.nan))
+    described = describe(q, k, v, mask, *spec.options, bias=bias, alibi=spec.alibi, sinks=spec.sinks, segments=segments)
+    assert described == spec
     return SmallCall(clean, poisoned, spec, draw(spec.batch, spec.heads, queries, spec.value_dim))
+
+
+def _segments(spec: AttentionSpec, device: torch.device) -> Tensor:
+    """Of sequences of which one has no queries and one no keys, and of queries and keys that are in none."""
+    lengths = torch.tensor(SHARES, device=device) * torch.tensor([spec.queries // 8, spec.keys // 8], device=device)
+    places = pad(lengths.cumsum(0), (0, 0, 1, 0))
+    return segments_of(places[:, 0], places[:, 1], spec.queries, spec.keys)
 
 
 def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
@@ -129,16 +149,23 @@ def _mask(spec: AttentionSpec, device: torch.device) -> Tensor | None:
 
 def truth_of(call: SmallCall) -> Answer:
     spec = replace(call.spec, dtype=torch.float64, precision="ieee")
-    q, k, v, mask, seed, *others = call.operands
-    bias, slopes, sinks = (None if x is None else x.double() for x in others)
-    operands = Operands(q.double(), k.double(), v.double(), mask, seed, bias, slopes, sinks)
+    exact = (x if x is None or not x.is_floating_point() else x.double() for x in call.operands)
+    operands = Operands(*exact)  # type: ignore[arg-type]
     out, lse = attention_reference(operands, spec, return_lse=True)
     assert lse is not None
     return Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))
 
 
 def budget_of(call: SmallCall, truth: Answer) -> Budget:
-    (q, k, v, mask, seed, bias, slopes, sinks), spec = call.operands, call.spec
+    (q, k, v, mask, seed, bias, slopes, sinks, segments, _), spec = call.operands, call.spec
+    if segments is not None:
+        lengths = segments[: spec.sequences, 1::2].tolist()
+        edges: dict[str, Any] = dict(causal=spec.causal, window=spec.window)
+        whole = whole_call(lengths, q, k, alibi_slopes=slopes, dropout_p=spec.dropout_p, seed=seed, **edges)
+        return Budget(
+            truth, q, k, v, scale=spec.scale, grad_out=call.grad_out, tf32=spec.precision == "tf32",
+            softcap=spec.softcap or None, sinks=sinks, **whole,
+        )  # fmt: skip
     return Budget(
         truth,
         q,

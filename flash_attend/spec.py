@@ -17,12 +17,15 @@ import torch
 
 __all__ = [
     "CALLS_KEPT",
+    "DEAD_SEGMENTS",
     "LARGEST_LENGTH",
     "PACKED_ROWS",
     "AttentionSpec",
     "BiasKind",
     "MaskKind",
     "Window",
+    "bias_kind",
+    "canonical",
     "describe",
     "kind_of",
 ]
@@ -32,6 +35,7 @@ Window = tuple[int | None, int | None]  # how many keys a query sees before its 
 CALLS_KEPT = 512  # of how many different calls (shapes, layouts, options) what was worked out is kept
 LARGEST_LENGTH = 2**31 - 1 - 8192  # positions are 32-bit in the kernels, with room for tiles past the end
 
+DEAD_SEGMENTS = 2  # what segments have beside sequences: the queries, and the keys, that are in none
 PACKED_ROWS = 64  # queries times heads of a group: what is no more is rows of one tile
 
 
@@ -79,6 +83,12 @@ class AttentionSpec:
     bias: BiasKind | None = None
     alibi: bool = False  # each head's slope times the distance is taken off its scores
     sinks: bool = False  # each head has a logit that takes part in the normaliser alone
+    # How many sequences a batch of one holds, one after another, each of which sees itself alone; else None. `queries`
+    # and `keys` are then those of all, and positions are counted within a sequence.
+    sequences: int | None = None
+    # Where the first query and the first key stand in the sequences of which dropout counts positions, where these are
+    # parts of longer ones.
+    origin: tuple[int, int] | None = None
 
     def __hash__(self) -> int:
         return self._hash
@@ -89,7 +99,7 @@ class AttentionSpec:
         sizes = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.head_dim, self.value_dim)
         mode = (int(self.mask), self.mask_per_head, self.causal, self.scale, self.dropout_p, self.deterministic)
         bias = None if self.bias is None else (*self.bias[:4], self.bias.dtype.itemsize)
-        scores = (self.window, self.softcap, bias, self.alibi, self.sinks)
+        scores = (self.window, self.softcap, bias, self.alibi, self.sinks, self.sequences, self.origin)
         return hash((sizes, mode, self.dtype.itemsize, scores))
 
     @property
@@ -102,8 +112,13 @@ class AttentionSpec:
         """Whether kernels take the query heads of a group as rows of one tile, which reads k and v once: where there
         are few queries, and nothing but slopes and sinks differs between the heads."""
         by_head = self.mask_per_head or self.dropout_p > 0 or (self.bias is not None and self.bias.heads)
-        few = self.queries == 1 or self.queries * self.group <= PACKED_ROWS
+        few = self.sequences is None and (self.queries == 1 or self.queries * self.group <= PACKED_ROWS)
         return self.group > 1 and few and self.mask != MaskKind.DENSE and not by_head
+
+    @property
+    def one_query(self) -> bool:
+        """Whether there is a single query, as in decoding, and it is known to be one sequence's."""
+        return self.sequences is None and bool(self.queries == 1)
 
     @property
     def offset(self) -> int:
@@ -137,6 +152,18 @@ class AttentionSpec:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
+def canonical(causal: bool, window: Window, queries: int, keys: int) -> tuple[bool, Window]:
+    """The same causality and window in the words of `AttentionSpec`. Of lengths that may be a compiler's symbols
+    nothing is asked."""
+    left, right = window
+    if not torch.compiler.is_compiling():
+        left = None if left is None or left >= keys - 1 else left
+        right = None if right is None or right >= queries - 1 else right
+    if causal or right == 0:
+        return True, (left, None)
+    return False, (left, right)
+
+
 def kind_of(spec: AttentionSpec) -> str:
     """How a call's products are computed: "half", "tf32", "tf32x3" or "double"."""
     return {torch.float32: spec.precision, torch.float64: "double"}.get(spec.dtype, "half")
@@ -167,6 +194,7 @@ def describe(
     bias: _Shaped | None = None,
     alibi: bool = False,
     sinks: bool = False,
+    segments: _Shaped | None = None,
 ) -> AttentionSpec:
     """The spec of operands, in the shapes of `Operands`, and of the `options` of a call. Nothing is checked."""
     batch, heads, queries, head_dim = q.shape
@@ -189,12 +217,14 @@ def describe(
         precision=precision,
         window=window,
         softcap=softcap,
-        bias=None if bias is None else _bias_kind(bias),
+        bias=None if bias is None else bias_kind(bias),
         alibi=alibi,
         sinks=sinks,
+        sequences=None if segments is None else segments.shape[0] - DEAD_SEGMENTS,
     )
 
 
-def _bias_kind(bias: _Shaped) -> BiasKind:
+def bias_kind(bias: _Shaped) -> BiasKind:
+    """What a bias `(b|1, h|1, i|1, j|1)` varies over."""
     batch, heads, queries, keys = (bool(size != 1) for size in bias.shape)
     return BiasKind(batch, heads, queries, keys, bias.dtype)

@@ -1,7 +1,7 @@
 """Who else takes part in a call: compilers, transforms, tensor subclasses.
 
-All of torch's private names that the package uses are here, each with its reason, but for what DTensor needs;
-`tests/torch/test_private_names.py` says which torch broke one.
+All of torch's private names that the package uses are here, each with its reason, but for what DTensor needs and by
+what ranks speak to each other (`messages.py`); `tests/torch/test_private_names.py` says which torch broke one.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
     "applied",
     "constant_when_compiled",
     "directly",
+    "exporting_to_onnx",
+    "float32_products",
     "forward_mode",
     "has_autocast",
     "jit_traced",
+    "known",
     "lazy",
     "mapped",
+    "modes_of_functions",
     "readable",
     "settled",
     "sharded",
@@ -53,6 +58,12 @@ def jit_traced() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
+def float32_products() -> str:
+    """`torch.backends.cuda.matmul.fp32_precision`, without the attributes that do not exist on the way to it: in a
+    third of the time."""
+    return torch._C._get_fp32_precision_getter("cuda", "matmul")
+
+
 @constant_when_compiled
 def has_autocast(device_type: str) -> bool:
     """Whether autocast knows this type of device. The compiler of torch 2.10 cannot trace the question itself."""
@@ -63,6 +74,11 @@ def traced(*tensors: Tensor | None) -> bool:
     """Whether the call is being compiled or exported, or a tensor is of a class that sees operators: fake, functional,
     DTensor."""
     return torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors))
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is recording, which knows torch's own operators alone."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def sharded(*tensors: Tensor | None) -> bool:
@@ -95,6 +111,11 @@ def mapped(*tensors: Tensor | None) -> bool:
         if tensor is not None and is_legacy_batchedtensor(tensor):
             return True
     return False
+
+
+def modes_of_functions() -> list[TorchFunctionMode]:
+    """The modes of torch functions that this thread is in. No public function tells."""
+    return _get_current_function_mode_stack()
 
 
 def watched() -> bool:
@@ -138,6 +159,15 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` where no transform of torch.func is on, without looking for one: 5 of 21 microseconds."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether what was asked of lengths holds, of all that a tracer's symbols may stand for."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def lazy(*tensors: Tensor | None) -> bool:

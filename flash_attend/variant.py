@@ -24,11 +24,13 @@ class Kind(NamedTuple):
     dropout: bool
     one_query: bool = False  # decoding
     scores: str = ""  # what changes them, and a window's edges: words with "+" between them, as `_changes` has them
+    sequences: bool = False  # packed one after another
 
     def __str__(self) -> str:
         words = [self.dtype, self.precision * (self.precision != "ieee"), f"d{self.head_dim}", f"dv{self.value_dim}"]
         words += [self.mask * (self.mask != "none"), "causal" * self.causal, "dropout" * self.dropout]
-        return " ".join(filter(None, [*words, "one-query" * self.one_query, *self.scores.split("+")]))
+        words += ["one-query" * self.one_query, "sequences" * self.sequences]
+        return " ".join(filter(None, [*words, *self.scores.split("+")]))
 
 
 class Variant(NamedTuple):
@@ -71,8 +73,9 @@ def kind_of_call(spec: AttentionSpec) -> tuple:
     """The fields of a call's `Kind`."""
     mask = "none" if spec.mask == 0 else "key" if spec.mask == 1 else "dense"
     dtype, dims = str(spec.dtype).removeprefix("torch."), (index(spec.head_dim), index(spec.value_dim))
-    decided = spec.dropout_p > 0, spec.queries == 1
-    return dtype, spec.precision, *dims, mask, spec.causal, *map(_decided, decided), _changes(spec)
+    decided = spec.dropout_p > 0, spec.one_query
+    packed = spec.sequences is not None
+    return dtype, spec.precision, *dims, mask, spec.causal, *map(_decided, decided), _changes(spec), packed
 
 
 def _changes(spec: AttentionSpec) -> str:

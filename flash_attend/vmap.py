@@ -75,9 +75,11 @@ class _Folded:
         self.one_schedule = False  # whether all of an entry's batch have the same, where its bias makes it
         one_mask = mask is None or mask.shape[1 if dim_of["mask"] == 0 else 0] == 1
         needed = Options.read(options).needed
-        # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch.
+        # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch,
+        # and sequences that are packed one of one.
         own_sinks = "sinks" in given and (dim_of["sinks"] is not None or "sinks" in needed)
-        self.one_by_one = size > 0 and (own_sinks or ("seed" in given and dim_of["seed"] is None))
+        one_seed = "seed" in given and dim_of["seed"] is None
+        self.one_by_one = size > 0 and (own_sinks or one_seed or "segments" in given)
         self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
         if mask is not None and not self.shared_schedule:
             mask = self.entries(mask, dim_of["mask"]).expand(-1, self.batch, -1, -1, -1)
@@ -91,7 +93,7 @@ class _Folded:
             self.sizes[name] = entries.shape[1]
             if name == "bias" or dim_of[name] is not None or entries.shape[1] > 1:
                 given[name] = entries.expand(-1, self.batch, *entries.shape[2:]).flatten(0, 1)
-            if name == "bias" and entries.shape[4] > 1 and (mask is None or mask.shape[3] == 1):
+            if name == "bias":
                 self.planes = max(self.planes, entries.shape[2])
                 self.one_schedule = entries.shape[1] == 1 and one_mask
         if own_sinks and not size:

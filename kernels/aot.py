@@ -40,7 +40,7 @@ from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.reports import LOOPS, MULTIPLYING, PARTS, Report, as_json, as_table
 from flash_attend.kernels.sass import disassemble, loop_works, product_loops
 from flash_attend.operands import Operands
-from flash_attend.spec import AttentionSpec, BiasKind, MaskKind, kind_of
+from flash_attend.spec import DEAD_SEGMENTS, AttentionSpec, BiasKind, MaskKind, kind_of
 from flash_attend.target import interpreting
 
 __all__ = [
@@ -95,7 +95,7 @@ class Case:
         words += ["causal"] * spec.causal + ["dropout"] * (spec.dropout_p > 0) + ["grouped"] * (spec.group > 1)
         words += ["window"] * (spec.window != (None, None)) + ["softcap"] * (spec.softcap > 0)
         words += ["alibi"] * spec.alibi + ["bias"] * (spec.bias is not None) + ["sinks"] * spec.sinks
-        words += ["split"] * self.is_split
+        words += ["split"] * self.is_split + ["sequences"] * (spec.sequences is not None)
         return "+".join(filter(None, words)) or "plain"
 
 
@@ -150,7 +150,10 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
         others = () if bias is sinks is None else (bias is not None, sinks is not None)
         with recorded_launches() as launches:
             functions = BACKENDS[backend].load()
-            operands = Operands(q, k, v, mask, seed, bias, slopes, sinks)
+            segments = None
+            if spec.sequences is not None:
+                segments = torch.empty(spec.sequences + DEAD_SEGMENTS, 4, dtype=torch.int32)
+            operands = Operands(q, k, v, mask, seed, bias, slopes, sinks, segments)
             out, lse, kept = functions.forward(operands, spec, tiles)
             grad_out, needed = torch.empty_like(out), (True, True, True, *others)
             functions.backward(grad_out, None, operands, out, lse, kept, spec, tiles, needed)
@@ -288,7 +291,15 @@ CHANGED_MODES = (
         bias=(False, True, True, True),
     ),
 )  # fmt: skip
-HOPPER_MODES = (dict(mask=MaskKind.KEY, causal=True), dict(mask=MaskKind.KEY), dict(causal=True), dict())
+HOPPER_MODES = (
+    dict(mask=MaskKind.KEY, causal=True),
+    dict(mask=MaskKind.KEY),
+    dict(causal=True),
+    dict(),
+    dict(mask=MaskKind.KEY, causal=True, window=(255, None)),
+    dict(window=(255, 63), sinks=True),
+    dict(causal=True, window=(255, None)),
+)
 # What each kind of rows is for, by one of its dtypes, and how many of the modes it is compiled in.
 KINDS = {
     "half": (dict(dtype=torch.bfloat16), 5),
@@ -308,6 +319,14 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
 HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
 SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
+# Of sequences that are packed, of half precision in ALL: the last at the widths of `CHANGED_MODES` alone.
+PACKED_MODES = (
+    dict(batch=1, sequences=16, queries=16_000, keys=16_000, causal=True),
+    dict(
+        batch=1, sequences=16, queries=16_000, keys=16_000, causal=True, window=(255, None), softcap=30.0, alibi=True,
+        sinks=True, dropout_p=0.1, kv_heads=2,
+    ),
+)  # fmt: skip
 OF_SPLIT = ("forward", "merge")
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
@@ -330,14 +349,15 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             if kind == "half" and scope == ALL:
                 calls += [(dims, MODES[0]) for dims in OTHER_DIMS.get(width, ())]
             split = [((width, width), SPLIT_MODE)] * (scope == ALL)
-            for dims, mode in (*calls, *_changed_calls(kind, width, scope), *split):
+            packed = _packed_calls(kind, width, scope)
+            for dims, mode in (*calls, *_changed_calls(kind, width, scope), *packed, *split):
                 yield Case.of(arch, spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: with its second tile only in the modes that take that.
-            calls = [call for call in calls if call[1] is MODES[0]]
+            calls = [call for call in calls if call[1] is MODES[0]] + packed[:1]
             calls += [((width, width), mode) for mode in MODES[1:4] if scope == ALL]
             for dims, mode in calls:
                 spec = spec_of(dims, **dtype, **mode)
-                own = mode is MODES[0] or len(choices_for(spec, PARTS[arch]).backward_fused) > 1
+                own = mode is MODES[0] or mode in PACKED_MODES or len(choices_for(spec, PARTS[arch]).backward_fused) > 1
                 if own and not BACKENDS["triton"].refuse_fused(spec, PARTS[arch]):
                     yield Case.of(arch, spec, backward="fused")
     if "sm_90" in archs:
@@ -354,6 +374,13 @@ def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, i
     return [((width, width), mode) for mode in modes]
 
 
+def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+    """Of `PACKED_MODES`, those that a kind of this width is compiled in."""
+    if kind != "half" or scope != ALL:
+        return []
+    return [((width, width), mode) for mode in PACKED_MODES[: 2 if width in CHANGED_WIDTHS else 1]]
+
+
 def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
     """A call with the head dimensions d and dv, in one of the modes. A bias has q's dtype."""
     head_dim, value_dim = dims
@@ -367,7 +394,10 @@ def _hopper_cases(scope: str) -> Iterator[Case]:
     modes = HOPPER_MODES if scope == ALL else HOPPER_MODES[:1]
     backwards: tuple[BackwardName, ...] = ("separate", "fused")
     for dim, backward, mode in product(HOPPER_ROWS, backwards, modes):
-        yield Case.of("sm_90", spec_of((dim, dim), dtype=torch.bfloat16, **mode), "hopper", backward)
+        spec, hopper = spec_of((dim, dim), dtype=torch.bfloat16, **mode), BACKENDS["hopper"]
+        refuse = hopper.refuse_fused if backward == "fused" else hopper.refuse
+        if not (hopper.refuse(spec, PARTS["sm_90"]) or refuse(spec, PARTS["sm_90"])):
+            yield Case.of("sm_90", spec, "hopper", backward)
 
 
 def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]) -> list[tuple[Case, tuple[str, ...]]]:

@@ -23,6 +23,7 @@ from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.launch import Prepared, begin_aligned, launch
+from flash_attend.kernels.lengths import packed_tiles, place_of_program, tile_count
 from flash_attend.kernels.mask import DENSE, NONE, masks_of_call
 from flash_attend.kernels.operands import (
     HeadsLayout,
@@ -42,7 +43,6 @@ from flash_attend.kernels.operands import (
     scale_sign,
     score_numbers,
 )
-from flash_attend.kernels.programs import tile_of_program
 from flash_attend.kernels.rows import Heads, Rows
 from flash_attend.kernels.schedule import Planes, scheduled_spec, transposed_lists
 from flash_attend.kernels.scores import scores_of_call
@@ -52,7 +52,7 @@ from flash_attend.kernels.tiles import Tile, clear_rows, scaled, zeros
 from flash_attend.operands import Layouts, Operands, Strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
-__all__ = ["attention_backward", "empty_gradients"]
+__all__ = ["attention_backward", "empty_gradients", "sinks_gradient"]
 
 
 @aggregate
@@ -76,15 +76,19 @@ class QueryHeads:
     n_heads: tl.tensor
 
     @triton.jit
-    def of_head(self, batch, head, queries):
-        """The queries of a head."""
-        index = batch.to(tl.int64) * self.n_heads + head.to(tl.int64)
-        q = self.q.rows(batch, head)
+    def of_head(self, place, head):
+        """The queries of a head, of the sequence at a place."""
+        index = place.batch.to(tl.int64) * self.n_heads + head.to(tl.int64)
+        q = self.q.rows(place.batch, head, None, place.first_query)
+        grad_out = self.grad_out.rows(place.batch, head, None, place.first_query)
+        statistics = self.statistics.of_head(
+            index, place.total, place.first_query, None if place.first_query is None else place.queries
+        )
         grad_q = None
         if self.grad_q is not None:
-            start = self.grad_q + index * queries * q.DIM
-            grad_q = Rows(start, q.DIM, batch, head, q.DIM, q.PART0, q.PART1, False, None, None)
-        return Queries(q, self.grad_out.rows(batch, head), self.statistics.of_head(index, queries), grad_q)
+            start = self.grad_q + place.first_number(index) * q.DIM
+            grad_q = Rows(start, q.DIM, place.batch, head, q.DIM, q.PART0, q.PART1, False, None, None, None)
+        return Queries(q, grad_out, statistics, grad_q)
 
 
 @aggregate
@@ -121,7 +125,7 @@ def _key_value_tile(grads, keys, queries, mask, scores, dropout, block, tile, MA
     first_query = block * tile.BLOCK_M
     query = first_query + tl.arange(0, tile.BLOCK_M)
     key = keys.first + tl.arange(0, tile.BLOCK_N)
-    statistics = queries.statistics.load(query)
+    statistics = queries.statistics.load(query, MASKED)
     alive = None
     # What a dead query holds, in q and in the gradient, may be anything: it is not read. No full block has any, but
     # for those that a bias hides everything from.
@@ -206,6 +210,8 @@ def backward_kv_kernel(
     SEED,
     BIAS,
     ALIBI_SLOPES,
+    SEGMENTS,
+    TILES,
     scale: tl.float64,
     keep_scale: tl.float64,
     keep_threshold: tl.uint32,
@@ -279,12 +285,21 @@ def backward_kv_kernel(
     MASKS_DIFFER: the heads of a group have key masks of their own: a key may be hidden from some and read by others.
     """
     FUSED: tl.constexpr = GRAD_Q is not None
-    first_key, batch, kv_head = tile_of_program(keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
+    place = place_of_program(SEGMENTS, TILES, keys, queries, keys, heads // group, section, BLOCK_N, LAST_FIRST=False)
+    first_key = place.first
+    batch = place.batch
+    kv_head = place.head
+    queries = place.queries
+    keys = place.keys
     q_heads = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False)
     grad_heads = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False)
-    query_heads = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM), GRAD_Q, heads)
-    k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(batch, kv_head)
-    v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(batch, kv_head)
+    query_heads = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM, None), GRAD_Q, heads)
+    k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
+        batch, kv_head, None, place.first_key
+    )
+    v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(
+        batch, kv_head, None, place.first_key
+    )
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
     )
@@ -321,25 +336,25 @@ def backward_kv_kernel(
                     # Rows are the same for all heads: to load them anew would cost registers.
                     keys_of_head = KeyTile(first_key, shown_here, key_tile.k, key_tile.v)
             grads = _key_value_head(
-                grads, keys_of_head, query_heads.of_head(batch, head, queries), mask, scores.of_head(batch, head),
-                dropout.of_head(batch, head), tile, STAGES,
+                grads, keys_of_head, query_heads.of_head(place, head), mask, scores.of_head(place.sequence, head),
+                dropout.of_head(place.sequence, head), tile, STAGES,
             )  # fmt: skip
     else:
         grads = _key_value_head(
-            grads, key_tile, query_heads.of_head(batch, kv_head, queries), masks.of_head(batch, kv_head),
-            scores.of_head(batch, kv_head), dropout.of_head(batch, kv_head), tile, STAGES,
+            grads, key_tile, query_heads.of_head(place, kv_head), masks.of_head(batch, kv_head),
+            scores.of_head(place.sequence, kv_head), dropout.of_head(place.sequence, kv_head), tile, STAGES,
         )  # fmt: skip
     # As tensors: with factors that are scalars, the assembler moves addresses about in the loops before.
     nothing = tl.zeros([1, 1], ACCUMULATOR)
     if NEEDS_K:
         grad_k_rows = Heads(GRAD_K, grad_k_batch, grad_k_head, grad_k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
-            batch, kv_head
+            batch, kv_head, None, place.first_key
         )
         grad_k_rows.store(first_key, clear_rows(scaled(grads.k, nothing + scores.magnitude), shown), exists, BLOCK_N)
     if NEEDS_V:
         grad_v_rows = Heads(
             GRAD_V, grad_v_batch, grad_v_head, grad_v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False
-        ).rows(batch, kv_head)
+        ).rows(batch, kv_head, None, place.first_key)
         grad_v_rows.store(first_key, clear_rows(scaled(grads.v, nothing + dropout.factor), shown), exists, BLOCK_N)
 
 
@@ -352,7 +367,7 @@ def _query_gradient_tile(
     first_key = block * tile.BLOCK_N
     query = first_query + tl.arange(0, tile.BLOCK_M)
     key = first_key + tl.arange(0, tile.BLOCK_N)
-    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE
+    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE or mask.left is not None or k_rows.first_row is not None
     readable = None
     if MASKED:
         shown, readable = mask.shown(first_query, first_key, tile.BLOCK_M, tile.BLOCK_N)
@@ -385,6 +400,8 @@ def backward_q_kernel(
     SEED,
     BIAS,
     ALIBI_SLOPES,
+    SEGMENTS,
+    TILES,
     scale: tl.float64,
     keep_scale: tl.float64,
     keep_threshold: tl.uint32,
@@ -449,17 +466,26 @@ def backward_q_kernel(
 
     K and V are descriptors, if DESCRIPTORS, of blocks of BLOCK_N keys.
     """
-    first_query, batch, head = tile_of_program(queries, heads, section, BLOCK_M)
+    place = place_of_program(SEGMENTS, TILES, queries, queries, keys, heads, section, BLOCK_M)
+    first_query = place.first
+    batch = place.batch
+    head = place.head
+    queries = place.queries
+    keys = place.keys
     kv_head = head // group
     q_heads = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False)
     grad_heads = Heads(GRAD_OUT, grad_batch, grad_head, grad_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False)
-    rows = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM), None, heads).of_head(
-        batch, head, queries
+    rows = QueryHeads(q_heads, grad_heads, QueryStatistics(DELTA, LOG2, MAXIMUM, None), None, heads).of_head(
+        place, head
     )
-    k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(batch, kv_head)
-    v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(batch, kv_head)
+    k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(
+        batch, kv_head, None, place.first_key
+    )
+    v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(
+        batch, kv_head, None, place.first_key
+    )
     grad_q_rows = Heads(GRAD_Q, grad_q_batch, grad_q_head, grad_q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
-        batch, head
+        batch, head, None, place.first_query
     )
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
@@ -469,8 +495,8 @@ def backward_q_kernel(
     scores = scores_of_call(
         scale, softcap, BIAS, (bias_batch, bias_head, bias_query, bias_key), ALIBI_SLOPES, (slopes_batch, slopes_head),
         queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR,
-    ).of_head(batch, head)  # fmt: skip
-    dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
+    ).of_head(place.sequence, head)  # fmt: skip
+    dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(place.sequence, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
     query = first_query + tl.arange(0, BLOCK_M)
@@ -547,7 +573,7 @@ def attention_backward(
     k or v are needed. Beside them it takes memory for a second gradient of q, `(b, h, i, d)` in float32 (float64 for
     float64), and which bits that of q comes to changes from run to run.
     """
-    q, k, v, _, _, bias, slopes, sinks = operands
+    q, k, v, _, _, bias, slopes, sinks, *_ = operands
     if spec.dtype == torch.float64 and any(x is not None and x.dtype != spec.dtype for x in (bias, slopes, sinks)):
         given = grad_out, grad_lse, readable_operands(operands), out, lse, kept
         grads = attention_backward(*given, spec, tiles, needed)
@@ -588,7 +614,7 @@ class Backward:
         kept: Kept,
     ) -> tuple[Tensor | None, ...]:
         """As `attention_backward`."""
-        q, k, v, _, seed, bias, slopes, sinks = operands
+        q, k, v, _, seed, bias, slopes, sinks, segments, _ = operands
         schedule = kept.schedule
         # What is allocated here is aligned. Where something else is not, each launch sees for itself.
         aligned = begin_aligned(q, k, v, grad_out, schedule.visible, schedule.lists, seed, bias, slopes) or None
@@ -598,15 +624,21 @@ class Backward:
         accumulator = kept.statistics.dtype
         sum_q = torch.zeros(grad_q.shape, dtype=accumulator, device=q.device) if self.fused else None
         by_keys = transposed_lists(schedule) if self.by_keys else None
+        tile = self.tiles.backward_fused if self.fused else self.tiles.backward_kv
+        sequences: Sequence[Tensor | None] = (None, None)
+        if segments is not None:
+            sequences = packed_tiles(segments, self.spec, tile.block_n, of_keys=True)
         for prepared, makes_k, makes_v in self.by_keys:
             made = grad_k if makes_k else None, grad_v if makes_v else None, sum_q
-            read = *statistics, schedule.visible, by_keys, seed, bias, slopes
+            read = *statistics, schedule.visible, by_keys, seed, bias, slopes, *sequences
             launch(prepared, *inputs, *made, *read, aligned=aligned)
         if self.fused:
             torch.mul(sum_q, self.spec.scale * (scale_sign(self.spec) or 1), out=grad_q)
         if self.by_queries is not None:
             prepared = self.by_queries[aligned or begin_aligned(k, v)]
-            read = *statistics, schedule.visible, schedule.lists, seed, bias, slopes
+            if segments is not None:
+                sequences = packed_tiles(segments, self.spec, self.tiles.backward_q.block_m, of_keys=False)
+            read = *statistics, schedule.visible, schedule.lists, seed, bias, slopes, *sequences
             launch(prepared, *inputs, grad_q, *read, aligned=aligned)
         if self.of_others == ():
             return grad_q, grad_k, grad_v
@@ -614,11 +646,11 @@ class Backward:
         grad_bias = None
         if of_bias:
             grad_bias = bias_gradient(grad_out, operands, statistics, schedule, self.spec, self.tiles)
-        grad_sinks = _sinks_gradient(sinks, lse, statistics.delta) if of_sinks else None
+        grad_sinks = sinks_gradient(sinks, lse, statistics.delta) if of_sinks else None
         return grad_q, grad_k, grad_v, grad_bias, grad_sinks
 
 
-def _sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """The gradient of the sinks `(h,)`, by their weights and the `delta` of each query."""
     weights = torch.exp(sinks[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)  # (b, h, i)
     return -(weights * delta[..., : lse.shape[2]]).sum((0, 2)).to(sinks.dtype)
@@ -697,7 +729,7 @@ def _prepare_kv(
     tile = tiles.backward_fused if fused else tiles.backward_kv
     return Prepared(
         backward_kv_kernel,
-        spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n),
+        spec.batch * spec.kv_heads * tile_count(spec, spec.keys, tile.block_n),
         (*call_arguments(spec, planes, tiles), key_section(spec), *strides, *score_numbers(spec, bias, slopes)),
         dict(
             ALIGN=align,
@@ -734,7 +766,7 @@ def _prepare_q(
     tile, hand_over = reading_keys(spec, tiles.backward_q, at_hand, k, v)
     return Prepared(
         backward_q_kernel,
-        spec.batch * spec.heads * triton.cdiv(spec.queries, tile.block_m),
+        spec.batch * spec.heads * tile_count(spec, spec.queries, tile.block_m),
         (*call_arguments(spec, planes, tiles), query_section(spec), *strides, *score_numbers(spec, bias, slopes)),
         dict(
             ALIGN=align,

@@ -178,7 +178,7 @@ def bias_gradient_kernel(
             batch, head
         )
         index = batch.to(tl.int64) * heads + head
-        of_head = QueryStatistics(DELTA, LOG2, MAXIMUM).of_head(index, queries)
+        of_head = QueryStatistics(DELTA, LOG2, MAXIMUM, None).of_head(index, queries)
         mask = masks.of_head(batch, head)
         first_tile = query_tile if BY_QUERY else 0
         for query_block in tl.range(first_tile, first_tile + (1 if BY_QUERY else query_tiles), num_stages=1):
@@ -220,7 +220,7 @@ def bias_gradient(
 ) -> Tensor:
     """The gradient of the bias `(b|1, h|1, i|1, j|1)`, in its shape and dtype, from that of out and what a backward
     reads of each query."""
-    q, k, v, _, seed, bias, slopes, _ = operands
+    q, k, v, _, seed, bias, slopes, *_ = operands
     assert bias is not None
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), bias.stride()
     of_slopes = None if slopes is None else Layouts.of(operands).alibi_slopes

@@ -16,6 +16,7 @@ from flash_attend.kernels.configs import PARTS_PER_STEP, Tiles, key_splits
 from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.launch import ALIGNMENT, Prepared, begin_aligned, launch
+from flash_attend.kernels.lengths import packed_tiles, place_in_batch, place_of_program, tile_count
 from flash_attend.kernels.mask import NONE, masks_of_call
 from flash_attend.kernels.operands import (
     HeadsLayout,
@@ -41,13 +42,11 @@ from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import (
     Planes,
     Schedule,
-    may_hide_keys,
     plan_schedule,
-    scheduled_mask,
     scheduled_sizes,
     scheduled_spec,
 )
-from flash_attend.kernels.scores import LOG2E, query_of, scores_of_call
+from flash_attend.kernels.scores import LOG2E, Bias, query_of, scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact, statistics_of, store_statistics
 from flash_attend.kernels.tiles import Tile, added, clear_rows, scaled, weighted_sum, zeros
@@ -73,7 +72,8 @@ def _tile(
     first_key = block * tile.BLOCK_N
     query = query_of(first_row + tl.arange(0, tile.BLOCK_M), group)
     key = first_key + tl.arange(0, tile.BLOCK_N)
-    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE
+    # Other sequences follow those that are packed.
+    HIDDEN_WITHIN: tl.constexpr = mask.KIND != NONE or mask.left is not None or k_rows.first_row is not None
     readable = None
     if MASKED:
         shown, readable = mask.shown(first_row, first_key, tile.BLOCK_M, tile.BLOCK_N)
@@ -129,6 +129,8 @@ def forward_kernel(
     BIAS,
     ALIBI_SLOPES,
     SINKS,
+    SEGMENTS,
+    TILES,
     scale: tl.float64,
     keep_scale: tl.float64,
     keep_threshold: tl.uint32,
@@ -196,18 +198,26 @@ def forward_kernel(
     K and V are descriptors, if DESCRIPTORS, of blocks of BLOCK_N keys. If PACKED, the rows of a tile are the queries of
     the heads of a group, which take turns. If SPLIT, a program visits one of so many parts of the keys, and leaves to
     `merge_kernel` what it found: OUT (b, h, i, splits, dv) is not normalised, STATISTICS (b, h, i, splits, 2) are
-    maxima and sums.
+    maxima and sums. With SEGMENTS, the sequences of a batch of one, and their TILES, positions are counted within one.
     """
     rows = queries * group if PACKED else queries
     tile_heads = heads // group if PACKED else heads
     if SPLIT:
         first_row, batch, head, part = part_of_program(rows, tile_heads, section, splits, BLOCK_M)
+        place = place_in_batch(first_row, batch, head, queries, keys)
         parts = splits
         OUT += part * VALUE_DIM
     else:
-        first_row, batch, head = tile_of_program(rows, tile_heads, section, BLOCK_M)
+        place = place_of_program(SEGMENTS, TILES, rows, queries, keys, tile_heads, section, BLOCK_M)
         part = 0
         parts = None
+        if SEGMENTS is not None:
+            queries = place.queries
+            keys = place.keys
+            rows = queries
+    first_row = place.first
+    batch = place.batch
+    head = place.head
     if PACKED:
         kv_head = head
         head = kv_head * group
@@ -216,11 +226,17 @@ def forward_kernel(
         kv_head = head // group
         in_group = None
     first_query = query_of(first_row, in_group)
-    q_rows = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(batch, head, in_group)
-    k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(batch, kv_head)
-    v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(batch, kv_head)
+    q_rows = Heads(Q, q_batch, q_head, q_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, False).rows(
+        batch, head, in_group, place.first_query
+    )
+    k_rows = Heads(K, k_batch, k_head, k_row, ALIGN, HEAD_DIM, HEAD0, HEAD1, DESCRIPTORS).rows(
+        batch, kv_head, None, place.first_key
+    )
+    v_rows = Heads(V, v_batch, v_head, v_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, DESCRIPTORS).rows(
+        batch, kv_head, None, place.first_key
+    )
     out_rows = Heads(OUT, out_batch, out_head, out_row, ALIGN, VALUE_DIM, VALUE0, VALUE1, False).rows(
-        batch, head, in_group
+        batch, head, in_group, place.first_query
     )
     planes = Planes(
         VISIBLE, LISTS, mask_stride_batch, mask_stride_head, n_query_blocks, n_key_blocks, SCHEDULE_M, SCHEDULE_N
@@ -230,8 +246,8 @@ def forward_kernel(
     scores = scores_of_call(
         scale, softcap, BIAS, (bias_batch, bias_head, bias_query, bias_key), ALIBI_SLOPES, (slopes_batch, slopes_head),
         queries, keys, SCALE_SIGN, SOFTCAP, BIAS_ALIGN, ACCUMULATOR, in_group,
-    ).of_head(batch, head)  # fmt: skip
-    dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(batch, head)
+    ).of_head(place.sequence, head)  # fmt: skip
+    dropout = dropout_by(SEED, keep_threshold, keep_scale, DROPOUT, ACCUMULATOR).of_head(place.sequence, head)
     tile = Tile(BLOCK_M, BLOCK_N, PRECISION, ACCUMULATOR)
 
     row = first_row + tl.arange(0, BLOCK_M)
@@ -264,10 +280,8 @@ def forward_kernel(
         # Where nothing was seen there is nothing to merge.
         out_rows.store(first_row, total, exists & (softmax.sum != 0.0), BLOCK_M)
     else:
-        alive = mask.alive(query, first_query, softmax.sum == 0.0)
-        if BIAS is not None:
-            alive = alive & (softmax.sum != 0.0)  # it may hide all that a query sees
-        index = (batch.to(tl.int64) * heads + head) * queries + query
+        alive = mask.alive(query, first_query, softmax.sum == 0.0, scores.bias, first_row)
+        index = place.first_number(batch.to(tl.int64) * heads + head) + query
         keep_factor = dropout.factor if DROPOUT else None
         _finish(
             total, softmax, alive, scores.factor_log2, keep_factor, SINKS, head, first_row, exists, out_rows, LSE,
@@ -285,6 +299,7 @@ def merge_kernel(
     VISIBLE,
     LISTS,
     SINKS,
+    BIAS,
     factor_log2: tl.float64,
     keep_scale: tl.float64,
     queries: tl.int32,
@@ -300,6 +315,10 @@ def merge_kernel(
     window_left: tl.int32,
     window_right: tl.int32,
     splits: tl.int32,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
     ALIGN: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE0: tl.constexpr,
@@ -310,7 +329,7 @@ def merge_kernel(
     CAUSAL: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
-    BIASED: tl.constexpr,
+    BIAS_ALIGN: tl.constexpr,
     EXACT: tl.constexpr,
     APART: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -343,9 +362,12 @@ def merge_kernel(
     )
     masks = masks_of_call(planes, queries, keys, window_left, window_right, MASK, CAUSAL, LEFT, RIGHT, HIDES_KEYS=True)
     query = first_query + tl.arange(0, 1)
-    alive = masks.of_head(batch, head).alive(query, first_query, softmax.sum == 0.0)
-    if BIASED:
-        alive = alive & (softmax.sum != 0.0)
+    bias = None
+    if BIAS is not None:
+        bias = Bias(
+            BIAS, bias_batch, bias_head, bias_query, bias_key, queries, keys, None, BIAS_ALIGN, ACCUMULATOR
+        ).of_head(batch, head)  # fmt: skip
+    alive = masks.of_head(batch, head).alive(query, first_query, softmax.sum == 0.0, bias, first_query)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR) if DROPOUT else None
     _finish(
         total, softmax, alive, factor, keep_factor, SINKS, head, first_query, query < queries, out_rows, LSE,
@@ -390,32 +412,31 @@ class Forward:
     lse: HeadsLayout
     statistics: HeadsLayout
     lse_dtype: torch.dtype  # and that of the statistics
-    schedule: Callable[[Tensor | None], Schedule]  # of the mask
+    schedule: Callable[[Tensor | None, Tensor | None], Schedule]  # of the mask and the bias
+    sequences: Callable[[Tensor], tuple[Tensor, Tensor]]  # `packed_tiles` of the segments
     in_bulk: Prepared  # the launch where k and v begin where bulk copies can read
     by_pointers: Prepared  # the launch where they do not
-    hides_keys: bool  # the bias may hide some from everybody
     changes_scores: bool  # there is a bias, or there are slopes or sinks
     merge: Merge | None  # of a call whose keys are split
 
     def run(self, operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         """As `attention_forward`."""
-        q, k, v, mask, seed, *others = operands
+        q, k, v, mask, seed, *others, segments, _ = operands
         out = q.new_empty_strided(*self.out)
         lse = q.new_empty_strided(*self.lse, dtype=self.lse_dtype)
         statistics = lse.new_empty_strided(*self.statistics)
-        if self.hides_keys:
-            mask = scheduled_mask(mask, operands.bias)
-        schedule = self.schedule(mask)
+        schedule = self.schedule(mask, operands.bias)
         aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNMENT == 0
         prepared = self.in_bulk if aligned or begin_aligned(k, v) else self.by_pointers
         if aligned and self.changes_scores:
             aligned = begin_aligned(*others)
         results = out, lse, statistics
+        sequences = (None, None) if segments is None else self.sequences(segments)
         parts = results if self.merge is None else self.merge.empty_parts(statistics)
-        launch(prepared, q, k, v, *parts, *schedule[:2], seed, *others, aligned=aligned)
+        launch(prepared, q, k, v, *parts, *schedule[:2], seed, *others, *sequences, aligned=aligned)
         if self.merge is not None:
             found, _, of_found = parts
-            launch(self.merge.prepared, found, of_found, *results, *schedule[:2], operands.sinks)
+            launch(self.merge.prepared, found, of_found, *results, *schedule[:2], operands.sinks, operands.bias)
         return out, lse, Kept(statistics, *schedule)
 
 
@@ -435,18 +456,17 @@ class Merge:
 def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
     out = layout_like_heads(query_sizes(spec), layouts.q, spec.heads, spec.value_dim)
     changes_scores = spec.bias is not None or spec.alibi or spec.sinks
-    hides_keys = may_hide_keys(spec)
-    if hides_keys:
-        sizes = tuple(scheduled_sizes(layouts.mask_sizes, spec))
-        layouts, spec = layouts._replace(mask_sizes=sizes, mask=contiguous_strides(sizes)), scheduled_spec(spec)
+    schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask, layouts.bias)
+    layouts = layouts._replace(mask_sizes=scheduled_sizes(layouts.mask_sizes, spec))
+    spec = scheduled_spec(spec)
     launches = (_prepare_launch(spec, tiles, layouts, out[1], at_hand) for at_hand in (True, False))
-    schedule = plan_schedule(spec, tiles, layouts.mask_sizes, layouts.mask)
     layouts_of = out, lse_layout(spec), statistics_layout(spec)
     merge = None
     if (splits := key_splits(spec, tiles.forward)) > 1:
         sizes = *query_sizes(spec), splits, spec.value_dim
         merge = Merge(sizes, _prepare_merge(spec, tiles, layouts, out[1], splits))
-    return Forward(*layouts_of, spec.accumulator_dtype, schedule, *launches, hides_keys, changes_scores, merge)
+    sequences = partial(packed_tiles, spec=spec, size=tiles.forward.block_m, of_keys=False)
+    return Forward(*layouts_of, spec.accumulator_dtype, schedule, sequences, *launches, changes_scores, merge)
 
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
@@ -464,7 +484,7 @@ def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: St
     numbers = *call_arguments(spec, _planes(mask_sizes), tiles), section, *strides, *score_numbers(spec, bias, slopes)
     return Prepared(
         forward_kernel,
-        spec.batch * heads * triton.cdiv(rows, tile.block_m) * splits,
+        spec.batch * heads * tile_count(spec, rows, tile.block_m) * splits,
         (*numbers, splits),
         dict(
             ALIGN=align,
@@ -484,7 +504,7 @@ def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: St
 
 def _without_causality(spec: AttentionSpec) -> AttentionSpec:
     """Of a single query, which sees every key before its position anyway."""
-    return replace(spec, causal=False) if spec.queries == 1 else spec
+    return replace(spec, causal=False) if spec.one_query else spec
 
 
 def _planes(mask_sizes: Sequence[int] | None) -> int:
@@ -496,14 +516,18 @@ def _prepare_merge(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Str
     spec = _without_causality(spec)
     align, strides = aligned_strides(spec.dtype, (query_sizes(spec), out))
     _, keep_scale, _, queries, keys, heads, _, *schedule = call_arguments(spec, _planes(layouts.mask_sizes), tiles)
+    bias_align, of_bias = bias_strides(spec, layouts.bias)
     choices = call_choices(spec, tiles.forward, tiles)
     return Prepared(
         merge_kernel,
         spec.batch * heads * queries,
-        (factor_log2(spec), keep_scale, queries, keys, heads, *schedule, *strides, *window_numbers(spec), splits),
+        (
+            *(factor_log2(spec), keep_scale, queries, keys, heads, *schedule, *strides, *window_numbers(spec), splits),
+            *of_bias,
+        ),
         dict(
             ALIGN=align,
-            BIASED=spec.bias is not None,
+            BIAS_ALIGN=bias_align,
             EXACT=is_exact(spec),
             APART=is_apart(spec),
             STEP=PARTS_PER_STEP,

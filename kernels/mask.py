@@ -10,6 +10,7 @@ import triton.language as tl
 
 from flash_attend.kernels.compat import aggregate
 from flash_attend.kernels.schedule import BITS_PER_WORD, band_walk, bounded_walk, cut_walk, listed_walk
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY
 
 NONE = tl.constexpr(0)
 KEY = tl.constexpr(1)
@@ -227,15 +228,20 @@ class Mask:
         return first
 
     @triton.jit
-    def alive(self, query, first_query, in_doubt):
+    def alive(self, query, first_query, in_doubt, bias=None, first_row=None):
         """Which queries [SIZE], of SIZE from the first one on, see a key. Of a dense mask, and of a key mask in a
-        window with a left edge, those that are `in_doubt` [SIZE]: others count as alive."""
+        window with a left edge, those that are `in_doubt` [SIZE]: others count as alive. Likewise with a `bias`, unless
+        None, which may hide all that a query sees, and which has rows from `first_row` on; a dense mask holds it."""
         if self.KIND == DENSE:
             return self._see_pairs(query, in_doubt) | (in_doubt == 0)
         elif self.KIND == KEY and self.left is not None:
-            return self._see_keys(query, first_query, in_doubt) | (in_doubt == 0)
+            return self._see_keys(query, first_query, in_doubt, bias, first_row) | (in_doubt == 0)
         else:
-            return query >= self.first_live_query(tl.arange(0, self.planes.BLOCK_N))
+            alive = query >= self.first_live_query(tl.arange(0, self.planes.BLOCK_N))
+            if bias is not None:
+                in_doubt = in_doubt & alive
+                alive = alive & (self._see_keys(query, first_query, in_doubt, bias, first_row) | (in_doubt == 0))
+            return alive
 
     @triton.jit
     def _see_pairs(self, query, in_doubt):
@@ -252,8 +258,8 @@ class Mask:
         return tl.max(seen, 1) != 0
 
     @triton.jit
-    def _see_keys(self, query, first_query, in_doubt):
-        """Which queries [SIZE] see a key by a key mask in a window, if any is in doubt."""
+    def _see_keys(self, query, first_query, in_doubt, bias, first_row):
+        """Which queries [SIZE] see a key that a bias, unless None, does not hide, if any is in doubt."""
         STEP: tl.constexpr = 16
         SIZE: tl.constexpr = query.shape[0]
         any_in_doubt = tl.max(in_doubt.to(tl.int32), 0)
@@ -262,6 +268,9 @@ class Mask:
         for block in tl.range(begin, begin + (end - begin) * any_in_doubt):
             key = block * STEP + tl.arange(0, STEP)
             pairs = self.hide(seen * 0 + 1, query[:, None], key[None, :], self.key_shown(key)[None, :], 0)
+            if bias is not None:
+                hidden = bias.load(first_row, block * STEP, SIZE, STEP, MASKED=True, TRANSPOSED=False)
+                pairs = tl.where(hidden == NEGATIVE_INFINITY, 0, pairs)
             seen = tl.maximum(seen, pairs)
         return tl.max(seen, 1) != 0
 

@@ -135,7 +135,8 @@ def query_section(spec: AttentionSpec) -> int:
 
     Without causality a head's tiles are all as long, and the order serves the cache alone.
     """
-    return spec.group * (_heads_cached(spec, spec.batch * spec.kv_heads, spec.keys) if spec.causal else 1)
+    by_length = spec.causal or spec.sequences is not None
+    return spec.group * (_heads_cached(spec, spec.batch * spec.kv_heads, spec.keys) if by_length else 1)
 
 
 def scale_sign(spec: AttentionSpec) -> int:
@@ -157,7 +158,8 @@ def factor_log2(spec: AttentionSpec) -> float:
 
 def key_section(spec: AttentionSpec) -> int:
     """How many key/value heads take turns at tiles of keys: those whose queries and output gradients fit."""
-    return _heads_cached(spec, spec.batch * spec.kv_heads, spec.group * spec.queries) if spec.causal else 1
+    by_length = spec.causal or spec.sequences is not None
+    return _heads_cached(spec, spec.batch * spec.kv_heads, spec.group * spec.queries) if by_length else 1
 
 
 def _heads_cached(spec: AttentionSpec, heads: int, rows: int) -> int:
@@ -234,11 +236,11 @@ def window_numbers(spec: AttentionSpec) -> tuple[int, int]:
 
 def readable_operands(operands: Operands) -> Operands:
     """Operands as kernels read them: rows in one piece, and beside float64 nothing that is narrower."""
-    q, k, v, mask, seed, *others = operands
+    q, k, v, mask, seed, *others, segments, _ = operands
     others = [tensor if tensor is None or q.dtype != torch.float64 else tensor.double() for tensor in others]
     bias, slopes, sinks = others
     sinks = None if sinks is None else sinks.contiguous()
-    return Operands(readable(q), readable(k), readable(v), mask, seed, bias, slopes, sinks)
+    return Operands(readable(q), readable(k), readable(v), mask, seed, bias, slopes, sinks, segments)
 
 
 def are_readable(spec: AttentionSpec, layouts: Layouts) -> bool:

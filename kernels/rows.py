@@ -21,7 +21,8 @@ class Rows:
 
     `source` points to the first one; if DESCRIPTOR, it is a descriptor of blocks of all heads, which knows where the
     rows end. `stride` is from row to row, in elements. Where there is a `group` of so many heads, `stride_head` apart,
-    they take turns: row `r` is the row `r // group` of their `r % group`-th.
+    they take turns: row `r` is the row `r // group` of their `r % group`-th. A descriptor counts them from `first_row`
+    on, unless None.
     """
 
     source: object
@@ -34,6 +35,7 @@ class Rows:
     DESCRIPTOR: tl.constexpr
     stride_head: object
     group: object
+    first_row: object
 
     @triton.jit
     def load(self, first, valid, SIZE: tl.constexpr, MASKED: tl.constexpr, WITHIN: tl.constexpr = True):
@@ -43,7 +45,8 @@ class Rows:
         cleared.
         """
         if self.DESCRIPTOR:
-            tile = (self.source.load([self.batch, self.head, first, 0]).reshape([SIZE, self.PART0]),)
+            at = first if self.first_row is None else self.first_row + first
+            tile = (self.source.load([self.batch, self.head, at, 0]).reshape([SIZE, self.PART0]),)
             if MASKED and WITHIN:
                 tile = clear_rows(tile, valid)
             return tile
@@ -123,16 +126,20 @@ class Heads:
     DESCRIPTOR: tl.constexpr
 
     @triton.jit
-    def rows(self, batch, head, group=None):
-        """The rows of a head, or of a `group` of so many heads from that one on."""
+    def rows(self, batch, head, group=None, first_row=None):
+        """The rows of a head from the first on, unless None, or of a `group` of so many heads from that one on."""
         source = self.source
+        stride = self.stride_row * self.ALIGN
         if not self.DESCRIPTOR:
             # One sum: of two, the compiler would take the second into every loop.
             batch64 = batch.to(tl.int64) * self.ALIGN
             head64 = head.to(tl.int64) * self.ALIGN
-            source += batch64 * self.stride_batch + head64 * self.stride_head
-        stride = self.stride_row * self.ALIGN
+            offset = batch64 * self.stride_batch + head64 * self.stride_head
+            if first_row is not None:
+                offset += first_row.to(tl.int64) * stride
+            source += offset
         stride_head = None if group is None else self.stride_head * self.ALIGN
         return Rows(
-            source, stride, batch, head, self.DIM, self.PART0, self.PART1, self.DESCRIPTOR, stride_head, group
+            source, stride, batch, head, self.DIM, self.PART0, self.PART1, self.DESCRIPTOR, stride_head, group,
+            first_row,
         )  # fmt: skip

@@ -30,8 +30,9 @@ from torch.nn.functional import pad
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.operands import all_edges, as_bytes, window_numbers
-from flash_attend.operands import Operands, Strides
+from flash_attend.kernels.operands import all_edges, as_bytes, contiguous_strides, window_numbers
+from flash_attend.kernels.softmax import NEGATIVE_INFINITY
+from flash_attend.operands import Operands, Strides, broadcast_strides
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, MaskKind
 
 __all__ = ["Schedule", "build_schedule", "empty_packed", "plan_schedule", "schedule_layout", "transposed_lists"]
@@ -43,6 +44,7 @@ PARTIAL = tl.constexpr(1)
 FULL = tl.constexpr(2)
 SPARE = (0, 0, 1)  # columns that a packed schedule has beyond its own: of states there may be a single one
 BLOCKS_PER_STEP = 16  # blocks that one step of a scan takes
+BIAS_BLOCK = 32, 64  # rows and keys of a bias that a program looks at together
 
 
 class Schedule(NamedTuple):
@@ -331,11 +333,79 @@ def key_schedule_kernel(
     _close(line, n_blocks, totals)
 
 
+@triton.jit
+def _within(
+    query, key, queries, keys, window_left, window_right, CAUSAL: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr
+):  # fmt: skip
+    """Pairs [M, N] that exist, and that causality and the window let meet."""
+    within = (query < queries)[:, None] & (key < keys)[None, :]
+    if CAUSAL:
+        within = within & (key[None, :] <= query[:, None] + (keys - queries))
+    if RIGHT:
+        within = within & (key[None, :] <= query[:, None] + (keys - queries + window_right))
+    if LEFT:
+        within = within & (key[None, :] >= query[:, None] + (keys - queries - window_left))
+    return within
+
+
+@triton.jit
+def _unhidden(BIAS, pairs, query, key, stride_query, stride_key):
+    """Those of some pairs [M, N] that a bias does not hide: what it holds of others is not read."""
+    offsets = query.to(tl.int64)[:, None] * stride_query + key.to(tl.int64)[None, :] * stride_key
+    return pairs & (tl.load(BIAS + offsets, mask=pairs, other=0.0) != NEGATIVE_INFINITY)
+
+
+@kernel
+def shown_keys_kernel(
+    BIAS,
+    MASK_POINTER,
+    SHOWN,
+    queries: tl.int32,
+    keys: tl.int32,
+    rows: tl.int32,
+    plane_heads: tl.int32,
+    mask_batch: tl.int64,
+    mask_head: tl.int64,
+    mask_key: tl.int64,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
+    window_left: tl.int32,
+    window_right: tl.int32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):
+    """One program for each block of keys of a plane: SHOWN (planes, keys) says which of them a mask of keys shows, if
+    there is one, and a bias does not hide from all of so many rows: the queries, or one that stands for all of them."""
+    key_blocks = tl.cdiv(keys, BLOCK_N)
+    plane = (tl.program_id(0) // key_blocks).to(tl.int64)
+    key = tl.program_id(0) % key_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    batch = plane // plane_heads
+    head = plane % plane_heads
+    bias = BIAS + (batch * bias_batch + head * bias_head)
+    found = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for first_row in tl.range(0, rows, BLOCK_M):
+        row = first_row + tl.arange(0, BLOCK_M)
+        pairs = (row < rows)[:, None] & (key < keys)[None, :]
+        pairs = pairs & _within(row, key, queries, keys, window_left, window_right, CAUSAL, LEFT, RIGHT)
+        found = tl.maximum(found, _unhidden(bias, pairs, row, key, bias_query, bias_key).to(tl.int32))
+    shown = tl.max(found, 0) != 0
+    if MASK_POINTER is not None:
+        at = MASK_POINTER + (batch * mask_batch + head * mask_head) + key.to(tl.int64) * mask_key
+        shown = tl.load(at, mask=shown, other=0) != 0
+    tl.store(SHOWN + plane * keys + key, shown.to(tl.uint8), mask=key < keys)
+
+
 @kernel
 def dense_schedule_kernel(
     MASK_POINTER,
     VISIBLE,
     STATES,
+    BIAS,
     queries: tl.int32,
     keys: tl.int32,
     n_query_blocks: tl.int32,
@@ -347,6 +417,10 @@ def dense_schedule_kernel(
     stride_key: tl.int64,
     window_left: tl.int32,
     window_right: tl.int32,
+    bias_batch: tl.int64,
+    bias_head: tl.int64,
+    bias_query: tl.int64,
+    bias_key: tl.int64,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -354,20 +428,17 @@ def dense_schedule_kernel(
     RIGHT: tl.constexpr,
 ):
     """One program for each tile of a dense mask: reads it once, through its strides, and writes one bit a pair, with
-    causality, the window and bounds folded in, and the tile's state."""
+    causality, the window, bounds and what a bias hides folded in, and the tile's state."""
     tile = tl.program_id(0).to(tl.int64)
     key_block = (tile % n_key_blocks).to(tl.int32)
     query_block = (tile // n_key_blocks % n_query_blocks).to(tl.int32)
     plane = tile // n_key_blocks // n_query_blocks
     query = query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     key = key_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = (query < queries)[:, None] & (key < keys)[None, :]
-    if CAUSAL:
-        exists = exists & (key[None, :] <= query[:, None] + (keys - queries))
-    if RIGHT:
-        exists = exists & (key[None, :] <= query[:, None] + (keys - queries + window_right))
-    if LEFT:
-        exists = exists & (key[None, :] >= query[:, None] + (keys - queries - window_left))
+    exists = _within(query, key, queries, keys, window_left, window_right, CAUSAL, LEFT, RIGHT)
+    if BIAS is not None:
+        bias = BIAS + plane // mask_heads * bias_batch + plane % mask_heads * bias_head
+        exists = _unhidden(bias, exists, query, key, bias_query, bias_key)
     mask = MASK_POINTER + plane // mask_heads * stride_batch + plane % mask_heads * stride_head
     offsets = query.to(tl.int64)[:, None] * stride_query + key.to(tl.int64)[None, :] * stride_key
     shown = (tl.load(mask + offsets, mask=exists, other=0) != 0).to(tl.int32)
@@ -432,38 +503,28 @@ def schedule_layout(sizes: Sequence[int], spec: AttentionSpec, tiles: Tiles) -> 
 
 
 def layout_of(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Shapes:
-    """The same of the schedule of a call, which has none without a mask, or a bias that may hide keys."""
+    """The same of the schedule of a call, which has none without a mask or a bias."""
     sizes = scheduled_sizes(None if mask is None else mask.shape, spec)
     return [] if sizes is None else schedule_layout(sizes, scheduled_spec(spec), tiles)
 
 
-def may_hide_keys(spec: AttentionSpec) -> bool:
-    """Whether keys of a call count as hidden by a key mask where its bias hides them from every query: their rows of k
-    and v may then hold anything."""
-    return spec.bias is not None and spec.bias.keys and spec.mask != MaskKind.DENSE
-
-
 def scheduled_spec(spec: AttentionSpec) -> AttentionSpec:
-    """A call as its schedule is built and kernels see it: with a key mask, if its bias may hide keys."""
-    if spec.bias is None or not may_hide_keys(spec):
+    """A call as its schedule is built and kernels see it, in which a bias is a part of the mask: keys that it hides
+    from every query may hold anything. A dense mask hides what it hides pair by pair; else there is a mask of keys."""
+    if spec.bias is None:
         return spec
-    return replace(spec, mask=MaskKind.KEY, mask_per_head=spec.mask_per_head or spec.bias.heads)
+    mask = MaskKind.DENSE if spec.mask == MaskKind.DENSE else MaskKind.KEY
+    return replace(spec, mask=mask, mask_per_head=spec.mask_per_head or spec.bias.heads)
 
 
 def scheduled_sizes(sizes: Sequence[int] | None, spec: AttentionSpec) -> Sequence[int] | None:
     """The sizes of the mask of `scheduled_spec`, from those of the mask that was given."""
-    if spec.bias is None or not may_hide_keys(spec):
+    if spec.bias is None:
         return sizes
     per_batch = spec.bias.batch or (sizes is not None and bool(sizes[0] > 1))
-    return (spec.batch if per_batch else 1, spec.heads if spec.mask_per_head or spec.bias.heads else 1, 1, spec.keys)
-
-
-def scheduled_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """The mask of `scheduled_spec`, contiguous: `(b|1, h|1, 1, j)`."""
-    if bias.shape[2] == 0:
-        return bias.new_ones(*bias.shape[:2], 1, bias.shape[3], dtype=torch.bool) & (True if mask is None else mask)
-    shown = bias.amax(2, keepdim=True) != -torch.inf
-    return shown if mask is None else (shown & mask).contiguous()
+    per_head = spec.mask_per_head or spec.bias.heads
+    rows = spec.queries if spec.mask == MaskKind.DENSE else 1
+    return (spec.batch if per_batch else 1, spec.heads if per_head else 1, rows, spec.keys)
 
 
 def block_counts(spec: AttentionSpec, block: tuple[int, int]) -> tuple[int, int]:
@@ -479,35 +540,57 @@ def empty_packed(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> list[
     return [operands.q.new_empty(shape[0], prod(shape[1:]) + spare, dtype=dtype) for (shape, dtype), spare in layout]
 
 
-def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles) -> Schedule:
-    """The schedule of a mask `(b|1, h|1, i|1, j)`, in blocks that fit all three kernels."""
+def build_schedule(mask: Tensor | None, spec: AttentionSpec, tiles: Tiles, bias: Tensor | None = None) -> Schedule:
+    """The schedule of a mask `(b|1, h|1, i|1, j)` and a bias `(b|1, h|1, i|1, j|1)`, in blocks that fit all three
+    kernels."""
     of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
-    return plan_schedule(spec, tiles, *of_mask)(mask)
+    of_bias = None if bias is None else broadcast_strides(bias.shape, bias.stride())
+    return plan_schedule(spec, tiles, *of_mask, of_bias)(mask, bias)
 
 
 @lru_cache(maxsize=CALLS_KEPT)
 def plan_schedule(
-    spec: AttentionSpec, tiles: Tiles, sizes: tuple[int, ...] | None, strides: Strides | None
-) -> Callable[[Tensor | None], Schedule]:
-    """`build_schedule` of all masks with these sizes and strides."""
-    if sizes is None or strides is None:
-        return lambda mask: NO_SCHEDULE
-    build, prepare = (_build_of_keys, _prepare_keys) if spec.mask == MaskKind.KEY else (_build_dense, _prepare_dense)
-    return partial(build, schedule_layout(sizes, spec, tiles), prepare(sizes, strides, spec, tiles))
+    spec: AttentionSpec,
+    tiles: Tiles,
+    sizes: tuple[int, ...] | None,
+    strides: Strides | None,
+    bias: Strides | None = None,
+) -> Callable[[Tensor | None, Tensor | None], Schedule]:
+    """The schedule of all masks with these sizes and strides, and biases with the strides that `Layouts` has."""
+    planes = scheduled_sizes(sizes, spec)
+    if planes is None:
+        return lambda mask, bias: NO_SCHEDULE
+    layout = schedule_layout(planes, scheduled_spec(spec), tiles)
+    of_mask = (0, 0, 0, 0) if sizes is None or strides is None else broadcast_strides(sizes, strides)
+    if spec.mask == MaskKind.DENSE:
+        return partial(_build_dense, layout, _prepare_dense(planes, of_mask, bias, spec, tiles))
+    if bias is None:
+        return partial(_build_of_keys, layout, _prepare_keys(planes, of_mask, spec, tiles))
+    shown = _prepare_shown(planes, of_mask, bias, spec)
+    prepared = _prepare_keys(planes, contiguous_strides(planes), spec, tiles)
+    return partial(_build_of_bias, layout, planes, shown, prepared)
 
 
 NO_SCHEDULE = Schedule()
 
 
-def _build_of_keys(layout: Shapes, prepared: Prepared, mask: Tensor) -> Schedule:
+def _build_of_keys(layout: Shapes, prepared: Prepared, mask: Tensor, bias: None) -> Schedule:
     visible, lists = [mask.new_empty(shape, dtype=dtype) for shape, dtype in layout]
     launch(prepared, as_bytes(mask), visible, lists)
     return Schedule(visible, lists)
 
 
-def _build_dense(layout: Shapes, prepared: Prepared, mask: Tensor) -> Schedule:
+def _build_of_bias(
+    layout: Shapes, planes: Sequence[int], shown: Prepared, prepared: Prepared, mask: Tensor | None, bias: Tensor
+) -> Schedule:
+    whole = bias.new_empty(planes, dtype=torch.bool)
+    launch(shown, bias, None if mask is None else as_bytes(mask), as_bytes(whole))
+    return _build_of_keys(layout, prepared, whole, None)
+
+
+def _build_dense(layout: Shapes, prepared: Prepared, mask: Tensor, bias: Tensor | None) -> Schedule:
     visible, lists, states = [mask.new_empty(shape, dtype=dtype) for shape, dtype in layout]
-    launch(prepared, as_bytes(mask), visible, states)
+    launch(prepared, as_bytes(mask), visible, states, bias)
     _fill_lines(states, lists)
     return Schedule(visible, lists, states)
 
@@ -531,7 +614,24 @@ def _fill_lines(states: Tensor, lists: Tensor) -> None:
 # The launches for masks and states of these shapes, with these strides; the dtype of `visible` follows from the spec.
 
 
-def _prepare_keys(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+def _prepare_shown(planes: Sequence[int], mask: Strides, bias: Strides, spec: AttentionSpec) -> Prepared:
+    batch, heads, _, keys = planes
+    by_query = spec.bias is not None and spec.bias.queries
+    mask_batch, mask_head, _, mask_key = mask
+    # One that is the same for all queries hides from all of them what it hides from the last, which sees every key that
+    # is in a window.
+    edges = all_edges(spec) if by_query else dict(CAUSAL=False, LEFT=False, RIGHT=False)
+    rows = spec.queries if by_query else 1
+    return Prepared(
+        shown_keys_kernel,
+        batch * heads * triton.cdiv(keys, BIAS_BLOCK[1]),
+        (spec.queries, keys, rows, heads, mask_batch, mask_head, mask_key, *bias, *window_numbers(spec)),
+        dict(BLOCK_M=BIAS_BLOCK[0], BLOCK_N=BIAS_BLOCK[1], **edges),
+        num_warps=4,
+    )
+
+
+def _prepare_keys(shape: Sequence[int], strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
     block = tiles.schedule_block
     _, n_key_blocks = block_counts(spec, block)
     by_batch, by_head, _, by_key = strides
@@ -544,13 +644,18 @@ def _prepare_keys(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec,
     )
 
 
-def _prepare_dense(shape: tuple[int, ...], strides: Strides, spec: AttentionSpec, tiles: Tiles) -> Prepared:
+def _prepare_dense(
+    shape: Sequence[int], strides: Strides, bias: Strides | None, spec: AttentionSpec, tiles: Tiles
+) -> Prepared:
     block_m, block_n = block = tiles.schedule_block
     n_query_blocks, n_key_blocks = block_counts(spec, block)
     return Prepared(
         dense_schedule_kernel,
         shape[0] * shape[1] * n_query_blocks * n_key_blocks,
-        (spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides, *window_numbers(spec)),
+        (
+            *(spec.queries, spec.keys, n_query_blocks, n_key_blocks, shape[1], *strides, *window_numbers(spec)),
+            *(bias or (0, 0, 0, 0)),
+        ),
         dict(BLOCK_M=block_m, BLOCK_N=block_n, **all_edges(spec)),
         num_warps=4,
     )

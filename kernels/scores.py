@@ -219,7 +219,8 @@ def scores_under(scale, SIGN: tl.constexpr, ACCUMULATOR: tl.constexpr):
     magnitude = scale
     if SIGN < 0:
         magnitude = -magnitude
-    factor_log2 = tl.full([], 1.0, ACCUMULATOR) if SIGN == 0 else (magnitude * LOG2E).to(ACCUMULATOR)
+    # Of a scale of 0 the factor is 1, which Gluon has no other way to write without a layout.
+    factor_log2 = (magnitude + 1.0 if SIGN == 0 else magnitude * LOG2E).to(ACCUMULATOR)
     return Scores(factor_log2, magnitude.to(ACCUMULATOR), None, None, None, None, SIGN, "")
 
 

@@ -151,28 +151,39 @@ class Statistics(NamedTuple):
 @aggregate
 class QueryStatistics:
     """The same as kernels read it: pointers to the numbers of all heads, those of one, or the numbers of some queries
-    [SIZE]."""
+    [SIZE]. Where others follow a head's `queries`, those are not read; else None."""
 
     delta: tl.tensor
     log2: tl.tensor
     maximum: object
+    queries: object
 
     @triton.jit
-    def of_head(self, index, queries):
-        """Those of a head, by its index among all."""
-        at = index * padded_length(queries)
+    def of_head(self, index, total, first_query=None, queries=None):
+        """Those of a head, by its index among all, each with so many queries in `total`; or of some of its queries,
+        from the first one on."""
+        at = index * padded_length(total)
+        if first_query is not None:
+            at += first_query
         maximum = None
         if self.maximum is not None:
             maximum = self.maximum + at
-        return QueryStatistics(self.delta + at, self.log2 + at, maximum)
+        return QueryStatistics(self.delta + at, self.log2 + at, maximum, queries)
 
     @triton.jit
-    def load(self, query):
-        """Those of some queries of the head."""
+    def load(self, query, MASKED: tl.constexpr = True):
+        """Those of some queries of the head; unless MASKED, all of these exist."""
         maximum = None
-        if self.maximum is not None:
-            maximum = tl.load(self.maximum + query)
-        return QueryStatistics(tl.load(self.delta + query), tl.load(self.log2 + query), maximum)
+        if self.queries is None or not MASKED:
+            if self.maximum is not None:
+                maximum = tl.load(self.maximum + query)
+            return QueryStatistics(tl.load(self.delta + query), tl.load(self.log2 + query), maximum, None)
+        else:
+            exists = query < self.queries
+            if self.maximum is not None:
+                maximum = tl.load(self.maximum + query, mask=exists, other=0.0)
+            delta = tl.load(self.delta + query, mask=exists, other=0.0)
+            return QueryStatistics(delta, tl.load(self.log2 + query, mask=exists, other=INFINITY), maximum, None)
 
     @triton.jit
     def alive(self):

@@ -16,9 +16,10 @@ from typing import Any
 from torch import nn
 
 from flash_attend.attend import Attend
+from flash_attend.integrations.complex_valued import give_back, serve_whole
 from flash_attend.integrations.judging import Judge, flash_name
-from flash_attend.integrations.lucidrains import KNOWN, path_of
-from flash_attend.integrations.search import find
+from flash_attend.integrations.known import KNOWN, path_of
+from flash_attend.integrations.search import attention_like, find
 from flash_attend.integrations.served import Service, dropout_in_force, served_class, serving_of
 
 __all__ = ["Outcome", "PatchError", "PatchHandle", "patch"]
@@ -64,9 +65,10 @@ def _read(option: Callable[[], Any]) -> Any:
 class PatchHandle:
     """What `patch` did; print it. `restore()` undoes it, and so does leaving a `with` block."""
 
-    def __init__(self, outcomes: tuple[Outcome, ...], service: Service) -> None:
+    def __init__(self, outcomes: tuple[Outcome, ...], service: Service, whole: Sequence[nn.Module]) -> None:
         self.outcomes = outcomes
         self._service = service
+        self._whole = whole
 
     @property
     def replaced(self) -> int:
@@ -88,6 +90,7 @@ class PatchHandle:
             if serving is not None and self._service in serving.services:
                 left = tuple(service for service in serving.services if service is not self._service)
                 outcome.attend.__class__ = served_class(serving._replace(services=left))
+        give_back(self._whole)
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -121,6 +124,15 @@ def _grouped(outcomes: Iterable[Outcome]) -> list[str]:
     return [f"{_counted(paths)} ({kind}): {reason}" for (kind, reason), paths in groups.items()]
 
 
+def _seen_instead(model: nn.Module) -> str:
+    """What may be attention in a model without an Attend."""
+    paths: dict[str, list[str]] = {}
+    for path, module in attention_like(model):
+        paths.setdefault(path_of(type(module)), []).append(path or "(the model itself)")
+    seen = [f"{_counted(places)} ({kind})" for kind, places in paths.items()]
+    return f", only {', '.join(seen)}, which patch_sdpa or huggingface.register() may serve" if seen else ""
+
+
 def patch(
     model: nn.Module,
     *,
@@ -128,6 +140,7 @@ def patch(
     keep_flash: bool = False,
     deterministic: bool | None = None,
     strict: bool = False,
+    context_parallel: Any = None,
 ) -> PatchHandle:
     """Has every lucidrains-style `Attend` in `model` computed by `flash_attention`, where it is.
 
@@ -149,6 +162,7 @@ def patch(
             backend serves whatever the flag is.
         deterministic: as in `Attend`.
         strict: raise `PatchError`, with the model as it was, if any is refused or none is found.
+        context_parallel: as in `Attend`, for a model of whose activations each rank holds shards.
 
     Returns:
         A handle: `print(handle)` shows what was found and what became of it; `handle.restore()` undoes it. Where a
@@ -166,9 +180,10 @@ def patch(
     for name, flag in (("keep_flash", keep_flash), ("strict", strict)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be True or False, got {flag!r}")
-    Attend(backend=backend, deterministic=deterministic)  # raises for what is wrong whatever the model holds
+    # Raises for what is wrong whatever the model holds.
+    shared = Attend(backend=backend, deterministic=deterministic, context_parallel=context_parallel).context_parallel
 
-    service = Service(backend, keep_flash, deterministic)
+    service = Service(backend, keep_flash, deterministic, shared)
     judge = Judge(service)
     judged = []
     for found in find(model):
@@ -179,19 +194,21 @@ def patch(
 
     outcomes = tuple(outcome for outcome, _ in judged)
     refusals = _grouped(outcome for outcome in outcomes if outcome.status == "refused")
-    if strict and not outcomes:
-        raise PatchError(f"no Attend found in {type(model).__name__}")
+    searched = f"{type(model).__name__}{_seen_instead(model)}" if not outcomes else ""
+    if strict and searched:
+        raise PatchError(f"no Attend found in {searched}")
     if strict and refusals:
         raise PatchError("; ".join(refusals))
 
     for outcome, judgement in judged:
         if judgement.serving is not None:
             outcome.attend.__class__ = served_class(judgement.serving)
+    whole = serve_whole(model)
 
-    if not outcomes:
-        warnings.warn(f"patch found no Attend in {type(model).__name__}: nothing was changed", stacklevel=2)
+    if searched:
+        warnings.warn(f"patch found no Attend in {searched}: nothing was changed", stacklevel=2)
     for refusal in refusals:
         warnings.warn(f"patch left as it is: {refusal}", stacklevel=2)
     for doubt in _grouped(outcome for outcome, judgement in judged if judgement.doubtful):
         warnings.warn(f"patch served with a change: {doubt}", stacklevel=2)
-    return PatchHandle(outcomes, service)
+    return PatchHandle(outcomes, service, whole)

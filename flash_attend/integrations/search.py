@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from flash_attend.integrations.lucidrains import KNOWN, path_of
+from flash_attend.integrations.known import KNOWN, path_of
 
-__all__ = ["MODULE_STATE", "Found", "find"]
+__all__ = ["MODULE_STATE", "Found", "attention_like", "find"]
 
 # What nn.Module itself keeps in an instance: no place where a model keeps an Attend of its own.
 MODULE_STATE = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _LEAVES = (type(None), str, bytes, int, float, complex, Tensor)
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "einops"}
+
+
+# A module, and its own owners.
+_Owners: TypeAlias = "tuple[nn.Module, _Owners] | None"
 
 
 @dataclass
@@ -30,6 +35,7 @@ class Found:
 
     attend: nn.Module
     paths: list[str] = field(default_factory=list)
+    owners: list[nn.Module] = field(default_factory=list)  # on the ways to it, from each place outwards
     methods: dict[str, str] = field(default_factory=dict)  # of its bound methods that are held, by their path
 
 
@@ -37,18 +43,38 @@ def find(model: nn.Module) -> list[Found]:
     """Every attention module in or behind `model`, each once. A value is entered once, however many places hold it."""
     found: dict[int, Found] = {}
     seen: dict[int, Any] = {}  # by identity, and kept alive, so that no identity is used twice
-    pending = [("", model)]
+    pending: list[tuple[str, Any, _Owners]] = [("", model, None)]
     while pending:
-        path, value = pending.pop()
+        path, value, owners = pending.pop()
         if _is_attend(value):
-            found.setdefault(id(value), Found(value)).paths.append(path or "(the model itself)")
+            it = found.setdefault(id(value), Found(value))
+            it.paths.append(path or "(the model itself)")
+            it.owners += _listed(owners)
         elif id(value) not in seen:
             seen[id(value)] = value
-            if type(value) is types.MethodType and _is_attend(value.__self__):
+            if type(value) is types.MethodType and _is_attend(bound := cast(Any, value.__self__)):
                 name = getattr(value.__func__, "__name__", "")
-                found.setdefault(id(value.__self__), Found(value.__self__)).methods[path] = name
-            pending += list(_inside(path, value))[::-1]
+                found.setdefault(id(bound), Found(bound)).methods[path] = name
+            if nn.Module in type(value).__mro__:
+                owners = (value, owners)
+            pending += [(place, held, owners) for place, held in list(_inside(path, value))[::-1]]
     return list(found.values())
+
+
+def attention_like(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The submodules that are attention by their class's name, with their paths; not what lies inside of them."""
+    seen: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}." if outer else "") for outer, _ in seen)
+        if not inside and re.search("attention|attn", type(module).__name__, re.IGNORECASE):
+            seen.append((path, module))
+    return seen
+
+
+def _listed(owners: _Owners) -> Iterator[nn.Module]:
+    while owners is not None:
+        module, owners = owners
+        yield module
 
 
 def _is_attend(value: Any) -> bool:

@@ -27,12 +27,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from flash_attend.kernels.backward import empty_gradients
+from flash_attend.kernels.backward import empty_gradients, sinks_gradient
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.hopper.backward_q import query_gradient
 from flash_attend.kernels.hopper.backward_wide import WIDE, prepare_wide
-from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
+from flash_attend.kernels.hopper.operands import (
+    bulk_readable,
+    call_choices,
+    call_numbers,
+    described,
+    scatters_dead_rows,
+)
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
     CONSUMERS,
@@ -41,6 +47,7 @@ from flash_attend.kernels.hopper.partitions import (
     as_operand,
     clear_hidden_rows,
     make_meeting,
+    may_hide_keys,
     per_column,
     per_row,
     product_layout,
@@ -52,8 +59,7 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_ba
 from flash_attend.kernels.hopper.versions import reduce_tile
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared, launch
-from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.operands import readable
+from flash_attend.kernels.operands import readable, window_numbers
 from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, recomputed_weights
 from flash_attend.kernels.statistics import Kept, prepare_statistics
@@ -157,7 +163,7 @@ def _issue_query_gradient(shared, step, CONSUMER: gl.constexpr):
 
 
 @gluon.jit
-def _step(grad_k, grad_v, step, block, shared, mask, scores, n_masked, CONSUMER: gl.constexpr, FUSED: gl.constexpr):
+def _step(grad_k, grad_v, step, block, shared, mask, scores, tile, CONSUMER: gl.constexpr, FUSED: gl.constexpr):
     """One block of queries."""
     q = shared.q.at(step)
     grad = shared.grad.at(step)
@@ -170,8 +176,8 @@ def _step(grad_k, grad_v, step, block, shared, mask, scores, n_masked, CONSUMER:
     products = warpgroup_mma_wait(num_outstanding=1, deps=(products_token,))
     x = scores.apply(products)
     # Without the gradient of q no product mixes keys: what a hidden one holds stays in its own rows until the end.
-    if mask.CAUSAL or mask.HIDES_KEYS:  # noqa: SIM102 (decided when it is compiled, and the next when it runs)
-        if block < n_masked:
+    if mask.CAUSAL or mask.left is not None or mask.HIDES_KEYS:  # noqa: SIM102 (when it is compiled; next, when it runs)
+        if tile.is_masked(block):
             query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=per_column(BLOCK_M))
             key = gl.arange(0, CONSUMER_ROWS, layout=per_row(BLOCK_M))
             x = mask.hide(x, query[None, :], key[:, None], mask.key_shown(key)[:, None], NEGATIVE_INFINITY)
@@ -215,7 +221,7 @@ def _consume(outputs, shared, tile, scores, FUSED: gl.constexpr, CONSUMER: gl.co
         for consumer in gl.static_range(CONSUMERS):
             shared.k.of(consumer, 0).await_full()
         shared.v.of(CONSUMER, 0).await_full()
-        if FUSED and mask.KIND == KEY:  # noqa: SIM102 (likewise)
+        if FUSED and may_hide_keys(mask.KIND, mask.left):  # noqa: SIM102 (likewise)
             if tile.hides:
                 # The gradients of their scores are 0, but 0 * NaN is no 0.
                 clear_hidden_rows(k, mask)
@@ -225,8 +231,8 @@ def _consume(outputs, shared, tile, scores, FUSED: gl.constexpr, CONSUMER: gl.co
     grad_v = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
     block = 0
     for step in range(tile.group * tile.n_blocks):  # one loop over heads and blocks: two take more registers
-        grad_k, grad_v = _step(grad_k, grad_v, step, block, shared, mask, scores, tile.n_masked, CONSUMER, FUSED)
-        if mask.CAUSAL:
+        grad_k, grad_v = _step(grad_k, grad_v, step, block, shared, mask, scores, tile, CONSUMER, FUSED)
+        if mask.CAUSAL or mask.left is not None:
             block = gl.where(block + 1 == tile.n_blocks, 0, block + 1)
     store_gradient(grad_v, outputs.grad_v, v, mask, tile, FIRST)
     store_gradient(grad_k * scores.magnitude, outputs.grad_k, v, mask, tile, FIRST)
@@ -252,12 +258,16 @@ def hopper_backward_kernel(
     group: gl.int32,
     mask_stride_batch: gl.int32,
     mask_stride_head: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
     FUSED: gl.constexpr,
 ):
@@ -265,8 +275,9 @@ def hopper_backward_kernel(
     is the gradient of q (b, h, i, d) but for the scale, float32."""
     gl.static_assert(BLOCK_N == CONSUMERS * CONSUMER_ROWS)
     mask = make_mask(
-        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=FUSED
-    )
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, window_left, window_right, SCHEDULE_N, MASK,
+        CAUSAL, LEFT, RIGHT, HIDES_KEYS=FUSED,
+    )  # fmt: skip
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
     # Made here: an argument would be loaded anew in every round.
     scores = scores_under(scale, SCALE_SIGN, gl.float32)
@@ -321,9 +332,9 @@ def attention_backward(
     spec: AttentionSpec,
     tiles: Tiles,
     needed: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, ...]:
     """What `kernels.backward.attention_backward` gives, for the calls that the dispatcher lets through."""
-    needs_q, needs_k, needs_v = needed
+    needs_q, needs_k, needs_v, *of_others = needed
     q, k, v, out = readable(operands.q), readable(operands.k), readable(operands.v), readable(out)
     grad_out = torch.zeros_like(out) if grad_out is None else readable(grad_out)
     schedule = kept.schedule
@@ -337,18 +348,32 @@ def attention_backward(
             grad_k.zero_()
             grad_v.zero_()
         total = lse.new_zeros(spec.batch, spec.heads, spec.queries, spec.head_dim) if fused else None
-        starts_anywhere = spec.causal and (spec.mask == MaskKind.KEY or spec.queries > spec.keys)
-        rows = (_shifted(row, beyond, starts_anywhere) for row, beyond in ((log2, torch.inf), (delta, 0.0)))
+        rows = (_shifted(row, beyond, _starts_anywhere(spec)) for row, beyond in ((log2, torch.inf), (delta, 0.0)))
         tile = tiles.backward_fused if fused else tiles.backward_kv
         prepare = prepare_wide if spec.head_dim == WIDE else _prepare
         prepared = prepare(spec, tile, tiles, schedule.planes, fused)
-        inputs = map(bulk_readable, (q, k, v, grad_out))
+        of_queries = q, grad_out
+        if scatters_dead_rows(spec):  # they are read, and a weight of 0 does not hide a NaN
+            dead = log2[..., : spec.queries, None] == torch.inf
+            of_queries = q.masked_fill(dead, 0.0), grad_out.masked_fill(dead, 0.0)
+        inputs = map(bulk_readable, (of_queries[0], k, v, of_queries[1]))
         launch(prepared, *inputs, *rows, grad_k, grad_v, total, schedule.visible, schedule.lists)
     if fused:
         torch.mul(total, abs(spec.scale), out=grad_q)
     elif needs_q:
         query_gradient(q, k, v, grad_out, grad_q, log2, delta, schedule, spec, tiles)
-    return grad_q, grad_k if needs_k else None, grad_v if needs_v else None
+    grads = grad_q, grad_k if needs_k else None, grad_v if needs_v else None
+    if not of_others:
+        return grads
+    return *grads, None, sinks_gradient(operands.sinks, lse, delta) if needed[4] else None
+
+
+def _starts_anywhere(spec: AttentionSpec) -> bool:
+    """Whether a head's first query that sees a key may be any."""
+    right = 0 if spec.causal else spec.window[1]
+    if right is None or scatters_dead_rows(spec):
+        return False
+    return spec.mask == MaskKind.KEY or spec.queries > spec.keys + right
 
 
 def _shifted(rows: Tensor, beyond: float, starts_anywhere: bool) -> Tensor:
@@ -370,7 +395,7 @@ def _prepare(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fused: 
     return Prepared(
         hopper_backward_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        (float(spec.scale), *call_numbers(spec, planes)),
+        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -43,7 +43,7 @@ from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ri
 from flash_attend.kernels.hopper.walk import QueryTiles, make_mask
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.operands import query_section
+from flash_attend.kernels.operands import query_section, window_numbers
 from flash_attend.kernels.schedule import Schedule
 from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import INFINITY, recomputed_weights
@@ -108,9 +108,9 @@ def _masked_block(step, shared, scores, mask, rows, block, CONSUMER: gl.constexp
     v = shared.v.at(step)
     BLOCK_N: gl.constexpr = k.buffer().shape[0]
     WIDTH: gl.constexpr = k.buffer().shape[1]
-    if mask.KIND == KEY:
+    if mask.KIND == KEY or (mask.left is not None and block * BLOCK_N < mask.first_offset()):
         k.await_full()
-        # Every block so far was cleared, as this one is now. Later ones are full.
+        # Every block so far was cleared, as this one is now: later ones are full, or reach before no window.
         clear_hidden(k.buffer(), mask.counted_from(0, block * BLOCK_N), step, shared.cleared, CONSUMER)
     products_token = issue_product(shared.q.of(CONSUMER, 0).buffer(), k)
     grad_weights_token = issue_product(shared.grad.of(CONSUMER, 0).buffer(), v)
@@ -204,6 +204,8 @@ def hopper_backward_q_kernel(
     mask_stride_head: gl.int32,
     heads_total: gl.int32,
     section: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -211,6 +213,8 @@ def hopper_backward_q_kernel(
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
 ):
     """One tile of BLOCK_M queries of one head: its rows of the gradient of q, (b, h, i, d)."""
@@ -224,8 +228,9 @@ def hopper_backward_q_kernel(
     fence_async_shared()
 
     mask = make_mask(
-        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
-    )
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, window_left, window_right, SCHEDULE_N, MASK,
+        CAUSAL, LEFT, RIGHT, HIDES_KEYS=True,
+    )  # fmt: skip
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     tile = tiles.at(0)
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, grad_out_descriptor, None, None)
@@ -272,7 +277,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int) -> Prepared:
     return Prepared(
         hopper_backward_q_kernel,
         heads_total * triton.cdiv(spec.queries, tile.block_m),
-        (float(spec.scale), *call_numbers(spec, planes), heads_total, query_section(spec)),
+        (float(spec.scale), *call_numbers(spec, planes), heads_total, query_section(spec), *window_numbers(spec)),
         dict(V_SLOTS=tile.num_stages, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -35,6 +35,7 @@ from flash_attend.kernels.hopper.partitions import (
     as_operand,
     clear_hidden_rows,
     make_meeting,
+    may_hide_keys,
     per_column,
     per_row,
     product_layout,
@@ -45,7 +46,7 @@ from flash_attend.kernels.hopper.products import add_product, issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, make_barriers, make_ring
 from flash_attend.kernels.hopper.walk import key_tile_of_program, make_mask
 from flash_attend.kernels.launch import Prepared
-from flash_attend.kernels.mask import KEY
+from flash_attend.kernels.operands import window_numbers
 from flash_attend.kernels.scores import scores_under
 from flash_attend.kernels.softmax import recomputed_weights
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -97,8 +98,8 @@ def _weights(products, q, block, tile, scores):
     )
     # Where no product mixes keys, hidden ones may have weights: their rows are cleared at the end. Here the weights are
     # hidden, not the scores before them: that takes fewer registers where each consumer has scores of its own.
-    if mask.CAUSAL or mask.HIDES_KEYS:  # noqa: SIM102 - this one is decided when the kernel is compiled
-        if block < tile.n_masked:
+    if mask.CAUSAL or mask.left is not None or mask.HIDES_KEYS:  # noqa: SIM102 (decided when it is compiled)
+        if tile.is_masked(block):
             query = block * BLOCK_M + gl.arange(0, BLOCK_M, layout=per_column(BLOCK_M))
             key = gl.arange(0, CONSUMER_ROWS, layout=per_row(BLOCK_M))
             weights = mask.hide(weights, query[None, :], key[:, None], mask.key_shown(key)[:, None], 0.0)
@@ -149,7 +150,7 @@ def _consume_for_v(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
     total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
     if tile.n_blocks > 0:
         k.await_full()
-        if FUSED and mask.KIND == KEY:
+        if FUSED and may_hide_keys(mask.KIND, mask.left):
             clear_hidden_rows(k.buffer(), mask)
             shared.cleared.meet(0)
     head = tile.kv_head * tile.group
@@ -185,7 +186,7 @@ def _consume_for_k(outputs, shared, tile, scale, SCALE_SIGN: gl.constexpr, FUSED
     if tile.n_blocks > 0:
         k.await_full()
         v.await_full()
-        if FUSED and mask.KIND == KEY:
+        if FUSED and may_hide_keys(mask.KIND, mask.left):
             clear_hidden_rows(v.buffer(), mask)
             shared.cleared.meet(0)
     block = 0
@@ -234,19 +235,24 @@ def hopper_backward_wide_kernel(
     group: gl.int32,
     mask_stride_batch: gl.int32,
     mask_stride_head: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
     FUSED: gl.constexpr,
 ):
     """One tile of BLOCK_N keys, as many as a consumer takes, of one key/value head: GRAD_K and GRAD_V (b, hk, j, d)."""
     mask = make_mask(
-        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=FUSED
-    )
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, window_left, window_right, SCHEDULE_N, MASK,
+        CAUSAL, LEFT, RIGHT, HIDES_KEYS=FUSED,
+    )  # fmt: skip
     tile = key_tile_of_program(mask, heads, group, BLOCK_M, BLOCK_N)
 
     dtype: gl.constexpr = q_descriptor.dtype
@@ -283,7 +289,7 @@ def prepare_wide(spec: AttentionSpec, tile: Tile, tiles: Tiles, planes: int, fus
     return Prepared(
         hopper_backward_wide_kernel,
         spec.batch * spec.kv_heads * triton.cdiv(spec.keys, tile.block_n) if spec.queries else 0,
-        (float(spec.scale), *call_numbers(spec, planes)),
+        (float(spec.scale), *call_numbers(spec, planes), *window_numbers(spec)),
         dict(FUSED=fused, **call_choices(spec, tile, tiles)),
         tile.num_warps,
         registers=REGISTERS,

@@ -9,6 +9,7 @@ while that sum is still running. Blocks that need masking come first, the full o
 
 from functools import lru_cache, partial
 
+import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -23,7 +24,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flash_attend.kernels.compat import aggregate, kernel
 from flash_attend.kernels.configs import Tiles
 from flash_attend.kernels.forward import empty_outputs
-from flash_attend.kernels.hopper.operands import bulk_readable, call_choices, call_numbers, described
+from flash_attend.kernels.hopper.operands import (
+    bulk_readable,
+    call_choices,
+    call_numbers,
+    described,
+    scatters_dead_rows,
+)
 from flash_attend.kernels.hopper.partitions import (
     CONSUMER_ROWS,
     CONSUMERS,
@@ -42,12 +49,12 @@ from flash_attend.kernels.hopper.partitions import (
 from flash_attend.kernels.hopper.producer import Inputs, fill_blocks
 from flash_attend.kernels.hopper.products import issue_product
 from flash_attend.kernels.hopper.ring import SLOTS, Ring, allocate_rows, make_barriers, make_ring
-from flash_attend.kernels.hopper.walk import QueryTiles, first_live_query, make_mask
+from flash_attend.kernels.hopper.walk import QueryTiles, alive, first_live_query, make_mask
 from flash_attend.kernels.launch import Prepared, launch
 from flash_attend.kernels.mask import KEY
-from flash_attend.kernels.operands import factor_log2, query_section, readable
+from flash_attend.kernels.operands import factor_log2, query_section, readable, window_numbers
 from flash_attend.kernels.schedule import build_schedule
-from flash_attend.kernels.scores import Scores
+from flash_attend.kernels.scores import LOG2E, Scores
 from flash_attend.kernels.softmax import LOWEST32, NEGATIVE_INFINITY, Softmax
 from flash_attend.kernels.statistics import Kept, store_statistics
 from flash_attend.operands import Operands
@@ -59,11 +66,13 @@ __all__ = ["attention_forward"]
 
 @aggregate
 class Outputs:
-    """Where the consumers write."""
+    """What the consumers read where a tile ends, or None, and where they write."""
 
     out: object  # a descriptor
-    lse: gl.tensor  # pointers
+    lse: gl.tensor  # pointers, as the others are
     statistics: gl.tensor
+    counts: object  # of keys that the key mask shows, up to each, where queries that see none may be anywhere
+    sinks: object
 
 
 @aggregate
@@ -157,7 +166,9 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         n_masked = tile.walk.masked_count()
         n_full = tile.full_count()
         block = tile.first_block()
-        first_live = first_live_query(mask)
+        first_live = 0
+        if outputs.counts is None:
+            first_live = first_live_query(mask)
         first_row = tile.first_query + CONSUMER * CONSUMER_ROWS
         row = first_row + gl.arange(0, CONSUMER_ROWS, layout=of_rows)
         softmax = Softmax(
@@ -178,7 +189,8 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         weights, _, softmax = _weigh(products, softmax, scores, mask, row, block, True)
         weights = as_operand(weights, q.dtype, WIDTH)
         v.await_full()
-        if mask.KIND == KEY:
+        # Without a key mask, only the first block may reach before every window.
+        if mask.KIND == KEY or (mask.left is not None and block * BLOCK_N < mask.first_offset()):
             clear_hidden(v.buffer(), mask.counted_from(0, block * BLOCK_N), cleared, shared.cleared, CONSUMER)
             cleared += 1
         total = gl.zeros([CONSUMER_ROWS, WIDTH], gl.float32, product_layout(WIDTH))
@@ -194,7 +206,12 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         cleared = state.cleared
         v = shared.v.at(step)
         token = warpgroup_mma(state.weights, v.buffer(), state.total, is_async=True)
-        normaliser, lse, log2 = state.softmax.finish(row >= first_live, scores.factor_log2, False)
+        sink_log2 = None
+        if outputs.sinks is not None:
+            sink_log2 = gl.load(outputs.sinks + tile.head).to(gl.float32) * LOG2E
+        normaliser, lse, log2 = state.softmax.finish(
+            alive(mask, outputs.counts, first_live, row), scores.factor_log2, False, sink_log2
+        )
         at = (tile.batch * tiles.heads + tile.head).to(gl.int64) * mask.queries + row
         exists = row < mask.queries
         gl.store(outputs.lse + at, lse, mask=exists)
@@ -203,8 +220,8 @@ def _consume(outputs, shared, tiles, scores, OUT_IN_Q: gl.constexpr, CONSUMER: g
         v.release()
         total = total * gl.convert_layout(normaliser, per_row(WIDTH))[:, None]
         # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
-        alive = first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(WIDTH)) >= first_live
-        total = gl.where(alive[:, None], total, 0.0)
+        seeing = alive(mask, outputs.counts, first_live, first_row + gl.arange(0, CONSUMER_ROWS, layout=per_row(WIDTH)))
+        total = gl.where(seeing[:, None], total, 0.0)
         if not OUT_IN_Q:
             tma.store_wait(0)  # of the tile before
         store_rows(total, outputs.out, [tile.batch, tile.head, first_row, 0], shared.out.index(CONSUMER))
@@ -225,6 +242,8 @@ def hopper_forward_kernel(
     STATISTICS,
     VISIBLE,
     LISTS,
+    COUNTS,
+    SINKS,
     factor_log2: gl.float32,
     queries: gl.int32,
     keys: gl.int32,
@@ -234,12 +253,16 @@ def hopper_forward_kernel(
     mask_stride_head: gl.int32,
     heads_total: gl.int32,
     section: gl.int32,
+    window_left: gl.int32,
+    window_right: gl.int32,
     WIDTH: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     SCHEDULE_N: gl.constexpr,
     MASK: gl.constexpr,
     CAUSAL: gl.constexpr,
+    LEFT: gl.constexpr,
+    RIGHT: gl.constexpr,
     SCALE_SIGN: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     PING_PONG: gl.constexpr,
@@ -256,12 +279,13 @@ def hopper_forward_kernel(
     fence_async_shared()
 
     mask = make_mask(
-        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, SCHEDULE_N, MASK, CAUSAL, HIDES_KEYS=True
-    )
+        VISIBLE, LISTS, mask_stride_batch, mask_stride_head, queries, keys, window_left, window_right, SCHEDULE_N, MASK,
+        CAUSAL, LEFT, RIGHT, HIDES_KEYS=True,
+    )  # fmt: skip
     tiles = QueryTiles(mask, heads, group, heads_total, section, BLOCK_M, BLOCK_N)
     scores = Scores(factor_log2, None, None, None, None, None, SCALE_SIGN, "")
     inputs = Inputs(q_descriptor, k_descriptor, v_descriptor, None, None, None)
-    outputs = Outputs(out_descriptor, LSE, STATISTICS)
+    outputs = Outputs(out_descriptor, LSE, STATISTICS, COUNTS, SINKS)
     shared = Shared(q, k, v, out, cleared, turns)
     gl.warp_specialize(
         [
@@ -277,13 +301,19 @@ def hopper_forward_kernel(
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: Tiles) -> tuple[Tensor, Tensor, Kept]:
     """What `kernels.forward.attention_forward` gives, for the calls that the dispatcher lets through.
 
-    Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, and a mask of keys or none.
+    Half precision, `d = dv` of 64, 128 or 256, no dropout, at least one key, a mask of keys or none, a window, and
+    sinks.
     """
     q, k, v = readable(operands.q), readable(operands.k), readable(operands.v)
     out, lse, statistics = empty_outputs(q, spec)
     schedule = build_schedule(operands.mask, spec, tiles)
     prepared = _prepare(spec, tiles, schedule.planes, DeviceTarget.of(q.device).multiprocessors)
-    launch(prepared, *map(bulk_readable, (q, k, v)), out, lse, statistics, schedule.visible, schedule.lists)
+    counts = None
+    if schedule.visible is not None and scatters_dead_rows(spec):
+        counts = schedule.visible.cumsum(1, dtype=torch.int32)
+    sinks = None if operands.sinks is None else operands.sinks.contiguous()
+    read = schedule.visible, schedule.lists, counts, sinks
+    launch(prepared, *map(bulk_readable, (q, k, v)), out, lse, statistics, *read)
     return out, lse, Kept(statistics, *schedule)
 
 
@@ -298,7 +328,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, planes: int, multiprocessors: in
     return Prepared(
         hopper_forward_kernel,
         min(n_tiles, multiprocessors or n_tiles),  # a device without any is none that runs
-        (factor_log2(spec), *call_numbers(spec, planes), heads_total, query_section(spec)),
+        (factor_log2(spec), *call_numbers(spec, planes), heads_total, query_section(spec), *window_numbers(spec)),
         dict(
             PING_PONG=tile.ping_pong,
             OUT_IN_Q=dim == 256,  # out has no room of its own beside two buffers each of k and v

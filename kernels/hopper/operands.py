@@ -13,10 +13,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.descriptors import block_strides, readable_in_bulk
 from flash_attend.kernels.launch import begin_aligned
-from flash_attend.kernels.operands import mask_strides, scale_sign
-from flash_attend.spec import AttentionSpec
+from flash_attend.kernels.operands import all_edges, mask_strides, scale_sign
+from flash_attend.spec import AttentionSpec, MaskKind
 
-__all__ = ["bulk_readable", "call_choices", "call_numbers", "described"]
+__all__ = ["bulk_readable", "call_choices", "call_numbers", "described", "scatters_dead_rows"]
 
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
 
@@ -52,6 +52,12 @@ def _layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], DTYPES[dtype])
 
 
+def scatters_dead_rows(spec: AttentionSpec) -> bool:
+    """Whether queries that see no key may be anywhere: where a key mask may hide all that a window shows. Elsewhere
+    they are the first ones of their head."""
+    return spec.mask == MaskKind.KEY and spec.window[0] is not None
+
+
 def call_numbers(spec: AttentionSpec, planes: int) -> tuple[int, ...]:
     """The run-time numbers that every kernel takes, in their order. The mask's schedule has so many planes."""
     return spec.queries, spec.keys, spec.heads, spec.group, *mask_strides(spec, planes)
@@ -65,6 +71,6 @@ def call_choices(spec: AttentionSpec, tile: Tile, tiles: Tiles) -> dict[str, Any
         BLOCK_N=tile.block_n,
         SCHEDULE_N=tiles.schedule_block[1],
         MASK=int(spec.mask),
-        CAUSAL=spec.causal,
+        **all_edges(spec),
         SCALE_SIGN=scale_sign(spec),
     )

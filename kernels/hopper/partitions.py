@@ -109,6 +109,12 @@ def make_turns(barriers, TAKEN: gl.constexpr):
     return Turns(barriers, TAKEN), barriers.after(CONSUMERS)
 
 
+@gluon.constexpr_function
+def may_hide_keys(kind, left):
+    """Whether keys may be hidden from every query: by a key mask, or because they lie before every window."""
+    return kind == KEY or left is not None
+
+
 @gluon.jit
 def _keep_rows(rows, kept):
     """Zeroes those of some rows of a block that are not `kept`."""
@@ -151,7 +157,7 @@ def store_rows(rows, descriptor, coordinates, buffer):
 @gluon.jit
 def clear_hidden_gradients(grad, mask):
     """The gradients of a consumer's keys [CONSUMER_ROWS, WIDTH], those of hidden ones as zeros."""
-    if mask.KIND == KEY:
+    if may_hide_keys(mask.KIND, mask.left):
         key = gl.arange(0, CONSUMER_ROWS, layout=per_row(grad.shape[1]))
         grad = gl.where(mask.key_shown(key)[:, None], grad, 0.0)
     return grad

@@ -25,14 +25,15 @@ def fill_blocks(inputs, shared, tile, step):
     """Copies every block of k and v that a tile of queries visits, in the order in which the consumers take them: those
     that need masking, then the full ones, but at least one. Returns the next step."""
     walk = tile.walk
-    _fill_block(inputs, shared, tile, tile.first_block(), step)
+    first = tile.first_block()
+    _fill_block(inputs, shared, tile, first, step)
     step += 1
     for masked in range(1, walk.masked_count()):
         _fill_block(inputs, shared, tile, walk.masked_block(masked), step)
         step += 1
     for run in range(0, walk.run_count()):
         start, end = walk.run_bounds(run)
-        if (walk.masked_count() == 0) & (run == 0):
+        if (walk.masked_count() == 0) & tile.starts_with(run, start, first):
             start += 1  # the tile began with it
         for block in range(start, end):
             _fill_block(inputs, shared, tile, block, step)

@@ -59,6 +59,14 @@ CASES = (
     Case("odd_strides", 2, 2, queries=140, keys=300, d=64, layout="sliced"),
     Case("broadcast_heads", 2, 2, queries=140, keys=300, d=64, layout="broadcast_heads"),
     Case("strided_last_dimension", 1, 2, queries=140, keys=300, d=64, layout="interleaved"),
+    Case("window", 1, 2, queries=500, keys=500, d=64, window=(100, 30)),
+    Case("window_causal_sinks", 2, 4, 2, queries=500, keys=600, d=128, window=(100, None), causal=True, sinks=True),
+    Case("window_holes", 2, 2, queries=300, keys=500, d=64, window=(4, 3), mask="holes"),
+    Case("window_pad_left_causal", 3, 2, queries=300, keys=300, d=128, window=(40, None), mask="pad_left", causal=True),
+    Case("window_left_alone", 1, 2, queries=130, keys=600, d=256, window=(60, None)),
+    Case("window_right_alone", 1, 2, queries=600, keys=130, d=64, window=(None, 60), mask="pad_right"),
+    Case("window_of_one", 1, 1, queries=300, keys=280, d=128, window=(0, 0), mask="holes"),
+    Case("sinks_dead_batch", 2, 2, queries=140, keys=300, d=64, mask="dead_batch", sinks=True, bias_in_float32=True),
 )
 KEY_CASES = (
     Case("plain", 1, 2, queries=256, keys=256, d=128),
@@ -171,7 +179,8 @@ def test_nothing_is_launched_for_nothing(sizes: tuple[int, int, int], backward: 
 
 def test_as_an_operator_it_is_the_same_launch() -> None:
     call = make_call(Case("operator", 1, 2, queries=140, keys=300, d=64, mask="pad_right"), torch.float16)
-    (*tensors, _, _, _, _), spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    tensors = operands[:4]
     tensors, tiles = Operands(*tensors, seed=None), select_hopper_tiles(spec, H100)
     with on_h100() as launches:
         numbers, options = options_of(tensors, spec, choose(spec, H100, "hopper"), return_lse=True)

@@ -19,13 +19,26 @@ X_TRANSFORMERS = "x_transformers.attend.Attend"
 STRANGER = "some_package.attend.Attend"
 
 
+def needs(package: str) -> list[pytest.MarkDecorator]:
+    """The marks of tests of a package; where it is missing, those of its module are skipped."""
+    pytest.importorskip(package, reason=f"{package} is missing: `make test-clients` installs it and runs these tests")
+    return [pytest.mark.clients]
+
+
 def plain_attention(
-    attend: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, change: Callable = lambda scores: scores
+    attend: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    change: Callable = lambda scores: scores,
+    attn_bias: Tensor | float = 0.0,
 ) -> Tensor:
     """Attention with whole score matrices, in the dtype of the inputs; a 2-D mask is key padding."""
     k, v = (x[:, None] if x.ndim == 3 else x for x in (k, v))
     scale = getattr(attend, "scale", None)
     scores = change(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale))
+    scores = scores + attn_bias
     queries, keys = scores.shape[-2:]
     if mask is not None:
         scores = scores.masked_fill(~(mask[:, None, None, :] if mask.ndim == 2 else mask), -torch.inf)
@@ -58,9 +71,10 @@ def fake(
     compute: Callable[..., Any] = plain_attention,
     path: str = STRANGER,
     options: dict[str, Any] | None = None,
-    arguments: tuple[str, ...] = ("mask",),
+    arguments: tuple[str, ...] | dict[str, Any] = ("mask",),
 ) -> type[nn.Module]:
     """A class with the path, the constructor parameters and forward's arguments that are given. It counts calls."""
+    arguments = arguments if isinstance(arguments, dict) else dict.fromkeys(arguments)
     options = {"dropout": 0.0, "causal": False, "flash": False} if options is None else options
     module, _, name = path.rpartition(".")
 
@@ -83,7 +97,7 @@ def fake(
     forward.__signature__ = inspect.Signature(
         [itself.replace(kind=either)]
         + [inspect.Parameter(argument, either) for argument in "qkv"]
-        + [inspect.Parameter(argument, either, default=None) for argument in arguments]
+        + [inspect.Parameter(argument, either, default=default) for argument, default in arguments.items()]
     )
     forward.__module__ = module
     contents = {"__init__": __init__, "forward": forward, "__module__": module, "calls": 0}

@@ -18,7 +18,16 @@ from flash_attend import flash_attention
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
-SIZES = {"steps": 4, "padded-steps": 3, "batch": 2, "length": 32, "dim": 16, "depth": 1, "heads": 2}
+SIZES = {
+    "steps": 4,
+    "padded-steps": 3,
+    "complete-steps": 0,
+    "batch": 2,
+    "length": 32,
+    "dim": 16,
+    "depth": 1,
+    "heads": 2,
+}
 SMALL = ["--device=cpu", *(f"--{name}={size}" for name, size in SIZES.items())]
 
 
@@ -78,25 +87,25 @@ def test_a_backend_that_cannot_serve_ends_it_with_the_reason(run):
 
 
 def test_the_tables(run):
-    code, printed = run()
+    code, printed = run("--complete-steps", "2")
     assert code == 0
-    assert [line for line in printed.splitlines() if line in ("no padding", "with key padding")] == [
-        "no padding",
-        "with key padding",
-    ]
+    titles = ["no padding", "with key padding", "the complete complex form"]
+    assert [line for line in printed.splitlines() if line in titles] == titles
     assert "net.layers.0.1.attend.keywords['attend']" in printed  # patch's report
     assert "1 replaced, 0 refused" in printed
-    assert printed.count("\non cpu: ") == 2  # which backend serves, and why no other
+    assert printed.count("\non cpu: ") == 3  # which backend serves, and why no other
     assert "cpu tensors; the kernels need a CUDA device" in printed
-    assert printed.count("own Attend: flash=True") == 2
-    for step, sections in ((1, 2), (3, 2), (4, 1)):
+    assert printed.count("own Attend: flash=True") == 3
+    for step, sections in ((1, 3), (2, 3), (3, 2), (4, 1)):
         found = rows(printed, f"loss, step {step} ")
         assert len(found) == sections
         for own, ours, difference, bound in found:
             assert float(difference) == pytest.approx(abs(float(own) - float(ours)), abs=2e-6)
             assert float(difference) <= float(bound) < 1e-3
     for label, cells in (("seconds a step", 4), ("first step", 2), ("memory of a step, MB", 2)):
-        assert [len(found) for found in rows(printed, label)] == [cells, cells]
+        assert [len(found) for found in rows(printed, label)] == [cells] * 3
+    own, ours = map(float, rows(printed, "memory of a step, MB")[2])
+    assert ours < own  # the client copies q, k and v four times
     for name in ("out", "dq", "dk", "dv"):
         for own, ours, bound in rows(printed, f"{name} against float64"):
             assert 0 < float(own) < 1e-4
@@ -180,7 +189,7 @@ def test_attention_may_be_as_far_from_float64_as_allowed(demo, ours, complains):
 
 def test_batches_are_windows_of_the_text_padded_on_the_right(demo):
     settings = demo.parse_arguments(SMALL)
-    whole, padded, again = (demo.Batches(settings, padded) for padded in (False, True, True))
+    whole, padded, again = (demo.Batches(settings, title) for title in ("no padding", *["with key padding"] * 2))
     tokens, mask = whole[0]
     assert mask is None
     text = bytes(whole.corpus.tolist())
@@ -216,7 +225,7 @@ def test_bad_options_are_named(demo, capsys, options, told):
 
 def test_a_window_longer_than_the_text_is_named(demo):
     with pytest.raises(SystemExit, match="--length must be below the text's"):
-        demo.Batches(demo.parse_arguments([*SMALL, "--length", "100000000"]), padded=False)
+        demo.Batches(demo.parse_arguments([*SMALL, "--length", "100000000"]), "no padding")
 
 
 def test_sizes_default_to_what_suits_the_device(demo):

@@ -29,7 +29,7 @@ from complex_valued_transformer.attend import Attend as ClientAttend
 from torch import Tensor, nn
 
 from flash_attend import patch
-from flash_attend.integrations import KNOWN, KnownAttend, ServedAttend, register
+from flash_attend.integrations import KNOWN, BroadcastMaskAttend, KnownAttend, ServedAttend, register
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
 
@@ -125,29 +125,31 @@ def test_the_real_class_reads_a_2d_mask_as_pairs():
 # The rows
 # ---------------------------------------------------------------------------------------------------------------------
 
-WITH_BIAS = ["soundstorm_pytorch.attend.Attend", "audiolm_pytorch.attend.Attend"]
+WITH_BIAS = [path for path, row in KNOWN.items() if "attn_bias" in row.arguments and path != X_TRANSFORMERS]
 
 
 @pytest.mark.parametrize("path", [path for path in KNOWN if path != X_TRANSFORMERS])
 def test_known_classes_are_served(path):
     row = KNOWN[path]
-    options = {"dropout": 0.25, "causal": True, "scale": 0.4, "heads": 4} | (
-        {"flash": True} if path in WITH_BIAS else {}
-    )
+    options = {"dropout": 0.25, "causal": True, "scale": 0.4, "heads": 4}
     attend = fake_known(path, **{name: value for name, value in options.items() if name in row.options}).eval()
-    masks = {"mask": PADDING[:, None, None] if path == COMPLEX else PADDING} if "mask" in row.arguments else {}
-    masks |= {"attn_bias": None} if "attn_bias" in row.arguments else {}
-    expected = attend(*inputs(), **masks)
+    given = (
+        {"mask": PADDING[:, None, None] if row.reading is BroadcastMaskAttend else PADDING}
+        if "mask" in row.arguments
+        else {}
+    )
+    given |= {"attn_bias": torch.randn(4, 6, 6)} if "attn_bias" in row.arguments else {}
+    expected = attend(*inputs(), **given)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         handle = patch(attend, strict=True)
     (outcome,) = handle.outcomes
     assert (outcome.kind, outcome.status, outcome.reason) == (path, "replaced", "")
     calls = type(attend).calls
-    assert_same(attend(*inputs(), **masks), expected)
+    assert_same(attend(*inputs(), **given), expected)
     assert type(attend).calls == calls
     handle.restore()
-    assert torch.equal(attend(*inputs(), **masks), expected)
+    assert torch.equal(attend(*inputs(), **given), expected)
 
 
 def test_every_row_says_which_version_was_read():
@@ -166,12 +168,20 @@ def test_grouped_heads_keep_their_order():
 
 
 @pytest.mark.parametrize("path", WITH_BIAS)
-def test_a_bias_is_served_only_where_there_can_be_none(path):
-    attend = fake_known(path, flash=True)
-    patch(attend)
-    with pytest.raises(ValueError, match="attn_bias must be None"):
-        attend(*inputs(), attn_bias=torch.zeros(6, 6))
-    assert "flash=False: its calls may carry attn_bias" in refusal(fake_known(path, flash=False))
+def test_a_bias_gets_its_gradient(path):
+    """By position, too, on a class whose flash path takes none."""
+
+    def none_by_flash(attend, q, k, v, mask=None, attn_bias=0.0):
+        assert not attend.flash or attn_bias == 0.0
+        return plain_attention(attend, q, k, v, mask, attn_bias=attn_bias)
+
+    attend = fake_known(path, none_by_flash, flash=True)
+    bias = torch.randn(4, 6, 6, requires_grad=True)
+    out = plain_attention(attend, *inputs(), mask=PADDING, attn_bias=bias)
+    (expected,) = torch.autograd.grad(out.square().sum(), bias)
+    patch(attend, strict=True)
+    (gradient,) = torch.autograd.grad(attend(*inputs(), PADDING, bias).square().sum(), bias)
+    assert_same(gradient, expected)
 
 
 def test_recurrent_memory_with_flash_and_causal_is_refused():
@@ -197,7 +207,11 @@ def test_top_left_alignment_is_noted():
         ({"causal": True}, ""),
     ):
         attend = fake_known(NATURALSPEECH2, top_left_by_flash, **options)
-        assert patch(attend, strict=True).outcomes[0].reason == reason
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert patch(attend, strict=True).outcomes[0].reason == reason
+        shown = f"patch served with a change: (the model itself) ({NATURALSPEECH2}): {reason}"
+        assert [str(warning.message) for warning in told] == ([shown] if reason else [])
 
 
 @pytest.mark.parametrize(
@@ -237,16 +251,14 @@ def test_a_scale_that_the_flash_path_mistreats_is_applied_with_a_warning(path, t
         patch(fake_known(path, mistreats, scale=0.5), strict=True)
 
 
-def test_x_transformers_is_refused_with_what_is_missing():
-    options = {"dropout": 0.0, "causal": False, "heads": None, "sparse_topk": None, "scale": None, "flash": False}
-    options |= {"softclamp_logits": False, "logit_softclamp_value": 50.0, "sigmoid": False}
-    kind = fake(path=X_TRANSFORMERS, options=options, arguments=("mask", "attn_bias", "prev_attn"))
-    reason = refusal(kind(softclamp_logits=True, sparse_topk=8, causal=True, heads=4))
-    assert "returns (out, intermediates) and takes attn_bias" in reason
-    assert "nor are these supported: sparse_topk=8, softclamp_logits=True" in reason
-    plain = kind()
-    plain.pre_softmax_talking_heads = nn.Conv2d(4, 4, 1)
-    assert "nor are these supported: pre_softmax_talking_heads" in refusal(plain)
+def test_an_attend_that_its_module_does_not_call_is_told():
+    model = Holder(fake_known("bs_roformer.attend.Attend"))
+    model.pope_embed = None
+    assert patch(model, strict=True).outcomes[0].reason == ""
+    model = Holder(fake_known("bs_roformer.attend.Attend"))
+    model.pope_embed = nn.Identity()
+    with pytest.warns(UserWarning, match="it is not called while the module that holds it has a pope_embed"):
+        patch(model, strict=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import functools
 import importlib
 import io
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -37,7 +38,6 @@ import flash_attend
 from flash_attend import Attend, patch
 from flash_attend.integrations import (
     BroadcastMaskAttend,
-    NoBiasAttend,
     PatchError,
     ServedAttend,
     TiledHeadsAttend,
@@ -212,7 +212,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("reading", [ServedAttend, BroadcastMaskAttend, TiledHeadsAttend, NoBiasAttend])
+@pytest.mark.parametrize("reading", [ServedAttend, BroadcastMaskAttend, TiledHeadsAttend])
 def test_a_copy_is_served_as_well(way, reading):
     attend = ClientAttend(causal=True)
     service = served.Service(backend="math", deterministic=True)
@@ -342,7 +342,7 @@ def raising(name: str) -> nn.Module:
     return attend
 
 
-def with_options(*names: str, path: str = NATURALSPEECH2, arguments: tuple[str, ...] = ("mask",)) -> nn.Module:
+def with_options(*names: str, path: str = NATURALSPEECH2, arguments: Any = ("mask",)) -> nn.Module:
     options = {"dropout": 0.0, "causal": False, **dict.fromkeys(names, False)}
     return fake(path=path, options=options, arguments=arguments)(**dict.fromkeys(names, True))
 
@@ -370,12 +370,16 @@ REFUSED = {
         "option qk_norm=True is not supported; these are: causal, dropout, use_flash",
     ),
     "argument of a newer version": (
-        lambda: with_options("use_flash", arguments=("mask", "attn_bias")),
-        "its forward takes (q, k, v, mask, attn_bias); supported is (q, k, v, mask)",
+        lambda: with_options("use_flash", arguments={"mask": None, "window": 128}),
+        "its forward takes (q, k, v, mask, window); supported is (q, k, v, mask), and others at None or False",
+    ),
+    "argument that is missing": (
+        lambda: with_options("use_flash", arguments=()),
+        "its forward takes (q, k, v); supported is (q, k, v, mask), and others at None or False",
     ),
     "unknown option": (lambda: with_options("alibi", path=STRANGER), "option alibi=True is not supported"),
     "unknown argument": (
-        lambda: with_options(path=STRANGER, arguments=("mask", "rel_pos")),
+        lambda: with_options(path=STRANGER, arguments={"mask": None, "rel_pos": 1.0}),
         "not in the table of known classes, and its forward takes (q, k, v, mask, rel_pos)",
     ),
     "unknown form": (
@@ -393,6 +397,27 @@ def test_is_refused_with_a_reason(case):
     assert told in reason
     assert ("examined" in reason) == ("examined" in told)
     assert all(len(line) < 400 for line in str(handle).splitlines())
+
+
+@pytest.mark.parametrize("path", [NATURALSPEECH2, STRANGER])
+def test_what_asks_for_nothing_is_accepted_until_it_does(path):
+    """An option and an argument of a newer version, both off."""
+    options = {"dropout": 0.0, "causal": False, "use_flash": False, "window": None, "inverted": False}
+    attend = fake(path=path, options=options, arguments={"mask": None, "rel_pos": None, "hard": False})()
+    expected = attend(*inputs(), mask=PADDING)
+    patch(attend, strict=True)
+    assert_same(attend(*inputs(), PADDING, None, hard=False), expected)
+    for wrong in ({"rel_pos": torch.zeros(6, 6)}, {"hard": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be None or False"):
+            attend(*inputs(), **wrong)
+    for wrong in ((PADDING, None, False, None), (PADDING, PADDING)):
+        with pytest.raises((TypeError, ValueError)):
+            attend(*inputs(), *wrong)
+    with pytest.raises(TypeError, match=r"it takes \(q, k, v, mask, rel_pos, hard\)"):
+        attend(*inputs(), causal=True)
+    attend.window = 128
+    with pytest.raises(ValueError, match="window must be None or False"):
+        attend(*inputs())
 
 
 def test_a_bound_forward_that_is_held_is_refused():
@@ -501,7 +526,7 @@ def test_a_served_one_is_known_when_the_package_is_loaded_again():
     """As after a reload in a notebook: the modules are others, the objects are not."""
     model = nn.ModuleList([ClientAttend(causal=True), Attend(causal=True)])
     handle = patch(model, backend="math", strict=True)
-    names = ("served", "lucidrains", "search", "comparison", "judging", "patching")
+    names = ("served", "known", "lucidrains", "x_transformers", "search", "comparison", "judging", "patching")
     modules = [importlib.import_module(f"flash_attend.integrations.{name}") for name in names]
     package = importlib.import_module("flash_attend.attend")
     contents = {module: dict(vars(module)) for module in (package, *modules)}
@@ -533,6 +558,14 @@ def test_finding_nothing_warns():
     assert (handle.replaced, handle.refused) == (0, 0)
     with pytest.raises(PatchError, match="no Attend found in Linear"):
         patch(nn.Linear(2, 2), strict=True)
+
+
+def test_what_may_be_attention_of_another_form_is_listed():
+    layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3, enable_nested_tensor=False)
+    path = "torch.nn.modules.activation.MultiheadAttention"
+    told = f"found no Attend in TransformerEncoder, only layers.0.self_attn (+2 more) ({path}), which patch_sdpa"
+    with pytest.warns(UserWarning, match=re.escape(told)):
+        patch(layers)
 
 
 def test_strict_raises_before_anything_is_changed():

@@ -130,6 +130,7 @@ def test_every_kernel_for_hopper_is_compiled_in_every_mode(backward):
     compiled = {(case.arch, case.spec.head_dim, case.spec.mask, case.spec.causal) for case in cases}
     modes = product(HOPPER_ROWS, (MaskKind.NONE, MaskKind.KEY), (False, True))
     assert compiled == {("sm_90", *mode) for mode in modes}
+    assert {(case.spec.window != (None, None), case.spec.sinks) for case in cases} >= {(False, False), (True, True)}
     for case in cases:
         with override_backward(backward):
             assert choose(case.spec, aot.PARTS["sm_90"], "hopper").backward == backward

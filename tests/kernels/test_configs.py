@@ -211,6 +211,18 @@ def test_a_small_grid_has_smaller_tiles() -> None:
     assert select_tiles(call, part((8, 0), 0)) == usual, "where their number is not known, it is as if they were few"
 
 
+def test_a_narrow_window_has_smaller_tiles() -> None:
+    call, target = replace(SPEC, queries=4096, keys=4096), part((8, 0))
+    usual = select_tiles(call, target)
+    for window, causal in (((64, None), True), ((40, 24), False)):
+        narrow = select_tiles(replace(call, window=window, causal=causal), target)
+        assert narrow == usual._replace(forward=Tile(64, 32, 4, 3))
+        assert tiles_of(as_text(usual), replace(call, window=window, causal=causal), target, "separate") == narrow
+    for window, causal in (((65, None), True), ((40, 25), False), ((9, None), False), ((None, 9), False)):
+        assert select_tiles(replace(call, window=window, causal=causal), target) == usual
+    assert select_tiles(replace(call, window=(9, 9)), part((8, 0), 0)) == usual, "which has variants of its own"
+
+
 def test_one_query_has_a_tile_of_its_own() -> None:
     """Decoding, of grouped heads too, which are read as queries of one head."""
     one = replace(SPEC, queries=1, heads=32, kv_heads=4, keys=4096)

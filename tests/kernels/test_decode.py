@@ -104,6 +104,18 @@ def test_gradients_come_from_the_ordinary_kernels(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_query_whose_bias_hides_all_is_dead_and_one_of_minus_infinity_is_not(device: str) -> None:
+    call = make_call(Case("x", 1, 2, 1, 3, 70, bias="11ij", mask="pad_left"), torch.float32, device)
+    call.bias[..., 1, :] = -torch.inf
+    call.q[:, :, 2] = -torch.inf
+    with split(call.with_(k=call.k.abs()), 2):
+        answer = run(call.with_(k=call.k.abs()), "triton", needs=())
+    assert answer.out[:, :, 0].isfinite().all()
+    assert not answer.out[:, :, 1].any()
+    assert answer.out[:, :, 2].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_what_is_visible_and_not_finite_shows(device: str) -> None:
     call = make_call(Case("x", 1, 2, 1, 2, 70, causal=True), torch.float32, device)
     call.v[:, :, -1, 3] = torch.nan  # which the last query alone sees

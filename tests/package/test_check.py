@@ -25,6 +25,7 @@ from flash_attend.spec import MaskKind
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.budget import TF32Products
 from flash_attend.testing.oracle import visible_pairs
+from flash_attend.testing.sequences import whole_call
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import Variant, variant_of
 from parts import CPU, FAULTS, PART, VARIANT, forget, serve_as_triton, store, with_fault
@@ -270,6 +271,7 @@ def some_variants() -> list[Variant]:
     found = [one for one in servable(HOPPER) if one.kind[:3] == ("bfloat16", "ieee", 64)]
     # Of a single query neither a mask nor a bias varies over queries.
     single = [one for one in found if one.kind.mask != "dense" and "ij" not in one.kind.scores]
+    single = [one for one in single if not one.kind.sequences]
     decoding = [one._replace(kind=one.kind._replace(one_query=True), negative_scale=True) for one in single]
     packed = [one._replace(packed=True) for one in found if one.grouped and not (one.mask_per_head or one.kind.dropout)]
     return [*found, *decoding, *(one for one in packed if one.kind.mask != "dense")]
@@ -281,7 +283,7 @@ def test_a_small_call_is_of_its_variant() -> None:
     assert {variant.backend for variant in variants} == {"hopper", "triton"}
     for variant in variants:
         call = small_call(variant, (16, 32), CPU)
-        spec, (q, k, v, mask, _, bias, *_) = call.spec, call.poisoned
+        spec, (q, k, v, mask, _, bias, _, _, segments, _) = call.spec, call.poisoned
         assert Variant.read(variant_of(spec, *variant[:2], variant.needed)) == variant
         name = str(variant)
         short = variant.kind.one_query or variant.packed
@@ -289,14 +291,18 @@ def test_a_small_call_is_of_its_variant() -> None:
         pairs = visible_pairs(
             spec.batch, spec.heads, spec.queries, spec.keys, mask, spec.causal, CPU, window=spec.window
         )
+        if segments is not None:
+            lengths = segments[: spec.sequences, 1::2].tolist()
+            assert max(i for i, _ in lengths) > 32 and max(j for _, j in lengths) > 32, name
+            pairs = whole_call(lengths, q, k, causal=spec.causal, window=spec.window)["mask"].expand_as(pairs)
         hidden = ~pairs.any(dim=2).view(spec.batch, spec.kv_heads, spec.group, spec.keys).any(dim=2)
         poisoned = k.isnan().all(dim=3)
         assert torch.equal(poisoned, v.isnan().all(dim=3)), name
         assert not (poisoned & ~hidden).any(), name
         assert not q.isnan().any(), name
-        if mask is not None:
+        if mask is not None or segments is not None:
             assert poisoned.any(), name
-        if mask is not None or (spec.causal and not short):
+        if mask is not None or segments is not None or (spec.causal and not short):
             assert not pairs.any(dim=3).all(), name
         full = pairs.unfold(3, 32, 32).unfold(2, spec.queries if short else 16, 16).all(dim=-1).all(dim=-1)
         assert full.any(), name

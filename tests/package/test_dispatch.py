@@ -12,7 +12,7 @@ from flash_attend.backends import BACKENDS
 from flash_attend.dispatch import BackendUnavailable, Knowledge, Verdict, choose, judge, override_backward
 from flash_attend.evidence import Finding, Tuned
 from flash_attend.kernels.configs import as_text, select_tiles
-from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.spec import AttentionSpec, BiasKind, MaskKind
 from flash_attend.target import DeviceTarget
 
 SPEC = AttentionSpec(
@@ -119,6 +119,7 @@ def test_what_torch_s_attention_does_not_serve(name: str) -> None:
     assert refusal(spec, target, "sdpa") == reason
 
 
+BIAS = BiasKind(False, True, True, True, torch.float16)
 HOPPER_REFUSALS = {
     "sm_80": (SPEC, replace(H100, capability=(8, 0)), "the kernels are for sm_90, the part is sm_80"),
     "sm_100": (SPEC, replace(H100, capability=(10, 0)), "the kernels are for sm_90, the part is sm_100"),
@@ -133,6 +134,13 @@ HOPPER_REFUSALS = {
         "query heads that share a kv head have key masks of their own",
     ),
     "dropout": (replace(SPEC, dropout_p=0.1), H100, "dropout is on"),
+    "scores": (replace(SPEC, alibi=True, bias=BIAS), H100, "it does not serve a bias and ALiBi"),
+    "softcap": (replace(SPEC, softcap=1.0), H100, "its backward has no registers for a softcap"),
+    "wide_window": (
+        replace(SPEC, head_dim=256, value_dim=256, mask=MaskKind.KEY, window=(9, None)),
+        H100,
+        "at d = 256 its backward has no registers for a key mask in a window",
+    ),
     "no_keys": (replace(SPEC, keys=0), H100, "there are no keys"),
     "interpreter": (SPEC, INTERPRETER, "Triton's interpreter runs no Gluon"),
 }
@@ -155,6 +163,7 @@ def test_what_the_kernels_for_hopper_do_not_serve_the_others_do(name: str) -> No
         dict(head_dim=256, value_dim=256),
         dict(mask=MaskKind.KEY, mask_per_head=True, kv_heads=8, causal=True),
         dict(scale=-1.0),
+        dict(causal=True, window=(255, None), sinks=True),
         dict(batch=0),
         dict(queries=0),
     ),
@@ -218,7 +227,7 @@ def test_what_was_fastest_is_asked_first() -> None:
 def test_the_variant_that_is_asked_for_is_the_calls() -> None:
     """With the tiles that were measured fastest with its backward."""
     spec = replace(SPEC, mask=MaskKind.KEY, causal=True, scale=-1.0, queries=1)
-    kind = "float16", "ieee", 64, 64, "key", True, False, True, ""
+    kind = "float16", "ieee", 64, 64, "key", True, False, True, "", False
     asked = []
     for backward in ("separate", "fused"):
         won = Tuned("triton", (("triton", backward, "measured"),), "")

@@ -216,6 +216,27 @@ def test_copies_must_be_waited_for(copies: str) -> None:
             copied(**wrong)
 
 
+def test_who_copies_says_how_many_bytes_are_read() -> None:
+    """All or none; the register of a thread that does not copy may hold anything."""
+    body = """
+    setp.lt.s32 %p1, %r0, 64;
+    shl.b32 %r1, %r0, 2;
+    add.s32 %r1, %r1, global_smem;
+    st.shared.b32 [%r1], 0;
+    @%p1 and.b32 %r2, %r0, 1;
+    @%p1 mul.lo.s32 %r2, %r2, {size};
+    @%p1 cp.async.ca.shared.global [ %r1 + 0 ], [ %rd10 + 0 ], 0x4, %r2;
+    cp.async.wait_all;
+    ld.shared.b32 %r3, [%r1];
+    st.global.b32 [%rd11], %r3;
+    """
+    thread = np.arange(128)
+    found = run(body.format(size=4), WORDS, out(), threads=128)[1]
+    np.testing.assert_array_equal(found, np.where((thread < 64) & (thread % 2 == 1), WORDS, 0))
+    with pytest.raises(Fault, match="a copy of a part of its bytes"):
+        run(body.format(size=2), WORDS, out(), threads=128)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # mbarriers and bulk copies
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def _kinds(name: str) -> dict[str, tuple[object, tuple[str, ...]]]:
     kinds["none"] = (None, (f"{name} must be a torch.Tensor", "NoneType"))
     kinds["bool"] = (good.bool(), (numbers, "torch.bool"))
     for dtype in (torch.complex64, torch.complex128):
-        kinds[str(dtype)] = (good.to(dtype), (f"{name} must be", str(dtype), "view_as_real"))
+        kinds[str(dtype)] = (good.to(dtype), (f"{name} must be", str(dtype), "view_as_real", "complex_attention"))
     if name != "q":
         for dtype in (torch.float16, torch.float64):
             kinds[str(dtype)] = (good.to(dtype), (f"{name} must have q's dtype torch.float32", str(dtype)))

@@ -318,13 +318,46 @@ def test_what_a_bias_holds_under_hidden_pairs_stays_out(backend: Backend, held: 
 
 @every_backend
 def test_keys_that_a_bias_or_a_window_hides_are_inert(backend: Backend) -> None:
-    """NaN in k and v of a key that a bias of -inf hides from every query, or that lies before every window."""
-    for options in (dict(bias="hiding_keys"), dict(window=(3, None), queries=5, keys=40)):
+    """NaN in k and v of a key that a bias of -inf hides from every query, or from those that would see it else, or that
+    lies before every window."""
+    rest = (dict(causal=True), dict(window=(9, 3)), dict(mask="bhij"))
+    for options in (
+        dict(bias="hiding_keys"),
+        dict(window=(3, None), queries=5, keys=43),
+        *(dict(bias="1hij", queries=43, **others) for others in rest),
+    ):
         call = call_for(backend, Case("inert", **options), backend.dtype)
+        if options.get("bias") == "1hij":
+            seeing = budget_of(call).pairs.any(dim=0, keepdim=True) & (torch.arange(43) == 9).to(call.q.device)
+            assert not seeing[..., 9].all()
+            call = call.with_(bias=call.bias.masked_fill(seeing, -math.inf))
         unread = ~budget_of(call).pairs.any(dim=(1, 2))[:, None, :, None]
         assert unread.any()
         poisoned = call.with_(k=call.k.masked_fill(unread, math.nan), v=call.v.masked_fill(unread, math.nan))
         check(run(poisoned, backend.name), call)
+
+
+@every_backend
+def test_a_row_is_dead_if_its_bias_hides_all_that_it_sees(backend: Backend) -> None:
+    """One that sees nothing but products of -inf is not: it is NaN, as a softmax of -inf alone is."""
+    for options in (
+        dict(bias="1hij"),
+        dict(bias="b1ij", mask="bhij"),
+        dict(bias="bhij", mask="pad_left", window=(20, 2)),
+    ):
+        call = call_for(backend, Case("alone", grads="out", **options), backend.dtype)
+        query = torch.arange(call.q.shape[2], device=call.q.device)[:, None]
+        call = call.with_(bias=call.bias.masked_fill(query == 20, -math.inf), k=call.k.abs() + 0.1)
+        call = call.with_(q=call.q.masked_fill(query == 30, -math.inf))
+        alive = budget_of(call).alive
+        assert alive[..., 30].all()
+        answer = run(call, backend.name)
+        assert answer.out[..., 30, :].isnan().all()
+        assert (answer.lse == -math.inf).equal(~alive | (query[:, 0] == 30))
+        assert not answer.out[~alive].any()
+        assert not answer.dq[~alive].any()
+        assert not answer.dbias[..., 20, :].any()
+        assert answer.dq[..., :30, :].isfinite().all()
 
 
 @every_backend

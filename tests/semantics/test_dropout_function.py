@@ -1,11 +1,12 @@
 """The keep mask: its generator against published vectors, its positions, its statistics."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from flash_attend import dropout
+from flash_attend import dropout, dropout_cpu
 from flash_attend.dropout import ROUNDS, draw_seed, keep_mask, keep_threshold, philox
 from flash_attend.spec import AttentionSpec
 
@@ -66,8 +67,10 @@ def test_the_tensor_generator_equals_the_plain_one(rounds, monkeypatch):
         assert words.tolist() == [list(row) for row in expected]
 
 
+@pytest.mark.parametrize("on_cpu", [True, False], ids=("numpy", "torch"))
 @pytest.mark.parametrize("seed", [3, 2**33 + 3, 2**63 - 1])
-def test_the_mask_equals_the_definition(seed):
+def test_the_mask_equals_the_definition(seed, on_cpu, monkeypatch):
+    monkeypatch.setattr(dropout, "readable", lambda *tensors: on_cpu)
     spec = make_spec(batch=2, heads=3, queries=23, keys=37)
     mask = keep_mask(make_seed(seed), spec, 0, 23)
     assert mask.shape == (2, 3, 23, 37) and mask.dtype == torch.bool
@@ -75,16 +78,30 @@ def test_the_mask_equals_the_definition(seed):
         assert mask[batch, head, query, key] == plain_keep(seed, 0.3, batch, head, query, key)
 
 
+@pytest.mark.parametrize("on_cpu", [True, False], ids=("numpy", "torch"))
 @pytest.mark.parametrize("piece", [1, 500, 2**40])
-def test_neither_the_range_nor_the_piece_changes_what_is_kept(piece, monkeypatch):
+def test_neither_the_range_nor_the_piece_nor_the_threads_change_what_is_kept(piece, on_cpu, monkeypatch):
     spec = make_spec(batch=2, heads=2, queries=75, keys=45)
     seed = make_seed(11)
     whole = keep_mask(seed, spec, 0, 75)
+    monkeypatch.setattr(dropout, "readable", lambda *tensors: on_cpu)
     monkeypatch.setattr(dropout, "LARGEST_PIECE", piece)
+    monkeypatch.setattr(dropout_cpu, "PIECE", piece)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for first, last in ((0, 75), (0, 1), (5, 6), (7, 40), (16, 48), (31, 75), (33, 33), (0, 0)):
         assert torch.equal(keep_mask(seed, spec, first, last), whole[:, :, first:last])
         for keys in (0, 1, 15, 16, 44):
             assert torch.equal(keep_mask(seed, spec, first, last, keys), whole[:, :, first:last, :keys])
+
+
+@pytest.mark.parametrize("origin", [(0, 0), (16, 5), (37, 24), (61, 30)])
+def test_a_part_of_longer_sequences_keeps_what_the_whole_does(origin):
+    seed, (query, key) = make_seed(11), origin
+    whole = keep_mask(seed, make_spec(batch=2, heads=2, queries=75, keys=45), 0, 75)
+    part = replace(make_spec(batch=2, heads=2, queries=75 - query, keys=45 - key), origin=origin)
+    for first, last in ((0, 14), (3, 10), (8, 9)):
+        found = keep_mask(seed, part, first, last, 14)
+        assert torch.equal(found, whole[:, :, query + first : query + last, key : key + 14])
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])

@@ -35,7 +35,8 @@ def use(monkeypatch: pytest.MonkeyPatch, regime: str) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool = True, **options) -> tuple[Tensor, Tensor | None]:
-    (*tensors, _, _, _, _), spec = normalise_inputs(q, k, v, **options)
+    operands, spec = normalise_inputs(q, k, v, **options)
+    tensors = operands[:4]
     return reference.attention_reference(Operands(*tensors, SEED), spec, return_lse=return_lse)
 
 
@@ -122,7 +123,8 @@ def test_the_gradients_that_are_written_out_are_those_of_autograd(regime, mask, 
         assert unread.any()
         inputs = inputs[0], *(x.detach().masked_fill(unread, torch.nan) for x in inputs[1:])
     use(monkeypatch, regime)
-    (*tensors, _, _, _, _), spec = normalise_inputs(*inputs, **options)
+    operands, spec = normalise_inputs(*inputs, **options)
+    tensors = operands[:4]
     both = [a + b for a, b in zip(of_out, of_lse, strict=True)]
     for given, expected in (((grads[0], None), of_out), ((None, grads[1]), of_lse), (grads, both)):
         found = reference.attention_reference_gradients(*given, Operands(*tensors, SEED), spec)
@@ -226,7 +228,8 @@ def status(name):
 def run(length):
     q, k, v = (torch.randn(1, 2, length, 64, requires_grad=True) for _ in range(3))
     mask = torch.arange(length)[None] < length - 5
-    (*tensors, _, _, _, _), spec = normalise_inputs(q, k, v, mask=mask, causal=True)
+    operands, spec = normalise_inputs(q, k, v, mask=mask, causal=True)
+    tensors = operands[:4]
     out, lse = attention_reference(Operands(*tensors), spec, return_lse=True)
     out.square().sum().backward()
     return q.grad, k.grad, v.grad, q, k, v, out, lse

@@ -1,4 +1,4 @@
-"""Two processes that belong to one another, and what they run: a test hands each a function of this file by name."""
+"""Processes that belong to one another, and what two of them run: a test hands each a function by name."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from flash_attend.ops import INPUTS
 __all__ = ["RANKS", "SAME_SUMS", "Call", "Ranks", "attend", "attend_compiled", "refusal", "train"]
 
 RANKS = 2
-PATIENCE = timedelta(seconds=60)  # a rank that waits longer for the other one fails
+PATIENCE = timedelta(seconds=180)  # a rank that waits longer for the other one fails
 
 
 class Ranks:
     """Processes of their own, started once, each with its rank."""
 
-    def __init__(self, rendezvous: str) -> None:
-        context = get_context("spawn")
+    def __init__(self, rendezvous: str, size: int = RANKS) -> None:
+        context = get_context("forkserver")  # where the imports that all need are done once
+        context.set_forkserver_preload(["flash_attend.context_parallel", "torch.distributed.tensor.debug"])
         self._processes = [
-            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, rendezvous))
-            for rank in range(RANKS)
+            ProcessPoolExecutor(1, mp_context=context, initializer=_join, initargs=(rank, size, rendezvous))
+            for rank in range(size)
         ]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -48,9 +49,9 @@ class Ranks:
             process.shutdown()
 
 
-def _join(rank: int, rendezvous: str) -> None:
+def _join(rank: int, size: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, init_method=f"file://{rendezvous}", timeout=PATIENCE)
+    dist.init_process_group("gloo", rank=rank, world_size=size, init_method=f"file://{rendezvous}", timeout=PATIENCE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,6 +153,8 @@ class Call:
     bias: Sequence[Placement] | None = None  # of a bias of `bias_sizes`
     bias_sizes: tuple[int, ...] = (1, 4, 5, 7)
     sinks: Sequence[Placement] | None = None  # of sinks, and of slopes beside them
+    queries: int = 5
+    keys: int = 7
 
     @property
     def places(self) -> dict[str, list[Placement]]:
@@ -168,11 +171,11 @@ class Call:
 
         heads = () if self.kv_heads is None else (self.kv_heads,)
         tensors = {
-            "q": new(self.batch, self.heads, 5, 8),
-            "k": new(self.batch, *heads, 7, 8),
-            "v": new(self.batch, *heads, 7, 6),
-            "grad_out": new(self.batch, self.heads, 5, 6),
-            "grad_lse": new(self.batch, self.heads, 5),
+            "q": new(self.batch, self.heads, self.queries, 8),
+            "k": new(self.batch, *heads, self.keys, 8),
+            "v": new(self.batch, *heads, self.keys, 6),
+            "grad_out": new(self.batch, self.heads, self.queries, 6),
+            "grad_lse": new(self.batch, self.heads, self.queries),
         }
         if self.mask is not None:
             tensors["mask"] = new(*self.mask_sizes) > -0.5

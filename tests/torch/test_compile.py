@@ -197,7 +197,7 @@ def test_a_graph_does_not_outlive_the_wish_for_determinism(backend: Backend) -> 
 
 def test_the_warning_of_a_fallback_comes_while_compiling() -> None:
     def call(x: Tensor) -> Tensor:
-        functional._warn_once("some reason that nobody has met before")
+        functional.warn_once("some reason that nobody has met before")
         return x + 1
 
     with pytest.warns(UserWarning, match="some reason"):

@@ -1,4 +1,5 @@
-"""On two processes: data parallel training gives what one process gives, and sharded tensors stay where they are."""
+"""On two processes: data parallel training gives what one process gives, and sharded tensors stay where they are, but
+for keys that ranks share, of which `test_context_parallel.py` counts what is sent."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from ranks import RANKS, SAME_SUMS, Call, Ranks, answer, attend, attend_compiled, refusal, train
+from sequence_ranks import compiles
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -67,9 +69,17 @@ SERVED = {
     "heads_of_bias_and_sinks": Call([HEADS], [HEADS], bias=[HEADS], sinks=[Shard(0)], options=dict(window=(3, 2))),
     "batch_of_bias": Call([BATCH], [BATCH], bias=[BATCH], bias_sizes=(4, 1, 5, 7), sinks=[HERE]),
     "shared_bias": Call([BATCH], [BATCH], [BATCH], bias=[HERE], bias_sizes=(4, 5, 7), sinks=[HERE]),
+    "positions": Call([THIRD], [THIRD], [HEADS], (4, 6), queries=4, keys=6, options=dict(causal=True, window=(4, 0))),
+    "positions_shared_heads": Call([THIRD], [THIRD], [HERE], (4, 6), kv_heads=2, queries=8, keys=6, sinks=[HERE]),
+    "positions_without_kv_heads": Call([THIRD], [HEADS], kv_heads=None, queries=6, keys=6),
+    "positions_on_one_dimension": Call(
+        [HERE, THIRD], [HERE, THIRD], [HERE, LAST], (4, 1, 1, 6), mesh=(1, RANKS), queries=6, keys=6
+    ),
     "two_dimensions": Call([BATCH, HEADS], [BATCH, HEADS], [BATCH, HERE], kv_heads=2, mesh=(RANKS, 1)),
     "two_dimensions_of_heads": Call([HEADS, HEADS], [HEADS, HEADS], [HERE, HERE], kv_heads=2, mesh=(1, RANKS)),
 }
+# Of what ranks share positions of: whether they agree, and positions for heads; nothing that DTensor would gather.
+SHARED = {"c10d.allgather_", "c10d_functional.all_to_all_single"}
 BACKENDS = (
     pytest.param("cpu", "math", id="math"),
     pytest.param("cuda", "triton", id="triton", marks=pytest.mark.gpu),
@@ -92,9 +102,9 @@ def put_together(parts: list[torch.Tensor], placements: list) -> torch.Tensor:
 def test_sharded_tensors_stay_where_they_are(ranks: Ranks, call: Call, device: str, backend: str) -> None:
     answers = ranks.run(attend, call, device, backend)
     for placements, _, sent in answers:
-        assert not sent
+        assert sent.keys() <= (SHARED if THIRD in call.q else set())
         assert placements["out"] == placements["lse"] == placements["dq"] == call.q
-        parts = [Partial() if q != kv else kv for q, kv in zip(call.q, call.kv, strict=True)]
+        parts = [Partial() if kv == HERE != q else kv for q, kv in zip(call.q, call.kv, strict=True)]
         assert placements["dk"] == placements["dv"] == parts
 
     for name, whole in answer(call.tensors(), backend="math", **call.options).items():
@@ -105,8 +115,13 @@ def test_sharded_tensors_stay_where_they_are(ranks: Ranks, call: Call, device: s
 COMPILED = {
     "other_heads": (SERVED["batch_key_mask"], SERVED["heads_shared"]),
     "other_placements": (SERVED["batch_key_mask"], SERVED["heads_key_mask"], SERVED["batch_replicated_key_mask"]),
+    "positions": (SERVED["positions"],),
     "uneven": (SERVED["uneven_heads"], replace(SERVED["uneven_heads"], heads=9, kv_heads=9), SERVED["uneven_batch"]),
 }
+
+
+def test_an_exchange_for_heads_compiles(ranks: Ranks) -> None:
+    ranks.run(compiles, "heads")
 
 
 @pytest.mark.parametrize("calls", COMPILED.values(), ids=COMPILED)
@@ -116,7 +131,20 @@ def test_sharded_tensors_compile(ranks: Ranks, calls: tuple[Call, ...]) -> None:
 
 
 REFUSED = {
-    "queries": (Call([THIRD], [HERE]), "ValueError: q must be replicated or sharded on batch or heads; .* on queries"),
+    "queries": (Call([THIRD], [HERE]), "ValueError: k must be sharded on keys, as q is sharded on queries; .* replic"),
+    "odd_queries": (Call([THIRD], [THIRD]), "ValueError: q must have queries that 2 ranks can share evenly, got 5"),
+    "odd_keys": (
+        Call([THIRD], [THIRD], queries=4),
+        "ValueError: k must have keys that 2 ranks can share evenly, got 7",
+    ),
+    "queries_twice": (
+        Call([THIRD, THIRD], [THIRD, THIRD], mesh=(RANKS, 1), queries=4, keys=6),
+        "ValueError: q must be replicated or sharded on batch or heads, or once on queries; on dimension 1",
+    ),
+    "bias_where_queries_are_shared": (
+        Call([THIRD], [THIRD], bias=[HERE], bias_sizes=(1, 4, 4, 6), queries=4, keys=6),
+        "ValueError: bias must be None where ranks share the sequences",
+    ),
     "d": (Call([LAST], [LAST]), r"ValueError: q must be .* it is sharded on d \(S\(3\)\)"),
     "keys": (Call([HERE], [THIRD]), "ValueError: k must be replicated, as q is replicated; .* sharded on keys"),
     "keys_without_heads": (Call([BATCH], [HEADS], kv_heads=None), "ValueError: k must be sharded on batch, .* on keys"),
@@ -144,7 +172,7 @@ REFUSED = {
     "dropout": (Call([BATCH], [BATCH], options=dict(dropout_p=0.1)), "ValueError: dropout_p must be 0 for DTensors"),
     "second_dimension": (
         Call([BATCH, THIRD], [BATCH, HERE], mesh=(RANKS, 1)),
-        "q must be .* on dimension 1 of the mesh",
+        "k must be sharded on keys, as q is sharded on queries; on dimension 1 of the mesh",
     ),
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.export import Dim, ExportedProgram, export, load, save
 
 from backends import BACKENDS, Backend
 from flash_attend import Attend
+from flash_attend.export import decompositions
 from flash_attend.ops import FORWARD
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -103,3 +107,30 @@ def test_a_program_has_every_derivative_of_the_module(backend: Backend) -> None:
         }
 
     torch.testing.assert_close(derivatives(program), derivatives(model), rtol=1e-10, atol=1e-12)
+
+
+ELSEWHERE = """
+import sys, torch
+sys.modules["flash_attend"] = None
+program = torch.export.load(sys.argv[1])
+for x, mask, want in torch.load(sys.argv[2]):
+    got = program.module()(x, mask).masked_fill(~mask[:, None, :, None], 0.0)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+print("the same")
+"""
+
+
+@on_every_backend
+def test_a_decomposed_program_needs_nothing_of_ours(backend: Backend, tmp_path: Path) -> None:
+    """At lengths of one chunk of queries and of several, with NaN where the mask hides it from all."""
+    model = Model(backend)
+    program = exported(model, backend, strict=False).run_decompositions(decompositions())
+    calls = []
+    for length in (2, 6, 40, 700):
+        x, mask = inputs(length, backend)
+        want = model(x, mask).detach().masked_fill(~mask[:, None, :, None], 0.0)
+        calls.append((x.masked_fill(~mask[..., None], torch.nan), mask, want))
+    save(program, tmp_path / "program.pt2")
+    torch.save(calls, tmp_path / "calls.pt")
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "program.pt2"), str(tmp_path / "calls.pt")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "the same\n"

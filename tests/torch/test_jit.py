@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
+from complex_valued_transformer.attend import Attend as ClientAttend
 from torch import Tensor, nn
 
-from flash_attend import Attend, flash_attention
+from flash_attend import Attend, flash_attention, patch
 
 
 class Model(nn.Module):
@@ -43,9 +44,13 @@ def test_script_is_refused(module: nn.Module) -> None:
         torch.jit.script(module)
 
 
-def test_fx_takes_an_attend_as_one_node() -> None:
+@pytest.mark.parametrize("patched", (False, True), ids=("ours", "patched"))
+def test_fx_takes_an_attend_as_one_node(patched: bool) -> None:
     """So its options and its dropout stay its own."""
     model = Model()
+    if patched:
+        model.attend = ClientAttend(dropout=0.2)
+        patch(model, strict=True)
     graph = torch.fx.symbolic_trace(model)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["attend"]
     mask = torch.rand(1, 4) < 0.5

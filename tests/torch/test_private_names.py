@@ -133,6 +133,17 @@ def zeros() -> list[object]:
     return [tracing.lazy(torch.zeros(2), none), tracing.lazy(torch.zeros(2)), tracing.settled(none).data_ptr() != 0]
 
 
+def precisions() -> list[object]:
+    before, found = torch.backends.cuda.matmul.fp32_precision, []
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            found.append(tracing.float32_products())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.reset()
@@ -147,6 +158,7 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "torch._C._functorch.is_legacy_batchedtensor": (mapped, [False, True]),
     "the attribute _dynamo_marked_constant": (constants, [2.0, 2.0]),
     "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
+    "torch._C._get_fp32_precision_getter": (precisions, ["tf32", "ieee"]),
     "Tensor._is_zerotensor": (zeros, [True, False, True]),
 }
 

@@ -47,7 +47,7 @@ class ThreadCopies:
         place = machine.shared.places(to, to_offset, size, mask, "copy")
         reads = mask
         if read is not None:
-            if not np.isin(read, (0, size)).all():
+            if not np.isin(machine.chosen(read, mask), (0, size)).all():
                 raise Fault("a copy of a part of its bytes")
             reads = machine.both(mask, read != 0)
         offset = machine.memory.offsets(of, of_offset, size, 1, reads, "copy")
