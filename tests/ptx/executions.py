@@ -213,7 +213,7 @@ def _for_mutants() -> Iterator[Execution]:
     """Calls in which every ring of buffers goes round; some of the blocks are full, some are cut by causality, some
     have hidden keys, and the first rows are dead. Programs of the forward for Hopper have several tiles."""
     for arch in ("sm_80", "sm_90"):
-        case = Case("several runs", 2, 1, queries=200, keys=530, d=64, mask="pad_left", causal=True)
+        case = Case("several runs", 3, 1, queries=120, keys=505, d=64, mask="pad_left", causal=True)
         yield Execution(arch, "triton", "separate", "bf16", case)
     case = Case("whole blocks", 1, 1, queries=128, keys=256, d=64)  # none of them masked
     yield Execution("sm_90", "triton", "separate", "bf16", case)
@@ -286,8 +286,10 @@ def call_of(execution: Execution) -> Call:
         call.mask[-1] = False
     if execution.case.name in ("several tiles", "many blocks", "several runs"):  # in two blocks of a tile
         call.mask[-1, -10:-5] = False
-    if execution.case.name == "several runs":  # between blocks that are full; the last batch has one run
+    if execution.case.name == "several runs":  # of full blocks: two, one, and none under dead rows
         call.mask[0, 200] = False
+        call.mask[1, 100:] = True
+        call.mask[-1, :400] = False
     if execution.case.name == "low scores":  # a hidden key that comes as zeros has a score far above the others
         call = call.with_(q=call.q.abs(), k=-call.k.abs())
     return call

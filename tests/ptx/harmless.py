@@ -60,7 +60,7 @@ HARMLESS = (
         f"{SM_80}.* several runs",
     ),
     Harmless(
-        "barrier dropped", r"MASKED=False\) > _tile: .*(self\.source\.load|_tile: return tile\.accumulate)",
+        "barrier dropped", r"MASKED=False > _tile: .*(self\.source\.load|> Tile\.accumulate: )",
         "three stand between the wait for a round's products and the copies to where their operands were, and as many "
         "between the first mbarrier and its first use",
         SM_90,
@@ -70,16 +70,16 @@ HARMLESS = (
         "who waited for the mbarriers has met the others since, and the next comes before the next copy", SM_90,
     ),
     Harmless(
-        "barrier dropped", r"MASKED=True\) > _tile: v = .*> clear_rows:", "a thread clears what it alone has read",
+        "barrier dropped", r"MASKED=True > _tile: v = .*> clear_rows:", "a thread clears what it alone has read",
         SM_90,
     ),
     Harmless(
-        "fence dropped", r"MASKED=True\) > _tile: applied = .*inner_products",
+        "fence dropped", r"MASKED=True > _tile: applied = .*inner_products",
         "q, all that was stored, was fenced in front of the full blocks", SM_90,
     ),
     Harmless(
         "products (waited for later|not committed)",
-        r"forward_kernel: for block in tl\.range|MASKED=False\) > _tile: return tile\.accumulate",
+        r"forward_kernel: for block in tl\.range|MASKED=False > _tile: return tile\.accumulate",
         "the first masked block waits for all; where there is none, in another call, it matters",
         f"{SM_90}.* several runs",
     ),
