@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ def attend_jagged(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4 or tensor.shape[0] != q.shape[0]:
             raise ValueError(f"{name} must be {'(b, h, i*, d)'}, of b = {q.shape[0]}, got {tuple(tensor.shape)}")
-        rows = tensor.transpose(1, 2)  # (b, i*, h, d)
+        rows: Any = tensor.transpose(1, 2)  # (b, i*, h, d), with the methods of a nested tensor
         if rows.lengths() is not None or rows.values().shape[1:] != tensor.shape[1::2]:
             raise ValueError(f"{name} must be ragged along its third dimension alone, and without holes")
         values[name], places[name] = rows.values(), rows.offsets()
     if k.shape[2] != v.shape[2]:
         raise ValueError("k and v must share their offsets, as nested tensors of one length do")
     longest = values["q"].shape[0], values["k"].shape[0]
-    found = flash_attention_packed(
+    found = cast(Any, flash_attention_packed)(
         *values.values(), places["q"], places["k"], *longest, alibi_slopes=slopes, sinks=sinks, return_lse=return_lse,
         backend=backend, **options,
     )  # fmt: skip
