@@ -45,6 +45,25 @@ def test_decoding(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert example.main(small) == 1, "without the mask a step reads what is not filled"
 
 
+def test_language_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = example_of("language_model")
+    small = ["--device=cpu", "--batch=2", "--length=24", "--steps=2"]
+    assert example.main(small) == 0
+    assert "2 replaced, 0 refused" in capsys.readouterr().out
+
+    patch = example.patch
+
+    def patch_wrongly(model: torch.nn.Module):
+        report = patch(model)
+        for module in model.modules():
+            if hasattr(module, "scale"):
+                module.scale = 0.1
+        return report
+
+    monkeypatch.setattr(example, "patch", patch_wrongly)
+    assert example.main(small) == 1, "with another scale"
+
+
 def test_huggingface(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     example = example_of("huggingface")
     small = ["--device=cpu", "--batch=2", "--tokens=12", "--new=4"]
