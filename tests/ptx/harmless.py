@@ -75,7 +75,7 @@ HARMLESS = (
     ),
     Harmless(
         "fence dropped", r"MASKED=True > _tile: applied = .*inner_products",
-        "q, all that was stored, was fenced in front of the full blocks", SM_90,
+        "q was fenced in front of the full blocks, and v is where it is stored", SM_90,
     ),
     Harmless(
         "products (waited for later|not committed)",
