@@ -84,7 +84,7 @@ format: $(INSTALLED) ## ruff: mends what it can
 	@$(BIN)/ruff format .
 
 test-plain: $(INSTALLED) $(VENV)/.peers ## the tests that need neither a GPU nor the interpreter
-	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx'
+	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx and not every'
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
@@ -131,7 +131,7 @@ $(VENV)/triton-%/.installed: $(VENV)/.made
 
 # A torch with the Triton that it brings. numpy 2.4 is too new for the interpreter of the oldest one.
 test-torch-%: $(VENV)/torch-%/.installed ## the plain tests and a part of the interpreter's with another torch (test-torch-2.10.0)
-	@$(VENV)/torch-$*/bin/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx'
+	@$(VENV)/torch-$*/bin/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx and not every'
 	@TRITON_INTERPRET=1 $(VENV)/torch-$*/bin/pytest -q -n 2 -m interpreter tests/semantics
 
 .PRECIOUS: $(VENV)/torch-%/.installed

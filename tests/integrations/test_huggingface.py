@@ -83,15 +83,12 @@ ESSENTIAL = {
     ("llama", "left"), ("gemma2", "left"), ("gpt_oss", "right"), ("modernbert", "right"), ("t5", "left"),
     ("vit", "none"), ("llama", "static"), ("gpt_oss", "static"), ("modernbert", "compiled"),
 }  # fmt: skip
+MORE = (pytest.mark.clients, pytest.mark.every)
 
 
 def cases(names: tuple[str, ...], *ways: str) -> list[Any]:
     """For `parametrize`."""
-    return [
-        pytest.param(name, way, marks=() if (name, way) in ESSENTIAL else pytest.mark.clients)
-        for name in names
-        for way in ways
-    ]
+    return [pytest.param(name, way, marks=() if (name, way) in ESSENTIAL else MORE) for name in names for way in ways]
 
 
 @pytest.fixture(autouse=True, scope="module")
