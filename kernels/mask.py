@@ -266,10 +266,11 @@ class Mask:
         begin, _, _, end = self.key_blocks(first_query, SIZE, STEP)
         seen = tl.zeros([SIZE, STEP], tl.int32)
         for block in tl.range(begin, begin + (end - begin) * any_in_doubt):
-            key = block * STEP + tl.arange(0, STEP)
+            first_key = tl.full([], block * STEP, tl.int32)  # a number in the interpreter
+            key = first_key + tl.arange(0, STEP)
             pairs = self.hide(seen * 0 + 1, query[:, None], key[None, :], self.key_shown(key)[None, :], 0)
             if bias is not None:
-                hidden = bias.load(first_row, block * STEP, SIZE, STEP, MASKED=True, TRANSPOSED=False)
+                hidden = bias.load(first_row, first_key, SIZE, STEP, MASKED=True, TRANSPOSED=False)
                 pairs = tl.where(hidden == NEGATIVE_INFINITY, 0, pairs)
             seen = tl.maximum(seen, pairs)
         return tl.max(seen, 1) != 0
