@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 # Bytecode is made of what is imported, when it is: of everything it would take longer than installing does.
 INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
+# Neighbours, which share what they compile and record, stay with one worker as long as the other has work.
+WORKERS := -q -n 2 --dist worksteal
 ON_CPU := benchmarks/results/cpu/readme.json
 INSTALLED := $(VENV)/.installed
 
@@ -84,21 +86,21 @@ format: $(INSTALLED) ## ruff: mends what it can
 	@$(BIN)/ruff format .
 
 test-plain: $(INSTALLED) $(VENV)/.peers ## the tests that need neither a GPU nor the interpreter
-	@$(BIN)/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx and not every'
+	@$(BIN)/pytest $(WORKERS) -m 'not gpu and not interpreter and not ptx and not every'
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
-	@TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 -m interpreter
+	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter
 
 test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls that there is time for
-	@$(BIN)/pytest -q -n 2 -m 'ptx and not proof'
+	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof'
 
 # What is done is kept, and not done again while the kernels and these tests are the same.
 proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)
 	@$(BIN)/python tests/ptx/prove.py --resume $(VENV)/proof.jsonl $(ARGS)
 
 test-clients: $(INSTALLED) $(VENV)/.peers $(VENV)/clients/.installed ## the packages of models that `patch` is tried on, all of them
-	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest -q -n 2 -m clients tests/integrations tests/torch
+	@PYTHONPATH=$(VENV)/clients $(BIN)/pytest $(WORKERS) -m clients tests/integrations tests/torch
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@$(BIN)/pytest -m gpu
@@ -131,8 +133,8 @@ $(VENV)/triton-%/.installed: $(VENV)/.made
 
 # A torch with the Triton that it brings. numpy 2.4 is too new for the interpreter of the oldest one.
 test-torch-%: $(VENV)/torch-%/.installed ## the plain tests and a part of the interpreter's with another torch (test-torch-2.10.0)
-	@$(VENV)/torch-$*/bin/pytest -q -n 2 -m 'not gpu and not interpreter and not ptx and not every'
-	@TRITON_INTERPRET=1 $(VENV)/torch-$*/bin/pytest -q -n 2 -m interpreter tests/semantics
+	@$(VENV)/torch-$*/bin/pytest $(WORKERS) -m 'not gpu and not interpreter and not ptx and not every'
+	@TRITON_INTERPRET=1 $(VENV)/torch-$*/bin/pytest $(WORKERS) -m interpreter tests/semantics
 
 .PRECIOUS: $(VENV)/torch-%/.installed
 $(VENV)/torch-%/.installed: $(VENV)/.made .ci/essential.txt setup.py pyproject.toml
