@@ -126,7 +126,7 @@ def test_a_decomposed_program_needs_nothing_of_ours(backend: Backend, tmp_path: 
     model = Model(backend)
     program = exported(model, backend, strict=False).run_decompositions(decompositions())
     calls = []
-    for length in (2, 6, 40, 700):
+    for length in (2, 6, 40, *[700] * (not backend.interpreted)):
         x, mask = inputs(length, backend)
         want = model(x, mask).detach().masked_fill(~mask[:, None, :, None], 0.0)
         calls.append((x.masked_fill(~mask[..., None], torch.nan), mask, want))
