@@ -169,6 +169,8 @@ CASES = [
     ("setp.neu.f32 {d}, {a}, {a};", "pred", "f32", np.isnan),
     ("setp.leu.f32 {d}, {a}, {b};", "pred", "f32 f32", lambda a, b: ~(a > b)),
     ("setp.nan.f32 {d}, {a}, {b};", "pred", "f32 f32", lambda a, b: np.isnan(a) | np.isnan(b)),
+    ("setp.lt.bf16 {d}, {a}, {b};", "pred", "u16 u16", lambda a, b: np.less(*map(bfloat16_values, (a, b)))),
+    ("setp.neu.bf16 {d}, {a}, {a};", "pred", "u16", lambda a: np.isnan(bfloat16_values(a))),
     ("setp.gt.and.s32 {d}, {a}, {b}, {r};", "pred", "s32 s32 pred", lambda a, b, r: (a > b) & (r == 1)),
     ("setp.gt.or.s32 {d}, {a}, {b}, !{r};", "pred", "s32 s32 pred", lambda a, b, r: (a > b) | (r == 0)),
     ("selp.b32 {d}, {a}, {b}, {r};", "u32", "u32 u32 pred", lambda a, b, r: np.where(r == 1, a, b)),

@@ -364,15 +364,15 @@ JOINS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 def _setp(item: Instruction) -> Meaning:
     """One predicate, or two that are each other's opposite, each joined to a third."""
     known(item, (*COMPARISONS, *FLOAT_COMPARISONS, *JOINS, "ftz"))
-    kind = kind_of(item.type)
-    compare = (FLOAT_COMPARISONS if is_float(kind) else COMPARISONS)[item.modifiers[0]]
+    kind, bfloat16 = kind_of(item.type), item.type == "bf16"
+    compare = (FLOAT_COMPARISONS if is_float(kind) or bfloat16 else COMPARISONS)[item.modifiers[0]]
     join = next((JOINS[name] for name in item.modifiers if name in JOINS), None)
     to, a, b, *third = item.arguments
     results = to.split("|")
-    flush = flushed if "ftz" in item.modifiers else (lambda x: x)
+    read = flushed if "ftz" in item.modifiers else bfloat16_values if bfloat16 else (lambda x: x)
 
     def compute(a: Array, b: Array, *third: Array) -> Array | tuple[Array, ...]:
-        found = compare(flush(a), flush(b))
+        found = compare(read(a), read(b))
         both = (found, ~found)[: len(results)]
         if join:
             both = tuple(join(x, *third) for x in both)
