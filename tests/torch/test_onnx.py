@@ -46,7 +46,7 @@ def inputs(length: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("way", ("module", "module_with_changed_scores", "decomposed_program"))
 def test_onnxruntime_gives_the_same_at_every_length(way: str, tmp_path: Path) -> None:
     if importlib.util.find_spec("onnxruntime") is None:
-        pytest.skip("onnxruntime is missing: `make test-clients` installs it and runs these tests")
+        pytest.skip(reason="onnxruntime is missing: `make test-clients` installs it and runs these tests")
     import onnxruntime
 
     model, length = Model(way == "module_with_changed_scores").eval(), {1: Dim("length", min=2, max=4096)}
@@ -67,7 +67,7 @@ def test_onnxruntime_gives_the_same_at_every_length(way: str, tmp_path: Path) ->
 def test_a_backend_by_name_is_not_replaced() -> None:
     """Its operator stays, of which ONNX knows nothing."""
     if importlib.util.find_spec("onnxscript") is None:
-        pytest.skip("onnxscript is missing: `make test-clients` installs it and runs these tests")
+        pytest.skip(reason="onnxscript is missing: `make test-clients` installs it and runs these tests")
     model = Model(False).eval()
     model.attend.backend = "sdpa"
     with pytest.raises(Exception, match=r"No ONNX function found for .*flash_attend\.forward"):
