@@ -106,6 +106,4 @@ def refusal_of(backend: Backend, call: Call) -> str:
 def skip_unless_quick(backend: Backend, dtype: torch.dtype) -> None:
     """For tests of many calls, of which half precision learns nothing more in the interpreter."""
     if backend.interpreted and dtype != torch.float32:
-        pytest.skip(
-            "reason: half precision runs the same code on a GPU; the interpreter is slow, and wrong in bfloat16"
-        )
+        pytest.skip(reason="half precision runs the same code on a GPU; here it is slow, and bfloat16 wrong")
