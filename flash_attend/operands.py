@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Layouts", "Operands", "Strides", "broadcast_strides"]
+__all__ = ["Layouts", "Operands", "Strides", "Tangents", "broadcast_strides"]
 
 Strides = tuple[int, ...]
 
@@ -28,6 +28,17 @@ class Operands(NamedTuple):
     segments: Tensor | None = None
     # int64 (b,): which of a larger batch's entries these are, by which dropout goes; None for all of one
     entries: Tensor | None = None
+
+
+class Tangents(NamedTuple):
+    """The derivatives, in one direction, of those operands of a call that are moved along it; each in its operand's
+    shape and dtype."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 def broadcast_strides(sizes: Sequence[int], strides: Strides) -> Strides:

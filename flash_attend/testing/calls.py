@@ -242,6 +242,7 @@ class Call:
     softcap: float | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    tangents: dict[str, Tensor] | None = None  # of those of `INPUTS` that have one
     torch_seed: int = 1234  # dropout draws its own seed from torch's generator, set to this before every run
 
     @property
@@ -359,8 +360,9 @@ def keep_of(call: Call) -> Tensor | None:
 def truth_of(call: Call) -> Answer:
     """The oracle's answer to a call."""
     return attention_oracle(
-        call.q, call.k, call.v, **call.options, keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse
-    )
+        call.q, call.k, call.v, **call.options, keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse,
+        tangents=call.tangents,
+    )  # fmt: skip
 
 
 def budget_of(call: Call, truth: Answer | None = None, *, tf32: bool = False) -> Budget:
@@ -368,7 +370,7 @@ def budget_of(call: Call, truth: Answer | None = None, *, tf32: bool = False) ->
     truth = truth_of(call) if truth is None else truth
     return Budget(
         truth, call.q, call.k, call.v, **call.options,
-        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, tf32=tf32,
+        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, tangents=call.tangents, tf32=tf32,
     )  # fmt: skip
 
 

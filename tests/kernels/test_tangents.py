@@ -1,0 +1,123 @@
+"""Out, LSE and their tangents from one kernel: every option, any set of tangents, and what must not show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attend.checks import normalise_inputs
+from flash_attend.dropout import draw_seed
+from flash_attend.kernels.backward import attention_backward
+from flash_attend.kernels.configs import Tile, Tiles
+from flash_attend.kernels.tangents import attention_tangents
+from flash_attend.operands import Tangents
+from flash_attend.ops import INPUTS
+from flash_attend.segments import segments_of
+from flash_attend.testing.budget import Budget
+from flash_attend.testing.calls import LAYOUTS, Call, Case, budget_of, make_call
+from flash_attend.testing.oracle import Answer, attention_oracle
+from flash_attend.testing.sequences import whole_call
+
+DEVICES = (pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu))
+on_every_device = pytest.mark.parametrize("device", DEVICES)
+TILES = Tiles(Tile(32, 32, 4, 2, descriptors=True), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
+
+
+def pushed_call(case: Case, dtype: torch.dtype, device: str, names: tuple[str, ...] = INPUTS) -> Call:
+    """A call, and tangents of some of its inputs."""
+    call = make_call(case, dtype, device)
+    generator = torch.Generator().manual_seed(3)
+    given = {name: x for name in names if (x := getattr(call, name)) is not None}
+    drawn = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in given.items()}
+    return call.with_(tangents={name: x.to(given[name]) for name, x in drawn.items()})
+
+
+def push(call: Call, tiles: Tiles = TILES) -> Answer:
+    """What the kernel makes of a call and, of what it keeps, the ordinary backward."""
+    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    torch.manual_seed(call.torch_seed)
+    if call.dropout_p:
+        operands = operands._replace(seed=draw_seed(call.q.device))
+    out, lse, *tangents, kept = attention_tangents(operands, Tangents(**call.tangents), spec, tiles)
+    gradients: tuple[Tensor | None, ...] = ()
+    if call.grad_out is not None:
+        needed = (True,) * (3 if call.bias is call.sinks is None else 5)
+        gradients = attention_backward(call.grad_out, call.grad_lse, operands, out, lse, kept, spec, tiles, needed)
+    names = (f"d{name}" for name in INPUTS)
+    found = {f"d{name}": None for name in "qkv"} | dict(zip(names, gradients, strict=False))
+    return Answer(out, lse, **found, out_tangent=tangents[0], lse_tangent=tangents[1])
+
+
+PLAIN = Case("plain", batch=1, heads=2, queries=37, keys=43, d=16, grads="none")
+ALL = replace(
+    PLAIN, name="everything", kv_heads=1, bias="1hij", window=(20, 9), softcap=1.5, alibi="h", mask="holes", sinks=True,
+    dropout_p=0.25,
+)  # fmt: skip
+CASES = (
+    (replace(PLAIN, name="padded causal", batch=2, kv_heads=1, dv=24, mask="pad_left", causal=True), torch.float16),
+    (replace(PLAIN, name="dense", mask="bhij", scale=-0.3, dropout_p=0.2, grads="both"), torch.float32),
+    (replace(PLAIN, name="two parts", d=40, dv=72, queries=50, keys=20, causal=True, heads=1), torch.float16),
+    (replace(PLAIN, name="scale 0", scale=0.0, heads=1, bias="hiding", mask="bhij"), torch.float32),
+    (replace(PLAIN, name="hidden by a bias", bias="hiding", sinks=True, bias_in_float32=True), torch.float16),
+    (replace(PLAIN, name="no keys", keys=0, sinks=True), torch.float32),
+    (replace(ALL, grads="both"), torch.float32),
+)
+
+
+@on_every_device
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=[str(case) for case, _ in CASES])
+def test_right(device: str, case: Case, dtype: torch.dtype) -> None:
+    call = pushed_call(case, dtype, device)
+    budget_of(call).check(push(call))
+
+
+@on_every_device
+@pytest.mark.parametrize("names", (("q",), ("k",), ("v",), ("bias",), ("sinks",), ("k", "v")), ids="".join)
+def test_any_set_of_tangents(device: str, names: tuple[str, ...]) -> None:
+    call = pushed_call(replace(ALL, heads=1, kv_heads=None, dropout_p=0.0, keys=35), torch.float64, device, names)
+    budget_of(call).check(push(call))
+
+
+@on_every_device
+def test_tangents_in_any_layout(device: str) -> None:
+    call = pushed_call(replace(PLAIN, bias="1hij", sinks=True, causal=True), torch.float32, device)
+    layouts = dict(q="sliced", k="broadcast_heads", v="interleaved", bias="transposed", sinks="contiguous")
+    tangents = {name: LAYOUTS[layout](call.tangents[name]) for name, layout in layouts.items()}
+    call = call.with_(tangents=tangents)
+    budget_of(call).check(push(call))
+
+
+@on_every_device
+def test_what_takes_no_part_may_be_anything(device: str) -> None:
+    """NaN in hidden keys, in dead queries, and where a bias hides: in operands, and in their tangents."""
+    case = replace(PLAIN, mask="pad_left", causal=True, bias="hiding", bias_in_float32=True, batch=2)
+    call = pushed_call(case, torch.float32, device)
+    budget = budget_of(call)
+    dead, unseen = ~budget.alive.unsqueeze(3), ~budget.pairs.any(2).unsqueeze(3)
+    assert dead.any()
+    assert unseen.any()
+    silent = dict(q=dead, k=unseen, v=unseen, bias=call.bias == -torch.inf)
+    tangents = {name: x.masked_fill(silent[name], torch.nan) for name, x in call.tangents.items()}
+    operands = {name: getattr(call, name).masked_fill(silent[name], torch.nan) for name in "qkv"}
+    budget.check(push(call.with_(tangents=tangents, **operands)))
+
+
+@on_every_device
+def test_packed_sequences(device: str) -> None:
+    lengths = ((20, 33), (0, 5), (6, 0), (40, 11))
+    case = replace(PLAIN, heads=2, kv_heads=1, queries=70, keys=52, causal=True)
+    call = pushed_call(case, torch.float32, device)
+    operands, spec = normalise_inputs(call.q, call.k, call.v, causal=True)
+    places = [torch.tensor([*accumulate(n, initial=0)], device=device) for n in zip(*lengths, strict=True)]
+    operands = operands._replace(segments=segments_of(*places, 70, 52))
+    spec = replace(spec, sequences=len(lengths))
+    out, lse, *tangents, _ = attention_tangents(operands, Tangents(**call.tangents), spec, TILES)
+    whole = whole_call(lengths, call.q, call.k, causal=True)
+    whole = dict(mask=whole["mask"], tangents=call.tangents)
+    truth = attention_oracle(call.q, call.k, call.v, **whole)
+    budget = Budget(truth, call.q, call.k, call.v, **whole)
+    budget.check(Answer(out, lse, None, None, None, out_tangent=tangents[0], lse_tangent=tangents[1]))
