@@ -48,6 +48,8 @@ class Functions(NamedTuple):
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
     plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
+    # (operands, tangents, spec, tiles) -> out, lse, their tangents, kept
+    tangents: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,9 +173,10 @@ def _load_triton() -> Functions:
     from flash_attend.kernels.configs import select_tiles
     from flash_attend.kernels.forward import attention_forward, plan_forward
     from flash_attend.kernels.part import backward_of_part
+    from flash_attend.kernels.tangents import attention_tangents
 
     of_part = partial(backward_of_part, attention_backward)
-    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward)
+    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward, attention_tangents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

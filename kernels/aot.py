@@ -34,12 +34,12 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.backends import BACKENDS, BackwardName
-from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, choices_for, row_of
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, choices_for, row_of, select_tangent_tiles
 from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, Kernel, estimate
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.reports import LOOPS, MULTIPLYING, PARTS, Report, as_json, as_table
 from flash_attend.kernels.sass import disassemble, loop_works, product_loops
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Tangents
 from flash_attend.spec import DEAD_SEGMENTS, AttentionSpec, BiasKind, MaskKind, kind_of
 from flash_attend.target import interpreting
 
@@ -77,11 +77,21 @@ class Case:
     tiles: Tiles
     backend: str = "triton"
     backward: BackwardName = "separate"
+    tangents: bool = False  # of all operands, in place of a backward
 
     @classmethod
     def of(cls, arch: str, spec: AttentionSpec, backend: str = "triton", backward: BackwardName = "separate") -> Case:
         """With the tiles that a call takes there."""
         return cls(arch, spec, BACKENDS[backend].tiles(spec, PARTS[arch], backward), backend, backward)
+
+    @classmethod
+    def with_tangents(cls, arch: str, spec: AttentionSpec) -> Case:
+        """With the tiles that a call of which tangents are taken has there."""
+        return cls(arch, spec, select_tangent_tiles(spec, PARTS[arch]), tangents=True)
+
+    def launches(self) -> list[Launch]:
+        """Every launch that it makes, on meta tensors."""
+        return record_call(self.spec, self.tiles, self.backend, tangents=self.tangents)
 
     @property
     def is_split(self) -> bool:
@@ -128,8 +138,8 @@ def compiled_for(arch: str, driver_of: type[Part] = Part) -> Iterator[None]:
         driver._active = outer
 
 
-def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> list[Launch]:
-    """Every launch that a forward and backward of this spec would make, on meta tensors."""
+def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton", *, tangents: bool = False) -> list[Launch]:
+    """Every launch that a forward and backward of this spec would make, or a forward with tangents, on meta tensors."""
     with torch.device("meta"):
         q = torch.empty(spec.batch, spec.heads, spec.queries, spec.head_dim, dtype=spec.dtype)
         k = torch.empty(spec.batch, spec.kv_heads, spec.keys, spec.head_dim, dtype=spec.dtype)
@@ -154,6 +164,9 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             if spec.sequences is not None:
                 segments = torch.empty(spec.sequences + DEAD_SEGMENTS, 4, dtype=torch.int32)
             operands = Operands(q, k, v, mask, seed, bias, slopes, sinks, segments)
+            if tangents:
+                functions.tangents(operands, Tangents(q, k, v, bias, sinks), spec, tiles)
+                return launches
             out, lse, kept = functions.forward(operands, spec, tiles)
             grad_out, needed = torch.empty_like(out), (True, True, True, *others)
             functions.backward(grad_out, None, operands, out, lse, kept, spec, tiles, needed)
@@ -201,7 +214,7 @@ def _config_of(launch: Launch, case: Case) -> str:
 def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Report]:
     """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
     reports = []
-    for launch in record_call(case.spec, case.tiles, case.backend):
+    for launch in case.launches():
         name = kernel_name(launch)
         if kernels is not None and name not in kernels:
             continue
@@ -408,13 +421,18 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
         if case.backend not in backends:
             continue
         fresh = []
-        for launch in record_call(case.spec, case.tiles, case.backend):
+        for launch in case.launches():
             prepared = launch.prepared
             dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
             identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
             name = kernel_name(launch)
-            if (case.backward == "fused" and not _is_fused(launch)) or (case.is_split and name not in OF_SPLIT):
-                continue  # as in the call that is not fused, or not split
+            elsewhere = (
+                case.backward == "fused" and not _is_fused(launch),
+                case.is_split and name not in OF_SPLIT,
+                case.tangents and name != "tangents",
+            )
+            if any(elsewhere):
+                continue  # as in the call that is not fused, not split, without tangents
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
                 seen.add(identity)
                 fresh.append(name)

@@ -7,18 +7,15 @@ from itertools import accumulate
 
 import pytest
 import torch
-from torch import Tensor
 
 from flash_attend.checks import normalise_inputs
-from flash_attend.dropout import draw_seed
-from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles
 from flash_attend.kernels.tangents import attention_tangents
 from flash_attend.operands import Tangents
-from flash_attend.ops import INPUTS
 from flash_attend.segments import segments_of
 from flash_attend.testing.budget import Budget
-from flash_attend.testing.calls import LAYOUTS, Call, Case, budget_of, make_call
+from flash_attend.testing.calls import LAYOUTS, Call, Case, budget_of, make_call, with_tangents
+from flash_attend.testing.calls import push as push_by
 from flash_attend.testing.oracle import Answer, attention_oracle
 from flash_attend.testing.sequences import whole_call
 
@@ -27,29 +24,8 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 TILES = Tiles(Tile(32, 32, 4, 2, descriptors=True), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
 
 
-def pushed_call(case: Case, dtype: torch.dtype, device: str, names: tuple[str, ...] = INPUTS) -> Call:
-    """A call, and tangents of some of its inputs."""
-    call = make_call(case, dtype, device)
-    generator = torch.Generator().manual_seed(3)
-    given = {name: x for name in names if (x := getattr(call, name)) is not None}
-    drawn = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in given.items()}
-    return call.with_(tangents={name: x.to(given[name]) for name, x in drawn.items()})
-
-
-def push(call: Call, tiles: Tiles = TILES) -> Answer:
-    """What the kernel makes of a call and, of what it keeps, the ordinary backward."""
-    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
-    torch.manual_seed(call.torch_seed)
-    if call.dropout_p:
-        operands = operands._replace(seed=draw_seed(call.q.device))
-    out, lse, *tangents, kept = attention_tangents(operands, Tangents(**call.tangents), spec, tiles)
-    gradients: tuple[Tensor | None, ...] = ()
-    if call.grad_out is not None:
-        needed = (True,) * (3 if call.bias is call.sinks is None else 5)
-        gradients = attention_backward(call.grad_out, call.grad_lse, operands, out, lse, kept, spec, tiles, needed)
-    names = (f"d{name}" for name in INPUTS)
-    found = {f"d{name}": None for name in "qkv"} | dict(zip(names, gradients, strict=False))
-    return Answer(out, lse, **found, out_tangent=tangents[0], lse_tangent=tangents[1])
+def push(call: Call) -> Answer:
+    return push_by(call, "triton", lambda spec: TILES)
 
 
 PLAIN = Case("plain", batch=1, heads=2, queries=37, keys=43, d=16, grads="none")
@@ -71,20 +47,21 @@ CASES = (
 @on_every_device
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=[str(case) for case, _ in CASES])
 def test_right(device: str, case: Case, dtype: torch.dtype) -> None:
-    call = pushed_call(case, dtype, device)
+    call = with_tangents(make_call(case, dtype, device))
     budget_of(call).check(push(call))
 
 
 @on_every_device
 @pytest.mark.parametrize("names", (("q",), ("k",), ("v",), ("bias",), ("sinks",), ("k", "v")), ids="".join)
 def test_any_set_of_tangents(device: str, names: tuple[str, ...]) -> None:
-    call = pushed_call(replace(ALL, heads=1, kv_heads=None, dropout_p=0.0, keys=35), torch.float64, device, names)
+    case = replace(ALL, heads=1, kv_heads=None, dropout_p=0.0, keys=35)
+    call = with_tangents(make_call(case, torch.float64, device), names)
     budget_of(call).check(push(call))
 
 
 @on_every_device
 def test_tangents_in_any_layout(device: str) -> None:
-    call = pushed_call(replace(PLAIN, bias="1hij", sinks=True, causal=True), torch.float32, device)
+    call = with_tangents(make_call(replace(PLAIN, bias="1hij", sinks=True, causal=True), torch.float32, device))
     layouts = dict(q="sliced", k="broadcast_heads", v="interleaved", bias="transposed", sinks="contiguous")
     tangents = {name: LAYOUTS[layout](call.tangents[name]) for name, layout in layouts.items()}
     call = call.with_(tangents=tangents)
@@ -95,7 +72,7 @@ def test_tangents_in_any_layout(device: str) -> None:
 def test_what_takes_no_part_may_be_anything(device: str) -> None:
     """NaN in hidden keys, in dead queries, and where a bias hides: in operands, and in their tangents."""
     case = replace(PLAIN, mask="pad_left", causal=True, bias="hiding", bias_in_float32=True, batch=2)
-    call = pushed_call(case, torch.float32, device)
+    call = with_tangents(make_call(case, torch.float32, device))
     budget = budget_of(call)
     dead, unseen = ~budget.alive.unsqueeze(3), ~budget.pairs.any(2).unsqueeze(3)
     assert dead.any()
@@ -110,7 +87,7 @@ def test_what_takes_no_part_may_be_anything(device: str) -> None:
 def test_packed_sequences(device: str) -> None:
     lengths = ((20, 33), (0, 5), (6, 0), (40, 11))
     case = replace(PLAIN, heads=2, kv_heads=1, queries=70, keys=52, causal=True)
-    call = pushed_call(case, torch.float32, device)
+    call = with_tangents(make_call(case, torch.float32, device))
     operands, spec = normalise_inputs(call.q, call.k, call.v, causal=True)
     places = [torch.tensor([*accumulate(n, initial=0)], device=device) for n in zip(*lengths, strict=True)]
     operands = operands._replace(segments=segments_of(*places, 70, 52))
