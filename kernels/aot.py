@@ -279,6 +279,7 @@ def _estimate_of(
     kernel = Kernel(
         name, case.arch, kind_of(spec), spec.head_dim, choices["HEAD0"] + choices["HEAD1"], choices["BLOCK_M"],
         choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes, serialized,
+        choices["VALUE_DIM"] / spec.value_dim,
     )  # fmt: skip
     works = loop_works(sass)
     return estimate(works[0], kernel) if works else None
@@ -329,6 +330,7 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
     COMMON: {"half": (64, 128, 256), "tf32": (64,), "tf32x3": (64,), "double": (64,)},
     SUBSET: {"half": (96,), "tf32": (), "tf32x3": (), "double": ()},
 }
+TANGENT_WIDTHS = {COMMON: (64,), SUBSET: (96,)}  # where tangents are taken, of half precision
 HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
 SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
@@ -341,6 +343,8 @@ PACKED_MODES = (
     ),
 )  # fmt: skip
 OF_SPLIT = ("forward", "merge")
+# Of a forward with tangents of all its operands: the first of every row, the others of half precision.
+TANGENT_MODES = (MODES[0], MODES[3], CHANGED_MODES[-1])
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
@@ -373,6 +377,8 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
                 own = mode is MODES[0] or mode in PACKED_MODES or len(choices_for(spec, PARTS[arch]).backward_fused) > 1
                 if own and not BACKENDS["triton"].refuse_fused(spec, PARTS[arch]):
                     yield Case.of(arch, spec, backward="fused")
+            for mode in _tangent_modes(kind, width, scope):
+                yield Case.with_tangents(arch, spec_of((width, width), **dtype, **mode))
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
 
@@ -392,6 +398,13 @@ def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, in
     if kind != "half" or scope != ALL:
         return []
     return [((width, width), mode) for mode in PACKED_MODES[: 2 if width in CHANGED_WIDTHS else 1]]
+
+
+def _tangent_modes(kind: str, width: int, scope: str) -> tuple[dict[str, Any], ...]:
+    """Of `TANGENT_MODES`, those that a kind of this width is compiled in."""
+    if scope == ALL:
+        return TANGENT_MODES if kind == "half" and width in CHANGED_WIDTHS else TANGENT_MODES[:1]
+    return TANGENT_MODES[:1] if kind == "half" and width in TANGENT_WIDTHS[scope] else ()
 
 
 def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:

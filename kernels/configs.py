@@ -62,7 +62,9 @@ class Tile(NamedTuple):
     descriptors: bool = False  # the main loop reads through them where the layouts allow it: for parts with bulk copies
     ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
     halves: bool = False  # head dimensions in two parts even where they are one power of two
-    apart: bool = False  # of backward_kv: the gradients of k and of v by a launch each, of which neither spills
+    # Of backward_kv: the gradients of k and of v by a launch each, of which neither spills. Of tangents: likewise two
+    # halves of the columns of v.
+    apart: bool = False
     programs: int = 0  # of the forward: how many the keys are split over; 0: they are not split
 
 

@@ -95,6 +95,7 @@ class Kernel(NamedTuple):
     registers: int  # of a thread
     shared_bytes: int  # of a block
     serialized: bool = False  # the assembler makes each asynchronous product wait for the one before it
+    share: float = 1.0  # of the columns of v that one launch of tangents serves
 
 
 class Estimate(NamedTuple):
@@ -149,8 +150,9 @@ def estimate(loop: LoopWork, kernel: Kernel) -> Estimate:
     takes_turns = blocks_per_multiprocessor(kernel) * (1 if loop.asynchronous else kernel.num_warps / SCHEDULERS)
     clocks = busiest + max(0.0, serial - busiest) / max(1.0, takes_turns)
     pairs = kernel.block_m * kernel.block_n
-    taken = PRODUCTS[kernel.name] * pairs * kernel.width * SPLIT.get(kernel.kind, 1)
-    useful = 2 * PRODUCTS[kernel.name] * pairs * kernel.dim
+    of_scores = PRODUCTS[kernel.name] * (1 - kernel.share) / 2  # are computed by each launch
+    taken = (PRODUCTS[kernel.name] * kernel.share + of_scores) * pairs * kernel.width * SPLIT.get(kernel.kind, 1)
+    useful = 2 * PRODUCTS[kernel.name] * kernel.share * pairs * kernel.dim
     return Estimate(
         units,
         serial,
@@ -232,7 +234,7 @@ def _clocks_of_units(loop: LoopWork, kernel: Kernel, rates: Rates) -> dict[str, 
 
 def _l2_bytes(kernel: Kernel) -> float:
     rows = kernel.block_n if kernel.name in OVER_KEYS else kernel.block_m
-    tensors = 4 if kernel.name == "tangents" else 2
+    tensors = 2 + 2 * kernel.share if kernel.name == "tangents" else 2
     loaded = rows * tensors * kernel.dim * ITEM_BYTES.get(kernel.kind, 4)
     # The gradient of q is added in float32, which reads and writes.
     return loaded + (rows * kernel.dim * 4 * 2 if kernel.name == "backward_fused" else 0)

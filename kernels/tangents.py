@@ -11,8 +11,9 @@ one more key, whose v is 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flash_attend.kernels.compat import aggregate, kernel
-from flash_attend.kernels.configs import Tiles
+from flash_attend.kernels.configs import SMALLEST_PART, Tiles
 from flash_attend.kernels.descriptors import reading_keys
 from flash_attend.kernels.dropout import dropout_by
 from flash_attend.kernels.forward import finish, statistics_layout
@@ -343,7 +344,8 @@ def attention_tangents(
     """`out (b, h, i, dv)` and `lse (b, h, i)`, their tangents in the same layouts, and what the backward of out and lse
     reads beside them.
 
-    The tile of this kernel is `tiles.forward`.
+    The tile of this kernel is `tiles.forward`. Where that says `apart`, a launch each serves two halves of the columns
+    of v, and computes the scores.
     """
     operands = readable_operands(operands)
     tangents = _readable_tangents(tangents, spec)
@@ -365,6 +367,19 @@ def _strides(tangents: Tangents) -> TangentStrides:
     return tuple(None if x is None else broadcast_strides(x.shape, x.stride()) for x in tangents)
 
 
+class OfColumns(NamedTuple):
+    """The launches for a part of the columns of v, and so of out."""
+
+    first: int
+    last: int
+    in_bulk: Prepared  # where k, v and their tangents begin where bulk copies can read
+    by_pointers: Prepared  # where they do not
+
+    def of(self, rows: Tensor | None) -> Tensor | None:
+        """These columns of v, of out, or of their tangents."""
+        return rows if rows is None or self.last - self.first == rows.shape[3] else rows[..., self.first : self.last]
+
+
 @dataclass(frozen=True, eq=False)
 class ForwardMode:
     """The forward mode of calls that differ in nothing but what their tensors hold: it allocates and launches."""
@@ -375,8 +390,7 @@ class ForwardMode:
     lse_dtype: torch.dtype  # and that of the statistics
     schedule: Callable[[Tensor | None, Tensor | None], Schedule]  # of the mask and the bias
     sequences: Callable[[Tensor], tuple[Tensor, Tensor]]  # `packed_tiles` of the segments
-    in_bulk: Prepared  # the launch where k, v and their tangents begin where bulk copies can read
-    by_pointers: Prepared  # the launch where they do not
+    launches: tuple[OfColumns, ...]
 
     def run(self, operands: Operands, tangents: Tangents) -> tuple[Tensor, Tensor, Tensor, Tensor, Kept]:
         """As `attention_tangents`."""
@@ -386,11 +400,14 @@ class ForwardMode:
         statistics = lse.new_empty_strided(*self.statistics)
         schedule = self.schedule(mask, bias)
         sequences = (None, None) if segments is None else self.sequences(segments)
-        prepared = self.in_bulk if begin_aligned(k, v, tangents.k, tangents.v) else self.by_pointers
-        launch(
-            prepared, q, k, v, tangents.k, tangents.v, tangents.q, out, lse, statistics, out_tangent, lse_tangent,
-            *schedule[:2], seed, bias, slopes, sinks, tangents.bias, tangents.sinks, *sequences,
-        )  # fmt: skip
+        aligned = begin_aligned(k, v, tangents.k, tangents.v)
+        for part in self.launches:
+            own_v, own_v_tangent, own_out, own_out_tangent = map(part.of, (v, tangents.v, out, out_tangent))
+            launch(
+                part.in_bulk if aligned else part.by_pointers, q, k, own_v, tangents.k, own_v_tangent, tangents.q,
+                own_out, lse, statistics, own_out_tangent, lse_tangent, *schedule[:2], seed, bias, slopes, sinks,
+                tangents.bias, tangents.sinks, *sequences,
+            )  # fmt: skip
         return out, lse, out_tangent, lse_tangent, Kept(statistics, *schedule)
 
 
@@ -401,11 +418,23 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, tangents: Tang
     sizes = scheduled_sizes(layouts.mask_sizes, spec)
     planes = 0 if sizes is None else sizes[0] * sizes[1]
     spec = scheduled_spec(spec)
-    launches = (_prepare_launch(spec, tiles, planes, layouts, tangents, out[1], at_hand) for at_hand in (True, False))
+    given = tiles, planes, layouts, tangents, out[1]
+    launches = []
+    for first, last in value_columns(spec, tiles):
+        part = replace(spec, value_dim=last - first)
+        launches.append(OfColumns(first, last, *(_prepare_launch(part, *given, at_hand) for at_hand in (True, False))))
     sequences = partial(packed_tiles, spec=spec, size=tiles.forward.block_m, of_keys=False)
     return ForwardMode(
-        out, lse_layout(spec), statistics_layout(spec), spec.accumulator_dtype, schedule, sequences, *launches
+        out, lse_layout(spec), statistics_layout(spec), spec.accumulator_dtype, schedule, sequences, tuple(launches)
     )
+
+
+def value_columns(spec: AttentionSpec, tiles: Tiles) -> list[tuple[int, int]]:
+    """The parts of the columns of v: all of them or, apart, two halves, as far as products are made of whole tiles."""
+    half = -(-spec.value_dim // (2 * SMALLEST_PART)) * SMALLEST_PART
+    if not tiles.forward.apart or half >= spec.value_dim:
+        return [(0, spec.value_dim)]
+    return [(0, half), (half, spec.value_dim)]
 
 
 def _prepare_launch(

@@ -24,8 +24,8 @@ on_every_device = pytest.mark.parametrize("device", DEVICES)
 TILES = Tiles(Tile(32, 32, 4, 2, descriptors=True), Tile(16, 32, 4, 2), Tile(32, 16, 4, 2))
 
 
-def push(call: Call) -> Answer:
-    return push_by(call, "triton", lambda spec: TILES)
+def push(call: Call, tiles: Tiles = TILES) -> Answer:
+    return push_by(call, "triton", lambda spec: tiles)
 
 
 PLAIN = Case("plain", batch=1, heads=2, queries=37, keys=43, d=16, grads="none")
@@ -49,6 +49,12 @@ CASES = (
 def test_right(device: str, case: Case, dtype: torch.dtype) -> None:
     call = with_tangents(make_call(case, dtype, device))
     budget_of(call).check(push(call))
+
+
+@on_every_device
+def test_columns_of_v_apart(device: str) -> None:
+    call = with_tangents(make_call(replace(PLAIN, heads=1, dv=40, sinks=True, layout="sliced"), torch.float32, device))
+    budget_of(call).check(push(call, TILES._replace(forward=TILES.forward._replace(apart=True))))
 
 
 @on_every_device
