@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attend.operands import Layouts, Operands
+from flash_attend.operands import Layouts, Operands, Tangents
 from flash_attend.reference import Merged, attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.tangents import attend_tangents
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
 
@@ -48,7 +49,7 @@ class Functions(NamedTuple):
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
     plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
-    # (operands, tangents, spec, tiles) -> out, lse, their tangents, kept
+    # (operands, tangents, spec, tiles) -> out, lse, their tangents, kept; None where another backend does it
     tangents: Callable[..., Any] | None = None
 
 
@@ -269,11 +270,16 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None, _einsum_backward_of_part)
+    no_tiles = lambda spec, target, backward: None  # noqa: E731
+    return Functions(_einsum_forward, _einsum_backward, no_tiles, _einsum_backward_of_part, tangents=_einsum_tangents)
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:
     return *attention_reference(operands, spec, return_lse=True), ()
+
+
+def _einsum_tangents(operands: Operands, tangents: Tangents, spec: AttentionSpec, tiles: None) -> tuple[Any, ...]:
+    return *attend_tangents(operands, tangents, spec), ()
 
 
 def _einsum_backward(
