@@ -184,9 +184,10 @@ def _load_triton() -> Functions:
     from flash_attend.kernels.configs import select_tiles
     from flash_attend.kernels.forward import attention_forward, plan_forward
     from flash_attend.kernels.part import backward_of_part
+    from flash_attend.kernels.tangents import attention_tangents
 
     of_part = partial(backward_of_part, attention_backward)
-    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward)
+    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward, attention_tangents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

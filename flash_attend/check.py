@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -22,7 +23,7 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.oracle import Answer
 from flash_attend.tracing import constant_when_compiled
-from flash_attend.variant import ALL, Kind, Variant
+from flash_attend.variant import ALL, NONE, Kind, Variant
 
 __all__ = ["PRODUCTS", "answer", "check", "checked", "servable"]
 
@@ -147,18 +148,28 @@ def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> An
 
         return of_text(variant.tiles)
     target = DeviceTarget.of_any_length(device)
+    if variant.tangents:
+        from flash_attend.kernels.configs import select_tangent_tiles
+
+        return select_tangent_tiles(spec, target, variant.backward)
     return BACKENDS[variant.backend].tiles(spec, target, cast(BackwardName, variant.backward))
 
 
 def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
     """What the variant computes, on operands with NaN."""
     backend = BACKENDS[variant.backend]
-    out, lse, kept = backend.forward(call.poisoned, call.spec, tiles)
+    pushed: tuple[Tensor | None, ...] = (None, None)
+    if variant.tangents:
+        functions = backend.load()
+        assert functions.tangents is not None
+        out, lse, *pushed, kept = functions.tangents(call.poisoned, call.poisoned_tangents, call.spec, tiles)
+    else:
+        out, lse, kept = backend.forward(call.poisoned, call.spec, tiles)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(variant.needed):
         saved = call.poisoned, out, lse, kept, call.spec, tiles
         gradients = backend.backward(call.grad_out, None, *saved, variant.needed)
-    return Answer(out, lse, *gradients)
+    return replace(Answer(out, lse, *gradients), out_tangent=pushed[0], lse_tangent=pushed[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +213,11 @@ def servable(target: DeviceTarget) -> list[Variant]:
         for products, dim, causal, dropout in product(PRODUCTS, HEAD_DIMS, (False, True), (False, True))
         for one in _of_changes(Kind(*products, dim, dim, "none", causal, dropout, sequences=True), target)
     ]
+    found += [
+        one
+        for products, dim, mask, causal in product(PRODUCTS, HEAD_DIMS, ("none", "key"), (False, True))
+        for one in _with_tangents(Kind(*products, dim, dim, mask, causal, False), target)
+    ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
 
 
@@ -214,6 +230,16 @@ def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
         for way in (backend.usual_backward, *["fused"] * (backend.refuse_fused is not None)):
             variant = Variant(backend.name, way, kind, False, False, False, needed)
             found += [variant] if backend.proof != "none" and not _refused(variant, target) else []
+    return found
+
+
+def _with_tangents(kind: Kind, target: DeviceTarget) -> list[Variant]:
+    """The variants of a kind of which tangents of q, k and v are taken, on a part."""
+    found = []
+    for backend in BACKENDS.values():
+        variant = Variant(backend.name, backend.usual_backward, kind, False, False, False, NONE, tangents=ALL)
+        if backend.proof != "none" and not _refused(variant, target) and backend.load().tangents is not None:
+            found.append(variant)
     return found
 
 

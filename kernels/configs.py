@@ -46,6 +46,7 @@ __all__ = [
     "of_text",
     "override",
     "select_hopper_tiles",
+    "select_tangent_tiles",
     "select_tiles",
     "tiles_of",
 ]
@@ -61,7 +62,9 @@ class Tile(NamedTuple):
     descriptors: bool = False  # the main loop reads through them where the layouts allow it: for parts with bulk copies
     ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
     halves: bool = False  # head dimensions in two parts even where they are one power of two
-    apart: bool = False  # of backward_kv: the gradients of k and of v by a launch each, of which neither spills
+    # Of backward_kv: the gradients of k and of v by a launch each, of which neither spills. Of tangents: likewise two
+    # halves of the columns of v.
+    apart: bool = False
     programs: int = 0  # of the forward: how many the keys are split over; 0: they are not split
 
 
@@ -212,6 +215,27 @@ NARROW: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 64): dict(forward="64x32w4s3d", backward_q="64x32w4s2d"),
     ("sm_90", "half", 128): dict(forward="64x64w4s3d", backward_kv="64x64w4s2", backward_q="64x64w4s2d"),
 }
+# What the kernel for tangents takes, by the family, the kind and the width: it holds two sums of the width of v, and
+# scores with their tangents.
+TANGENT_ROWS: dict[tuple[str, str, int], str] = {
+    ("sm_80", "half", 64): "128x64w8s2",
+    ("sm_80", "half", 96): "128x32w8s2",
+    ("sm_80", "half", 128): "64x32w4s2",
+    ("sm_80", "half", 192): "64x32w8s2",
+    ("sm_80", "half", 256): "64x32w8s1",
+    ("sm_90", "half", 64): "128x64w8s2d",
+    ("sm_90", "half", 96): "128x64w8s2",
+    ("sm_90", "half", 128): "128x64w8s2d",
+    ("sm_90", "half", 192): "64x32w8s2",
+    ("sm_90", "half", 256): "64x32w8s2d",
+    ("sm_80", "tf32", 64): "64x32w4s2",
+    ("sm_80", "tf32", 128): "64x16w4s2",
+    ("sm_80", "tf32", 256): "32x16w4s1",
+    ("sm_80", "tf32x3", 64): "32x32w4s1",
+    ("sm_80", "tf32x3", 128): "16x16w4s1",
+    ("sm_80", "double", 64): "16x16w4s1",
+    ("sm_80", "double", 128): "16x16w4s1",
+}
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
 FAMILIES = {
@@ -293,6 +317,24 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
 def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
     """The tiles for a call on a part, whose backward is "separate" or "fused"."""
     return _override or _look_up_tiles(spec, target, backward)
+
+
+def select_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
+    """The tiles for a call on a part of which tangents are taken: that of their kernel stands in the place of the
+    forward's."""
+    return _override or _look_up_tangent_tiles(spec, target, backward)
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _look_up_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
+    tiles = select_tiles(spec, target, backward)
+    if target.interpreted:
+        return tiles
+    family, row = FAMILIES.get(target.arch or "", OLDEST), row_of(spec)
+    tile = tile_of(TANGENT_ROWS.get((family, *row)) or TANGENT_ROWS[(OLDEST, *row)])
+    if target.multiprocessors:
+        tile = _halved(tile, "block_m", spec.batch * spec.heads, spec.queries, target)
+    return tiles._replace(forward=tile)
 
 
 def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:

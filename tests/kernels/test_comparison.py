@@ -29,7 +29,7 @@ NONE = Side("MemoryError: too large", {})
 
 
 def test_rows_are_of_parts_whose_rates_are_known() -> None:
-    assert len(rows(["sm_80", "sm_89", "sm_90"])) == 2 * 2 * 5 * 2
+    assert len(rows(["sm_80", "sm_89", "sm_90"])) == 2 * 2 * 5 * 3
     assert str(rows(["sm_90"])[1]) == "backward sm_90 half d64"
     assert rows(["sm_120"]) == []
 
@@ -90,7 +90,7 @@ def test_the_table_and_its_exit_code(
 
 
 def test_without_the_peer_there_is_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(comparison, "PEER", tmp_path / "flex_templates.py")
+    monkeypatch.setattr(comparison, "BENCHMARKS", tmp_path / "benchmarks")
     assert print_estimates(["sm_80"], "", 1, markdown=False) == 2
 
 
