@@ -142,10 +142,10 @@ def choose(
     needed: tuple[bool, ...] = ALL,
     knowledge: Knowledge = FINDING_OUT,
     *,
-    tangents: bool = False,
+    tangents: tuple[bool, ...] = (),
 ) -> Plan:
-    """The plan for a call, of whose q, k and v those need a gradient that `needed` says; with `tangents`, in forward
-    mode.
+    """The plan for a call, of whose q, k and v those need a gradient that `needed` says; in forward mode, `tangents`
+    says which have one.
 
     `backend="auto"` takes what was measured fastest on the part or, where nothing was, the first of `BACKENDS`, that
     serves the call and is right on the part; the first call of a variant has it checked. A backend asked for by name
@@ -153,7 +153,7 @@ def choose(
     that it leaves them to.
     """
     check_backend(backend)
-    question = _Question.of(spec, target, needed, knowledge)
+    question = _Question.of(spec, target, needed, knowledge, tangents)
     if backend != "auto":
         asked = BACKENDS[backend]
         if reason := _refuse(asked, spec, target):
@@ -207,12 +207,19 @@ class _Question:
     needed: tuple[bool, ...]
     knowledge: Knowledge
     fastest: Tuned | None
+    tangents: tuple[bool, ...]
 
     @staticmethod
-    def of(spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, ...], how: Knowledge) -> _Question:
+    def of(
+        spec: AttentionSpec,
+        target: DeviceTarget,
+        needed: tuple[bool, ...],
+        how: Knowledge,
+        tangents: tuple[bool, ...] = (),
+    ) -> _Question:
         measurable = target.device_type == "cuda" and not target.absent and target.device is not None
         fastest = how.tuned(kind_of_call(spec), target.device) if measurable else None
-        return _Question(spec, target, needed, how, fastest)
+        return _Question(spec, target, needed, how, fastest, tangents)
 
     @property
     def order(self) -> list[Backend]:
@@ -231,7 +238,8 @@ class _Question:
         """What is known of the variant that would serve."""
         fastest, tiles = way_of(self.fastest, backend.name)
         tiles = backend.tiles_by_lengths(self.spec, self.target, backward) or (tiles if backward == fastest else "")
-        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles)
+        tiles = "" if self.tangents else tiles  # those of forward mode are the same for all lengths
+        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles, self.tangents)
         return self.knowledge.finding(variant, self.target.device)
 
 

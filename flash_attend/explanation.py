@@ -10,7 +10,7 @@ from torch import Tensor
 from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
 from flash_attend.checks import needed_of, normalise_call
 from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge
-from flash_attend.functional import autocast
+from flash_attend.functional import autocast, tangents_of
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
 from flash_attend.spec import Window
@@ -39,6 +39,8 @@ class Explanation:
         lines = [f"on {where}: " + (f"{self.plan.name} serves" if self.plan else self.refusal)]
         if self.plan:
             lines.append(f"  backward: {self.plan.backward}, {self.plan.backward_reason}")
+            if self.plan.backend.tangents_by:
+                lines.append(f"  forward mode: {self.plan.backend.tangents_by}")
         width = max(map(len, BACKENDS))
         for verdict in self.verdicts:
             state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"
@@ -86,7 +88,7 @@ def explain(
 ) -> Explanation:
     """Which backend would serve `flash_attention` with these arguments, by which backward, and what each one says of
     the call: "yes" where "auto" may choose it, "by name" where it can serve but was not shown right and faster on this
-    part, or "no".
+    part, or "no"; and, where it is another, which backend serves the same call in forward mode.
 
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """
@@ -100,4 +102,5 @@ def explain(
     asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
     if asked is not None and not asked.serves:
         return Explanation(None, f"{backend} cannot serve: {asked.reason}", verdicts, target)
-    return Explanation(choose(spec, target, backend, needed, LOOKING), "", verdicts, target)
+    plan = choose(spec, target, backend, needed, LOOKING, tangents=tangents_of(given))
+    return Explanation(plan, "", verdicts, target)
