@@ -62,6 +62,8 @@ class Backend:
     refuse_fused: Refusal | None = field(repr=False)  # for calls that it serves; None where it has no fused backward
     load: Callable[[], Functions] = field(repr=False)  # imports them
     usual_backward: BackwardName = field(default="separate", repr=False)  # what serves where fused does not
+    # The backend that pushes tangents forward for this one; empty where it does so itself.
+    tangents_by: str = field(default="", repr=False)
     # What a run on a part has to have shown of it before "auto" takes it there.
     proof: Literal["none", "right", "faster"] = field(default="right", repr=False)
 
@@ -75,6 +77,14 @@ class Backend:
         """`(grad_out | None, grad_lse | None, operands, out, lse, kept, spec, tiles, needed) -> (dq, dk, dv)` and,
         where there is either, those of the bias and the sinks; None where `needed`, a bool for each, says so."""
         return self.load().backward
+
+    @property
+    def tangents(self) -> Callable[..., Any]:
+        """`(operands, tangents, spec, tiles) -> (out, lse, out_tangent, lse_tangent, kept)`, the last as `forward` has
+        it; the tangents are a `Tangents`, and 0 of a query that sees no key."""
+        found = BACKENDS[self.tangents_by or self.name].load().tangents
+        assert found is not None
+        return found
 
     def tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
         """The tiles of a call whose gradients come by `backward`; None where a backend has none."""
@@ -315,9 +325,9 @@ def _einsum_backward_of_part(
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, proof="faster"),
-        Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
-        Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
+        Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, tangents_by="triton", proof="faster"),
+        Backend("triton", _refuse_triton, _refuse_fused, _load_triton, tangents_by="math"),
+        Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", tangents_by="math", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )
 }

@@ -141,12 +141,16 @@ def choose(
     backend: str = "auto",
     needed: tuple[bool, ...] = ALL,
     knowledge: Knowledge = FINDING_OUT,
+    *,
+    tangents: bool = False,
 ) -> Plan:
-    """The plan for a call, of whose q, k and v those need a gradient that `needed` says.
+    """The plan for a call, of whose q, k and v those need a gradient that `needed` says; with `tangents`, in forward
+    mode.
 
     `backend="auto"` takes what was measured fastest on the part or, where nothing was, the first of `BACKENDS`, that
     serves the call and is right on the part; the first call of a variant has it checked. A backend asked for by name
-    serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
+    serves or raises `BackendUnavailable` with the reason: it is never replaced by another, but for tangents by the one
+    that it leaves them to.
     """
     check_backend(backend)
     question = _Question.of(spec, target, needed, knowledge)
@@ -154,11 +158,16 @@ def choose(
         asked = BACKENDS[backend]
         if reason := _refuse(asked, spec, target):
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
+        while tangents and (serves := _left_to(asked)):
+            asked = BACKENDS[serves]
         backward, backward_reason = _choose_backward(asked, question)
         return Plan(asked, backward, "asked for by name", backward_reason)
     passed_over: dict[str, list[str]] = {}  # by reason, which backends often share
     wrong: list[str] = []
     for candidate in question.order:
+        if tangents and (serves := _left_to(candidate)):
+            passed_over.setdefault(f"it leaves tangents to {serves}", []).append(candidate.name)
+            continue
         stand = _stand(candidate, question)
         wrong += stand.wrong
         if stand.by_default:
@@ -177,6 +186,12 @@ def _warning(serves: Backend, reason: str, wrong: list[str], question: _Question
     if serves.usual_backward == "einsum" and on_a_gpu and not question.measured(serves):
         return f"flash_attend serves a CUDA call by its einsum path: {reason}{asks}"
     return f"flash_attend serves a call by {serves.name}, because {'; '.join(wrong)}{asks}" if wrong else ""
+
+
+def _left_to(backend: Backend) -> str:
+    """To which backend a call in forward mode is left; empty where its own backward serves, whoever pushes tangents:
+    PyTorch's reads nothing that a forward has kept."""
+    return "" if backend.usual_backward == "torch" else backend.tangents_by
 
 
 def _refuse(backend: Backend, spec: AttentionSpec, target: DeviceTarget) -> str:

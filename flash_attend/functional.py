@@ -21,6 +21,7 @@ from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
     exporting_to_onnx,
+    forward_mode,
     has_autocast,
     jit_traced,
     sharded,
@@ -173,13 +174,14 @@ def attend_given(
         device = operands.q.device
         if backend == "auto" and exporting_to_onnx():
             backend = "math"
-        plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
+        plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given), tangents=forward_mode())
         seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
-        call = plan_call(given, backend=backend, **options)
+        tangents = forward_mode()
+        call = plan_call(given, backend=backend, tangents=tangents, **options)
         operands, plan = call.operands(given), call.plan
-        if plan.backward != "einsum" and watched():
+        if tangents or (plan.backward != "einsum" and watched()):
             out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
         else:
             out, lse = attend(operands, call, return_lse=return_lse)
