@@ -216,8 +216,7 @@ NARROW: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 128): dict(forward="64x64w4s3d", backward_kv="64x64w4s2", backward_q="64x64w4s2d"),
 }
 # What the kernel for tangents takes, which holds two sums as wide as v, and beside the scores their tangents. What has
-# no row is refused. Values are apart where they are wider than a half of the widest.
-WHOLE_VALUES = 128
+# no row is refused. Values are apart where they are wider than half of the keys.
 TANGENT_ROWS: dict[tuple[str, str, int], str] = {
     ("sm_80", "half", 64): "128x64w8s2",
     ("sm_80", "half", 96): "128x32w8s2",
@@ -335,7 +334,7 @@ def _look_up_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: 
         return tiles
     family, row = FAMILIES.get(target.arch or "", OLDEST), row_of(spec)
     tile = tile_of(TANGENT_ROWS.get((family, *row)) or TANGENT_ROWS[(OLDEST, *row)])
-    tile = tile._replace(apart=tile.apart and spec.value_dim > WHOLE_VALUES)
+    tile = tile._replace(apart=tile.apart and 2 * spec.value_dim > spec.head_dim)
     if target.multiprocessors:
         tile = _halved(tile, "block_m", spec.batch * spec.heads, spec.queries, target)
     return tiles._replace(forward=tile)
