@@ -26,6 +26,7 @@ LARGEST_HEAD_DIM = 256
 LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
 # The fused backward holds more: with dropout, no tile of wide operands has enough beyond these, by `spec.precision`.
 LARGEST_FUSED_DROPOUT = {"tf32": 128, "tf32x3": 64, "ieee": 64}
+LARGEST_TANGENTS = {"tf32": 128, "tf32x3": 64, "ieee": 64}  # likewise: beyond, the einsum path takes as long or less
 OLDEST_CAPABILITY = (8, 0)
 HOPPER_ARCH = "sm_90"
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)
@@ -64,8 +65,10 @@ class Backend:
     refuse_fused: Refusal | None = field(repr=False)  # for calls that it serves; None where it has no fused backward
     load: Callable[[], Functions] = field(repr=False)  # imports them
     usual_backward: BackwardName = field(default="separate", repr=False)  # what serves where fused does not
-    # The backend that pushes tangents forward for this one; empty where it does so itself.
+    # The backend that pushes tangents forward for this one; empty where it does so itself, but for calls that it
+    # refuses, whose tangents are left to the einsum path.
     tangents_by: str = field(default="", repr=False)
+    refuse_tangents: Refusal = field(default=lambda spec, target: "", repr=False)
     # What a run on a part has to have shown of it before "auto" takes it there.
     proof: Literal["none", "right", "faster"] = field(default="right", repr=False)
 
@@ -177,12 +180,20 @@ def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
 def _refuse_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
     if spec.deterministic:
         return "deterministic gradients are asked for, and it adds up those of q in any order"
-    if spec.dropout_p > 0 and spec.dtype in (torch.float32, torch.float64) and not target.interpreted:
-        widest, limit = max(spec.head_dim, spec.value_dim), LARGEST_FUSED_DROPOUT[spec.precision]
-        if widest > limit:
-            wide = f"{spec.dtype}, {spec.precision} products".removeprefix("torch.")
-            return f"d or dv = {widest} is beyond its {limit} with dropout ({wide})"
-    return ""
+    return _refuse_wide(spec, target, LARGEST_FUSED_DROPOUT, "with dropout") if spec.dropout_p > 0 else ""
+
+
+def _refuse_tangents(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return _refuse_wide(spec, target, LARGEST_TANGENTS, "for tangents")
+
+
+def _refuse_wide(spec: AttentionSpec, target: DeviceTarget, limits: dict[str, int], case: str) -> str:
+    """Why operands of float32 or float64 are too wide for a kernel that has these limits, by `spec.precision`."""
+    widest, limit = max(spec.head_dim, spec.value_dim), limits[spec.precision]
+    if spec.dtype not in (torch.float32, torch.float64) or target.interpreted or widest <= limit:
+        return ""
+    wide = f"{spec.dtype}, {spec.precision} products".removeprefix("torch.")
+    return f"d or dv = {widest} is beyond its {limit} {case} ({wide})"
 
 
 @cache
@@ -334,7 +345,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, tangents_by="triton", proof="faster"),
-        Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
+        Backend("triton", _refuse_triton, _refuse_fused, _load_triton, refuse_tangents=_refuse_tangents),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", tangents_by="math", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )

@@ -244,4 +244,6 @@ def _refused(variant: Variant, target: DeviceTarget) -> str:
     backend, spec = BACKENDS[variant.backend], spec_of(variant)
     refused = backend.refuse(spec, target)
     fused = backend.refuse_fused if variant.backward == "fused" else None
+    if variant.tangents:
+        refused = refused or backend.refuse_tangents(spec, target)
     return refused or (fused(spec, target) if fused else "")

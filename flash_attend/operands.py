@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["Layouts", "Operands", "Strides", "Tangents", "broadcast_strides"]
@@ -47,7 +48,8 @@ def broadcast_strides(sizes: Sequence[int], strides: Strides) -> Strides:
 
 
 class Layouts(NamedTuple):
-    """How operands lie in memory: strides in elements, and the sizes of the mask, which no spec tells."""
+    """How operands lie in memory: strides in elements, and what no spec tells: the sizes of the mask, and the dtypes of
+    slopes and sinks, which are q's or float32."""
 
     q: Strides
     k: Strides
@@ -57,6 +59,7 @@ class Layouts(NamedTuple):
     bias: Strides | None = None
     alibi_slopes: Strides | None = None
     sinks: Strides | None = None
+    dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None)
 
     @staticmethod
     def of(operands: Operands) -> Layouts:
@@ -64,4 +67,6 @@ class Layouts(NamedTuple):
         q, k, v, mask, _, *others = operands[:8]
         of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
         of_others = [None if tensor is None else broadcast_strides(tensor.shape, tensor.stride()) for tensor in others]
-        return Layouts(q.stride(), k.stride(), v.stride(), *of_mask, *of_others)
+        slopes, sinks = (None if tensor is None else tensor.dtype for tensor in others[1:])
+        found = Layouts(q.stride(), k.stride(), v.stride(), *of_mask, *of_others)
+        return found if slopes is sinks is None else found._replace(dtypes=(slopes, sinks))

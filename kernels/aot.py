@@ -378,7 +378,9 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
                 if own and not BACKENDS["triton"].refuse_fused(spec, PARTS[arch]):
                     yield Case.of(arch, spec, backward="fused")
             for mode in _tangent_modes(kind, width, scope):
-                yield Case.with_tangents(arch, spec_of((width, width), **dtype, **mode))
+                spec = spec_of((width, width), **dtype, **mode)
+                if not BACKENDS["triton"].refuse_tangents(spec, PARTS[arch]):
+                    yield Case.with_tangents(arch, spec)
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
 

@@ -215,26 +215,28 @@ NARROW: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 64): dict(forward="64x32w4s3d", backward_q="64x32w4s2d"),
     ("sm_90", "half", 128): dict(forward="64x64w4s3d", backward_kv="64x64w4s2", backward_q="64x64w4s2d"),
 }
-# What the kernel for tangents takes, by the family, the kind and the width: it holds two sums of the width of v, and
-# scores with their tangents.
+# What the kernel for tangents takes, which holds two sums as wide as v, and beside the scores their tangents. What has
+# no row is refused. Values are apart where they are wider than half of the keys.
 TANGENT_ROWS: dict[tuple[str, str, int], str] = {
     ("sm_80", "half", 64): "128x64w8s2",
     ("sm_80", "half", 96): "128x32w8s2",
-    ("sm_80", "half", 128): "64x32w4s2",
-    ("sm_80", "half", 192): "64x32w8s2",
-    ("sm_80", "half", 256): "64x32w8s1",
-    ("sm_90", "half", 64): "128x64w8s2d",
+    ("sm_80", "half", 128): "128x16w8s2",
+    ("sm_80", "half", 192): "128x32w8s2a",
+    ("sm_86", "half", 192): "64x16w4s2",
+    ("sm_80", "half", 256): "128x16w8s2a",
+    ("sm_86", "half", 256): "32x32w8s2",
+    ("sm_90", "half", 64): "128x32w4s3d",
     ("sm_90", "half", 96): "128x64w8s2",
     ("sm_90", "half", 128): "128x64w8s2d",
-    ("sm_90", "half", 192): "64x32w8s2",
-    ("sm_90", "half", 256): "64x32w8s2d",
-    ("sm_80", "tf32", 64): "64x32w4s2",
-    ("sm_80", "tf32", 128): "64x16w4s2",
-    ("sm_80", "tf32", 256): "32x16w4s1",
-    ("sm_80", "tf32x3", 64): "32x32w4s1",
-    ("sm_80", "tf32x3", 128): "16x16w4s1",
+    ("sm_90", "half", 192): "128x64w8s1a",
+    ("sm_90", "half", 256): "128x64w8s1da",
+    ("sm_80", "tf32", 64): "128x32w8s2",
+    ("sm_80", "tf32", 128): "128x16w8s2",
+    ("sm_86", "tf32", 128): "32x32w4s1",
+    ("sm_90", "tf32", 64): "128x64w8s2d",
+    ("sm_90", "tf32", 128): "128x32w8s1d",
+    ("sm_80", "tf32x3", 64): "64x16w4s1",
     ("sm_80", "double", 64): "16x16w4s1",
-    ("sm_80", "double", 128): "16x16w4s1",
 }
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
@@ -332,6 +334,7 @@ def _look_up_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: 
         return tiles
     family, row = FAMILIES.get(target.arch or "", OLDEST), row_of(spec)
     tile = tile_of(TANGENT_ROWS.get((family, *row)) or TANGENT_ROWS[(OLDEST, *row)])
+    tile = tile._replace(apart=tile.apart and 2 * spec.value_dim > spec.head_dim)
     if target.multiprocessors:
         tile = _halved(tile, "block_m", spec.batch * spec.heads, spec.queries, target)
     return tiles._replace(forward=tile)

@@ -477,7 +477,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
     """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
-    q, k, v, mask_sizes, _, bias, slopes, _ = layouts
+    q, k, v, mask_sizes, _, bias, slopes, *_ = layouts
     spec = _without_causality(spec)
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
     splits = key_splits(spec, tiles.forward)

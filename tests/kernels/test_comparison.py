@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 pytest.importorskip("triton", reason="compiling needs Triton")
@@ -92,6 +94,13 @@ def test_the_table_and_its_exit_code(
 def test_without_the_peer_there_is_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(comparison, "BENCHMARKS", tmp_path / "benchmarks")
     assert print_estimates(["sm_80"], "", 1, markdown=False) == 2
+
+
+def test_a_peer_that_is_not_installed_or_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of jvp_flash_attention, which nothing else here needs."""
+    monkeypatch.setitem(sys.modules, "jvp_flash_attention", None)
+    assert "jvp_flash_attention" in comparison.measure(Row("sm_80", "half", 64, "tangents"), peer=True).tiles
+    assert "d must be one of 16, 32, 64" in comparison.measure(Row("sm_80", "half", 96, "tangents"), peer=True).tiles
 
 
 def test_a_kernel_of_flex_attention_compiles_and_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

@@ -257,11 +257,14 @@ def test_who_serves_forward_mode() -> None:
     of_q, knowledge = (True, False, False), knowing(CHECKED, "hopper")
     assert choose(SPEC, H100, knowledge=knowledge).name == "hopper"
     plan = choose(SPEC, H100, knowledge=knowledge, tangents=of_q)
-    assert (plan.name, plan.reason.partition(";")[0]) == ("triton", "hopper: it leaves tangents to triton")
+    assert (plan.name, plan.reason.partition(";")[0]) == ("triton", "hopper: it has no forward mode")
     assert choose(SPEC, H100, "hopper", tangents=of_q).name == "triton"
     served = [chosen(SPEC, CPU, backend, tangents=of_q) for backend in ("auto", "sdpa", "math")]
     assert served == [("sdpa", "torch"), ("sdpa", "torch"), ("math", "einsum")]
     assert [BACKENDS[name].tangents_by for name in BACKENDS] == ["triton", "", "math", ""]
+    wide = replace(SPEC, dtype=torch.float32, head_dim=256, precision="tf32")
+    assert chosen(wide, H100, "triton", tangents=of_q) == ("math", "einsum")
+    assert "beyond its 128 for tangents" in choose(wide, H100, knowledge=RIGHT, tangents=of_q).reason
     asked = []
     choose(SPEC, H100, knowledge=Knowledge(lambda *of: asked.append(of), lambda *of: None), tangents=of_q)
     assert [variant[-1] for variant, _ in asked] == [of_q]

@@ -110,6 +110,7 @@ COMMON_MODES = ("key causal", "dense dropout", "grouped", "narrow v", "dropout",
 
 # With tangents: of half precision at these widths in all of these modes, of every other kind in the last one alone.
 TANGENT_WIDTHS = (64, 80, 128)
+TANGENT_DIMS = {"tf32": (64, 128), "tf32x3": (64,), "fp64": (64,)}  # that are served
 TANGENT_MODES = ("key causal", "dense dropout", "grouped", "bias hiding", "everything")
 
 
@@ -147,7 +148,7 @@ def _of_triton() -> Iterator[Execution]:
                     yield Execution(arch, "triton", "separate", dtype, _case(mode, dtype, d, arch))
                     if mode in FUSED_MODES and (dtype in ("bf16", "fp16") or d == 64):
                         yield Execution(arch, "triton", "fused", dtype, _case(mode, dtype, d, arch))
-        for dtype, dims in DIMS.items():
+        for dtype, dims in (DIMS | TANGENT_DIMS).items():
             for d in dims:
                 usual = dtype == "bf16" and d in TANGENT_WIDTHS
                 for mode in TANGENT_MODES if usual else TANGENT_MODES[-1:]:
