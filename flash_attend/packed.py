@@ -17,7 +17,7 @@ from flash_attend.segments import segments_of
 from flash_attend.spec import Window
 from flash_attend.tracing import readable, sharded, traced
 
-__all__ = ["flash_attention_packed"]
+__all__ = ["flash_attention_packed", "values_are_checked"]
 
 FORMS = {"q": "(t, h, d)", "k": "(tk, hk, d)", "v": "(tk, hk, dv)"}
 
@@ -124,8 +124,7 @@ def flash_attention_packed(
     for name, cu_seqlens, tensor, longest in zip(
         ("q", "k"), (cu_seqlens_q, cu_seqlens_k), (q, k), lengths, strict=True
     ):
-        known = not traced(cu_seqlens)
-        if known and (readable(cu_seqlens) or os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1"):
+        if values_are_checked(cu_seqlens):
             _check_values(name, cu_seqlens, tensor.shape[0], longest)
     segments = segments_of(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
@@ -138,6 +137,12 @@ def flash_attention_packed(
         return found[0].transpose(0, 1)
     out, lse = found
     return out[0].transpose(0, 1), lse[0]
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether values that say where sequences are get looked at: where nobody waits for that, or where it is asked."""
+    asked = os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1" and not traced(tensor)
+    return asked or readable(tensor)
 
 
 def _check_tensors(**tensors: Any) -> None:
