@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backends import BACKENDS, FUSED, MATH_CPU, SDPA_CPU, Backend
+from backends import BACKENDS, FUSED, MATH_CPU, SDPA_CPU, TRITON_CUDA, Backend
 from flash_attend import BackendUnavailable, cu_seqlens_of_documents, flash_attention, flash_attention_packed
 from flash_attend.dropout import draw_seed
 from flash_attend.testing.budget import Budget
@@ -214,6 +214,25 @@ def test_dropout_is_that_of_a_padded_batch(backend: Backend) -> None:
     q, k, v = (x.unflatten(0, (2, -1)).transpose(1, 2) for x in (packed.q, packed.k, packed.v))
     padded = flash_attention(q, k, v, dropout_p=0.4, backend=backend.name)
     torch.testing.assert_close(run(packed, backend.name).out[0].unflatten(1, (2, -1)).transpose(0, 1), padded)
+
+
+@pytest.mark.parametrize("backend", (MATH_CPU, SDPA_CPU, pytest.param(TRITON_CUDA, marks=pytest.mark.gpu)), ids=str)
+def test_ten_thousand_short_sequences(backend: Backend) -> None:
+    """Of 0 to 5 queries and keys, beside the same in a padded batch, whose mask has the causality."""
+    torch.manual_seed(0)
+    i, j = lengths = torch.randint(0, 6, (2, 10_000))
+    cu_seqlens = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(backend.device) for n in lengths]
+    query, key = torch.arange(5)[:, None], torch.arange(5)
+    mask = (query < i[:, None, None]) & (key < j[:, None, None]) & (key <= query + (j - i)[:, None, None])
+    shown = [torch.arange(5) < n[:, None] for n in (i, j, j)]
+    padded = [torch.randn(10_000, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in shown]
+    dense = flash_attention(*(x.transpose(1, 2) for x in padded), mask=mask[:, None], backend="math").transpose(1, 2)
+    tensors = [x[rows].to(backend.device) for x, rows in zip(padded, shown, strict=True)]
+    out = flash_attention_packed(*tensors, *cu_seqlens, 5, 5, causal=True, backend=backend.name)
+    torch.testing.assert_close(out.cpu(), dense[shown[0]])
+    grad = torch.randn_like(out)
+    wanted = torch.autograd.grad(dense[shown[0]], padded, grad.cpu(), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(out, padded, grad), wanted)
 
 
 def jagged(tensor: Tensor, places: Tensor) -> Tensor:
