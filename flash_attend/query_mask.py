@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flash_attend.checks import is_dense, is_jagged, normalise_call
+from flash_attend.derived import derived
 from flash_attend.operands import Operands
 from flash_attend.options import shown
 from flash_attend.segments import segments_of
@@ -42,11 +43,11 @@ def real_queries(
     if _places_count(spec, together) or transformed():
         rows = query_mask[:, None, :, None]
         return given._replace(mask=rows if mask is None else rows & mask), _as_they_are
-    queries = keys = _Packing.of(query_mask)
-    if mask is None:
-        keys = _Packing(torch.arange(spec.batch + 1, device=q.device) * spec.keys)
+    queries = keys = derived(lambda: _Packing.of(query_mask), "rows", query_mask)
+    if given.mask is None:
+        keys = derived(lambda: _Packing.of_all(spec, q.device), (spec.batch, spec.keys), query_mask)
     elif not together:
-        keys = _Packing.of(mask[:, 0, 0].expand(spec.batch, -1))
+        keys = derived(lambda: _Packing.of(mask[:, 0, 0].expand(spec.batch, -1)), spec.batch, given.mask)  # type: ignore[index]
     segments = segments_of(queries.cu_seqlens, keys.cu_seqlens, spec.batch * spec.queries, spec.batch * spec.keys)
     packed = given._replace(q=queries.pack(q), k=keys.pack(k), v=keys.pack(v), mask=None, segments=segments)
 
@@ -90,6 +91,11 @@ class _Packing(NamedTuple):
     # int64 (b * n,), None where all stay at their places: which row is at each place, and the place of each row.
     rows: Tensor | None = None
     places: Tensor | None = None
+
+    @staticmethod
+    def of_all(spec: AttentionSpec, device: torch.device) -> _Packing:
+        """Of keys none of which is hidden."""
+        return _Packing(torch.arange(spec.batch + 1, device=device) * spec.keys)
 
     @staticmethod
     def of(mask: Tensor) -> _Packing:

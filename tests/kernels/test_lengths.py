@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from backends import TRITON_INTERPRETER, Backend
 from flash_attend import flash_attention_packed
@@ -83,6 +84,28 @@ def test_ten_thousand_short_sequences_have_a_tile_for_each_row(of_keys: bool) ->
     assert (taken == 1).all()
 
 
+class Operations(TorchDispatchMode):
+    """How many operations of torch are run, views apart."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "most"), (("plain", 20), ("causal", 23), ("window", 25)))
+def test_few_operations_make_the_tables(mode: str, most: int) -> None:
+    """And as many for any number of sequences."""
+    with Operations() as made:
+        segments = segments_of(*PLACES, *TOTALS)
+    assert made.count <= 10
+    for of_keys in (False, True):
+        with Operations() as made:
+            packed_tiles(segments, replace(SPEC, **MODES[mode]), 32, of_keys=of_keys)
+        assert made.count <= most
+
+
 @kernel
 def place_kernel(
     OUT, SEGMENTS, TILES, ROWS, queries: tl.int32, keys: tl.int32, heads: tl.int32, row: tl.int64, SIZE: tl.constexpr
@@ -123,7 +146,7 @@ def test_places_past_two_to_the_31_elements(device: str) -> None:
     sequences = [(n, *pairs) for n, pairs in enumerate(zip(pairwise(of_queries), of_keys, strict=False))]
     wanted = [
         [last - first, n, head, head * totals[0] + first, (tile * row + head * 16) * 2, (key * row + head * 16) * 2]
-        for n, (first, last), key in (*sequences, (0, (long + 20, totals[0]), 0))
+        for n, (first, last), key in (*sequences, (0, (long + 20, totals[0]), of_keys[-1]))
         for tile in range(first, last, size)
         for head in range(heads)
     ]
