@@ -25,11 +25,12 @@ _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 def derived(make: Callable[[], _T], key: Hashable, *tensors: Tensor) -> _T:
     """`make()`, which reads these tensors and depends on `key`, or what it gave before for the same ones, unless torch
     saw one of them change. What it gives is changed by nobody, and shares no memory with them."""
-    stream = None if traced(*tensors) or watched() else _stream(tensors[0])
-    changes = [changes_of(tensor) for tensor in tensors]
-    if stream is None or None in changes:
+    if traced(*tensors) or watched():
         return make()
     first, *others = tensors
+    stream, changes = _stream(first), [changes_of(tensor) for tensor in tensors]
+    if stream is None or None in changes:
+        return make()
     if (found := _made.get(first)) is None:
         found = _made[first] = {}
     # In inference mode tensors are made that no backward may read.

@@ -108,6 +108,10 @@ def flash_attention_packed(
     Returns:
         `out (t, h, dv)` in q's dtype, or `(out, lse)` with lse `(h, t)`, FlashAttention's layouts.
 
+    On a GPU what follows from `cu_seqlens_q` and `cu_seqlens_k` is made once for all calls that are given these two
+    tensors, and again when torch changed one of them. What writes into them without torch's knowledge, a kernel of
+    one's own or `.data`, is not noticed: pass a new tensor then.
+
     Lengths are not read on the host, except by `math` and `sdpa`, which a CPU has without waiting for anything. Wrong
     values never lead out of the tensors. They raise `ValueError` on a CPU; on other devices, to look at them would mean
     to wait, which `FLASH_ATTEND_CHECK_LENGTHS=1` in the environment asks for.
@@ -141,8 +145,7 @@ def flash_attention_packed(
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Whether values that say where sequences are get looked at: where nobody waits for that, or where it is asked."""
-    asked = os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1" and not traced(tensor)
-    return asked or readable(tensor)
+    return not traced(tensor) and (readable(tensor) or os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1")
 
 
 def _check_tensors(**tensors: Any) -> None:
