@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -32,9 +32,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import flash_attend
-from cases import DTYPES, Case
+from cases import DTYPES, Case, make_mask
 from gate import Check
-from measure import rounded
 from peers import GPU, Peer
 
 __all__ = ["ARMS", "Training", "Workload", "judge", "workloads"]
@@ -145,7 +144,7 @@ class PaddedTransformer(nn.Module):
 
 def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.Module:
     """The model with its own Attend, in float32 and with the same weights for every arm."""
-    import complex_valued_transformer as client
+    from complex_valued_transformer import ComplexTransformer
     from complex_valued_transformer.attend import Attend
 
     with torch.random.fork_rng(devices=[]):
@@ -153,14 +152,11 @@ def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.M
         if workload.model == PADDED:
             return PaddedTransformer(workload, partial(Attend, causal=True, flash=flash)).to(device)
         sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads, dim_head=DIM_HEAD)
-        model = client.ComplexTransformer(num_tokens=VOCABULARY, causal=True, flash_attn=flash, **sizes)
+        form = dict(causal=True, flash_attn=flash, complete_complex=workload.model == COMPLETE)
+        model = ComplexTransformer(num_tokens=VOCABULARY, **sizes, **form)
     # Its RMS norm gives vectors of RMS gamma / dim: with a gamma of 1 the attention would have next to no weight.
     for norm in (model.norm, *(layer[0] for layer in model.layers)):
         nn.init.constant_(norm.gamma, workload.dim)
-    if workload.model == COMPLETE:
-        for layer in model.modules():
-            if isinstance(layer, client.ComplexMultiheadAttention):
-                layer.attend = partial(client.complex_attention_complete, **layer.attend.keywords)
     model.forward = partial(model.forward, return_real_logits=True)
     return model.to(device)
 
@@ -180,8 +176,7 @@ def allow_every_kernel(model: nn.Module) -> None:
             attend.cuda_config = attend.cpu_config  # which allows all of them
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """A way to attend in a model: prepares a model, which it is given with or without the client's flash path."""
 
     flash: bool = False
@@ -204,10 +199,8 @@ ARMS = (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Random tokens padded on the right, of lengths from a quarter of n to n. The labels of the padding are IGNORED,
-    except where it counts."""
+class Batch(NamedTuple):
+    """Random tokens padded on the right. The labels of the padding are IGNORED, except where it counts."""
 
     tokens: Tensor  # (b, n)
     labels: Tensor  # (b, n)
@@ -217,22 +210,19 @@ class Batch:
     @staticmethod
     def of(workload: Workload, device: torch.device) -> Batch:
         """The batch of a workload, and of all its arms."""
-        batch, length = workload.sequences, workload.queries
-        window = torch.randint(VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(0))
-        lengths = torch.linspace(length / 4, length, batch + 2)[1:-1].long()  # (b,)
-        valid = torch.arange(length) < lengths[:, None]
-        tokens, labels = window[:, :-1].masked_fill(~valid, 0), window[:, 1:].masked_fill(~valid, IGNORED)
-        mask = valid[:, None, None, :]
-        return Batch(tokens.to(device), labels.to(device), mask.to(device), int(valid.sum()))
+        generator = torch.Generator().manual_seed(0)
+        mask = make_mask(replace(workload, batch=workload.sequences), torch.device("cpu"), generator)
+        window = torch.randint(VOCABULARY, (workload.sequences, workload.queries + 1), generator=generator)
+        tokens, labels = window[:, :-1].masked_fill(~mask, 0), window[:, 1:].masked_fill(~mask, IGNORED)
+        return Batch(*(x.to(device) for x in (tokens, labels, mask[:, None, None, :])), int(mask.sum()))
 
     def counting_padding(self) -> Batch:
         """The same batch with a loss of which the padding, labelled with itself, is a part."""
-        return replace(self, labels=self.labels.masked_fill(self.labels == IGNORED, 0))
+        return self._replace(labels=self.labels.masked_fill(self.labels == IGNORED, 0))
 
     def sequences(self) -> list[Batch]:
         """Its sequences, each as a batch, whose losses add up to the whole one's."""
-        parts = zip(self.tokens.split(1), self.labels.split(1), self.mask.split(1), strict=True)
-        return [Batch(*part, self.valid) for part in parts]
+        return [Batch(*part, self.valid) for part in zip(*(x.split(1) for x in self[:3]), strict=True)]
 
 
 def token_losses(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
@@ -333,7 +323,7 @@ class Training:
         return judge(errors, einsum, self.case.dtype)
 
     def _batch_of(self, peer: Peer) -> Batch:
-        return self.inputs if peer.prepare.masked else replace(self.inputs, mask=None)
+        return self.inputs if peer.prepare.masked else self.inputs._replace(mask=None)
 
     def function(self, peer: Peer, name: str) -> Callable[[], object]:
         """A step of training."""
@@ -347,6 +337,6 @@ class Training:
 
         return step
 
-    def rates(self, name: str, milliseconds: float, limits: dict[str, Any]) -> dict[str, float]:
+    def rates(self, name: str, milliseconds: float) -> dict[str, float]:
         """Tokens that are no padding."""
-        return {"tokens_per_s": rounded(1e3 * self.inputs.valid / milliseconds)}
+        return {"tokens_per_s": 1e3 * self.inputs.valid / milliseconds}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -197,9 +198,20 @@ def test_the_reason_is_not_that_other_kernels_are_off():
         "CuDNN attention kernel not used because:" + place,
         "cuDNN requires sm80." + place,
     ]
-    expected = "Expected query, key and value to all be of dtype: {Half, BFloat16}. Got float instead."
-    assert peers._first_reason(messages) == expected
-    assert peers._first_reason(messages[:4]) == ""
+
+    def fail(told: list[str]) -> None:
+        for message in told:
+            warnings.warn(message, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    inputs = make_inputs(SQUARE, CPU)
+    expected = (
+        "^no available kernel: Expected query, key and value to all be of dtype: {Half, BFloat16}. Got float inst"
+    )
+    with pytest.raises(Unserved, match=expected):
+        peers._with_kernel(lambda q, k, v: fail(messages), inputs)
+    with pytest.raises(RuntimeError, match=r"No available kernel\. Aborting"):
+        peers._with_kernel(lambda q, k, v: fail(messages[:4]), inputs)
 
 
 def test_another_error_goes_through():

@@ -10,7 +10,6 @@ import torch
 from clients import serve_by
 
 import flash_attend
-import measure as timing
 import run
 import train_step
 from flash_attend import flash_attention
@@ -53,7 +52,7 @@ def measure(tmp_path, monkeypatch):
             serve_by(monkeypatch, attention)
         # `serve_by` puts another `patch` in its place.
         arms[0] = replace(OURS, prepare=Arm(change=partial(flash_attend.patch, strict=True)))
-        results = Results(tmp_path / "x.json", {"ceilings": {"tflops": {}, "copy_gbps": 1.0}})
+        results = Results(tmp_path / "x.json", {})
         monkeypatch.setitem(run.PLANS, "quick", (2, 1.0))
         turns = iter(range(1, 100))
 
@@ -62,7 +61,7 @@ def measure(tmp_path, monkeypatch):
             return [float(next(turns))]
 
         bench = run.Bench(results, CPU, "quick", arms, sample)
-        bench.measure(workload(model, dtype, **SMALL), lambda rows, text: None)
+        bench.measure(workload(model, dtype, **SMALL), lambda text: None)
         return {row["peer"]: row for row in results}
 
     return measure
@@ -210,7 +209,6 @@ def test_a_model_that_cannot_be_patched_fails_the_command(tmp_path, monkeypatch,
 
     monkeypatch.setattr(run, "ARMS", [replace(OURS, prepare=Arm(change=refuse))])
     monkeypatch.setattr(run, "workloads", lambda *_: [workload(PADDED, "float32", **SMALL)])
-    monkeypatch.setattr(timing, "ceilings", lambda device, sample: {"tflops": {}, "copy_gbps": 1.0})
     assert run.main(["--device=cpu", "--training", f"--out={tmp_path / 'x.json'}"]) == 1
     assert "flash_attend FAILED" in capsys.readouterr().err and "no Attend here" in (tmp_path / "x.md").read_text()
 
