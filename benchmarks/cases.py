@@ -261,15 +261,13 @@ GRIDS = {"cpu": _cpu, "cuda": _cuda}
 PRESETS = ("quick", "standard", "full")
 
 
-def select_cases(device: str, preset: str, only: str = "") -> list[Case]:
-    """The cases of a preset, larger ones including the smaller, that contain all words of `only` in group and name.
-    `device` is "cpu" or "cuda". On a GPU a quick run leaves out the backward by itself.
-    """
-    rank = PRESETS.index(preset)
+def select_cases(device: str, preset: str) -> list[Case]:
+    """The cases of a preset on "cpu" or "cuda", larger ones including the smaller. On a GPU a quick run leaves out the
+    backward by itself."""
     grid: dict[str, Case] = {}
     for case in GRIDS[device]():
         grid.setdefault(case.name, case)
-    cases = (case for case in grid.values() if PRESETS.index(case.preset) <= rank)
-    if preset == "quick":
-        cases = (replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases)
-    return [case for case in cases if all(word in f"{case.group}: {case.name}" for word in only.split())]
+    cases = [case for case in grid.values() if PRESETS.index(case.preset) <= PRESETS.index(preset)]
+    if preset != "quick":
+        return cases
+    return [replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases]

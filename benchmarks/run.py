@@ -189,10 +189,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out must be the path of a .json file, got {options.out}")
     options.device = torch.device(kind)
-    known, only = ARMS if options.training else PEERS, options.only
-    options.cases = workloads(kind, only) if options.training else select_cases(kind, options.preset, only)
+    known, cases = (ARMS, workloads(kind)) if options.training else (PEERS, select_cases(kind, options.preset))
+    words = options.only.split()
+    options.cases = [case for case in cases if all(word in f"{case.group}: {case.name}" for word in words)]
     if not options.cases:
-        parser.error(f"no case of the {options.preset} grid on {kind} contains {only!r}; --list prints them")
+        parser.error(f"no case of the {options.preset} grid on {kind} contains {options.only!r}; --list prints them")
     try:
         options.chosen = peers_for(known, kind, options.peers, quick=options.preset == "quick")
     except ValueError as error:

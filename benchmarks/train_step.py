@@ -82,21 +82,20 @@ def workload(model: str, dtype: str, dim: int, depth: int, heads: int, length: i
     return Workload(calls, heads, length, length, head_dim, value_dim, heads, dtype, **mask, **told, **of_model)
 
 
-# The precision beside bfloat16, and dim, depth, heads, length and batch of real and of complex models: what a CPU with
-# two cores does in some seconds, and what gives a GPU something to do and still leaves room for the
-# einsum path's scores. Complex numbers have no bfloat16.
+# The precision beside bfloat16, and dim, depth, heads, length and batch of real and of complex models, which have no
+# bfloat16: what a CPU with two cores does in some seconds, and what gives a GPU something to do and still leaves room
+# for the einsum path's scores.
 SIZES = {
     "cpu": ("float32", (128, 2, 4, 256, 4), (64, 2, 4, 192, 4)),
     "cuda": ("tf32", (512, 6, 8, 2048, 8), (256, 4, 8, 2048, 4)),
 }
 
 
-def workloads(device: str, only: str = "") -> list[Workload]:
-    """Those for "cpu" or "cuda" whose group and name contain all words of `only`."""
+def workloads(device: str) -> list[Workload]:
+    """Those for "cpu" or "cuda"."""
     single, real, complex_ = SIZES[device]
     made = [workload(PADDED, dtype, *real) for dtype in ("bfloat16", single)]
-    made += [workload(model, "float32", *complex_) for model in (COMPLEX, COMPLETE)]
-    return [one for one in made if all(word in f"{one.group}: {one.name}" for word in only.split())]
+    return made + [workload(model, "float32", *complex_) for model in (COMPLEX, COMPLETE)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,34 +238,30 @@ def token_losses(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
 Answers = dict[str, Tensor]  # float64 `(m,)`, by name
 
 
-def answers_of(model: nn.Module, batches: list[Batch], dtype: str, what: str = "") -> Answers:
-    """The losses of the tokens and the gradients, summed over `batches`, which together are one.
+def answers_of(model: nn.Module, batches: list[Batch], dtype: str) -> Answers:
+    """The losses of the tokens and the gradients, summed over `batches`, which together are one; of a model that is
+    given the mask also those of a step of which the padding is a part.
 
     The gradients of a parameter and of its namesakes in other layers are one answer, and all gradients another one;
     few numbers alone (a layer's scalar) are in the latter only.
     """
-    found = defaultdict(list)
-    for batch in batches:
-        losses = token_losses(model, batch, dtype)
-        losses.sum().backward()
-        found["loss of the tokens"].append(losses.detach())
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        found["gradient of everything"].append(gradient)
-        found[f"gradient of {re.sub('[0-9]+', '*', name)}"].append(gradient)
-    model.zero_grad()
-    joined = {name: torch.cat([part.double().flatten() for part in parts]) for name, parts in found.items()}
-    return {f"{name}{what}": answer for name, answer in joined.items() if len(answer) >= SMALLEST}
-
-
-def all_answers(model: nn.Module, batches: list[Batch], dtype: str) -> Answers:
-    """What is judged: a step, and for a model that is given the mask one of which the padding is a part."""
-    answers = answers_of(model, batches, dtype)
+    steps = {"": batches}
     if batches[0].mask is not None:
-        counted = [batch.counting_padding() for batch in batches]
-        answers |= answers_of(model, counted, dtype, " with the padding counted")
-    return answers
+        steps[" with the padding counted"] = [batch.counting_padding() for batch in batches]
+    found = defaultdict(list)
+    for what, parts in steps.items():
+        for batch in parts:
+            losses = token_losses(model, batch, dtype)
+            losses.sum().backward()
+            found[f"loss of the tokens{what}"].append(losses.detach())
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            for whose in ("everything", re.sub("[0-9]+", "*", name)):
+                found[f"gradient of {whose}{what}"].append(gradient)
+        model.zero_grad()
+    joined = {name: torch.cat([part.double().flatten() for part in parts]) for name, parts in found.items()}
+    return {name: answer for name, answer in joined.items() if len(answer) >= SMALLEST}
 
 
 def distances(answers: Answers, exact: Answers) -> dict[str, float]:
@@ -311,15 +306,15 @@ class Training:
             held.data = held.data.to(torch.promote_types(held.dtype, torch.float64))
         # The client's attention asserts that it gets what it knows as `cfloat`.
         with mock.patch.object(client, "cfloat", torch.complex128):
-            exact = all_answers(model, sequences, "float64")
-        einsum = all_answers(build(self.case, self.device), sequences, self.case.dtype)
+            exact = answers_of(model, sequences, "float64")
+        einsum = answers_of(build(self.case, self.device), sequences, self.case.dtype)
         return exact, distances(einsum, exact)
 
     def admit(self, peer: Peer) -> Check:
         """Makes an arm's model and judges its step."""
         self.models[peer.name] = model = peer.prepare(self.case, self.device)
         exact, einsum = self.yardsticks
-        errors = distances(all_answers(model, [self._batch_of(peer)], self.case.dtype), exact)
+        errors = distances(answers_of(model, [self._batch_of(peer)], self.case.dtype), exact)
         return judge(errors, einsum, self.case.dtype)
 
     def _batch_of(self, peer: Peer) -> Batch:

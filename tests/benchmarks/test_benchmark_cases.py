@@ -59,13 +59,6 @@ def test_the_grid_of_a_cpu_is_a_whole_product_and_the_demos_shapes():
     assert max(case.keys for case in select_cases("cpu", "quick")) == 512
 
 
-def test_cases_are_picked_by_group_and_words():
-    picked = select_cases("cuda", "full", "key padding: d64 causal right50")
-    assert picked and all(
-        case.group == "key padding" and case.head_dim == 64 and case.causal and case.mask == "right" for case in picked
-    )
-
-
 @pytest.mark.parametrize("valid", [0.25, 0.5, 0.75, 0.95])
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
 def test_padding_has_as_many_valid_keys_as_it_says(kind, valid):

@@ -224,6 +224,9 @@ def test_the_list_names_cases_and_peers(capsys):
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in select_cases("cpu", "standard"))
     assert all((f"  {peer.name} " in printed) == ("cpu" in peer.devices and not peer.compiles) for peer in PEERS)
+    assert run.main(["--device=cpu", "--list", "--only", "cpu: dropout float32 128"]) == 0
+    (case,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
+    assert case.split()[-2:] == ["forward,", "forward+backward"] and "dropout0.1" in case and "s128" in case
     assert run.main(["--device=cpu", "--list", "--training"]) == 0
     printed = capsys.readouterr().out
     assert all(workload.name in printed for workload in workloads("cpu")) and "own einsum" in printed
