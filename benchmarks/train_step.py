@@ -1,16 +1,17 @@
 """Whole training steps as cases of the benchmark: with each model's own `Attend` and with ours.
 
-A step is forward, loss, backward and optimizer, on a batch padded on the right. The models are a small causal
-transformer, whose attention is the client's `Attend` on real tensors, and the client, complex-valued-transformer,
-itself. Every arm starts from the same weights and takes the same batch again and again; it is on the device already.
-The learning rate is 0: the optimizer does its work, and every step that is timed is the one that was judged.
+A step is forward, loss, backward and optimizer, on a batch padded on the right. The models are a causal decoder of
+x-transformers, and complex-valued-transformer in both of its forms. Every arm starts from the same weights and takes
+the same batch again and again; it is on the device already. The learning rate is 0: the optimizer does its work, and
+every step that is timed is the one that was judged.
 
 Behind right padding a causal model of which only the valid tokens count needs no mask. Who knows that may leave it out,
 so an arm does: it is what the others have to be compared with.
 
 Right first, as for a call: the step gives the loss of every token and the gradient of every parameter, and `judge` says
 how far they may be from the same model in float64. An arm that is given the mask is also judged by a loss that counts
-the padding, for without it nothing would show that the mask is heeded.
+the padding, for without it nothing would show that the complex models heed the mask. (x-transformers clears what padded
+queries give.)
 
 b batch, h heads, n length, d head dim, v vocabulary.
 """
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 import flash_attend
 from cases import DTYPES, Case, make_mask
 from gate import Check
-from peers import GPU, Peer
+from peers import GPU, Peer, Unserved
 
 __all__ = ["ARMS", "Training", "Workload", "judge", "workloads"]
 
@@ -49,7 +50,7 @@ EPS = torch.finfo(torch.float32).eps
 # up to 0.74 of that is used, and without these 1.47 would be. A scale that is wrong by a tenth uses ten thousand times
 # that.
 ROUNDINGS = 64
-PADDED, COMPLEX, COMPLETE = "padded transformer", "complex-valued-transformer", "complete complex"
+REAL, COMPLEX, COMPLETE = "x-transformers", "complex-valued-transformer", "complete complex"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Workload(Case):
     @property
     def name(self) -> str:
         """Says all that decides the work."""
-        head = f"h{self.heads} d{self.head_dim if self.model == PADDED else DIM_HEAD}"
+        head = f"h{self.heads} d{self.head_dim if self.model == REAL else DIM_HEAD}"
         sizes = f"dim{self.dim} depth{self.depth} {head} b{self.sequences} n{self.queries}"
         return f"{self.model} {self.dtype} {sizes}"
 
@@ -72,7 +73,7 @@ class Workload(Case):
 def workload(model: str, dtype: str, dim: int, depth: int, heads: int, length: int, batch: int) -> Workload:
     """A model that is trained on batches of so many sequences, in a precision of `cases.DTYPES`."""
     calls, head_dim, value_dim = {
-        PADDED: (batch, dim // heads, dim // heads),
+        REAL: (batch, dim // heads, dim // heads),
         COMPLEX: (batch, 2 * DIM_HEAD, 2 * DIM_HEAD),
         COMPLETE: (4 * batch, DIM_HEAD, 2 * DIM_HEAD),
     }[model]
@@ -94,7 +95,7 @@ SIZES = {
 def workloads(device: str) -> list[Workload]:
     """Those for "cpu" or "cuda"."""
     single, real, complex_ = SIZES[device]
-    made = [workload(PADDED, dtype, *real) for dtype in ("bfloat16", single)]
+    made = [workload(REAL, dtype, *real) for dtype in ("bfloat16", single)]
     return made + [workload(model, "float32", *complex_) for model in (COMPLEX, COMPLETE)]
 
 
@@ -103,61 +104,34 @@ def workloads(device: str) -> list[Workload]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Self-attention around an `Attend` that it is given, and a feed-forward; both pre-norm."""
-
-    def __init__(self, dim: int, heads: int, attend: nn.Module) -> None:
-        super().__init__()
-        self.heads, self.attend, self.norm = heads, attend, nn.LayerNorm(dim)
-        # Apart, so that dq, dk and dv each have gradients of their own to be seen in.
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.feed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (
-            rearrange(project(normed), "b n (h d) -> b h n d", h=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        x = x + self.to_out(rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)"))
-        return x + self.feed(x)
-
-
-class PaddedTransformer(nn.Module):
-    """A causal language model: tokens `(b, n)` and a key mask `(b, 1, 1, n)` to logits `(b, n, v)`."""
-
-    def __init__(self, workload: Workload, make_attend: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        dim = workload.dim
-        self.embed = nn.Embedding(VOCABULARY, dim)
-        self.positions = nn.Parameter(torch.randn(workload.queries, dim))
-        self.blocks = nn.ModuleList(Block(dim, workload.heads, make_attend()) for _ in range(workload.depth))
-        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY, bias=False))
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.embed(tokens) + self.positions
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.to_logits(x)
-
-
 def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.Module:
-    """The model with its own Attend, in float32 and with the same weights for every arm."""
-    from complex_valued_transformer import ComplexTransformer
-    from complex_valued_transformer.attend import Attend
+    """The model with its own Attend, in float32 and with the same weights for every arm.
 
+    It takes tokens `(b, n)` and a mask `(b, 1, 1, n)` or None, and gives logits `(b, n, v)`.
+    """
+    from complex_valued_transformer import ComplexTransformer
+    from x_transformers import Decoder, TransformerWrapper
+
+    sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if workload.model == PADDED:
-            return PaddedTransformer(workload, partial(Attend, causal=True, flash=flash)).to(device)
-        sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads, dim_head=DIM_HEAD)
+        if workload.model == REAL:
+            layers = Decoder(**sizes, attn_dim_head=workload.head_dim, attn_flash=flash)
+            model = TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=workload.queries, attn_layers=layers)
+            model.register_forward_pre_hook(_with_mask_of_two_dims, with_kwargs=True)
+            return model.to(device)
         form = dict(causal=True, flash_attn=flash, complete_complex=workload.model == COMPLETE)
-        model = ComplexTransformer(num_tokens=VOCABULARY, **sizes, **form)
+        model = ComplexTransformer(num_tokens=VOCABULARY, dim_head=DIM_HEAD, **sizes, **form)
     # Its RMS norm gives vectors of RMS gamma / dim: with a gamma of 1 the attention would have next to no weight.
     for norm in (model.norm, *(layer[0] for layer in model.layers)):
         nn.init.constant_(norm.gamma, workload.dim)
     model.forward = partial(model.forward, return_real_logits=True)
     return model.to(device)
+
+
+def _with_mask_of_two_dims(model: nn.Module, tokens: tuple[Tensor], options: dict) -> tuple[tuple[Tensor], dict]:
+    mask = options["mask"]
+    return tokens, {"mask": mask if mask is None else mask[:, 0, 0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,13 +140,15 @@ def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.M
 
 
 def allow_every_kernel(model: nn.Module) -> None:
-    """Lets the client's flash path choose among PyTorch's kernels, of which it allows one alone on A100 and H100."""
-    from complex_valued_transformer.attend import Attend
+    """Lets the complex models' flash path choose among PyTorch's kernels, of which it allows one on A100 and H100."""
+    from complex_valued_transformer import ComplexMultiheadAttention
 
-    held = (getattr(module, "attend", None) for module in model.modules())
-    for attend in (one.keywords["attend"] if isinstance(one, partial) else one for one in held):
-        if isinstance(attend, Attend):
-            attend.cuda_config = attend.cpu_config  # which allows all of them
+    layers = [module for module in model.modules() if isinstance(module, ComplexMultiheadAttention)]
+    if not layers:
+        raise Unserved("may choose by itself")
+    for layer in layers:
+        attend = layer.attend.keywords["attend"]
+        attend.cuda_config = attend.cpu_config  # which allows all of them
 
 
 class Arm(NamedTuple):
