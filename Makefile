@@ -17,7 +17,7 @@ NEWEST_TRITON := 3.9.0
 STAGES := lint test-plain test-interpreter test-ptx aot-common aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
 
 # What decides which code runs, and how, is said in the rules and not by whoever calls them.
-unexport PYTHONPATH TRITON_INTERPRET
+unexport PYTHONPATH TRITON_INTERPRET PYTHONDONTWRITEBYTECODE
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
@@ -90,10 +90,10 @@ test-plain: $(INSTALLED) $(VENV)/.peers ## the tests that need neither a GPU nor
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
-	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter
+	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter $(addprefix tests/,kernels package semantics torch)
 
 test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls that there is time for
-	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof'
+	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof' tests/ptx
 
 # What is done is kept, and not done again while the kernels and these tests are the same.
 proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)

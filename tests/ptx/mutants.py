@@ -67,6 +67,7 @@ SUBJECTS = (
     Subject("sm_80 triton bf16 d64 several runs", "backward_q_kernel"),
     Subject("sm_90 triton bf16 d64 several runs", "forward_kernel"),
     Subject("sm_90 triton bf16 d64 whole blocks", "forward_kernel", "^products .*: "),
+    Subject("sm_90 triton bf16 d64 plain", "forward_kernel", r"^bound .*masked_count"),
     Subject("sm_90 hopper bf16 d64 several tiles seed1 on1", "hopper_forward_kernel", fast=True),
     Subject(
         "sm_90 hopper bf16 d64 several tiles in turns seed1 on1", "hopper_forward_kernel", r": .*Turns\.", fast=True
