@@ -122,7 +122,7 @@ def flash_attention(
         scale: factor on the scores, default `d ** -0.5`; any finite number.
         softcap: a positive number `c`: scores `s` become `c * tanh(s / c)` before the bias is added, as in Gemma 2.
         alibi_slopes: `(h,)` or `(b, h)`, q's dtype or float32: `slope * abs(y - x - (j - i))` is taken off the score of
-            query `x` and key `y` (Press et al. 2021, arXiv:2108.12409). There is no gradient of slopes.
+            query `x` and key `y` (Press et al. 2021, arXiv:2108.12409). There is no gradient, nor tangent, of slopes.
         sinks: `(h,)`, q's dtype or float32: logits that take part in the normaliser, and so in the LSE, and have no
             value; differentiable. Zeros give softmax plus one; -inf is no sink. What sees no key sees no sink.
         dropout_p: probability in [0, 1) of dropping a normalised weight. The drop mask is a pure function of a seed,
@@ -136,10 +136,11 @@ def flash_attention(
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that
         sees no key has output 0, lse -inf and gradient 0.
 
-    Under autocast q, k and v are cast to its dtype first, unless they are float64. Derivatives of any order and in
-    forward mode are there on every backend; what goes beyond the gradients is computed through the einsum path, which
-    takes longer, and memory for several arrays of `(b, h, i, j)`. Under `torch.vmap` one launch serves all entries;
-    with dropout and randomness="same" each takes its own.
+    Under autocast q, k and v are cast to its dtype first, unless they are float64. In forward mode (`torch.func.jvp`,
+    `torch.autograd.forward_ad` and what builds on them) out, lse and their tangents come in one pass, and no array of
+    `(b, h, i, j)` is held, nor by a backward from any of them. Derivatives beyond these, of any order, are there on
+    every backend through the einsum path, which takes longer, and memory for several such arrays. Under
+    `torch.vmap` one launch serves all entries; with dropout and randomness="same" each takes its own.
 
     Raises:
         TypeError, ValueError: an argument is wrong; nothing was launched. `BackendUnavailable` (a ValueError): the

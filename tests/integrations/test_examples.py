@@ -85,3 +85,17 @@ def test_packed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     attend = example.flash_attention_packed
     monkeypatch.setattr(example, "flash_attention_packed", lambda *of, causal: attend(*of))
     assert example.main(small) == 1, "what comes later must not be seen"
+
+
+def test_mean_flow(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example = example_of("mean_flow")
+    small = ["--device=cpu", "--batch=2", "--length=96", "--steps=1"]
+    assert example.main(small) == 0
+    told = capsys.readouterr().out
+    assert told.endswith("the losses are the same\n")
+    by_einsum, ours = (float(line.split(" MB")[0].split()[-1]) for line in told.splitlines()[:2])
+    assert ours < by_einsum
+
+    attend = example.flash_attention
+    monkeypatch.setattr(example, "flash_attention", lambda *of, mask: attend(*of))
+    assert example.main(small) == 1, "without the mask"
