@@ -211,13 +211,21 @@ def _config_of(launch: Launch, case: Case) -> str:
     return f"{dtype} d{spec.head_dim} dv{spec.value_dim} {case.mode}{tile}"
 
 
+def _variant_of(launch: Launch) -> tuple:
+    """What it has compiled, on a part."""
+    prepared = launch.prepared
+    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
+    return prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps
+
+
 def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Report]:
     """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
-    reports = []
+    reports, compiled_already = [], set()
     for launch in case.launches():
-        name = kernel_name(launch)
-        if kernels is not None and name not in kernels:
+        name, variant = kernel_name(launch), _variant_of(launch)
+        if (kernels is not None and name not in kernels) or variant in compiled_already:
             continue
+        compiled_already.add(variant)
         usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE and case.spec.plain_scores
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
@@ -437,10 +445,7 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
             continue
         fresh = []
         for launch in case.launches():
-            prepared = launch.prepared
-            dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
-            identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
-            name = kernel_name(launch)
+            identity, name = (case.arch, *_variant_of(launch)), kernel_name(launch)
             elsewhere = (
                 case.backward == "fused" and not _is_fused(launch),
                 case.is_split and name not in OF_SPLIT,
