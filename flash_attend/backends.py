@@ -52,6 +52,8 @@ class Functions(NamedTuple):
     plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
     # (operands, tangents, spec, tiles) -> out, lse, their tangents, kept; None where another backend does it
     tangents: Callable[..., Any] | None = None
+    # `tiles` of a call in forward mode, by which its `kept` and so its `backward` go; None where it has none
+    tangent_tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +94,11 @@ class Backend:
     def tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
         """The tiles of a call whose gradients come by `backward`; None where a backend has none."""
         return self.load().tiles(spec, target, backward)
+
+    def tangent_tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
+        """The same of a call in forward mode."""
+        select = self.load().tangent_tiles
+        return None if select is None else select(spec, target, backward)
 
     def tiles_by_lengths(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> str:
         """The tiles of a call as text, where they are others than long calls have; else empty."""
@@ -192,13 +199,14 @@ def _refuse_wide(spec: AttentionSpec, target: DeviceTarget, limits: dict[str, in
 @cache
 def _load_triton() -> Functions:
     from flash_attend.kernels.backward import attention_backward
-    from flash_attend.kernels.configs import select_tiles
+    from flash_attend.kernels.configs import select_tangent_tiles, select_tiles
     from flash_attend.kernels.forward import attention_forward, plan_forward
     from flash_attend.kernels.part import backward_of_part
     from flash_attend.kernels.tangents import attention_tangents
 
     of_part = partial(backward_of_part, attention_backward)
-    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward, attention_tangents)
+    forward_mode = attention_tangents, select_tangent_tiles
+    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward, *forward_mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,9 +345,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, tangents_by="triton", proof="faster"),
-        Backend(
-            "triton", _refuse_triton, _refuse_fused, _load_triton, tangents_by="math", refuse_tangents=_refuse_tangents
-        ),
+        Backend("triton", _refuse_triton, _refuse_fused, _load_triton, refuse_tangents=_refuse_tangents),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", tangents_by="math", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )

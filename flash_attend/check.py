@@ -22,7 +22,7 @@ from flash_attend.small_call import SmallCall, budget_of, small_call, spec_of, t
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.oracle import Answer
-from flash_attend.tracing import constant_when_compiled
+from flash_attend.tracing import allow_forward_mode, constant_when_compiled
 from flash_attend.variant import ALL, NONE, Kind, Variant
 
 __all__ = ["PRODUCTS", "answer", "check", "checked", "servable"]
@@ -93,7 +93,8 @@ def _in_a_thread(function: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            found.append(function())
+            with allow_forward_mode(False):  # it is on in all threads
+                found.append(function())
         except BaseException as error:
             raised.append(error)
 
@@ -148,11 +149,9 @@ def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> An
 
         return of_text(variant.tiles)
     target = DeviceTarget.of_any_length(device)
-    if variant.tangents:
-        from flash_attend.kernels.configs import select_tangent_tiles
-
-        return select_tangent_tiles(spec, target, variant.backward)
-    return BACKENDS[variant.backend].tiles(spec, target, cast(BackwardName, variant.backward))
+    backend = BACKENDS[variant.backend]
+    tiles = backend.tangent_tiles if variant.tangents else backend.tiles
+    return tiles(spec, target, cast(BackwardName, variant.backward))
 
 
 def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
@@ -160,9 +159,7 @@ def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
     backend = BACKENDS[variant.backend]
     pushed: tuple[Tensor | None, ...] = (None, None)
     if variant.tangents:
-        functions = backend.load()
-        assert functions.tangents is not None
-        out, lse, *pushed, kept = functions.tangents(call.poisoned, call.poisoned_tangents, call.spec, tiles)
+        out, lse, *pushed, kept = backend.tangents(call.poisoned, call.poisoned_tangents, call.spec, tiles)
     else:
         out, lse, kept = backend.forward(call.poisoned, call.spec, tiles)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
@@ -238,7 +235,7 @@ def _with_tangents(kind: Kind, target: DeviceTarget) -> list[Variant]:
     found = []
     for backend in BACKENDS.values():
         variant = Variant(backend.name, backend.usual_backward, kind, False, False, False, NONE, tangents=ALL)
-        if backend.proof != "none" and not _refused(variant, target) and backend.load().tangents is not None:
+        if backend.proof != "none" and not _refused(variant, target) and not backend.tangents_by:
             found.append(variant)
     return found
 

@@ -70,6 +70,7 @@ class Options(NamedTuple):
     tangents: tuple[str, ...] = ()  # in forward mode: those of INPUTS that have one, in their order
     grads: tuple[str, ...] = ()  # of a backward: which outputs have a gradient
     needed: tuple[str, ...] = ()  # of a backward: which of DIFFERENTIABLE need one
+    pushed: bool = False  # of a backward without tangents: its forward had some, by whose tiles what it kept goes
     layout: str = ""  # how ranks share the sequences of which these are shards
 
     @staticmethod
@@ -77,7 +78,8 @@ class Options(NamedTuple):
     def read(text: str) -> Options:
         """What `options_of`, `with_tangents` or `with_gradients` wrote."""
         said: dict[str, Any] = dict(item.split("=") for item in text.split())
-        said |= {name: said[name] == "1" for name in ("causal", "deterministic", "return_lse")}
+        flags = said.keys() & {"causal", "deterministic", "return_lse", "pushed"}
+        said |= {name: said[name] == "1" for name in flags}
         said["window"] = tuple(int(end) if end else None for end in said["window"].split(","))
         lists = said.keys() & {"operands", "tangents", "grads", "needed"}
         return Options(**{**said, **{name: tuple(filter(None, said[name].split(","))) for name in lists}})
@@ -123,8 +125,8 @@ def with_tangents(options: str, tangents: Sequence[str]) -> str:
 
 
 def without_tangents(options: str) -> str:
-    """The options of the call itself again."""
-    return options.partition(" tangents=")[0]
+    """The options of the backward of a call in forward mode, where nothing comes down to the tangents."""
+    return f"{options.partition(' tangents=')[0]} pushed=1"
 
 
 def with_gradients(options: str, grads: Sequence[str], needed: Sequence[str]) -> str:
@@ -187,7 +189,8 @@ class _Call(NamedTuple):
             sinks=spec.sinks,
             sequences=None if spec.sequences is None else 1,
         )
-        tiles = backend.tiles(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
+        select = backend.tangent_tiles if options.tangents or options.pushed else backend.tiles
+        tiles = select(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
         return _Call(operands, options.tangents_of(tensors), spec, options, backend, tiles)
 
     @property
@@ -227,16 +230,18 @@ def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> l
 def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
     """What `forward` gives, uninitialised."""
     operands, _, spec, options, _, tiles = _Call.of(tensors, numbers, text)
-    times = 2 if options.tangents else 1
     if tiles is None:
-        rows = spec.batch, spec.heads, spec.queries
-        shapes = ((*rows, spec.value_dim), spec.dtype), (rows, spec.accumulator_dtype)
-        return [operands.q.new_empty(shape, dtype=dtype) for shape, dtype in shapes[: 1 + options.return_lse] * times]
-    from flash_attend.kernels.forward import empty_outputs
-    from flash_attend.kernels.schedule import empty_packed
+        out = operands.q.new_empty(spec.batch, spec.heads, spec.queries, spec.value_dim)
+        lse = operands.q.new_empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
+        outputs, kept = [out, lse] if options.return_lse else [out], []
+    else:
+        from flash_attend.kernels.forward import empty_outputs
+        from flash_attend.kernels.schedule import empty_packed
 
-    outputs = [tensor for _ in range(times) for tensor in empty_outputs(operands.q, spec)]
-    return [*outputs, *empty_packed(operands, spec, tiles)]
+        *outputs, statistics = empty_outputs(operands.q, spec)
+        kept = [statistics, *empty_packed(operands, spec, tiles)]
+    of_outputs = map(torch.empty_like, outputs) if options.tangents else ()
+    return [*outputs, *of_outputs, *kept]
 
 
 def backward(

@@ -72,9 +72,9 @@ def plan_call(
     backend: str,
     window: Window | None = None,
     softcap: float | None = None,
-    tangents: bool = False,
+    tangents: tuple[bool, ...] = (),
 ) -> CallPlan:
-    """The plan of a call of plain tensors, with what torch is set to at the moment; in forward mode with `tangents`.
+    """The plan of a call of plain tensors, with what torch is set to at the moment; `tangents` as `choose` has them.
 
     Raises what the checks and the dispatcher raise; of such calls nothing is kept.
     """
@@ -87,7 +87,7 @@ def plan_call(
 
 @lru_cache(maxsize=CALLS_KEPT)
 def _work_out(
-    facts: Facts, options: Options, needed: Needed, backend: str, tangents: bool, generation: object
+    facts: Facts, options: Options, needed: Needed, backend: str, tangents: tuple[bool, ...], generation: object
 ) -> CallPlan:
     spec, sizes = check_call(facts, options, needed)
     target = DeviceTarget.of(TensorFacts(*facts[0]).device)

@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 __all__ = ["Answer", "attention_oracle", "changed_scores", "pushed_through", "visible_pairs"]
 
@@ -139,12 +138,17 @@ def pushed_through(
     leaves: Mapping[str, Tensor],
     tangents: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The tangents of out and LSE as an `Answer` has them, by torch's forward mode."""
-    with forward_ad.dual_level():
-        duals = {name: forward_ad.make_dual(leaves[name], x.to(leaves[name].dtype)) for name, x in tangents.items()}
-        found = [forward_ad.unpack_dual(result) for result in attend({**leaves, **duals})]
-    # What depends on no tangent has none.
-    whole = (torch.zeros_like(x.primal) if x.tangent is None else x.tangent for x in found)
+    """The tangents of out and LSE as an `Answer` has them, by two derivatives backward: the first depends linearly on
+    what comes down, and the second is by that. Forward mode, of which there is one in a process, may be on."""
+    moved = {name: leaves[name].detach().requires_grad_() for name in tangents}
+    with torch.enable_grad():
+        outputs = attend({**leaves, **moved})
+        down = [torch.zeros_like(x, requires_grad=True) for x in outputs]
+        loss = torch.stack([(x * y).sum() for x, y in zip(outputs, down, strict=True)]).sum()
+        pulled = torch.autograd.grad(loss, [*moved.values()], create_graph=True)
+        pairs = zip(pulled, tangents.values(), strict=True)
+        loss = torch.stack([(grad * tangent.to(grad.dtype)).sum() for grad, tangent in pairs]).sum()
+    whole = torch.autograd.grad(loss, down, allow_unused=True, materialize_grads=True)
     return dict(zip(("out_tangent", "lse_tangent"), whole, strict=True))
 
 
