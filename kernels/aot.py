@@ -351,8 +351,8 @@ PACKED_MODES = (
     ),
 )  # fmt: skip
 OF_SPLIT = ("forward", "merge")
-# Of a forward with tangents of all its operands: the first of every row, the others of half precision.
-TANGENT_MODES = (MODES[0], MODES[3], CHANGED_MODES[-1])
+# Of a forward with tangents of all its operands: the first two of every row, the last of half precision.
+TANGENT_MODES = (MODES[0], CHANGED_MODES[-1], MODES[3])
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
@@ -413,7 +413,7 @@ def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, in
 def _tangent_modes(kind: str, width: int, scope: str) -> tuple[dict[str, Any], ...]:
     """Of `TANGENT_MODES`, those that a kind of this width is compiled in."""
     if scope == ALL:
-        return TANGENT_MODES if kind == "half" and width in CHANGED_WIDTHS else TANGENT_MODES[:1]
+        return TANGENT_MODES if kind == "half" and width in CHANGED_WIDTHS else TANGENT_MODES[:2]
     return TANGENT_MODES[:1] if kind == "half" and width in TANGENT_WIDTHS[scope] else ()
 
 
