@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
     "applied",
+    "changes_of",
     "constant_when_compiled",
     "directly",
     "exporting_to_onnx",
@@ -102,6 +103,12 @@ def forward_mode() -> bool:
     public function tells."""
     levels = get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(level.key() == TransformType.Jvp for level in levels)
+
+
+def changes_of(tensor: Tensor) -> int | None:
+    """How often torch knows a tensor to have been changed; None where it does not count, in what inference mode made.
+    No public name tells."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def mapped(*tensors: Tensor | None) -> bool:

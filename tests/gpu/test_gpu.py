@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backends import KERNELS_ON_A_GPU, Backend, call_for
-from flash_attend import flash_attention
+from flash_attend import flash_attention, flash_attention_packed
 from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import key_splits, select_tiles
 from flash_attend.target import DeviceTarget
@@ -104,6 +104,29 @@ def test_tensors_past_two_to_the_31_elements() -> None:
         check(part_answer, part)
     part, part_answer = _slice(call, answer, slice(b - 1, b), slice(h - 4, h))
     check(part_answer, part)
+
+
+def test_packed_sequences_past_two_to_the_31_elements() -> None:
+    """The same tokens as 1056 sequences one after another, of 128 heads: the last ones begin past that reach."""
+    _needs_memory(60)
+    sequences, h, n, d = 1056, 128, 128, 128
+    assert sequences * n * h * d > 2**31
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(sequences * n, h, d, device="cuda", dtype=torch.float16) for _ in range(4))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    cu_seqlens = torch.arange(0, sequences * n + 1, n, device="cuda", dtype=torch.int32)
+    out, lse = flash_attention_packed(
+        q, k, v, cu_seqlens, cu_seqlens, n, n, causal=True, return_lse=True, backend="triton"
+    )
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    for sequence in (0, sequences // 2, sequences - 1):
+        rows, heads = slice(sequence * n, (sequence + 1) * n), slice(h - 4, h)
+        of_q, of_k, of_v, of_out, of_grad, *of_grads = (
+            x.detach()[rows, heads].transpose(0, 1)[None] for x in (q, k, v, out, grad, *grads)
+        )
+        part = Call(of_q, of_k, of_v, None, of_grad, None, causal=True)
+        check(Answer(of_out, lse.detach()[None, heads, rows], *of_grads), part)
 
 
 def test_rows_past_two_to_the_31_elements_apart() -> None:
