@@ -17,7 +17,7 @@ NEWEST_TRITON := 3.9.0
 STAGES := lint test-plain test-interpreter test-ptx aot-common aot-$(OLDEST_TRITON) aot-$(NEWEST_TRITON)
 
 # What decides which code runs, and how, is said in the rules and not by whoever calls them.
-unexport PYTHONPATH TRITON_INTERPRET
+unexport PYTHONPATH TRITON_INTERPRET PYTHONDONTWRITEBYTECODE
 
 # The stages share two cores and one set of caches: one after the other.
 .NOTPARALLEL:
@@ -51,7 +51,7 @@ bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine:
 bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 minutes; the same again goes on
 	@$(BIN)/python benchmarks/run.py --device cpu --peers flash_attend sdpa 'sdpa math' --minutes 25 --out $(ON_CPU) $(ARGS)
 
-train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
+train-step: $(INSTALLED) $(VENV)/.peers ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py --training $(ARGS)
 
 # Other people's models: of what they ask for, they need a part here.
@@ -90,10 +90,10 @@ test-plain: $(INSTALLED) $(VENV)/.peers ## the tests that need neither a GPU nor
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
-	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter
+	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter $(addprefix tests/,kernels package semantics torch)
 
 test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls that there is time for
-	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof'
+	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof' tests/ptx
 
 # What is done is kept, and not done again while the kernels and these tests are the same.
 proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from flash_attend.attend import Attend
 from flash_attend.complex_valued import complex_attention
 from flash_attend.dispatch import BackendUnavailable
+from flash_attend.documents import cu_seqlens_of_documents
 from flash_attend.explanation import explain
 from flash_attend.functional import flash_attention
 from flash_attend.packed import flash_attention_packed
@@ -22,6 +23,7 @@ __all__ = [
     "BackendUnavailable",
     "complex_attention",
     "context_parallel_attention",
+    "cu_seqlens_of_documents",
     "explain",
     "flash_attention",
     "flash_attention_packed",

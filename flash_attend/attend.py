@@ -120,6 +120,7 @@ class Attend(nn.Module):
         mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         *,
+        query_mask: Tensor | None = None,
         alibi_slopes: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
@@ -130,6 +131,7 @@ class Attend(nn.Module):
             k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`.
             v: `(b, hk, j, dv)` or `(b, j, dv)`.
             mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
+            query_mask: bool, `(b, i)`, True = a query, as in `flash_attention`: other rows cost nothing, and give 0.
             attn_bias: added to the scores: q's dtype or float32, of any shape that broadcasts to `(b, h, i, j)`;
                 differentiable. Where it is -inf the pair is hidden.
             alibi_slopes: `(h,)` or `(b, h)`: `slope * abs(y - x - (j - i))` is taken off the score of query `x` and key
@@ -143,7 +145,7 @@ class Attend(nn.Module):
             TypeError, ValueError: as `flash_attention`.
         """
         if isinstance(q, Proxy):
-            others = dict(attn_bias=attn_bias, alibi_slopes=alibi_slopes, sinks=sinks)
+            others = dict(attn_bias=attn_bias, query_mask=query_mask, alibi_slopes=alibi_slopes, sinks=sinks)
             given = {name: tensor for name, tensor in others.items() if tensor is not None}
             return record_call(self, q, k, v, mask, **given)
         layer = self.attn_dropout
@@ -155,6 +157,7 @@ class Attend(nn.Module):
                 k,
                 v,
                 mask=mask,
+                query_mask=query_mask,
                 bias=attn_bias,
                 causal=self.causal,
                 window=self.window,

@@ -25,6 +25,7 @@ __all__ = [
     "check_dense",
     "facts_of",
     "is_dense",
+    "is_jagged",
     "layouts_of",
     "needed_of",
     "normalise_call",
@@ -71,6 +72,11 @@ def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has sizes and strides to be read by."""
     initialized = type(tensor) is Tensor or not isinstance(tensor, (UninitializedBuffer, UninitializedParameter))
     return initialized and not tensor.is_nested and tensor.layout == torch.strided
+
+
+def is_jagged(tensor: object) -> bool:
+    """Whether it is a nested tensor that holds sequences one after another."""
+    return isinstance(tensor, Tensor) and tensor.is_nested and tensor.layout == torch.jagged
 
 
 class Sizes(NamedTuple):

@@ -70,10 +70,20 @@ class ContextParallel:
             raise TypeError(f"{name} must be a ProcessGroup or a ContextParallel, got {shown(value)}")
         return value
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, **options: Any) -> Any:
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        bias: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
         """What `flash_attention` takes, with shards in place of sequences."""
-        if bias is not None:
-            raise ValueError("bias must be None where ranks share the sequences")
+        for name, tensor in (("bias", bias), ("query_mask", query_mask)):
+            if tensor is not None:
+                raise ValueError(f"{name} must be None where ranks share the sequences")
         shared = dict(group=self.group, layout=self.layout, way=self.way)
         return context_parallel_attention(q, k, v, **shared, **options)  # type: ignore[arg-type]
 

@@ -331,7 +331,8 @@ def override_backward(backward: BackwardName) -> Iterator[None]:
 def _choose_backward(backend: Backend, question: _Question) -> tuple[BackwardName, str]:
     usual, fastest = backend.usual_backward, question.fastest
     if backend.refuse_fused is None:
-        return usual, "it has no other"
+        of_bias = usual == "torch" and question.needed[3:4] == (True,)
+        return usual, "it has none for a bias: all gradients by the einsum path" if of_bias else "it has no other"
     if refusal := backend.refuse_fused(question.spec, question.target):
         return usual, f"fused is refused: {refusal}"
     if _override is not None:

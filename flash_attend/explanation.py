@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose,
 from flash_attend.functional import autocast, tangents_of
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
+from flash_attend.query_mask import real_queries
 from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled
@@ -75,6 +77,7 @@ def explain(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: Window | None = None,
@@ -96,7 +99,12 @@ def explain(
     check_flag("return_lse", return_lse)
     check_backend(backend)
     given = autocast(Operands(q, k, v, mask, None, bias, alibi_slopes, sinks))
-    operands, spec = normalise_call(given, causal, scale, dropout_p, deterministic, window, softcap)
+    options: dict[str, Any] = dict(
+        causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
+    )
+    if query_mask is not None:
+        given, _ = real_queries(given, query_mask, options)
+    operands, spec = normalise_call(given, **options)
     target = DeviceTarget.of(operands.q.device)
     needed = needed_of(operands)
     verdicts = judge(spec, target, needed)

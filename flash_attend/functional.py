@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from flash_attend.autograd import attend, attend_by_operators
-from flash_attend.checks import is_dense, needed_of, normalise_call
+from flash_attend.checks import is_dense, is_jagged, needed_of, normalise_call
 from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
 from flash_attend.plans import plan_call
+from flash_attend.query_mask import real_queries
 from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
@@ -46,6 +47,7 @@ def flash_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: Window | None = None,
@@ -67,6 +69,7 @@ def flash_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: Window | None = None,
@@ -87,6 +90,7 @@ def flash_attention(
     v: Tensor,
     *,
     mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
     bias: Tensor | None = None,
     causal: bool = False,
     window: Window | None = None,
@@ -107,6 +111,9 @@ def flash_attention(
         k: `(b, hk, j, d)` or `(b, j, d)`; `hk` divides `h`, and query head `n` reads key head `n // (h // hk)`.
         v: `(b, hk, j, dv)` or `(b, j, dv)`; `dv` may differ from `d`.
         mask: bool, True = may attend: `(b, j)` for key padding, or 4-D and broadcastable to `(b, h, i, j)`.
+        query_mask: bool, `(b, i)`, True = a query, of batches whose queries are padded too: rows that are none may hold
+            anything, cost nothing, and give what a query gives that sees no key. Where queries and keys are padded
+            alike, `mask` and `query_mask` should be one tensor.
         bias: added to the scores: q's dtype or float32, of any shape that broadcasts to `(b, h, i, j)`; differentiable,
             with a gradient of its own shape. Where it is -inf the pair is hidden, as by the mask.
         causal: query `x` sees key `y` iff `y <= x + (j - i)`: the last query sees the last key.
@@ -142,7 +149,7 @@ def flash_attention(
     """
     return_lse = check_flag("return_lse", return_lse)
     given = Operands(q, k, v, mask, None, bias, alibi_slopes, sinks)
-    if undisturbed(*given):
+    if query_mask is None and undisturbed(*given):
         call = plan_call(given, causal, scale, dropout_p, deterministic, backend, window, softcap)
         out, lse = attend(call.operands(given), call, return_lse=return_lse)
         if call.plan.warning:
@@ -151,7 +158,10 @@ def flash_attention(
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
     )
-    return attend_given(given, options, return_lse, backend)
+    if query_mask is None:
+        return attend_given(given, options, return_lse, backend)
+    given, as_called = real_queries(autocast(given), query_mask, options)
+    return as_called(attend_given(given, options, return_lse, backend))
 
 
 def attend_given(
@@ -160,7 +170,7 @@ def attend_given(
     """The same of operands that were not checked, where somebody else may take part: see `undisturbed`."""
     if jit_traced():
         raise RuntimeError(NO_JIT_TRACE)
-    if all(isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged for x in given[:3]):
+    if all(map(is_jagged, given[:3])):
         from flash_attend.jagged import attend_jagged  # which packs them, and comes back here
 
         return attend_jagged(given, options, return_lse, backend)

@@ -17,7 +17,7 @@ from flash_attend.segments import segments_of
 from flash_attend.spec import Window
 from flash_attend.tracing import readable, sharded, traced
 
-__all__ = ["flash_attention_packed"]
+__all__ = ["flash_attention_packed", "values_are_checked"]
 
 FORMS = {"q": "(t, h, d)", "k": "(tk, hk, d)", "v": "(tk, hk, dv)"}
 
@@ -108,6 +108,10 @@ def flash_attention_packed(
     Returns:
         `out (t, h, dv)` in q's dtype, or `(out, lse)` with lse `(h, t)`, FlashAttention's layouts.
 
+    On a GPU what follows from `cu_seqlens_q` and `cu_seqlens_k` is made once for all calls that are given these two
+    tensors, and again when torch changed one of them. What writes into them without torch's knowledge, a kernel of
+    one's own or `.data`, is not noticed: pass a new tensor then.
+
     Lengths are not read on the host, except by `math` and `sdpa`, which a CPU has without waiting for anything. Wrong
     values never lead out of the tensors. They raise `ValueError` on a CPU; on other devices, to look at them would mean
     to wait, which `FLASH_ATTEND_CHECK_LENGTHS=1` in the environment asks for.
@@ -124,8 +128,7 @@ def flash_attention_packed(
     for name, cu_seqlens, tensor, longest in zip(
         ("q", "k"), (cu_seqlens_q, cu_seqlens_k), (q, k), lengths, strict=True
     ):
-        known = not traced(cu_seqlens)
-        if known and (readable(cu_seqlens) or os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1"):
+        if values_are_checked(cu_seqlens):
             _check_values(name, cu_seqlens, tensor.shape[0], longest)
     segments = segments_of(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
@@ -138,6 +141,11 @@ def flash_attention_packed(
         return found[0].transpose(0, 1)
     out, lse = found
     return out[0].transpose(0, 1), lse[0]
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether values that say where sequences are get looked at: where nobody waits for that, or where it is asked."""
+    return not traced(tensor) and (readable(tensor) or os.environ.get("FLASH_ATTEND_CHECK_LENGTHS") == "1")
 
 
 def _check_tensors(**tensors: Any) -> None:

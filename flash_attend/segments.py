@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain, cycle, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from flash_attend.derived import derived
 from flash_attend.operands import Operands, Tangents
 from flash_attend.spec import AttentionSpec, canonical
 
@@ -32,20 +32,20 @@ __all__ = ["Groups", "attend_by_groups", "gradients_by_groups", "segments_of"]
 
 def segments_of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int) -> Tensor:
     """The segments of sequences that begin and end at these places, `(b + 1,)` each, of so many queries and keys.
-    Nothing is read on the host."""
-    of_queries, of_keys = _spans(cu_seqlens_q, queries), _spans(cu_seqlens_k, keys)
-    nothing = torch.zeros_like(of_queries[:1])
-    behind = torch.stack((torch.cat((of_queries[-1:], nothing), 1), torch.cat((nothing, of_keys[-1:]), 1)))
-    return torch.cat((torch.cat((of_queries[:-1], of_keys[:-1]), 1), behind.flatten(0, 1)))
+    Nothing is read on the host; on a GPU they are made once of the same tensors."""
+    make = partial(_segments_of, cu_seqlens_q, cu_seqlens_k, queries, keys)
+    return derived(make, (queries, keys), cu_seqlens_q, cu_seqlens_k)
 
 
-def _spans(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Beginnings and lengths of the sequences and of what is behind them, int32 `(b + 1, 2)`."""
-    # As a tensor: a compiler makes a graph of its own of every number that fills one.
-    end = torch.full((1,), total, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    inside = torch.minimum(cu_seqlens[1:].clamp(min=0), end).cummax(0).values
-    edges = torch.cat((pad(inside, (1, 0)), end)).to(torch.int32)
-    return torch.stack((edges[:-1], edges.diff()), 1)
+def _segments_of(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, queries: int, keys: int) -> Tensor:
+    # As tensors: a compiler makes a graph of its own of every number that fills one.
+    end_q, end_k = (torch.full((1,), n, dtype=cu_seqlens_q.dtype, device=cu_seqlens_q.device) for n in (queries, keys))
+    zero = torch.zeros_like(end_q)
+    # What is in no sequence begins at the last one's end, by the maximum: its queries first, and then its keys.
+    edges = torch.cat((zero, cu_seqlens_q[1:], end_q, end_q, zero, cu_seqlens_k[1:], zero, end_k)).view(2, -1)
+    edges = torch.minimum(edges, edges[:, -1:]).clamp_(min=0).cummax(1).values
+    begins, lengths = edges[:, :-1], edges.diff()
+    return torch.stack((begins[0], lengths[0], begins[1], lengths[1]), 1).to(torch.int32)
 
 
 class _Group(NamedTuple):

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 __all__ = [
     "allow_forward_mode",
     "applied",
+    "changes_of",
     "constant_when_compiled",
     "directly",
     "exporting_to_onnx",
@@ -157,6 +158,12 @@ def allow_forward_mode(allowed: bool) -> AbstractContextManager:
     """Within this context derivatives are pushed forward where forward mode is on, or are not. No public function does
     it."""
     return forward_ad._set_fwd_grad_enabled(allowed)
+
+
+def changes_of(tensor: Tensor) -> int | None:
+    """How often torch knows a tensor to have been changed; None where it does not count, in what inference mode made.
+    No public name tells."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def mapped(*tensors: Tensor | None) -> bool:

@@ -7,11 +7,14 @@ with no host sync, says which tile of which sequence a program takes.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from flash_attend.derived import derived
 from flash_attend.kernels.compat import aggregate
 from flash_attend.kernels.programs import tile_at, tile_of_program
 from flash_attend.spec import AttentionSpec
@@ -84,29 +87,34 @@ def tile_count(spec: AttentionSpec, length: int, size: int) -> int:
 
 
 def packed_tiles(segments: Tensor, spec: AttentionSpec, size: int, *, of_keys: bool) -> tuple[Tensor, Tensor]:
-    """SEGMENTS and TILES of so many queries, or keys.
+    """SEGMENTS and TILES of so many queries, or keys; on a GPU made once of the same segments.
 
     A tile, int32 `(tile_count, 2)`, is a segment and the number of the tile in it. They come in the order of their
     work, the longest at the end, which is where `tile_at` begins; before all others, with the number -1, those that
     there are not.
     """
-    begins_of_keys, lengths = (2, spec.keys) if of_keys else (0, spec.queries)
-    own, others = segments[:, begins_of_keys + 1], segments[:, 3 - begins_of_keys]
-    ends = ((own + (size - 1)) // size).cumsum(0)
-    index = torch.arange(tile_count(spec, lengths, size), device=segments.device)
+    depends_on = size, of_keys, spec.queries, spec.keys, spec.causal, spec.window
+    return segments.contiguous(), derived(partial(_tiles_of, segments, spec, size, of_keys), depends_on, segments)
+
+
+def _tiles_of(segments: Tensor, spec: AttentionSpec, size: int, of_keys: bool) -> Tensor:
+    _, own, _, others = segments.unbind(1)
+    if of_keys:
+        own, others = others, own
+    counts = (own + (size - 1)) // size
+    ends = counts.cumsum(0)
+    index = torch.arange(tile_count(spec, spec.keys if of_keys else spec.queries, size), device=segments.device)
     number = torch.searchsorted(ends, index, right=True).clamp_(max=segments.shape[0] - 1)
-    own, others, end = own[number], others[number], ends[number]
-    tile = index - (end - (own + (size - 1)) // size)
-    exists = index < end
+    own, others, begin = torch.stack((own, others, ends - counts), 1)[number].unbind(1)
+    tile, missing = index - begin, index >= ends[-1]
     # The range of queries or keys that the tile's own may see, or that may see them.
     before, after = spec.window[0], 0 if spec.causal else spec.window[1]
     if of_keys:
         before, after = after, before
-    first = tile * size + others - own
-    last = torch.minimum(first + size, others)
-    low = 0 if before is None else (first - before).clamp_(min=0)
-    high = others if after is None else torch.minimum(last + after, others)
-    work = torch.where(exists, (high - low).clamp_(min=0), -1)
-    order = work.argsort(stable=True)  # tiles of a sequence, which read the same, stay neighbours
-    tiles = torch.stack((number, torch.where(exists, tile, -1)), 1)[order].to(torch.int32)
-    return segments.contiguous(), tiles
+    first, work = (others - own).add_(tile, alpha=size), others
+    if after is not None:
+        work = torch.minimum(first + (size + after), others)
+    if before is not None:
+        work = work - (first - before).clamp_(min=0)
+    order = work.clamp(min=0).masked_fill_(missing, -1).argsort(stable=True)  # a sequence's tiles stay neighbours
+    return torch.stack((number, tile.masked_fill_(missing, -1)), 1).to(torch.int32)[order]

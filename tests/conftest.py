@@ -48,6 +48,10 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
+# Where `make test` looks for tests of a marker: importing the others' modules takes longer than some of its stages.
+FOLDERS = {"interpreter": ("kernels", "package", "semantics", "torch"), "ptx": ("ptx",)}
+
+
 def _missing_for_gpu() -> str | None:
     if interpreting():
         return "TRITON_INTERPRET is set: GPU tests need kernels that are compiled"
@@ -80,9 +84,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what this process cannot run, with the reason."""
+    """Skips what this process cannot run, with the reason. Fails where a test stands where nobody runs it."""
     missing = _missing()
     for item in items:
+        for marker, folders in FOLDERS.items():
+            if item.get_closest_marker(marker) and item.path.relative_to(ROOT / "tests").parts[0] not in folders:
+                raise pytest.UsageError(
+                    f"{item.nodeid}: make test looks for {marker} tests in {', '.join(folders)} only"
+                )
         marker = next((name for name in ("gpu", "interpreter") if item.get_closest_marker(name)), None)
         if reason := missing[marker]:
             item.add_marker(pytest.mark.skip(reason=reason))

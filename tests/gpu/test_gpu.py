@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from backends import KERNELS_ON_A_GPU, Backend, call_for
-from flash_attend import flash_attention
+from flash_attend import cu_seqlens_of_documents, flash_attention, flash_attention_packed
 from flash_attend.checks import normalise_inputs
 from flash_attend.kernels.configs import key_splits, select_tangent_tiles, select_tiles
 from flash_attend.target import DeviceTarget
@@ -124,6 +124,29 @@ def test_tensors_past_two_to_the_31_elements() -> None:
         check(part_answer, part)
     part, part_answer = _slice(call, answer, slice(b - 1, b), slice(h - 4, h))
     check(part_answer, part)
+
+
+def test_packed_sequences_past_two_to_the_31_elements() -> None:
+    """The same tokens as 1056 sequences one after another, of 128 heads: the last ones begin past that reach."""
+    _needs_memory(60)
+    sequences, h, n, d = 1056, 128, 128, 128
+    assert sequences * n * h * d > 2**31
+    torch.manual_seed(0)
+    q, k, v, grad = (torch.randn(sequences * n, h, d, device="cuda", dtype=torch.float16) for _ in range(4))
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    cu_seqlens = torch.arange(0, sequences * n + 1, n, device="cuda", dtype=torch.int32)
+    out, lse = flash_attention_packed(
+        q, k, v, cu_seqlens, cu_seqlens, n, n, causal=True, return_lse=True, backend="triton"
+    )
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    for sequence in (0, sequences // 2, sequences - 1):
+        rows, heads = slice(sequence * n, (sequence + 1) * n), slice(h - 4, h)
+        of_q, of_k, of_v, of_out, of_grad, *of_grads = (
+            x.detach()[rows, heads].transpose(0, 1)[None] for x in (q, k, v, out, grad, *grads)
+        )
+        part = Call(of_q, of_k, of_v, None, of_grad, None, causal=True)
+        check(Answer(of_out, lse.detach()[None, heads, rows], *of_grads), part)
 
 
 def test_rows_past_two_to_the_31_elements_apart() -> None:
@@ -282,6 +305,44 @@ def test_a_captured_dropout_draws_anew_at_every_replay() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(results, seen[0], strict=True))
+
+
+def _packed_step(cu_seqlens: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A forward and backward of packed sequences, with as many queries as keys."""
+    options = dict(causal=True, return_lse=True, deterministic=True, backend="triton")
+    out, lse = flash_attention_packed(*tensors, cu_seqlens, cu_seqlens, 100, 100, **options)
+    return out, lse, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+
+def test_the_host_never_reads_lengths() -> None:
+    """Of packed sequences, documents, and queries that are padding; the second time none of it is at hand."""
+    tensors = [torch.randn(200, 4, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    q, k, v = (x.detach().unflatten(0, (2, 100)).transpose(1, 2) for x in tensors)
+    mask = torch.arange(100, device="cuda") < torch.tensor([[100], [30]], device="cuda")
+    for context in (nullcontext, _no_synchronisation):
+        with context():
+            _packed_step(cu_seqlens_of_documents(mask.int(), most=5), *tensors)
+            own = mask.clone()
+            flash_attention(q, k, v, mask=own, query_mask=own, causal=True, backend="triton")
+
+
+def test_a_captured_packed_call_reads_lengths_anew() -> None:
+    """Though tables of the same lengths were kept before, and are after."""
+    tensors = [torch.randn(200, 4, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    cu_seqlens = torch.tensor([0, 100, 150, 160], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _packed_step(cu_seqlens, *tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _packed_step(cu_seqlens, *tensors)
+    for places in ([0, 30, 130, 200], [0, 0, 60, 61]):
+        cu_seqlens.copy_(torch.tensor(places))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(results, _packed_step(cu_seqlens, *tensors), rtol=0, atol=0)
 
 
 @EACH

@@ -4,7 +4,8 @@
 
 PATH is a checkout or an unpacked sdist of x-transformers, of the version that is installed. Tells of every test whose
 models answer otherwise, of what was refused, and the largest difference of outputs and gradients, relative to the
-largest entry of what it is in. Attention drops nothing here: ours draws other masks.
+largest entry of what it is in. Attention drops nothing here: ours draws other masks. Whoever interrupts it is told of
+what was run until then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import importlib.util
 import inspect
 import itertools
+import signal
 import sys
 import traceback
 import warnings
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from flash_attend import patch
 from flash_attend.integrations import PatchHandle
@@ -64,7 +67,7 @@ class Run:
         torch.manual_seed(0)
         try:
             test()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # pytest's skip is one, too
             return traceback.format_exc(limit=-1)
@@ -162,22 +165,19 @@ def parametrized(names: Any, values: Any) -> Iterator[dict[str, Any]]:
         yield dict(zip(names, value, strict=True))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("-k", dest="only", default="", help="only tests with this in their name")
-    parser.add_argument("--part", default="0/1", help="I/N: every N-th test, from the I-th on")
-    given = parser.parse_args()
-    verdicts: dict[Any, Any] = {}
-    Judge.verdicts = property(lambda judge: verdicts, lambda judge, none: None)  # type: ignore[assignment]
-    total: collections.Counter[str] = collections.Counter()
-    reasons: collections.Counter[str] = collections.Counter()
-    worst: dict[str, tuple[float, str]] = {"output": (0.0, ""), "gradient": (0.0, "")}
-    first, step = map(int, given.part.split("/"))
-    for name, test in itertools.islice(cases(given.path, given.only), first, None, step):
+class Tally:
+    """What came of the tests until now."""
+
+    def __init__(self) -> None:
+        self.total: collections.Counter[str] = collections.Counter()
+        self.reasons: collections.Counter[str] = collections.Counter()
+        self.worst = {"output": (0.0, ""), "gradient": (0.0, "")}
+
+    def add(self, name: str, test: Callable[[], None]) -> str:
+        """Runs a test twice; what is otherwise with every model patched, if anything."""
         before, after = Run(patched=False), Run(patched=True)
         errors = before(test), after(test)
-        total.update(
+        self.total.update(
             tests=1,
             models=len(after.models),
             attends=len(after.attends),
@@ -185,29 +185,46 @@ def main() -> int:
             failed=int(bool(errors[0])),
             calls=len(after.answers),
         )
-        reasons.update(after.reasons)
+        self.reasons.update(after.reasons)
         if errors[0] != errors[1] or len(before.answers) != len(after.answers):
-            total["otherwise"] += 1
-            print(f"{name}: {errors[0] or 'passed'} before, then {errors[1] or 'passed'}", flush=True)
-            continue
+            return f"{errors[0] or 'passed'} before, then {errors[1] or 'passed'}"
         gaps = [
             (difference(x, y[key]) if key in y else float("inf"), key)
             for x, y in zip(before.answers, after.answers, strict=True)
             for key, x in x.items()
         ]
-        for kind in worst:
-            worst[kind] = max([worst[kind], *((gap, f"{name}: {key}") for gap, key in gaps if key.startswith(kind))])
-        if gaps and max(gaps)[0] > TOLERANCE:
-            total["otherwise"] += 1
-            print(f"{name}: {max(gaps)[1]} differs by {max(gaps)[0]:.1e}", flush=True)
-    print(", ".join(f"{count} {what}" for what, count in total.items()))
-    print(f"{len(verdicts)} kinds of Attends compared")
-    for reason, count in reasons.most_common():
-        if count:
-            print(f"{count:4d} refused: {reason}")
-    for kind, (gap, where) in worst.items():
-        print(f"largest difference of an {kind}: {gap:.1e} ({where})")
-    return 1 if total["otherwise"] else 0
+        for kind, worst in self.worst.items():
+            self.worst[kind] = max([worst, *((gap, f"{name}: {key}") for gap, key in gaps if key.startswith(kind))])
+        gap, key = max(gaps, default=(0.0, ""))
+        return f"{key} differs by {gap:.1e}" if gap > TOLERANCE else ""
+
+    def __str__(self) -> str:
+        lines = [", ".join(f"{count} {what}" for what, count in self.total.items())]
+        lines += [f"{count:4d} refused: {reason}" for reason, count in self.reasons.most_common() if count]
+        lines += [f"largest difference of an {kind}: {gap:.1e} ({at})" for kind, (gap, at) in self.worst.items()]
+        return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("-k", dest="only", default="", help="only tests with this in their name")
+    parser.add_argument("--part", default="0/1", help="I/N: every N-th test, from the I-th on")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    verdicts: dict[Any, Any] = {}
+    Judge.verdicts = property(lambda judge: verdicts, lambda judge, none: None)  # type: ignore[assignment]
+    first, step = map(int, given.part.split("/"))
+    chosen = [*itertools.islice(cases(given.path, given.only), first, None, step)]
+    tally = Tally()
+    try:
+        for name, test in tqdm(chosen, unit="test", disable=None):
+            if otherwise := tally.add(name, test):
+                tally.total["otherwise"] += 1
+                tqdm.write(f"{name}: {otherwise}")
+    finally:
+        print(tally, f"{len(verdicts)} kinds of Attends compared", sep="\n")
+    return 1 if tally.total["otherwise"] else 0
 
 
 if __name__ == "__main__":

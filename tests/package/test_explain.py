@@ -61,6 +61,14 @@ def test_one_line_for_every_backend(on) -> None:
     ]
 
 
+def test_gradients_of_a_bias_on_a_cpu(on) -> None:
+    on(DeviceTarget("cpu", triton="3.7.1"))
+    bias = torch.zeros(1, 1, 3, 4)
+    assert lines_of(bias=bias)[1] == "  backward: torch, it has no other"
+    expected = "  backward: torch, it has none for a bias: all gradients by the einsum path"
+    assert lines_of(bias=bias.requires_grad_())[1] == expected
+
+
 def test_what_a_part_has_shown(on, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Told as it stands: nothing is checked for it, and nothing written."""
     monkeypatch.setenv("FLASH_ATTEND_CACHE", str(tmp_path))

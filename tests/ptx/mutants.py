@@ -67,6 +67,7 @@ SUBJECTS = (
     Subject("sm_80 triton bf16 d64 several runs", "backward_q_kernel"),
     Subject("sm_90 triton bf16 d64 several runs", "forward_kernel"),
     Subject("sm_90 triton bf16 d64 whole blocks", "forward_kernel", "^products .*: "),
+    Subject("sm_90 triton bf16 d64 plain", "forward_kernel", r"^bound .*masked_count"),
     Subject("sm_90 hopper bf16 d64 several tiles seed1 on1", "hopper_forward_kernel", fast=True),
     Subject(
         "sm_90 hopper bf16 d64 several tiles in turns seed1 on1", "hopper_forward_kernel", r": .*Turns\.", fast=True
@@ -258,7 +259,8 @@ def execute_text(recording: Recording, text: str, options: Options | None = None
 
 
 def _differs(got: Tensor | None, want: Tensor | None) -> bool:
-    """By more than the order of a sum comes to: a fiftieth of the largest number, or in what is none."""
+    """By more than the order of a sum comes to: a fiftieth of the largest number of a row, or in what is none. In rows
+    that are almost 0, of a twentieth of the largest number of all."""
     if got is None or want is None or not want.numel():
         return False
     if not want.is_floating_point():
@@ -267,5 +269,6 @@ def _differs(got: Tensor | None, want: Tensor | None) -> bool:
     numbers = want.isfinite()
     if not torch.equal(got.isfinite(), numbers) or not torch.equal(got.isnan(), want.isnan()):
         return True
-    largest = want[numbers].abs().max().item() if numbers.any() else 0.0
-    return bool(((got - want)[numbers].abs() > 0.02 * largest).any())
+    sizes = want.where(numbers, 0.0).abs()
+    largest = sizes.amax(-1, keepdim=True).clamp(min=0.05 * sizes.max().item())
+    return bool(((got - want).where(numbers, 0.0).abs() > 0.02 * largest).any())

@@ -33,7 +33,7 @@ def calls(monkeypatch) -> list[dict]:
 # Construction
 # ---------------------------------------------------------------------------------------------------------------------
 
-UNSET = dict.fromkeys(("bias", "window", "softcap", "alibi_slopes", "sinks"))
+UNSET = dict.fromkeys(("query_mask", "bias", "window", "softcap", "alibi_slopes", "sinks"))
 
 OPTIONS = ("dropout", "causal", "flash", "use_flash", "heads", "scale", "backend", "deterministic")
 

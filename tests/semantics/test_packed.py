@@ -11,10 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backends import BACKENDS, FUSED, MATH_CPU, SDPA_CPU, Backend
-from flash_attend import BackendUnavailable, flash_attention, flash_attention_packed
+from backends import BACKENDS, FUSED, MATH_CPU, SDPA_CPU, TRITON_CUDA, Backend
+from flash_attend import BackendUnavailable, cu_seqlens_of_documents, flash_attention, flash_attention_packed
 from flash_attend.dropout import draw_seed
 from flash_attend.testing.budget import Budget
+from flash_attend.testing.calls import Case as DenseCase
+from flash_attend.testing.calls import check, make_call
+from flash_attend.testing.calls import run as run_call
 from flash_attend.testing.oracle import Answer, attention_oracle
 from flash_attend.testing.sequences import whole_call
 
@@ -213,6 +216,25 @@ def test_dropout_is_that_of_a_padded_batch(backend: Backend) -> None:
     torch.testing.assert_close(run(packed, backend.name).out[0].unflatten(1, (2, -1)).transpose(0, 1), padded)
 
 
+@pytest.mark.parametrize("backend", (MATH_CPU, SDPA_CPU, pytest.param(TRITON_CUDA, marks=pytest.mark.gpu)), ids=str)
+def test_ten_thousand_short_sequences(backend: Backend) -> None:
+    """Of 0 to 5 queries and keys, beside the same in a padded batch, whose mask has the causality."""
+    torch.manual_seed(0)
+    i, j = lengths = torch.randint(0, 6, (2, 10_000))
+    cu_seqlens = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).to(backend.device) for n in lengths]
+    query, key = torch.arange(5)[:, None], torch.arange(5)
+    mask = (query < i[:, None, None]) & (key < j[:, None, None]) & (key <= query + (j - i)[:, None, None])
+    shown = [torch.arange(5) < n[:, None] for n in (i, j, j)]
+    padded = [torch.randn(10_000, 5, 2, 8, dtype=torch.float64, requires_grad=True) for _ in shown]
+    dense = flash_attention(*(x.transpose(1, 2) for x in padded), mask=mask[:, None], backend="math").transpose(1, 2)
+    tensors = [x[rows].to(backend.device) for x, rows in zip(padded, shown, strict=True)]
+    out = flash_attention_packed(*tensors, *cu_seqlens, 5, 5, causal=True, backend=backend.name)
+    torch.testing.assert_close(out.cpu(), dense[shown[0]])
+    grad = torch.randn_like(out)
+    wanted = torch.autograd.grad(dense[shown[0]], padded, grad.cpu(), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(out, padded, grad), wanted)
+
+
 def jagged(tensor: Tensor, places: Tensor) -> Tensor:
     """`(t, h, d)` as a nested tensor `(b, h, i*, d)`, with its gradient."""
     return torch.nested.nested_tensor_from_jagged(tensor, places).transpose(1, 2)
@@ -253,6 +275,40 @@ def test_jagged_nested_tensors_are_packed() -> None:
 def test_any_packing(backend: Backend, **described: Any) -> None:
     packed = make(Case("drawn", d=4, dv=4, grads="out", **described), torch.float64)
     judge(packed)[1].check(run(packed, backend.name))
+
+
+@pytest.mark.parametrize("backend", (MATH_CPU, SDPA_CPU), ids=str)
+def test_documents_in_rows_are_packed_as_their_mask_has_them(backend: Backend) -> None:
+    """The same ids in two rows are two documents; of sequences there are more than documents."""
+    ids = torch.tensor([[7] * 20 + [0] + [3] * 19, [7] * 1 + [-1] * 39])
+    cu_seqlens = cu_seqlens_of_documents(ids, most=7)
+    assert cu_seqlens.tolist() == [0, 20, 21, 40, 41, 80, 80, 80]
+    call = make_call(DenseCase("documents", queries=40, keys=40, causal=True), torch.float32, backend.device)
+    call = call.with_(mask=ids[:, None, :, None] == ids[:, None, None, :], grad_lse=None)
+
+    def attend(*tensors: Tensor, mask: Tensor, scale: float | None, dropout_p: float, **options: Any) -> Any:
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in tensors]
+        out, lse = flash_attention_packed(*rows, cu_seqlens, cu_seqlens, 40, 40, **options)
+        return out.unflatten(0, (2, 40)).transpose(1, 2), lse.unflatten(1, (2, 40)).transpose(0, 1)
+
+    check(run_call(call, backend.name, attend=attend), call)
+
+
+def test_documents_are_counted_on_the_device_or_where_they_can_be() -> None:
+    ids = torch.tensor([[1, 1, 2], [2, 3, 3]])
+    assert cu_seqlens_of_documents(ids).tolist() == [0, 2, 3, 4, 6]
+    assert torch.func.vmap(cu_seqlens_of_documents)(ids[None]).tolist() == [[0, 2, 3, 4, 6, 6, 6]]
+    assert cu_seqlens_of_documents(ids[:0]).tolist() == [0]
+    for wrong, error, message in (
+        ([[1]], TypeError, "document_ids must be a torch.Tensor, got list"),
+        (ids.float(), TypeError, "document_ids must be integers, got torch.float32"),
+        (ids[0], ValueError, r"document_ids must be \(b, i\), got \(3,\)"),
+        (torch.tensor([[1, 2, 2], [5, 4, 5]]), ValueError, "tokens together, got 5 again in row 1"),
+    ):
+        with pytest.raises(error, match=message):
+            cu_seqlens_of_documents(wrong)
+    with pytest.raises(ValueError, match="most must be no less than the number of documents, 4, got 3"):
+        cu_seqlens_of_documents(ids, most=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Work is counted, not timed: calls of functions and of torch's operators are the 
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from triton.knobs import HookChain
 from triton.runtime.jit import JITFunction
 
 import host_cost
-from flash_attend import BackendUnavailable, flash_attention, plans
+from flash_attend import BackendUnavailable, derived, flash_attention, packed, plans
 from flash_attend.kernels import backward, forward, schedule, statistics
 from flash_attend.kernels.configs import Tile, Tiles, override
 from flash_attend.kernels.launch import recorded_launches
@@ -213,3 +214,71 @@ def test_a_forward_allocates_and_no_more(warm: Callable, mode: str) -> None:
     random = {"aten::randint", "aten::random_"} if mode == "dropout" else set()
     ways = {"aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
     assert set(found) <= {*ways, "aten::view", "aten::detach", *random}
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on a CPU are taken for ones that a device has, whose values are not looked at."""
+    monkeypatch.setattr(derived, "_stream", lambda tensor: 0)
+    monkeypatch.setattr(packed, "values_are_checked", lambda tensor: False)
+
+
+def test_tables_of_packed_sequences_are_made_once(on_a_device: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that follow each other, and their backwards, find what the first one made of the same lengths; lengths
+    that have changed are looked at again."""
+    for module in (forward, backward, statistics):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+    tensors = [torch.zeros(100, 4, 64, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    places = [torch.tensor([0, 40, 40, 90], dtype=torch.int32)]
+
+    def layer() -> torch.Tensor:
+        options = dict(causal=True, backend="triton")
+        return packed.flash_attention_packed(*tensors, *places, *places, 50, 50, **options)
+
+    def both() -> None:
+        torch.autograd.grad(layer(), tensors, tensors[0].detach())
+
+    of_tables = {"aten::searchsorted", "aten::cumsum", "aten::sort", "aten::cummax", "aten::cat"}
+    views = {"aten::transpose", "aten::unsqueeze", "aten::select", "aten::as_strided", "aten::view", "aten::detach"}
+    allocations = {"aten::empty", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+    with host_cost.on_the_part():
+        assert of_tables <= set(operators(both))
+        assert set(operators(layer)) <= {*views, *allocations}
+        assert not of_tables & set(operators(both))
+        places[0][1] = 39
+        assert of_tables <= set(operators(layer))
+        q, mask = torch.zeros(2, 4, 64, 64, dtype=torch.float16), torch.ones(2, 64, dtype=torch.bool)
+        for _ in range(2):
+            found = operators(lambda: flash_attention(q, q, q, mask=mask, query_mask=mask, backend="triton"))
+        assert found["aten::index_select"] == 4 and not {*of_tables, "aten::scatter"} & set(found)
+    gc.collect()
+    count = len(derived._made)
+    places.clear()
+    gc.collect()
+    assert len(derived._made) < count, "tables are there as long as the lengths"
+
+
+def test_what_is_derived_follows_its_tensors(on_a_device: None) -> None:
+    made: list[int] = []
+
+    def derive(*tensors: torch.Tensor, key: object = None) -> int:
+        return derived.derived(lambda: made.append(0) or len(made), key, *tensors)
+
+    a, b, c = (torch.zeros(3) for _ in range(3))
+    assert [derive(a, b), derive(a, b), derive(a, c), derive(a, b), derive(b, a), derive(a, b, key=1)] == [
+        1,
+        1,
+        2,
+        1,
+        3,
+        4,
+    ]
+    b.add_(1)
+    assert [derive(a, b), derive(a, c), derive(a, b)] == [5, 2, 5]
+    del b
+    assert [derive(a, torch.zeros(3)), derive(a, torch.zeros(3))] == [6, 7], "another one may have its id"
+    with torch.inference_mode():
+        assert [derive(a, c), derive(a, c), derive(torch.zeros(3), c)] == [8, 8, 9]
+    for _ in range(2 * derived.MOST):
+        derive(a, key=object())
+    assert len(derived._made[a]) <= derived.MOST
