@@ -339,8 +339,6 @@ def _look_up_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: 
     tile = tile._replace(apart=tile.apart and 2 * spec.value_dim > spec.head_dim)
     if spec.bias is not None and (family, *row) in TANGENTS_FULL:
         tile = tile._replace(num_stages=1)
-    if target.multiprocessors:
-        tile = _halved(tile, "block_m", spec.batch * spec.heads, spec.queries, target)
     return tiles._replace(forward=tile)
 
 
