@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 from cases import Case, Inputs
 from flash_attend import explain, flash_attention
@@ -220,7 +221,6 @@ def _compiled(function: Callable) -> Callable:
 def _mask_mod(inputs: Inputs) -> Callable | None:
     """Who may see whom, as FlexAttention asks for it: pair by pair; None where everybody sees everybody."""
     case, mask, offset = inputs.case, inputs.mask, inputs.case.keys - inputs.case.queries
-
     parts = [lambda b, h, i, j: j <= i + offset] if _hides_future(case) else []
     if mask is not None:
         parts.append((lambda b, h, i, j: mask[b, j]) if mask.ndim == 2 else lambda b, h, i, j: mask[b, 0, i, j])
@@ -272,8 +272,6 @@ def _prepare_packed(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor, Pack
 
 
 def _prepare_varlen(inputs: Inputs) -> Attention:
-    from torch.nn.attention.varlen import varlen_attn  # not in every PyTorch
-
     case, options = inputs.case, {}
     known = inspect.signature(varlen_attn).parameters
     if _hides_future(case):

@@ -211,13 +211,21 @@ def _config_of(launch: Launch, case: Case) -> str:
     return f"{dtype} d{spec.head_dim} dv{spec.value_dim} {case.mode}{tile}"
 
 
+def _variant_of(launch: Launch) -> tuple:
+    """What it has compiled, on a part."""
+    prepared = launch.prepared
+    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
+    return prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps
+
+
 def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Report]:
     """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
-    reports = []
+    reports, compiled_already = [], set()
     for launch in case.launches():
-        name = kernel_name(launch)
-        if kernels is not None and name not in kernels:
+        name, variant = kernel_name(launch), _variant_of(launch)
+        if (kernels is not None and name not in kernels) or variant in compiled_already:
             continue
+        compiled_already.add(variant)
         usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE and case.spec.plain_scores
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
@@ -343,8 +351,8 @@ PACKED_MODES = (
     ),
 )  # fmt: skip
 OF_SPLIT = ("forward", "merge")
-# Of a forward with tangents of all its operands: the first of every row, the others of half precision.
-TANGENT_MODES = (MODES[0], MODES[3], CHANGED_MODES[-1])
+# Of a forward with tangents of all its operands: the first two of every row, the last of half precision.
+TANGENT_MODES = (MODES[0], CHANGED_MODES[-1], MODES[3])
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
@@ -405,7 +413,7 @@ def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, in
 def _tangent_modes(kind: str, width: int, scope: str) -> tuple[dict[str, Any], ...]:
     """Of `TANGENT_MODES`, those that a kind of this width is compiled in."""
     if scope == ALL:
-        return TANGENT_MODES if kind == "half" and width in CHANGED_WIDTHS else TANGENT_MODES[:1]
+        return TANGENT_MODES if kind == "half" and width in CHANGED_WIDTHS else TANGENT_MODES[:2]
     return TANGENT_MODES[:1] if kind == "half" and width in TANGENT_WIDTHS[scope] else ()
 
 
@@ -437,10 +445,7 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
             continue
         fresh = []
         for launch in case.launches():
-            prepared = launch.prepared
-            dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
-            identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
-            name = kernel_name(launch)
+            identity, name = (case.arch, *_variant_of(launch)), kernel_name(launch)
             elsewhere = (
                 case.backward == "fused" and not _is_fused(launch),
                 case.is_split and name not in OF_SPLIT,

@@ -225,10 +225,10 @@ TANGENT_ROWS: dict[tuple[str, str, int], str] = {
     ("sm_86", "half", 192): "64x16w4s2",
     ("sm_80", "half", 256): "128x16w8s2a",
     ("sm_86", "half", 256): "32x32w8s2",
-    ("sm_90", "half", 64): "128x32w4s3d",
+    ("sm_90", "half", 64): "64x64w4s2d",
     ("sm_90", "half", 96): "128x64w8s2",
     ("sm_90", "half", 128): "128x64w8s2d",
-    ("sm_90", "half", 192): "128x64w8s1a",
+    ("sm_90", "half", 192): "128x32w8s2a",
     ("sm_90", "half", 256): "128x64w8s1da",
     ("sm_80", "tf32", 64): "128x32w8s2",
     ("sm_80", "tf32", 128): "128x16w8s2",
@@ -238,6 +238,8 @@ TANGENT_ROWS: dict[tuple[str, str, int], str] = {
     ("sm_80", "tf32x3", 64): "64x16w4s1",
     ("sm_80", "double", 64): "16x16w4s1",
 }
+# Of these, whose shared memory has no room for a bias and its tangent twice: with a bias they have one stage.
+TANGENTS_FULL = (("sm_80", "tf32", 128), ("sm_86", "tf32", 64), ("sm_86", "half", 256), ("sm_90", "tf32", 64))
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
 FAMILIES = {
@@ -335,8 +337,8 @@ def _look_up_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: 
     family, row = FAMILIES.get(target.arch or "", OLDEST), row_of(spec)
     tile = tile_of(TANGENT_ROWS.get((family, *row)) or TANGENT_ROWS[(OLDEST, *row)])
     tile = tile._replace(apart=tile.apart and 2 * spec.value_dim > spec.head_dim)
-    if target.multiprocessors:
-        tile = _halved(tile, "block_m", spec.batch * spec.heads, spec.queries, target)
+    if spec.bias is not None and (family, *row) in TANGENTS_FULL:
+        tile = tile._replace(num_stages=1)
     return tiles._replace(forward=tile)
 
 

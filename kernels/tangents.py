@@ -45,7 +45,7 @@ from flash_attend.kernels.operands import (
 )
 from flash_attend.kernels.rows import Heads
 from flash_attend.kernels.schedule import Planes, Schedule, plan_schedule, scheduled_sizes, scheduled_spec
-from flash_attend.kernels.scores import LOG2E, MINUS_INFINITY, Bias, scores_of_call
+from flash_attend.kernels.scores import LOG2E, Bias, scores_of_call
 from flash_attend.kernels.softmax import NEGATIVE_INFINITY, empty_softmax
 from flash_attend.kernels.statistics import Kept, is_apart, is_exact
 from flash_attend.kernels.tiles import Tile, added, clear_rows, scaled, zeros
@@ -120,7 +120,7 @@ def _tile(
         if MASKED:
             changes = mask.hide(changes, query[:, None], key[None, :], shown, 0.0)
         if scores.bias is not None:
-            changes = tl.where(seen == MINUS_INFINITY, 0.0, changes)  # it hides, whatever they are
+            changes = tl.where(seen == NEGATIVE_INFINITY, 0.0, changes)  # it hides, whatever they are
         changes = weights * changes
         of_scores = sums.scores * correction + tl.sum(changes, 1)
         changes = dropout.drop(changes, kept)

@@ -191,6 +191,14 @@ def test_tiles_are_variants(variants: Callable) -> None:
     assert variants([*aot.record_call(SPEC, TILES), *aot.record_call(SPEC, wider)]) == expected
 
 
+def test_lengths_make_no_variant_with_tangents(variants: Callable) -> None:
+    launches = []
+    for number, (queries, keys) in enumerate(PAIRS[::8]):
+        of_call = replace(SPEC, queries=queries, keys=keys, batch=1 + number % 4, scale=SPEC.scale * (number + 1))
+        launches += aot.record_call(of_call, TILES, tangents=True)
+    assert variants(launches) == dict(tangents_kernel=1)
+
+
 def test_what_is_prepared_serves_one_dtype_of_each_tensor() -> None:
     """What runs again is looked up by nothing else: slopes and sinks may come in q's dtype or in float32."""
     q, k, v = (new(2, 4, 100, 64) for _ in range(3))

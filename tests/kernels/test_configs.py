@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-from flash_attend.backends import LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
+from flash_attend.backends import BACKENDS, LARGEST_ACCURATE_HEAD_DIM, LARGEST_HEAD_DIM
 from flash_attend.kernels.configs import (
     DROPOUT,
     FAMILIES,
@@ -25,12 +25,13 @@ from flash_attend.kernels.configs import (
     override,
     row_of,
     select_hopper_tiles,
+    select_tangent_tiles,
     select_tiles,
     tiles_of,
 )
 from flash_attend.kernels.schedule import BLOCKS_PER_STEP
 from flash_attend.kernels.statistics import LONGEST_TILE
-from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, MaskKind
+from flash_attend.spec import LARGEST_LENGTH, AttentionSpec, BiasKind, MaskKind
 from flash_attend.target import DeviceTarget
 
 SPEC = AttentionSpec(
@@ -233,6 +234,34 @@ def test_one_query_has_a_tile_of_its_own() -> None:
             forward = select_tiles(spec, target).forward
             assert forward not in ONE_QUERY
             assert (forward.block_m == 16) == (forward.programs > 0) == (multiprocessors == 132), "unless it is split"
+
+
+@pytest.mark.parametrize("capability", ONE_OF_EACH_FAMILY, ids=lambda pair: f"sm_{pair[0]}{pair[1]}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_with_tangents_has_a_tile_or_is_refused(kind: str, capability: tuple[int, int]) -> None:
+    target, triton = part(capability), BACKENDS["triton"]
+    for spec in specs(kind):
+        if triton.refuse_tangents(spec, target):
+            assert kind in ("tf32", "tf32x3", "double")
+            assert max(spec.head_dim, spec.value_dim) > 64
+            continue
+        usual, tiles = select_tiles(spec, target), select_tangent_tiles(spec, target)
+        assert tiles[1:] == usual[1:], "those of the backward"
+        assert tiles.forward.programs == 0
+        assert not tiles.forward.apart or 2 * spec.value_dim > spec.head_dim > 0
+        block_queries, block_keys = tiles.schedule_block
+        assert block_queries % tiles.forward.block_m == block_keys % tiles.forward.block_n == 0
+
+
+def test_tangents_split_no_keys_and_leave_a_bias_room() -> None:
+    """One query against many keys has the tile of many queries."""
+    one = replace(SPEC, queries=1, keys=2**15)
+    assert select_tiles(one, part((9, 0), 132)).forward.programs > 0
+    assert select_tangent_tiles(one, part((9, 0), 132)).forward == select_tangent_tiles(SPEC, part((9, 0))).forward
+    tf32 = replace(SPEC, **KINDS["tf32"])
+    biased = replace(tf32, bias=BiasKind(False, True, True, True, torch.float32))
+    stages = [select_tangent_tiles(spec, part((9, 0))).forward.num_stages for spec in (tf32, biased)]
+    assert stages == [2, 1]
 
 
 @pytest.mark.parametrize("backward", ["separate", "fused"])

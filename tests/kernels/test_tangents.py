@@ -40,7 +40,7 @@ CASES = (
     (replace(PLAIN, name="scale 0", scale=0.0, heads=1, bias="hiding", mask="bhij"), torch.float32),
     (replace(PLAIN, name="hidden by a bias", bias="hiding", sinks=True, bias_in_float32=True), torch.float16),
     (replace(PLAIN, name="no keys", keys=0, sinks=True), torch.float32),
-    (replace(ALL, grads="both"), torch.float32),
+    (ALL, torch.float32),
 )
 
 

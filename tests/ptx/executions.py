@@ -259,7 +259,7 @@ FAST = (
     "sm_90 triton tf32 d64 grouped",
     "sm_90 triton bf16 d64 few queries on16",
     "sm_90 triton bf16 d64 packed",
-    "sm_80 triton tangents bf16 d64 everything",
+    "sm_80 triton tangents bf16 d64 bias hiding",
     "sm_90 triton tangents bf16 d64 key causal",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
