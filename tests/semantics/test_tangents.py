@@ -161,7 +161,7 @@ print(status("VmHWM") - before - own)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process from Linux's /proc")
 def test_a_process_needs_no_array_of_all_scores() -> None:
-    """The scores of 8192 x 8192 are 256 MB an array, of which torch's forward mode holds a dozen, and a loss on a
-    tangent all that it made. Beyond inputs and outputs, forward and backward."""
+    """The scores of 8192 x 8192 are 256 MB an array, of which torch holds five in forward mode, nine with a loss on a
+    tangent. Beyond inputs and outputs, forward and backward."""
     run = subprocess.run([sys.executable, "-c", MEMORY, "8192"], check=True, capture_output=True, text=True)
     assert int(run.stdout) < 0.5 * 2**30
