@@ -51,7 +51,7 @@ bench: $(INSTALLED) $(VENV)/.peers ## measures us and our peers on this machine:
 bench-cpu: $(INSTALLED) ## measures a CPU beside torch's own ways for up to 25 minutes; the same again goes on
 	@$(BIN)/python benchmarks/run.py --device cpu --peers flash_attend sdpa 'sdpa math' --minutes 25 --out $(ON_CPU) $(ARGS)
 
-train-step: $(INSTALLED) ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
+train-step: $(INSTALLED) $(VENV)/.peers ## measures whole training steps, with models' own Attend and with ours (ARGS=--quick)
 	@$(BIN)/python benchmarks/run.py --training $(ARGS)
 
 # Other people's models: of what they ask for, they need a part here.

@@ -8,13 +8,16 @@ own, from 128 to 4096 tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from flash_attend.testing.oracle import visible_pairs
 
 __all__ = ["DTYPES", "PASSES", "PRESETS", "Case", "Inputs", "make_inputs", "make_mask", "select_cases"]
 
@@ -27,14 +30,9 @@ DTYPES = {
     "float64": (torch.float64, "highest"),
 }
 
-FORWARD, BACKWARD, BOTH, DETERMINISTIC = PASSES = (
-    "forward",
-    "backward",
-    "forward+backward",
-    "deterministic backward",
-)
-
-MASKS = ("none", "right", "left", "holes", "documents")
+FORWARD, BACKWARD, BOTH, DETERMINISTIC = ("forward", "backward", "forward+backward", "deterministic backward")
+# The passes, in units of a forward: a backward is five products for two (Dao et al. 2022).
+PASSES = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5, DETERMINISTIC: 2.5}
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,10 @@ class Case:
     mask: str = "none"  # key padding on the "right" or "left" or in "holes" (b, j); "documents" (b, 1, i, j)
     valid: float = 1.0  # of the keys, on average over the batch; of "documents": one over how many a sequence holds
     dropout_p: float = 0.0
-    passes: tuple[str, ...] = PASSES
+    passes: tuple[str, ...] = tuple(PASSES)
     group: str = ""  # the section of the report
     preset: str = "standard"  # the smallest preset that holds it
     threads: int = 0  # of the CPU; 0 for all
-    overhead: bool = False  # also measure the first call of a process
     core: bool = False  # in a standard run the only cases of the peers that compile anew for each
 
     @property
@@ -97,6 +94,13 @@ class Inputs:
     mask: Tensor | None  # bool (b, j) or (b, 1, i, j)
     grad_out: Tensor  # (b, h, i, dv), 0 where a query sees no key or is padding itself: no loss reads those rows
     rows: Tensor  # bool (b, i): the queries that count, which see a key and are not padding
+    visible: int  # pairs of a query and a key that sees it, over batch and heads
+
+    def tflops(self, name: str, milliseconds: float) -> float:
+        """The rate of a pass by the field's convention: two products of a multiplication and an addition for each
+        number of a pair. Of pairs that are visible alone, so that rates of masked and unmasked calls compare."""
+        flops = PASSES[name] * 2 * self.visible * (self.case.head_dim + self.case.value_dim)
+        return flops / milliseconds / 1e9
 
 
 def make_mask(case: Case, device: torch.device, generator: torch.Generator) -> Tensor | None:
@@ -133,18 +137,13 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     k = draw(case.kv_heads, case.keys, case.head_dim)
     v = draw(case.kv_heads, case.keys, case.value_dim)
     mask = make_mask(case, device, generator)
-    rows = torch.ones(case.batch, case.queries, dtype=torch.bool, device=device)
-    if mask is not None and mask.ndim == 2:
-        if case.queries == case.keys:
-            rows &= mask
-        if case.causal:
-            seen = mask.cumsum(dim=1) > 0
-            last = torch.arange(case.queries, device=device) + case.keys - case.queries
-            rows &= seen[:, last.clamp(min=0)]
-    if case.causal:
-        rows &= torch.arange(case.queries, device=device) >= case.queries - case.keys
+    pairs = visible_pairs(case.batch, 1, case.queries, case.keys, mask, case.causal, device)
+    rows = pairs.any(dim=3).squeeze(1)
+    if mask is not None and mask.ndim == 2 and case.queries == case.keys:
+        rows &= mask  # a padded position is no query either
     grad_out = draw(case.heads, case.queries, case.value_dim) * rows[:, None, :, None]
-    return Inputs(case, *(x.requires_grad_() for x in (q, k, v)), mask, grad_out, rows)
+    visible = int(pairs.sum()) * case.heads
+    return Inputs(case, *(x.requires_grad_() for x in (q, k, v)), mask, grad_out, rows, visible)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,78 +154,71 @@ TOKENS = 16 * 1024
 WIDTH = 2048  # h * d
 
 
-def _case(length: int, dim: int, *, keys: int = 0, value_dim: int = 0, ratio: int = 1, **rest) -> Case:
-    """A case of the usual size: `ratio` query heads to a key head."""
-    heads = rest.pop("heads", 0) or max(ratio, WIDTH // dim // ratio * ratio)
-    return Case(
-        batch=rest.pop("batch", 0) or max(1, TOKENS // length),
-        heads=heads,
-        kv_heads=heads // ratio,
-        queries=length,
-        keys=keys or length,
-        head_dim=dim,
-        value_dim=value_dim or dim,
-        **rest,
-    )
+def _case(length: int, dim: int, *, shorter: float = 1, wider: int = 1, ratio: int = 1, **rest) -> Case:
+    """A case of so many keys; how many there are of them to a query, numbers of v to one of k, heads to a key head."""
+    batch = rest.pop("batch", max(1, TOKENS // length))
+    heads = rest.pop("heads", max(ratio, WIDTH // dim // ratio * ratio))
+    return Case(batch, heads, round(length / shorter), length, dim, wider * dim, heads // ratio, **rest)
 
 
-def _product(group: str, lengths: Sequence[int], dims: Sequence[int], **axes: Sequence) -> Iterator[Case]:
-    """The cases of every combination."""
-    for length, dim, *values in product(lengths, dims, *axes.values()):
-        yield _case(length, dim, group=group, **dict(zip(axes, values, strict=True)))
+def _cases(group: str, lengths: list[int], dims: list[int], **axes) -> Iterator[Case]:
+    """The cases of every combination; an axis is a list of values, or one value."""
+    axes = dict(length=lengths, dim=dims) | axes
+    for values in product(*(axis if isinstance(axis, list) else [axis] for axis in axes.values())):
+        yield _case(group=group, **dict(zip(axes, values, strict=True)))
 
 
 def _cuda() -> Iterator[Case]:
     """The grid of a GPU. Of cases of one name the first counts: what is quick or core stands before the rest."""
-    quick, full, core, either = dict(preset=["quick"]), dict(preset=["full"]), dict(core=[True]), [False, True]
-    right, grouped = dict(mask=["right"], valid=[0.5]), "grouped heads"
-    yield from _product("lengths", [1024], [64, 128], causal=[True], **quick, **core)
-    yield from _product("lengths", [8192], [64, 128], causal=[True], **quick)
-    yield from _product("lengths", [1024, 4096, 16384], [64, 128, 256], causal=either, **core)
-    yield from _product("lengths", [512, 2048, 8192], [64, 128, 256], causal=either)
-    yield from _product("odd lengths", [1000, 4097], [64, 128], causal=[True])
-    yield from _product(grouped, [4096], [128], ratio=[8], causal=[True], **quick, **core)
-    yield from _product(grouped, [4096], [128], ratio=[8], causal=[False], **core)
-    yield from _product(grouped, [4096], [128], ratio=[4], causal=either)
-    yield from _product(grouped, [4096], [64], ratio=[4, 8], causal=[True], **full)
-    yield from _product("head dims", [4096], [80, 96], causal=either)
-    yield from _product("head dims", [4096], [40, 160, 192], causal=either, **full)
-    for dim in (32, 64, 128):
-        yield from _product("dv = 2 d", [4096], [dim], value_dim=[2 * dim], causal=either, core=[dim == 64])
-    yield from _product("cross-attention", [1024], [128], keys=[4096], batch=[8], causal=either)
-    yield from _product("cross-attention", [4096], [128], keys=[512], batch=[8])
+    quick, full, core, either = dict(preset="quick"), dict(preset="full"), dict(core=True), [False, True]
+    causal, both, right = dict(causal=True), dict(causal=either), dict(mask="right", valid=0.5)
+    yield from _cases("lengths", [1024], [64, 128], **causal, **quick, **core)
+    yield from _cases("lengths", [8192], [64, 128], **causal, **quick)
+    yield from _cases("lengths", [1024, 4096, 16384], [64, 128, 256], **both, **core)
+    yield from _cases("lengths", [512, 2048, 8192], [64, 128, 256], **both)
+    yield from _cases("odd lengths", [1000, 4097], [64, 128], **causal)
+    yield from _cases("grouped heads", [4096], [128], ratio=8, **causal, **quick, **core)
+    yield from _cases("grouped heads", [4096], [128], ratio=8, causal=False, **core)
+    yield from _cases("grouped heads", [4096], [128], ratio=4, **both)
+    yield from _cases("grouped heads", [4096], [64], ratio=[4, 8], **causal, **full)
+    yield from _cases("head dims", [4096], [80, 96], **both)
+    yield from _cases("head dims", [4096], [40, 160, 192], **both, **full)
+    yield from _cases("dv = 2 d", [4096], [64], wider=2, **both, **core)
+    yield from _cases("dv = 2 d", [4096], [32, 128], wider=2, **both)
+    yield from _cases("cross-attention", [4096], [128], shorter=4, batch=8, **both)
+    yield from _cases("cross-attention", [512], [128], shorter=1 / 8, batch=8)
 
-    padding, shares = "key padding", [0.25, 0.5, 0.75, 0.95]
-    yield from _product(padding, [4096], [64], causal=either, **right, **quick, **core)
-    yield from _product(padding, [4096], [64, 128], mask=["right", "left", "holes"], valid=[0.5], causal=either, **core)
-    yield from _product(padding, [4096], [64, 128], mask=["right"], valid=shares, causal=either)
-    yield from _product(padding, [4096], [64, 128], mask=["left", "holes"], valid=shares, causal=either, **full)
-    yield from _product(padding, [4096], [256], causal=either, **right)
-    documents = dict(mask=["documents"], valid=[0.25]) | core
-    yield from _product("dense mask", [4096], [64, 128], **documents)
-    yield from _product("dense mask", [2048], [64, 128], **documents, **full)
-    yield from _product("dropout", [2048], [64], dropout_p=[0.1], causal=[True], **right, **quick)
-    yield from _product("dropout", [2048], [128], dropout_p=[0.1], causal=[True], **right)
-    yield from _product("dropout", [2048], [64, 128], dropout_p=[0.1], causal=either)
+    masks, shares = ["right", "left", "holes"], [0.25, 0.5, 0.75, 0.95]
+    yield from _cases("key padding", [4096], [64], **both, **right, **quick, **core)
+    yield from _cases("key padding", [4096], [64, 128], mask=masks, valid=0.5, **both, **core)
+    yield from _cases("key padding", [4096], [64, 128], mask="right", valid=shares, **both)
+    yield from _cases("key padding", [4096], [64, 128], mask=["left", "holes"], valid=shares, **both, **full)
+    yield from _cases("key padding", [4096], [256], **both, **right)
+    documents = dict(mask="documents", valid=0.25) | core
+    yield from _cases("dense mask", [4096], [64, 128], **documents)
+    yield from _cases("dense mask", [2048], [64, 128], **documents, **full)
+    yield from _cases("dropout", [2048], [64], dropout_p=0.1, **causal, **right, **quick)
+    yield from _cases("dropout", [2048], [128], dropout_p=0.1, **causal, **right)
+    yield from _cases("dropout", [2048], [64, 128], dropout_p=0.1, **both)
 
     floats = dict(dtype=["tf32", "float32"])
-    yield from _product("float16", [4096], [64, 128], dtype=["float16"], causal=[True])
-    yield from _product("float32", [2048], [64], causal=[True], **floats, **right, **quick, **core)
-    yield from _product("float32", [2048], [128], causal=[True], **floats, **right, **core)
-    yield from _product("float32", [2048], [64, 128], causal=either, **floats)
+    yield from _cases("float16", [4096], [64, 128], dtype="float16", **causal)
+    yield from _cases("float32", [2048], [64], **causal, **floats, **right, **quick, **core)
+    yield from _cases("float32", [2048], [128], **causal, **floats, **right, **core)
+    yield from _cases("float32", [2048], [64, 128], **both, **floats)
     # What the models that the package patches call: naturalspeech2's float32, the complete complex form's dv = 2 d.
-    for dim, value_dim in ((64, 64), (32, 64)):
-        sizes = dict(value_dim=[value_dim], batch=[16], heads=[8])
-        exact = dict(dtype=["float32"], preset=["quick"])
-        yield from _product("the seeds' shapes", [1024], [dim], causal=[True], **sizes, **exact, **right)
-        yield from _product("the seeds' shapes", [1024], [dim], causal=either, **sizes, **floats, **right)
-        yield from _product("the seeds' shapes", [1024], [dim], causal=either, **sizes, **floats)
-    for keys, preset in ((8192, "quick"), (32768, "standard")):
-        sizes = dict(keys=keys, batch=16 * 8192 // keys, heads=32, ratio=4)
-        yield _case(1, 128, causal=True, passes=(FORWARD,), group="decoding", preset=preset, **sizes)
-    for causal, preset in ((True, "quick"), (False, "standard")):
-        rest = dict(batch=1, heads=8, passes=(FORWARD, BOTH), overhead=causal, core=causal)
-        yield _case(128, 64, causal=causal, group="small calls", preset=preset, **rest)
+    for dim, wider in ((64, 1), (32, 2)):
+        call = ("the seeds' shapes", [1024], [dim])
+        sizes = dict(wider=wider, batch=16, heads=8)
+        yield from _cases(*call, **sizes, dtype="float32", **causal, **right, **quick)
+        yield from _cases(*call, **sizes, **both, **floats, **right)
+        yield from _cases(*call, **sizes, **both, **floats)
+    decoding = dict(passes=(FORWARD,), heads=32, ratio=4) | causal
+    yield from _cases("decoding", [8192], [128], shorter=8192, batch=16, **decoding, **quick)
+    yield from _cases("decoding", [32768], [128], shorter=32768, batch=4, **decoding)
+    small = dict(batch=1, heads=8, passes=(FORWARD, BOTH))
+    yield from _cases("small calls", [128], [64], **small, **causal, **quick, **core)
+    yield from _cases("small calls", [128], [64], **small)
 
 
 # What a CPU measures, of which the usual kinds more closely.
@@ -237,55 +229,45 @@ CPU_KINDS = {
     "padding on the left": dict(mask="left", valid=0.5),
     "holes": dict(mask="holes", valid=0.75),
     "documents": dict(mask="documents", valid=0.25),
-    "i < j causal": dict(causal=True),
+    "i < j causal": dict(causal=True, shorter=4),
     "grouped heads": dict(causal=True, ratio=4),
-    "dv = 2 d": dict(causal=True),
+    "dv = 2 d": dict(causal=True, wider=2),
     "dropout": dict(causal=True, dropout_p=0.1),
 }
 USUAL_KINDS = ("no mask", "causal", "padding on the right")
-LENGTHS, DIMS = (128, 512, 1024, 2048, 4096), (32, 64, 128)
+LENGTHS, DIMS = [128, 512, 1024, 2048, 4096], [32, 64, 128]
 
 
 def _cpu() -> Iterator[Case]:
     """Small enough for a laptop: what serves there beside what else runs there. The whole product takes hours. Of cases
     of one name the first counts."""
-    for kind in CPU_KINDS:
-        yield from _cpu_product("quick", kind, [512], [64], [0], ["float32"])
+    passes, dtypes = dict(passes=(FORWARD, BOTH)), ["float32", "bfloat16"]
+    for kind, call in CPU_KINDS.items():
+        cases = partial(_cases, f"cpu: {kind}", batch=2, heads=4, dtype=dtypes, **call, **passes)
+        yield from cases([512], [64], dtype="float32", preset="quick")
         if kind in USUAL_KINDS:
-            yield from _cpu_product("standard", kind, LENGTHS, [64])
-            yield from _cpu_product("standard", kind, [512, 2048], DIMS)
-            yield from _cpu_product("standard", kind, [512, 2048], [64], [1])
+            yield from cases(LENGTHS, [64])
+            yield from cases([512, 2048], DIMS)
+            yield from cases([512, 2048], [64], threads=1)
         else:
-            yield from _cpu_product("standard", kind, [128, 512, 2048], [64])
-        yield from _cpu_product("full", kind, LENGTHS, DIMS, [0, 1])
+            yield from cases([128, 512, 2048], [64])
+        yield from cases(LENGTHS, DIMS, threads=[0, 1], preset="full")
     for padding in ({}, dict(mask="right", valid=0.625)):  # what `make demo` calls
-        rest = dict(batch=4, heads=4, dtype="float32", causal=True, threads=1, passes=(FORWARD, BOTH))
-        yield _case(192, 64, group="cpu: the demo's shapes", preset="quick", **rest, **padding)
-
-
-def _cpu_product(preset: str, kind: str, lengths, dims, threads=(0,), dtypes=("float32", "bfloat16")) -> Iterator[Case]:
-    for length, dim, number, dtype in product(lengths, dims, threads, dtypes):
-        queries = length // 4 if kind == "i < j causal" else length
-        value_dim = 2 * dim if kind == "dv = 2 d" else dim
-        rest = CPU_KINDS[kind] | dict(batch=2, heads=4, dtype=dtype, threads=number, passes=(FORWARD, BOTH))
-        overhead = (preset, kind, length) == ("standard", "causal", 128)
-        rest |= dict(group=f"cpu: {kind}", preset=preset, overhead=overhead)
-        yield _case(queries, dim, keys=length, value_dim=value_dim, **rest)
+        rest = dict(batch=4, heads=4, dtype="float32", causal=True, threads=1, preset="quick") | passes | padding
+        yield from _cases("cpu: the demo's shapes", [192], [64], **rest)
 
 
 GRIDS = {"cpu": _cpu, "cuda": _cuda}
 PRESETS = ("quick", "standard", "full")
 
 
-def select_cases(device: str, preset: str, only: str = "") -> list[Case]:
-    """The cases of a preset, larger ones including the smaller, that contain all words of `only` in group and name.
-    `device` is "cpu" or "cuda". On a GPU a quick run leaves out the backward by itself.
-    """
-    rank = PRESETS.index(preset)
+def select_cases(device: str, preset: str) -> list[Case]:
+    """The cases of a preset on "cpu" or "cuda", larger ones including the smaller. On a GPU a quick run leaves out the
+    backward by itself."""
     grid: dict[str, Case] = {}
     for case in GRIDS[device]():
         grid.setdefault(case.name, case)
-    cases = (case for case in grid.values() if PRESETS.index(case.preset) <= rank)
-    if preset == "quick":
-        cases = (replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases)
-    return [case for case in cases if all(word in f"{case.group}: {case.name}" for word in only.split())]
+    cases = [case for case in grid.values() if PRESETS.index(case.preset) <= PRESETS.index(preset)]
+    if preset != "quick":
+        return cases
+    return [replace(case, passes=tuple(name for name in case.passes if name in (FORWARD, BOTH))) for case in cases]

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from flash_attend.sequence import Block, Shards, blocks_between
 
@@ -79,14 +82,9 @@ def pairs_of(block: Block) -> int:
     (first, last), (first_key, last_key), (left, right) = block.rows, block.keys, block.window
     rows, keys = last - first, last_key - first_key
     # What is cut off at the corners: 1, 2, ... keys of the rows.
-    late = 0 if right is None else sum_to(rows - 1 - right) - sum_to(rows - 1 - right - keys)
-    early = 0 if left is None else sum_to(keys - 1 - left) - sum_to(keys - 1 - left - rows)
-    return rows * keys - late - early
-
-
-def sum_to(n: int) -> int:
-    """1 + 2 + ... + n."""
-    return max(n, 0) * (max(n, 0) + 1) // 2
+    late = 0 if right is None else np.clip(np.arange(rows) - right, 0, keys).sum()
+    early = 0 if left is None else np.clip(np.arange(keys) - left, 0, rows).sum()
+    return rows * keys - int(late + early)
 
 
 def by_ring(call: Call, run: Pass, bandwidth: float) -> float:
@@ -132,28 +130,15 @@ def by_heads(call: Call, run: Pass, bandwidth: float) -> float:
 def rows() -> Iterator[tuple[str, ...]]:
     """Of the table: milliseconds of a forward, and of a forward with its backward, by each way."""
     forward, backward = Pass.both()
-    for link, bandwidth in LINKS.items():
-        for tokens in (2**17, 2**20):
-            for kind in ("causal", "full", "window"):
-                for kv_heads in (8, 32):
-                    call = Call(tokens, kv_heads, kind)
-
-                    def told(
-                        way: Callable[[Call, Pass, float], float], call: Call = call, bandwidth: float = bandwidth
-                    ):
-                        ahead = way(call, forward, bandwidth)
-                        return ahead, ahead + way(call, backward, bandwidth)
-
-                    ring, heads = told(by_ring), told(by_heads)
-                    ratios = [theirs / ours for ours, theirs in zip(heads, ring, strict=True)]
-                    name = f"{tokens // 1024}k" if tokens < 2**20 else f"{tokens // 2**20}M"
-                    yield (
-                        link,
-                        name,
-                        kind,
-                        str(kv_heads),
-                        *(f"{1e3 * ring[at]:.1f} / {1e3 * heads[at]:.1f} ({ratios[at]:.2f})" for at in (0, 1)),
-                    )
+    lengths, kinds = {"128k": 2**17, "1M": 2**20}, ("causal", "full", "window")
+    for link, length, kind, kv_heads in product(LINKS, lengths, kinds, (8, 32)):
+        call = Call(lengths[length], kv_heads, kind)
+        ahead, back = (
+            [1e3 * way(call, run, LINKS[link]) for way in (by_ring, by_heads)] for run in (forward, backward)
+        )
+        both = [sum(pair) for pair in zip(ahead, back, strict=True)]
+        told = (f"{ring:.1f} / {heads:.1f} ({ring / heads:.2f})" for ring, heads in (ahead, both))
+        yield (link, length, kind, str(kv_heads), *told)
 
 
 def table() -> list[str]:

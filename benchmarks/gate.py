@@ -10,25 +10,23 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from cases import BACKWARD, BOTH, DETERMINISTIC, Inputs
-from flash_attend.checks import normalise_inputs
-from flash_attend.dropout import draw_seed, keep_mask
 from flash_attend.testing.budget import NAMES, Budget
+from flash_attend.testing.calls import Call, keep_of
 from flash_attend.testing.oracle import Answer, attention_oracle
 from measure import numerics
 
 __all__ = ["Check", "Gate"]
 
 SEED = 20
-# Pairs, visible or not: calls of at most so many are checked in all their slices.
-WHOLE = {"cuda": 2**25, "cpu": 2**20}
 SLICES = 3
+# Pairs, visible or not: more slices are checked where they hold no more.
+PAIRS = {"cuda": 2**25, "cpu": 2**20}
 
 
 @dataclass(frozen=True)
@@ -41,50 +39,33 @@ class Check:
     error: str = ""  # empty where the results are right
 
 
-def _slice(x: Tensor, name: str, batch: int, kv_head: int, group: int) -> Tensor:
-    """Of an operand or a result what a key head of a batch element reads or makes."""
-    width = 1 if name in ("k", "v", "dk", "dv") else group
-    return x.detach()[batch : batch + 1, kv_head * width : (kv_head + 1) * width]
-
-
 class Gate:
     """Judges any number of implementations by one set of inputs. Dropout is judged by what flash_attend keeps."""
 
     def __init__(self, inputs: Inputs) -> None:
         case, self.inputs = inputs.case, inputs
-        self.group = case.heads // case.kv_heads
         self.with_gradients = any(name in case.passes for name in (BACKWARD, BOTH, DETERMINISTIC))
-        pairs = list(product(range(case.batch), range(case.kv_heads)))
-        self.checked = "all of it"
-        if case.batch * case.heads * case.queries * case.keys > WHOLE[inputs.q.device.type] and len(pairs) > SLICES:
-            self.checked = f"{SLICES} of {len(pairs)} slices"
-            pairs = sorted(random.Random(SEED).sample(pairs, SLICES))
+        slices = list(product(range(case.batch), range(case.kv_heads)))
+        number = max(SLICES, PAIRS[inputs.q.device.type] // (case.heads // case.kv_heads * case.queries * case.keys))
+        drawn = random.Random(SEED).sample(slices, min(number, len(slices)))
+        self.checked = f"{len(drawn)} of {len(slices)} slices"
+        options = dict(causal=case.causal, dropout_p=case.dropout_p)
+        leaves = inputs.q, inputs.k, inputs.v
+        keep = keep_of(Call(*leaves, inputs.mask, inputs.grad_out, None, **options, torch_seed=SEED))
         with numerics(case.dtype):  # eager's error, which the budget goes by, is that of the same mode
-            self.budgets = {pair: self._budget(*pair) for pair in pairs}
+            self.budgets = {}
+            for batch, kv_head in drawn:
+                q, k, v, grad_out = (self._slice(x, batch, kv_head) for x in (*leaves, inputs.grad_out))
+                call = options | dict(
+                    mask=None if inputs.mask is None else inputs.mask[batch : batch + 1],
+                    keep=None if keep is None else self._slice(keep, batch, kv_head),
+                    grad_out=grad_out,
+                )
+                self.budgets[batch, kv_head] = Budget(attention_oracle(q, k, v, **call), q, k, v, **call)
 
-    @cached_property
-    def keep(self) -> Tensor | None:
-        """`(b, h, i, j)`: the weights that dropout keeps; None without."""
-        inputs, case = self.inputs, self.inputs.case
-        if not case.dropout_p:
-            return None
-        options = dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p)
-        _, spec = normalise_inputs(inputs.q, inputs.k, inputs.v, **options)
-        torch.manual_seed(SEED)
-        return keep_mask(draw_seed(inputs.q.device), spec, 0, case.queries)
-
-    def _budget(self, batch: int, kv_head: int) -> Budget:
-        """What a slice should give, and how far from that it may be."""
-        inputs, case = self.inputs, self.inputs.case
-        tensors = [_slice(getattr(inputs, name), name, batch, kv_head, self.group) for name in "qkv"]
-        call = dict(
-            mask=None if inputs.mask is None else inputs.mask[batch : batch + 1],
-            causal=case.causal,
-            dropout_p=case.dropout_p,
-            keep=None if self.keep is None else _slice(self.keep, "q", batch, kv_head, self.group),
-            grad_out=_slice(inputs.grad_out, "q", batch, kv_head, self.group),
-        )
-        return Budget(attention_oracle(*tensors, **call), *tensors, **call)
+    def _slice(self, x: Tensor, batch: int, kv_head: int) -> Tensor:
+        """Of an operand or a result what a key head of a batch element reads or makes."""
+        return x.detach()[batch : batch + 1].chunk(self.inputs.case.kv_heads, dim=1)[kv_head]
 
     def judge(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], *, whole: bool) -> Check:
         """Checks `attend(q, k, v) -> out`, its output and gradients; `whole`: also where a query is padding or dead.
@@ -107,7 +88,7 @@ class Gate:
                 read = result if whole or name != "out" else result[counted.expand_as(result)]
                 assert read.isfinite().all(), f"{name} has NaN or infinity"
             for (batch, kv_head), budget in self.budgets.items():
-                parts = {name: _slice(x, name, batch, kv_head, self.group) for name, x in results.items()}
+                parts = {name: self._slice(x, batch, kv_head) for name, x in results.items()}
                 if not whole:  # nobody reads the other rows: they are taken as right
                     parts["out"] = torch.where(counted[batch], parts["out"], budget.truth.out.to(out.dtype))
                 errors += [_distance(part, getattr(budget.truth, name)) for name, part in parts.items()]

@@ -1,4 +1,4 @@
-"""How a time is taken, and where: interleaved, in rounds, with the spread, beside the ceilings of the machine.
+"""How a time is taken, and where: interleaved, in rounds, with the spread.
 
 On a GPU a sample is the time between two CUDA events around one call, after the L2 cache was flushed
 (`triton.testing.do_bench`). Peers take turns, A B B A, so that a drifting clock treats them alike. On a CPU a sample
@@ -15,7 +15,6 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,13 @@ def _sample_on_cuda(function: Function, milliseconds: float) -> list[float]:
 
 def _sample_on_cpu(function: Function, milliseconds: float) -> list[float]:
     once = timeit.timeit(function, number=1)
-    number = int(milliseconds / 1e3 / once)
     if once > LONG_CALL:  # needs no warm-up
         return [1e3 * once]
-    return [1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=max(1, number))]
+    number = max(1, int(milliseconds / 1e3 / once))
+    return [1e3 * seconds for seconds in timeit.repeat(function, number=1, repeat=number)]
 
 
-def sample_on(device: torch.device) -> Sampler:
-    """What takes times on a device, which becomes the current one: events are recorded there."""
-    if device.type == "cpu":
-        return _sample_on_cpu
-    torch.cuda.set_device(device)
-    return _sample_on_cuda
+SAMPLERS: dict[str, Sampler] = {"cuda": _sample_on_cuda, "cpu": _sample_on_cpu}
 
 
 def interleave(samplers: Mapping[Any, Callable[[float], list[float]]], rounds: int, milliseconds: float) -> dict:
@@ -71,13 +65,10 @@ def interleave(samplers: Mapping[Any, Callable[[float], list[float]]], rounds: i
     return samples
 
 
-def rounded(value: float) -> float:
-    """As many digits as a time has that say something: results are kept in text."""
-    return float(f"{value:.5g}")
-
-
 def summarise(samples: list[list[float]]) -> dict[str, Any]:
-    """The fields of a row that samples give; the spread of the rounds' medians is what a repetition would show."""
+    """The fields of a row that samples give; the spread of the rounds' medians is what a repetition would show.
+
+    All have as many digits as say something: results are kept in text."""
     together = [sample for taken in samples for sample in taken]
     low, _, high = statistics.quantiles(together, n=4, method="inclusive") if len(together) > 1 else (0, 0, 0)
     return dict(
@@ -86,6 +77,11 @@ def summarise(samples: list[list[float]]) -> dict[str, Any]:
         ms_rounds=[rounded(statistics.median(taken)) for taken in samples],
         samples=[[rounded(sample) for sample in taken] for taken in samples],
     )
+
+
+def rounded(value: float) -> float:
+    """Five digits."""
+    return float(f"{value:.5g}")
 
 
 def first_line(error: BaseException) -> str:
@@ -103,42 +99,41 @@ def synchronize(device: torch.device) -> None:
 def numerics(dtype: str, deterministic: bool = False, threads: int = 0) -> Iterator[None]:
     """Within this context float32 products, determinism and the CPU's threads are what a case and a pass ask for.
 
-    `dtype` is a key of `cases.DTYPES`; 0 threads are those there were. Torch's own filling of new tensors, which goes
-    with determinism and which no result depends on, stays off: it would be timed.
+    `dtype` is a key of `cases.DTYPES`; 0 threads are those there were.
     """
-    precision, had_threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.set_float32_matmul_precision(DTYPES[dtype][1])
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_num_threads(threads or had_threads)
+    had = (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    )
     try:
+        _set_numerics(DTYPES[dtype][1], deterministic, threads or torch.get_num_threads())
         yield
     finally:
-        torch.set_num_threads(had_threads)
-        torch.use_deterministic_algorithms(was_deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
-        torch.set_float32_matmul_precision(precision)
+        _set_numerics(*had)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where, and what it can do
-# ---------------------------------------------------------------------------------------------------------------------
+def _set_numerics(precision: str, deterministic: bool, threads: int) -> None:
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+    # Torch's own filling of new tensors goes with determinism; no result depends on it, and it would be timed.
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic
 
 
-def _run(*command: str) -> str | None:
+def _run(*command: str) -> str:
+    """What a command prints; nothing where it is missing or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return ""
 
 
 def _ask_gpu(device: torch.device, *names: str) -> dict[str, str]:
-    """What nvidia-smi says of a GPU; nothing where there is no such tool."""
+    """What nvidia-smi says of a GPU."""
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     printed = _run("nvidia-smi", f"--id={uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
-    return dict(zip(names, (printed or "").split(", "), strict=False))
+    return dict(zip(names, printed.split(", "), strict=False))
 
 
 def clocks(device: torch.device) -> dict[str, str]:
@@ -167,23 +162,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "host": f"{os.cpu_count()} x {processor}",
         "threads": torch.get_num_threads(),
         "commit": commit or os.environ.get("FLASH_ATTEND_COMMIT", "unknown"),
-        "dirty": None if commit is None else bool(changed),
+        "dirty": bool(changed) if commit else None,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def ceilings(device: torch.device, sample: Sampler, milliseconds: float = 100.0) -> dict[str, Any]:
-    """What this device does at best, measured now: matrix products by dtype in TFLOP/s, a copy in GB/s.
-
-    The copy counts the bytes read and the bytes written. Random data: a GPU clocks higher on zeros.
-    """
-    side, numbers = (8192, 2**28) if device.type == "cuda" else (512, 2**23)
-    tflops = {}
-    for name in DTYPES if device.type == "cuda" else ("float32", "bfloat16"):
-        with numerics(name):
-            a, b = (torch.randn(side, side, device=device, dtype=DTYPES[name][0]) for _ in range(2))
-            tflops[name] = 2e-9 * side**3 / statistics.median(sample(partial(torch.mm, a, b), milliseconds))
-    source = torch.randn(numbers, device=device)
-    copied = torch.empty_like(source)
-    taken = statistics.median(sample(partial(copied.copy_, source), milliseconds))
-    return {"tflops": tflops, "copy_gbps": 2e-6 * source.nbytes / taken}

@@ -8,17 +8,17 @@ Whatever a peer raises, here or in the call, becomes the error of its row.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, and_masks, create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 from cases import Case, Inputs
 from flash_attend import explain, flash_attention
@@ -42,6 +43,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # hundred times as long as that of anybody else, and they would take most of a run's time.
 MOST_SCORES = 2**28
 BOTH_DEVICES, GPU, CPU = ("cuda", "cpu"), ("cuda",), ("cpu",)
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
 
 
 class Unserved(Exception):
@@ -72,10 +75,6 @@ def _hides_future(case: Case) -> bool:
 def _with_four_dims(mask: Tensor) -> Tensor:
     """`(b, j)` -> `(b, 1, 1, j)`, a view; 4-D masks as they are."""
     return mask if mask.ndim == 4 else mask[:, None, None, :]
-
-
-def _no_mask() -> None:
-    """Says that every query sees every key."""
 
 
 def explicit_mask(inputs: Inputs) -> Callable[[], Tensor | None]:
@@ -115,8 +114,7 @@ class _KeepTokens(torch.autograd.Function):
         return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, tokens, grad), None
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(NamedTuple):
     """A batch of sequences behind one another, without their padding."""
 
     batch: int
@@ -124,12 +122,6 @@ class Packing:
     tokens: Tensor | None  # (t,): which of the (b n) tokens are kept; None: all of them
     starts: Tensor  # int32 (b + 1): where each sequence begins, and where the last one ends
     longest: int
-
-    @staticmethod
-    def whole(batch: int, length: int, device: torch.device) -> Packing:
-        """Sequences without padding."""
-        starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * length
-        return Packing(batch, length, None, starts, length)
 
     @staticmethod
     def of(mask: Tensor) -> Packing:
@@ -160,42 +152,36 @@ def _ours(
 ) -> Peer:
     """One of ours by this backend and, if it is told, this backward."""
 
-    def bind(inputs: Inputs, function: Callable) -> Callable:
+    def options(inputs: Inputs) -> dict[str, Any]:
         case = inputs.case
-        return partial(function, mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
+        return dict(mask=inputs.mask, causal=case.causal, dropout_p=case.dropout_p, backend=backend)
 
     def prepare(inputs: Inputs) -> Attention:
         if backend == "math":
             _refuse_many_scores(inputs)
-        return bind(inputs, flash_attention)
+        return partial(flash_attention, **options(inputs))
 
     def served(inputs: Inputs) -> str:
-        plan = bind(inputs, explain)(inputs.q, inputs.k, inputs.v).plan
+        plan = explain(inputs.q, inputs.k, inputs.v, **options(inputs)).plan
         return f"{plan.name}, {plan.backward} backward" if plan else ""
 
     within = nullcontext if backward is None else partial(override_backward, backward)
     return Peer(name, about, prepare, devices, ours=True, served=served, within=within)
 
 
-def _sdpa(name: str, about: str, backend: SDPBackend | None = None, devices: tuple[str, ...] = BOTH_DEVICES) -> Peer:
-    """PyTorch's own with one of its kernels forced, or with None the one that it chooses."""
-    return Peer(name, f"F.scaled_dot_product_attention: {about}", partial(_prepare_sdpa, backend), devices)
-
-
 def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
+    """PyTorch's own with one of its kernels forced, or with None the one that it chooses."""
     case = inputs.case
-    if backend is SDPBackend.MATH:
+    if backend is MATH:
         _refuse_many_scores(inputs)
     build, is_causal = explicit_mask(inputs), False
     if inputs.mask is None and _hides_future(case):
         # For other lengths `is_causal` is aligned at the top left. Flash and memory-efficient know the alignment at the
         # bottom right; for the others PyTorch would write it out in every call.
         is_causal = case.queries == case.keys
-        if is_causal:
-            build = _no_mask
-        elif case.queries < case.keys and backend not in (SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+        if case.queries < case.keys and backend not in (CUDNN, MATH):
             build = partial(causal_lower_right, case.queries, case.keys)
-    repeats = backend is SDPBackend.EFFICIENT_ATTENTION  # knows no grouped heads
+    repeats = backend is EFFICIENT  # knows no grouped heads
     options = dict(dropout_p=case.dropout_p, is_causal=is_causal)
     options["enable_gqa"] = case.heads != case.kv_heads and not repeats
 
@@ -203,30 +189,26 @@ def _prepare_sdpa(backend: SDPBackend | None, inputs: Inputs) -> Attention:
         if repeats:
             k, v = _repeat_heads(k, case.heads), _repeat_heads(v, case.heads)
         with nullcontext() if backend is None else sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=build(), **options)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=None if is_causal else build(), **options)
 
     return attend if backend is None else _with_kernel(attend, inputs)
 
 
 def _with_kernel(attend: Attention, inputs: Inputs) -> Attention:
-    """`attend`, if PyTorch has a kernel for it. Its error does not say why it has none: its warnings do."""
+    """`attend`, if PyTorch has a kernel for it. Its error does not say why it has none: its warnings do, of which the
+    first that is about the call, and not the choice of kernels, is told."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             attend(inputs.q, inputs.k, inputs.v)
         except RuntimeError as error:
-            reason = _first_reason([str(warning.message) for warning in caught])
+            told = (" ".join(str(one.message).split()).partition(" (Triggered internally") for one in caught)
+            reasons = (reason for reason, place, _ in told if place and "runtime disabled" not in reason)
+            reason = next((reason for reason in reasons if not reason.endswith("not used because:")), "")
             if "No available kernel" not in str(error) or not reason:
                 raise
             raise Unserved(f"no available kernel: {reason}") from error
     return attend
-
-
-def _first_reason(messages: Sequence[str]) -> str:
-    """The first of PyTorch's reasons for not using a kernel that is about the call, and not the choice of kernels."""
-    split = (" ".join(message.split()).partition(" (Triggered internally") for message in messages)
-    reasons = (reason for reason, place, _ in split if place)
-    return next((x for x in reasons if not x.endswith("not used because:") and "runtime disabled" not in x), "")
 
 
 def _compiled(function: Callable) -> Callable:
@@ -239,19 +221,9 @@ def _compiled(function: Callable) -> Callable:
 def _mask_mod(inputs: Inputs) -> Callable | None:
     """Who may see whom, as FlexAttention asks for it: pair by pair; None where everybody sees everybody."""
     case, mask, offset = inputs.case, inputs.mask, inputs.case.keys - inputs.case.queries
-
-    def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return j <= i + offset
-
-    def key_padding(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return mask[b, j]
-
-    def dense(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return mask[b, 0, i, j]
-
-    parts = [causal] if _hides_future(case) else []
+    parts = [lambda b, h, i, j: j <= i + offset] if _hides_future(case) else []
     if mask is not None:
-        parts.append(key_padding if mask.ndim == 2 else dense)
+        parts.append((lambda b, h, i, j: mask[b, j]) if mask.ndim == 2 else lambda b, h, i, j: mask[b, 0, i, j])
     return and_masks(*parts) if parts else None
 
 
@@ -287,7 +259,8 @@ def _prepare_packed(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor, Pack
         raise Unserved("takes sequences of different lengths, not a dense mask")
     if mask is not None and _hides_future(case) and case.queries != case.keys:
         raise Unserved("causal between sequences of which only one loses its padding is another alignment")
-    whole_q, whole_k = (Packing.whole(case.batch, length, device) for length in (case.queries, case.keys))
+    everything = (torch.ones(case.batch, n, dtype=torch.bool, device=device) for n in (case.queries, case.keys))
+    whole_q, whole_k = (Packing.of(tokens)._replace(tokens=None) for tokens in everything)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         packing_k = whole_k if mask is None else Packing.of(mask)
@@ -299,8 +272,6 @@ def _prepare_packed(inputs: Inputs, call: Callable[[Tensor, Tensor, Tensor, Pack
 
 
 def _prepare_varlen(inputs: Inputs) -> Attention:
-    from torch.nn.attention.varlen import varlen_attn  # not in every PyTorch
-
     case, options = inputs.case, {}
     known = inspect.signature(varlen_attn).parameters
     if _hides_future(case):
@@ -372,8 +343,6 @@ def _prepare_own(package: str, flash: str, mask_dims: int, inputs: Inputs) -> At
 
 
 COMPLEX, NATURALSPEECH2 = "complex_valued_transformer", "naturalspeech2_pytorch"
-FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-CUDNN, MATH = SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH
 
 # The first that a run holds stands for us.
 PEERS = (
@@ -384,11 +353,11 @@ PEERS = (
     _ours("flash_attend hopper fused", "our Gluon kernels, the backward in one pass", "hopper", "fused", GPU),
     _ours("flash_attend sdpa", "PyTorch's fused attention, held to our rules", "sdpa", devices=CPU),
     _ours("flash_attend math", "our einsum path", "math"),
-    _sdpa("sdpa", "the kernel that PyTorch chooses"),
-    _sdpa("sdpa flash", "FlashAttention forced; takes no mask on a GPU", FLASH),
-    _sdpa("sdpa cudnn", "cuDNN forced; masks combined in every call", CUDNN, GPU),
-    _sdpa("sdpa efficient", "memory-efficient forced; grouped heads repeated", EFFICIENT, GPU),
-    _sdpa("sdpa math", "its unfused path forced", MATH),
+    Peer("sdpa", "PyTorch's own, by the kernel that it chooses", partial(_prepare_sdpa, None)),
+    Peer("sdpa flash", "FlashAttention forced; takes no mask on a GPU", partial(_prepare_sdpa, FLASH)),
+    Peer("sdpa cudnn", "cuDNN forced; masks combined in every call", partial(_prepare_sdpa, CUDNN), GPU),
+    Peer("sdpa efficient", "the memory-efficient; grouped heads repeated", partial(_prepare_sdpa, EFFICIENT), GPU),
+    Peer("sdpa math", "the unfused path forced", partial(_prepare_sdpa, MATH)),
     Peer("flex", "FlexAttention; its BlockMask made once, not counted", partial(_prepare_flex, False), compiles=True),
     Peer("flex + mask", "FlexAttention; its BlockMask made in every call", partial(_prepare_flex, True), compiles=True),
     Peer("varlen", "torch.nn.attention.varlen; unpads and pads in every call", _prepare_varlen, GPU),
@@ -407,8 +376,8 @@ def peers_for(peers: Sequence[Peer], device: str, patterns: Sequence[str] = (), 
     there = [peer for peer in peers if device in peer.devices]
     if not patterns:
         return [peer for peer in there if not (peer.compiles and (quick or device == "cpu"))]
+    names = [peer.name for peer in there]
     for pattern in patterns:
-        if not any(fnmatchcase(peer.name, pattern) for peer in there):
-            names = ", ".join(repr(peer.name) for peer in there)
-            raise ValueError(f"no peer on {device} is named {pattern!r}; there are {names}")
-    return [peer for peer in there if any(fnmatchcase(peer.name, pattern) for pattern in patterns)]
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"no peer on {device} is named {pattern!r}; there are {', '.join(map(repr, names))}")
+    return [peer for peer in there if any(fnmatch.fnmatchcase(peer.name, pattern) for pattern in patterns)]

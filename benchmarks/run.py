@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cache, partial
-from itertools import chain, groupby, product
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -40,12 +38,10 @@ from measure import Function, Sampler
 from peers import PEERS, Attention, Peer, Unserved, peers_for
 from results import Results, results_folder
 from train_step import ARMS, STEP, Training, Workload, workloads
-from work import work_of
 
 __all__ = ["Bench", "main"]
 
 PLANS = {"quick": (3, 20.0), "standard": (5, 50.0), "full": (7, 50.0)}  # rounds, and milliseconds of a peer in each
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH", "CUTE_DSL_CACHE_DIR", "FLASH_ATTEND_CACHE")
 
 
 class Call:
@@ -53,7 +49,6 @@ class Call:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.inputs = case, make_inputs(case, device)
-        self.work = work_of(self.inputs)
         self.attends: dict[str, Attention] = {}
         self.gate = cache(self._gate)
 
@@ -84,14 +79,9 @@ class Call:
             return lambda: torch.autograd.grad(attend(*leaves), leaves, self.inputs.grad_out)
         return partial(torch.autograd.grad, attend(*leaves), leaves, self.inputs.grad_out, retain_graph=True)
 
-    def rates(self, name: str, milliseconds: float, limits: dict[str, Any]) -> dict[str, float]:
+    def rates(self, name: str, milliseconds: float) -> dict[str, float]:
         """The fields of a row that follow from its time."""
-        work, ceiling = self.work[name], limits["tflops"].get(self.case.dtype)
-        rates = {"tflops": measure.rounded(work.tflops(milliseconds))}
-        if ceiling is not None:
-            least = work.least_milliseconds(ceiling, limits["copy_gbps"])
-            rates["ceiling_share"] = measure.rounded(least / milliseconds)
-        return rates
+        return {"tflops": self.inputs.tflops(name, milliseconds)}
 
 
 class Bench:
@@ -113,24 +103,21 @@ class Bench:
             if (case.name, name, peer.name) not in self.results.rows
         ]
 
-    def measure(self, case: Case | Workload, progress: Callable[[int, str], object]) -> None:
-        """Adds the rows of a case that are missing; `progress` hears how many rows came, and what comes next."""
+    def measure(self, case: Case | Workload, progress: Callable[[str], object]) -> None:
+        """Adds the rows of a case that are missing; `progress` hears what comes next."""
         trial = Training(case, self.device) if isinstance(case, Workload) else Call(case, self.device)
-        for deterministic, rows in groupby(self.missing(case), key=lambda row: row[0] == DETERMINISTIC):
-            passes: dict[str, list[Peer]] = {}
-            for name, peer in rows:
-                passes.setdefault(name, []).append(peer)
+        admit = cache(partial(self._admit, trial))
+        for name, rows in groupby(self.missing(case), key=itemgetter(0)):
+            deterministic, checks = name == DETERMINISTIC, {}
             with measure.numerics(case.dtype, deterministic, case.threads):
-                checks = {}
-                for peer in dict.fromkeys(chain(*passes.values())):
-                    progress(0, f"{case.name}: checking {peer.name}")
-                    checks[peer] = self._admit(trial, peer)
-                for name, peers in passes.items():
-                    progress(0, f"{case.name}: {name}")
-                    self._measure_pass(trial, name, {peer: checks[peer] for peer in peers})
-                    progress(len(peers), case.name)
+                for _, peer in rows:
+                    progress(f"{case.name}: checking {peer.name}")
+                    checks[peer] = admit(peer, deterministic)
+                progress(f"{case.name}: {name}")
+                self._measure_pass(trial, name, checks)
 
-    def _admit(self, trial: Call | Training, peer: Peer) -> Check:
+    def _admit(self, trial: Call | Training, peer: Peer, deterministic: bool) -> Check:
+        """Once for all passes that are deterministic, and once for all others."""
         try:
             with peer.within():
                 return trial.admit(peer)
@@ -144,23 +131,26 @@ class Bench:
 
     def _measure_pass(self, trial: Call | Training, name: str, checks: dict[Peer, Check]) -> None:
         """Adds the rows of one pass: what is beside the time one by one, then the times, in turn."""
-        case = trial.case
+        case, rows = trial.case, {}
         told = {"case": case.name, "pass": name, "group": case.group, "dtype": case.dtype}
         told |= {"mask": case.mask_words, "shape": list(case.shape)}
-        rows = {peer: told | dict(peer=peer.name, ours=peer.ours) | asdict(check) for peer, check in checks.items()}
         samplers: dict[Peer, Callable[[float], list[float]]] = {}
-        for peer in (peer for peer, check in checks.items() if not check.error):
+        for peer, check in checks.items():
+            rows[peer] = told | dict(peer=peer.name, ours=peer.ours) | asdict(check)
+            if check.error:
+                continue
             try:
                 with peer.within():
                     function = trial.function(peer, name)
-                    rows[peer] |= self._measure_beside(trial, peer, name, function)
+                    function()  # compiles, and fills the allocator
+                    rows[peer] |= dict(served=peer.served(trial.inputs), peak_bytes=peak_bytes(function, self.device))
                 samplers[peer] = partial(self._sample, peer, function)
             except Exception as error:
                 rows[peer]["error"] = self._reason(error)
         try:
             for peer, taken in measure.interleave(samplers, *PLANS[self.preset]).items():
                 found = measure.summarise(taken)
-                rows[peer] |= found | trial.rates(name, found["ms_median"], self.results.header["ceilings"])
+                rows[peer] |= found | trial.rates(name, found["ms_median"])
         except torch.OutOfMemoryError as error:  # each of them ran alone
             for peer in samplers:
                 rows[peer]["error"] = f"beside the others: {self._reason(error)}"
@@ -170,53 +160,6 @@ class Bench:
     def _sample(self, peer: Peer, function: Function, milliseconds: float) -> list[float]:
         with peer.within():
             return self.sample(function, milliseconds)
-
-    def _measure_beside(self, trial: Call | Training, peer: Peer, name: str, function: Function) -> dict[str, Any]:
-        """What is measured of a pass beside its time."""
-        function()  # compiles, and fills the allocator
-        numbers = {"served": peer.served(trial.inputs), "peak_bytes": peak_bytes(function, self.device)}
-        everybody = self.preset != "quick" and self.device.type == "cuda"
-        if trial.case.overhead and name == BOTH and (peer.ours or everybody):
-            numbers["first_call_s"] = first_calls(trial.case, peer, self.device)
-        return numbers
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The first call of a process
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def first_calls(case: Case, peer: Peer, device: torch.device) -> list[float]:
-    """Seconds of the first call of a process with empty caches of compilers, and with those that it left behind.
-
-    Raises `RuntimeError` with the last line of what a process that fails has to say.
-    """
-    seconds = []
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {name: str(Path(folder, name)) for name in CACHES}
-        for _ in range(2):
-            command = [sys.executable, __file__, "--first-call", str(device), case.name, peer.name]
-            ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-            if ended.returncode:
-                lines = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
-                raise RuntimeError(f"in a process of its own: {lines[-1]}")
-            seconds.append(measure.rounded(float(ended.stdout.split()[-1])))
-    return seconds
-
-
-def time_first_call(device_name: str, case_name: str, peer_name: str) -> float:
-    """Seconds of a forward and backward, from tensors that are ready to a device that is done."""
-    device = torch.device(device_name)
-    case = next(case for case in select_cases(device.type, "full") if case.name == case_name)
-    (peer,) = peers_for(PEERS, device.type, [peer_name])
-    inputs = make_inputs(case, device)
-    measure.synchronize(device)
-    with measure.numerics(case.dtype, threads=case.threads), peer.within():
-        start = time.perf_counter()
-        out = peer.prepare(inputs)(inputs.q, inputs.k, inputs.v)
-        torch.autograd.grad(out, (inputs.q, inputs.k, inputs.v), inputs.grad_out)
-        measure.synchronize(device)
-        return time.perf_counter() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -228,29 +171,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    size = parser.add_mutually_exclusive_group()
     for preset, text in (("quick", "the fewest cases"), ("full", "every case, more rounds; on a CPU for hours")):
-        size.add_argument(f"--{preset}", dest="preset", action="store_const", const=preset, help=text)
+        chosen = dict(dest="preset", action="store_const", const=preset, default="standard")
+        parser.add_argument(f"--{preset}", **chosen, help=text)
     parser.add_argument("--training", action="store_true", help="whole training steps")
     parser.add_argument("--only", default="", metavar="WORDS", help="cases whose group and name contain all the words")
     parser.add_argument("--peers", nargs="+", default=[], metavar="PATTERN", help="peers whose name matches, with * ?")
     parser.add_argument("--list", action="store_true", help="print the cases and the peers, and measure nothing")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
-    parser.add_argument(
-        "--minutes", type=float, metavar="N", help="begin no case after so many; the same again goes on"
-    )
+    minutes = dict(type=float, metavar="N", default=float("inf"))
+    parser.add_argument("--minutes", **minutes, help="begin no case after so many; the same again goes on")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<device>/")
-    parser.add_argument("--first-call", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
     if options.out is not None and options.out.suffix != ".json":
         parser.error(f"--out must be the path of a .json file, got {options.out}")
-    options.device, options.preset = torch.device(kind), options.preset or "standard"
-    known = ARMS if options.training else PEERS
-    only = options.only
-    options.cases = workloads(kind, only) if options.training else select_cases(kind, options.preset, only)
+    options.device = torch.device(kind)
+    known, cases = (ARMS, workloads(kind)) if options.training else (PEERS, select_cases(kind, options.preset))
+    words = options.only.split()
+    options.cases = [case for case in cases if all(word in f"{case.group}: {case.name}" for word in words)]
     if not options.cases:
         parser.error(f"no case of the {options.preset} grid on {kind} contains {options.only!r}; --list prints them")
     try:
@@ -284,27 +225,20 @@ def open_results(options: argparse.Namespace) -> Results:
 
 def run(options: argparse.Namespace, results: Results, bench: Bench) -> None:
     """Measures what is missing, until it is complete or out of time; an interruption goes through, saved."""
-    results.header["ceilings"] = measure.ceilings(options.device, bench.sample)
     results.header["clocks_before"] = measure.clocks(options.device)
-    stop = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
-    cases = [case for case in options.cases if bench.missing(case)]
-    total = sum(len(bench.missing(case)) for case in cases)
+    stop = time.monotonic() + 60 * options.minutes
     try:
-        with tqdm(total=total, unit="row", smoothing=0.1, file=sys.stderr, disable=None) as bar:
-
-            def progress(rows: int, text: str) -> None:
-                bar.set_postfix_str(text, refresh=not rows)
-                bar.update(rows)
-
-            for case in cases:
-                if time.monotonic() > stop:
-                    print(f"stopped after {options.minutes:g} minutes: the same again goes on", file=sys.stderr)
-                    return
-                bench.measure(case, progress)
-                results.save()
-                gc.collect()
-                torch.cuda.empty_cache()
-                torch.compiler.reset()  # what was compiled for one case would make the next one's calls slower
+        cases = tqdm([case for case in options.cases if bench.missing(case)], unit="case", disable=None)
+        for case in cases:
+            if time.monotonic() > stop:
+                cases.close()
+                print(f"stopped after {options.minutes:g} minutes: the same again goes on", file=sys.stderr)
+                return
+            bench.measure(case, cases.set_postfix_str)
+            results.save()
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.compiler.reset()  # what was compiled for one case would make the next one's calls slower
         results.header["complete"] = True
     finally:
         results.header["ended"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -318,15 +252,13 @@ def main(arguments: list[str] | None = None, sample: Sampler | None = None) -> i
     if options.list:
         list_everything(options)
         return 0
-    if options.first_call:
-        print(time_first_call(*options.first_call))
-        return 0
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler's own log off the screen
     # cuBLAS is deterministic only with a workspace of its own, which it must know when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     warnings.filterwarnings("ignore", message=".*sdp_kernel.*")  # what the models' own flash paths call is deprecated
     results = open_results(options)
-    bench = Bench(results, options.device, options.preset, options.chosen, sample or measure.sample_on(options.device))
+    sample = sample or measure.SAMPLERS[options.device.type]
+    bench = Bench(results, options.device, options.preset, options.chosen, sample)
     interrupted = False
     try:
         run(options, results, bench)

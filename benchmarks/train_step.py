@@ -1,16 +1,17 @@
 """Whole training steps as cases of the benchmark: with each model's own `Attend` and with ours.
 
-A step is forward, loss, backward and optimizer, on a batch padded on the right. The models are a small causal
-transformer, whose attention is the client's `Attend` on real tensors, and the client, complex-valued-transformer,
-itself. Every arm starts from the same weights and takes the same batch again and again; it is on the device already.
-The learning rate is 0: the optimizer does its work, and every step that is timed is the one that was judged.
+A step is forward, loss, backward and optimizer, on a batch padded on the right. The models are a causal decoder of
+x-transformers, and complex-valued-transformer in both of its forms. Every arm starts from the same weights and takes
+the same batch again and again; it is on the device already. The learning rate is 0: the optimizer does its work, and
+every step that is timed is the one that was judged.
 
 Behind right padding a causal model of which only the valid tokens count needs no mask. Who knows that may leave it out,
 so an arm does: it is what the others have to be compared with.
 
 Right first, as for a call: the step gives the loss of every token and the gradient of every parameter, and `judge` says
 how far they may be from the same model in float64. An arm that is given the mask is also judged by a loss that counts
-the padding, for without it nothing would show that the mask is heeded.
+the padding, for without it nothing would show that the complex models heed the mask. (x-transformers clears what padded
+queries give.)
 
 b batch, h heads, n length, d head dim, v vocabulary.
 """
@@ -23,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -32,10 +33,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import flash_attend
-from cases import DTYPES, Case
+from cases import DTYPES, Case, make_mask
 from gate import Check
-from measure import rounded
-from peers import GPU, Peer
+from peers import GPU, Peer, Unserved
 
 __all__ = ["ARMS", "Training", "Workload", "judge", "workloads"]
 
@@ -50,7 +50,7 @@ EPS = torch.finfo(torch.float32).eps
 # up to 0.74 of that is used, and without these 1.47 would be. A scale that is wrong by a tenth uses ten thousand times
 # that.
 ROUNDINGS = 64
-PADDED, COMPLEX, COMPLETE = "padded transformer", "complex-valued-transformer", "complete complex"
+REAL, COMPLEX, COMPLETE = "x-transformers", "complex-valued-transformer", "complete complex"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Workload(Case):
     @property
     def name(self) -> str:
         """Says all that decides the work."""
-        head = f"h{self.heads} d{self.head_dim if self.model == PADDED else DIM_HEAD}"
+        head = f"h{self.heads} d{self.head_dim if self.model == REAL else DIM_HEAD}"
         sizes = f"dim{self.dim} depth{self.depth} {head} b{self.sequences} n{self.queries}"
         return f"{self.model} {self.dtype} {sizes}"
 
@@ -73,7 +73,7 @@ class Workload(Case):
 def workload(model: str, dtype: str, dim: int, depth: int, heads: int, length: int, batch: int) -> Workload:
     """A model that is trained on batches of so many sequences, in a precision of `cases.DTYPES`."""
     calls, head_dim, value_dim = {
-        PADDED: (batch, dim // heads, dim // heads),
+        REAL: (batch, dim // heads, dim // heads),
         COMPLEX: (batch, 2 * DIM_HEAD, 2 * DIM_HEAD),
         COMPLETE: (4 * batch, DIM_HEAD, 2 * DIM_HEAD),
     }[model]
@@ -83,21 +83,20 @@ def workload(model: str, dtype: str, dim: int, depth: int, heads: int, length: i
     return Workload(calls, heads, length, length, head_dim, value_dim, heads, dtype, **mask, **told, **of_model)
 
 
-# The precision beside bfloat16, and dim, depth, heads, length and batch of real and of complex models: what a CPU with
-# two cores does in some seconds, and what gives a GPU something to do and still leaves room for the
-# einsum path's scores. Complex numbers have no bfloat16.
+# The precision beside bfloat16, and dim, depth, heads, length and batch of real and of complex models, which have no
+# bfloat16: what a CPU with two cores does in some seconds, and what gives a GPU something to do and still leaves room
+# for the einsum path's scores.
 SIZES = {
     "cpu": ("float32", (128, 2, 4, 256, 4), (64, 2, 4, 192, 4)),
     "cuda": ("tf32", (512, 6, 8, 2048, 8), (256, 4, 8, 2048, 4)),
 }
 
 
-def workloads(device: str, only: str = "") -> list[Workload]:
-    """Those for "cpu" or "cuda" whose group and name contain all words of `only`."""
+def workloads(device: str) -> list[Workload]:
+    """Those for "cpu" or "cuda"."""
     single, real, complex_ = SIZES[device]
-    made = [workload(PADDED, dtype, *real) for dtype in ("bfloat16", single)]
-    made += [workload(model, "float32", *complex_) for model in (COMPLEX, COMPLETE)]
-    return [one for one in made if all(word in f"{one.group}: {one.name}" for word in only.split())]
+    made = [workload(REAL, dtype, *real) for dtype in ("bfloat16", single)]
+    return made + [workload(model, "float32", *complex_) for model in (COMPLEX, COMPLETE)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,64 +104,34 @@ def workloads(device: str, only: str = "") -> list[Workload]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Self-attention around an `Attend` that it is given, and a feed-forward; both pre-norm."""
-
-    def __init__(self, dim: int, heads: int, attend: nn.Module) -> None:
-        super().__init__()
-        self.heads, self.attend, self.norm = heads, attend, nn.LayerNorm(dim)
-        # Apart, so that dq, dk and dv each have gradients of their own to be seen in.
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.feed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        normed = self.norm(x)
-        q, k, v = (
-            rearrange(project(normed), "b n (h d) -> b h n d", h=self.heads)
-            for project in (self.to_q, self.to_k, self.to_v)
-        )
-        x = x + self.to_out(rearrange(self.attend(q, k, v, mask=mask), "b h n d -> b n (h d)"))
-        return x + self.feed(x)
-
-
-class PaddedTransformer(nn.Module):
-    """A causal language model: tokens `(b, n)` and a key mask `(b, 1, 1, n)` to logits `(b, n, v)`."""
-
-    def __init__(self, workload: Workload, make_attend: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        dim = workload.dim
-        self.embed = nn.Embedding(VOCABULARY, dim)
-        self.positions = nn.Parameter(torch.randn(workload.queries, dim))
-        self.blocks = nn.ModuleList(Block(dim, workload.heads, make_attend()) for _ in range(workload.depth))
-        self.to_logits = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, VOCABULARY, bias=False))
-
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.embed(tokens) + self.positions
-        for block in self.blocks:
-            x = block(x, mask)
-        return self.to_logits(x)
-
-
 def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.Module:
-    """The model with its own Attend, in float32 and with the same weights for every arm."""
-    import complex_valued_transformer as client
-    from complex_valued_transformer.attend import Attend
+    """The model with its own Attend, in float32 and with the same weights for every arm.
 
+    It takes tokens `(b, n)` and a mask `(b, 1, 1, n)` or None, and gives logits `(b, n, v)`.
+    """
+    from complex_valued_transformer import ComplexTransformer
+    from x_transformers import Decoder, TransformerWrapper
+
+    sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if workload.model == PADDED:
-            return PaddedTransformer(workload, partial(Attend, causal=True, flash=flash)).to(device)
-        sizes = dict(dim=workload.dim, depth=workload.depth, heads=workload.heads, dim_head=DIM_HEAD)
-        model = client.ComplexTransformer(num_tokens=VOCABULARY, causal=True, flash_attn=flash, **sizes)
+        if workload.model == REAL:
+            layers = Decoder(**sizes, attn_dim_head=workload.head_dim, attn_flash=flash)
+            model = TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=workload.queries, attn_layers=layers)
+            model.register_forward_pre_hook(_with_mask_of_two_dims, with_kwargs=True)
+            return model.to(device)
+        form = dict(causal=True, flash_attn=flash, complete_complex=workload.model == COMPLETE)
+        model = ComplexTransformer(num_tokens=VOCABULARY, dim_head=DIM_HEAD, **sizes, **form)
     # Its RMS norm gives vectors of RMS gamma / dim: with a gamma of 1 the attention would have next to no weight.
     for norm in (model.norm, *(layer[0] for layer in model.layers)):
         nn.init.constant_(norm.gamma, workload.dim)
-    if workload.model == COMPLETE:
-        for layer in model.modules():
-            if isinstance(layer, client.ComplexMultiheadAttention):
-                layer.attend = partial(client.complex_attention_complete, **layer.attend.keywords)
     model.forward = partial(model.forward, return_real_logits=True)
     return model.to(device)
+
+
+def _with_mask_of_two_dims(model: nn.Module, tokens: tuple[Tensor], options: dict) -> tuple[tuple[Tensor], dict]:
+    mask = options["mask"]
+    return tokens, {"mask": mask if mask is None else mask[:, 0, 0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,17 +140,18 @@ def build(workload: Workload, device: torch.device, flash: bool = False) -> nn.M
 
 
 def allow_every_kernel(model: nn.Module) -> None:
-    """Lets the client's flash path choose among PyTorch's kernels, of which it allows one alone on A100 and H100."""
-    from complex_valued_transformer.attend import Attend
+    """Lets the complex models' flash path choose among PyTorch's kernels, of which it allows one on A100 and H100."""
+    from complex_valued_transformer import ComplexMultiheadAttention
 
-    held = (getattr(module, "attend", None) for module in model.modules())
-    for attend in (one.keywords["attend"] if isinstance(one, partial) else one for one in held):
-        if isinstance(attend, Attend):
-            attend.cuda_config = attend.cpu_config  # which allows all of them
+    layers = [module for module in model.modules() if isinstance(module, ComplexMultiheadAttention)]
+    if not layers:
+        raise Unserved("may choose by itself")
+    for layer in layers:
+        attend = layer.attend.keywords["attend"]
+        attend.cuda_config = attend.cpu_config  # which allows all of them
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """A way to attend in a model: prepares a model, which it is given with or without the client's flash path."""
 
     flash: bool = False
@@ -204,10 +174,8 @@ ARMS = (
 )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Random tokens padded on the right, of lengths from a quarter of n to n. The labels of the padding are IGNORED,
-    except where it counts."""
+class Batch(NamedTuple):
+    """Random tokens padded on the right. The labels of the padding are IGNORED, except where it counts."""
 
     tokens: Tensor  # (b, n)
     labels: Tensor  # (b, n)
@@ -217,22 +185,19 @@ class Batch:
     @staticmethod
     def of(workload: Workload, device: torch.device) -> Batch:
         """The batch of a workload, and of all its arms."""
-        batch, length = workload.sequences, workload.queries
-        window = torch.randint(VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(0))
-        lengths = torch.linspace(length / 4, length, batch + 2)[1:-1].long()  # (b,)
-        valid = torch.arange(length) < lengths[:, None]
-        tokens, labels = window[:, :-1].masked_fill(~valid, 0), window[:, 1:].masked_fill(~valid, IGNORED)
-        mask = valid[:, None, None, :]
-        return Batch(tokens.to(device), labels.to(device), mask.to(device), int(valid.sum()))
+        generator = torch.Generator().manual_seed(0)
+        mask = make_mask(replace(workload, batch=workload.sequences), torch.device("cpu"), generator)
+        window = torch.randint(VOCABULARY, (workload.sequences, workload.queries + 1), generator=generator)
+        tokens, labels = window[:, :-1].masked_fill(~mask, 0), window[:, 1:].masked_fill(~mask, IGNORED)
+        return Batch(*(x.to(device) for x in (tokens, labels, mask[:, None, None, :])), int(mask.sum()))
 
     def counting_padding(self) -> Batch:
         """The same batch with a loss of which the padding, labelled with itself, is a part."""
-        return replace(self, labels=self.labels.masked_fill(self.labels == IGNORED, 0))
+        return self._replace(labels=self.labels.masked_fill(self.labels == IGNORED, 0))
 
     def sequences(self) -> list[Batch]:
         """Its sequences, each as a batch, whose losses add up to the whole one's."""
-        parts = zip(self.tokens.split(1), self.labels.split(1), self.mask.split(1), strict=True)
-        return [Batch(*part, self.valid) for part in parts]
+        return [Batch(*part, self.valid) for part in zip(*(x.split(1) for x in self[:3]), strict=True)]
 
 
 def token_losses(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
@@ -249,34 +214,30 @@ def token_losses(model: nn.Module, batch: Batch, dtype: str) -> Tensor:
 Answers = dict[str, Tensor]  # float64 `(m,)`, by name
 
 
-def answers_of(model: nn.Module, batches: list[Batch], dtype: str, what: str = "") -> Answers:
-    """The losses of the tokens and the gradients, summed over `batches`, which together are one.
+def answers_of(model: nn.Module, batches: list[Batch], dtype: str) -> Answers:
+    """The losses of the tokens and the gradients, summed over `batches`, which together are one; of a model that is
+    given the mask also those of a step of which the padding is a part.
 
     The gradients of a parameter and of its namesakes in other layers are one answer, and all gradients another one;
     few numbers alone (a layer's scalar) are in the latter only.
     """
-    found = defaultdict(list)
-    for batch in batches:
-        losses = token_losses(model, batch, dtype)
-        losses.sum().backward()
-        found["loss of the tokens"].append(losses.detach())
-    for name, parameter in model.named_parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
-        found["gradient of everything"].append(gradient)
-        found[f"gradient of {re.sub('[0-9]+', '*', name)}"].append(gradient)
-    model.zero_grad()
-    joined = {name: torch.cat([part.double().flatten() for part in parts]) for name, parts in found.items()}
-    return {f"{name}{what}": answer for name, answer in joined.items() if len(answer) >= SMALLEST}
-
-
-def all_answers(model: nn.Module, batches: list[Batch], dtype: str) -> Answers:
-    """What is judged: a step, and for a model that is given the mask one of which the padding is a part."""
-    answers = answers_of(model, batches, dtype)
+    steps = {"": batches}
     if batches[0].mask is not None:
-        counted = [batch.counting_padding() for batch in batches]
-        answers |= answers_of(model, counted, dtype, " with the padding counted")
-    return answers
+        steps[" with the padding counted"] = [batch.counting_padding() for batch in batches]
+    found = defaultdict(list)
+    for what, parts in steps.items():
+        for batch in parts:
+            losses = token_losses(model, batch, dtype)
+            losses.sum().backward()
+            found[f"loss of the tokens{what}"].append(losses.detach())
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+            for whose in ("everything", re.sub("[0-9]+", "*", name)):
+                found[f"gradient of {whose}{what}"].append(gradient)
+        model.zero_grad()
+    joined = {name: torch.cat([part.double().flatten() for part in parts]) for name, parts in found.items()}
+    return {name: answer for name, answer in joined.items() if len(answer) >= SMALLEST}
 
 
 def distances(answers: Answers, exact: Answers) -> dict[str, float]:
@@ -321,19 +282,19 @@ class Training:
             held.data = held.data.to(torch.promote_types(held.dtype, torch.float64))
         # The client's attention asserts that it gets what it knows as `cfloat`.
         with mock.patch.object(client, "cfloat", torch.complex128):
-            exact = all_answers(model, sequences, "float64")
-        einsum = all_answers(build(self.case, self.device), sequences, self.case.dtype)
+            exact = answers_of(model, sequences, "float64")
+        einsum = answers_of(build(self.case, self.device), sequences, self.case.dtype)
         return exact, distances(einsum, exact)
 
     def admit(self, peer: Peer) -> Check:
         """Makes an arm's model and judges its step."""
         self.models[peer.name] = model = peer.prepare(self.case, self.device)
         exact, einsum = self.yardsticks
-        errors = distances(all_answers(model, [self._batch_of(peer)], self.case.dtype), exact)
+        errors = distances(answers_of(model, [self._batch_of(peer)], self.case.dtype), exact)
         return judge(errors, einsum, self.case.dtype)
 
     def _batch_of(self, peer: Peer) -> Batch:
-        return self.inputs if peer.prepare.masked else replace(self.inputs, mask=None)
+        return self.inputs if peer.prepare.masked else self.inputs._replace(mask=None)
 
     def function(self, peer: Peer, name: str) -> Callable[[], object]:
         """A step of training."""
@@ -347,6 +308,6 @@ class Training:
 
         return step
 
-    def rates(self, name: str, milliseconds: float, limits: dict[str, Any]) -> dict[str, float]:
+    def rates(self, name: str, milliseconds: float) -> dict[str, float]:
         """Tokens that are no padding."""
-        return {"tokens_per_s": rounded(1e3 * self.inputs.valid / milliseconds)}
+        return {"tokens_per_s": 1e3 * self.inputs.valid / milliseconds}

@@ -10,13 +10,12 @@ import torch
 from clients import serve_by
 
 import flash_attend
-import measure as timing
 import run
 import train_step
 from flash_attend import flash_attention
 from peers import peers_for
 from results import Results
-from train_step import ARMS, COMPLETE, COMPLEX, PADDED, Arm, Batch, Training, judge, workload, workloads
+from train_step import ARMS, COMPLETE, COMPLEX, REAL, Arm, Batch, Training, judge, workload, workloads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sdp_kernel.*")  # what the client's flash path calls
 
@@ -47,13 +46,13 @@ def measure(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "peak_bytes", lambda function, device: 1)
     monkeypatch.setattr(Training, "yardsticks", property(lambda training: yardsticks_of(training.case)))
 
-    def measure(model=PADDED, dtype="float32", attention=None):
+    def measure(model=REAL, dtype="float32", attention=None):
         arms = peers_for(ARMS, "cpu")
         if attention is not None:
             serve_by(monkeypatch, attention)
         # `serve_by` puts another `patch` in its place.
         arms[0] = replace(OURS, prepare=Arm(change=partial(flash_attend.patch, strict=True)))
-        results = Results(tmp_path / "x.json", {"ceilings": {"tflops": {}, "copy_gbps": 1.0}})
+        results = Results(tmp_path / "x.json", {})
         monkeypatch.setitem(run.PLANS, "quick", (2, 1.0))
         turns = iter(range(1, 100))
 
@@ -62,7 +61,7 @@ def measure(tmp_path, monkeypatch):
             return [float(next(turns))]
 
         bench = run.Bench(results, CPU, "quick", arms, sample)
-        bench.measure(workload(model, dtype, **SMALL), lambda rows, text: None)
+        bench.measure(workload(model, dtype, **SMALL), lambda text: None)
         return {row["peer"]: row for row in results}
 
     return measure
@@ -73,7 +72,7 @@ def test_the_arms_take_turns_and_are_told_in_tokens(measure):
     assert list(rows) == NAMES
     # Each has a first sample by which its rounds are measured; then A B C D, D C B A.
     assert [row["samples"] for row in rows.values()] == [[[5], [12]], [[6], [11]], [[7], [10]], [[8], [9]]]
-    valid = Batch.of(workload(PADDED, "float32", **SMALL), CPU).valid
+    valid = Batch.of(workload(REAL, "float32", **SMALL), CPU).valid
     assert all(row["tokens_per_s"] == pytest.approx(1e3 * valid / 8.5, rel=1e-4) for row in rows.values())
     assert {row["pass"] for row in rows.values()} == {"training step"}
 
@@ -81,7 +80,7 @@ def test_the_arms_take_turns_and_are_told_in_tokens(measure):
 @pytest.mark.parametrize(
     ("model", "dtype", "shape", "ours"),
     [
-        (PADDED, "bfloat16", (3, 2, 2, 24, 24, 8, 8), (3, 2, 2, 24, 24, 8, 8)),
+        (REAL, "bfloat16", (3, 2, 2, 24, 24, 8, 8), (3, 2, 2, 24, 24, 8, 8)),
         (COMPLEX, "tf32", (3, 2, 2, 24, 24, 64, 64), (3, 2, 2, 24, 24, 64, 64)),
         (COMPLETE, "float32", (12, 2, 2, 24, 24, 32, 64), (3, 2, 2, 24, 24, 32, 32)),
     ],
@@ -125,7 +124,7 @@ def not_a_number(q, k, v, **options):
 
 @pytest.mark.parametrize(
     ("model", "dtype", "wrong"),
-    [(PADDED, "bfloat16", wrong) for wrong in (wrong_scale, wrong_causal, wrong_mask, wrong_gradient)]
+    [(REAL, "bfloat16", wrong) for wrong in (wrong_scale, wrong_causal, wrong_gradient)]
     + [(COMPLEX, "float32", wrong) for wrong in (wrong_scale, wrong_mask, not_a_number)],
 )
 def test_a_wrong_attend_is_told_and_not_timed(measure, model, dtype, wrong):
@@ -179,7 +178,7 @@ def test_every_step_is_the_one_that_was_judged_of_the_same_weights():
 
 
 def test_a_step_gives_its_gradients_to_the_optimizer(monkeypatch):
-    training, stepped = Training(workload(PADDED, "float32", **SMALL), CPU), []
+    training, stepped = Training(workload(REAL, "float32", **SMALL), CPU), []
 
     class Noting(torch.optim.AdamW):
         def step(self):
@@ -196,7 +195,7 @@ def test_a_step_gives_its_gradients_to_the_optimizer(monkeypatch):
 
 
 def test_the_batch_is_padded_on_the_right():
-    batch = Batch.of(workload(PADDED, "float32", **SMALL), CPU)
+    batch = Batch.of(workload(REAL, "float32", **SMALL), CPU)
     valid = batch.mask[:, 0, 0]
     assert batch.tokens.shape == batch.labels.shape == (3, 24)
     assert (valid[:, :-1] | ~valid[:, 1:]).all() and batch.valid == valid.sum() < 72
@@ -209,8 +208,7 @@ def test_a_model_that_cannot_be_patched_fails_the_command(tmp_path, monkeypatch,
         raise ValueError("no Attend here")
 
     monkeypatch.setattr(run, "ARMS", [replace(OURS, prepare=Arm(change=refuse))])
-    monkeypatch.setattr(run, "workloads", lambda *_: [workload(PADDED, "float32", **SMALL)])
-    monkeypatch.setattr(timing, "ceilings", lambda device, sample: {"tflops": {}, "copy_gbps": 1.0})
+    monkeypatch.setattr(run, "workloads", lambda *_: [workload(REAL, "float32", **SMALL)])
     assert run.main(["--device=cpu", "--training", f"--out={tmp_path / 'x.json'}"]) == 1
     assert "flash_attend FAILED" in capsys.readouterr().err and "no Attend here" in (tmp_path / "x.md").read_text()
 
@@ -219,4 +217,3 @@ def test_workloads_have_names_of_their_own():
     for device in ("cpu", "cuda"):
         made = workloads(device)
         assert len({one.name for one in made}) == len(made) == 4
-    assert [one.model for one in workloads("cpu", "complete")] == [COMPLETE]

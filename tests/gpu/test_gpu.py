@@ -13,9 +13,20 @@ from torch import Tensor
 from backends import KERNELS_ON_A_GPU, Backend, call_for
 from flash_attend import cu_seqlens_of_documents, flash_attention, flash_attention_packed
 from flash_attend.checks import normalise_inputs
-from flash_attend.kernels.configs import key_splits, select_tiles
+from flash_attend.kernels.configs import key_splits, select_tangent_tiles, select_tiles
 from flash_attend.target import DeviceTarget
-from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run
+from flash_attend.testing.calls import (
+    Call,
+    Case,
+    assert_same_bits,
+    bits_equal,
+    budget_of,
+    check,
+    make_call,
+    push,
+    run,
+    with_tangents,
+)
 from flash_attend.testing.oracle import Answer
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +85,15 @@ def test_long_calls_in_half_precision(case: Case, dtype: torch.dtype) -> None:
 def test_long_calls_in_float32(case: Case) -> None:
     call = make_call(case, torch.float32, "cuda")
     check(run(call, "triton"), call)
+
+
+@HALF
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_calls_with_tangents(case: Case, dtype: torch.dtype) -> None:
+    call, target = with_tangents(make_call(case, dtype, "cuda")), DeviceTarget.of(torch.device("cuda"))
+    answers = [push(call, "triton", lambda spec: select_tangent_tiles(spec, target)) for _ in range(2)]
+    budget_of(call).check(answers[0])
+    assert all(bits_equal(*(getattr(x, name) for x in answers)) for name in ("out_tangent", "lse_tangent"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -192,11 +192,9 @@ def damaged(installed, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("triton", TRITONS)
-def test_without_a_triton_that_works(triton, installed, damaged):
-    """A CPU call needs none; a GPU's is told why, once it has tried, and falls back where it may."""
-    code = f"""
-{TRITONS[triton]}
+# What is run beside each of TRITONS: it ends the process.
+WITHOUT_TRITON = f"""
+print("ENTER")
 {CPU_CALL}
 import runpy
 from flash_attend import BackendUnavailable, explain
@@ -216,19 +214,33 @@ for _ in range(2):
 print(explain(q, k, v))
 runpy.run_module("flash_attend", run_name="__main__")
 """
-    refusal, again, *told = run_python(code, damaged, path=installed).splitlines()
-    assert re.fullmatch(rf"backend 'triton' cannot serve this call: {REASONS[triton]}.*", refusal)
-    assert again == refusal
-    assert re.match(rf"  triton  no       {REASONS[triton]}", told[3])
-    reported = "not installed" if "not installed" in REASONS[triton] else rf".*, but {REASONS[triton]}"
-    assert any(re.match(rf"triton +{reported}", line) for line in told)
+FORKED = f"""
+import os, torch
+
+for prepare in {[*TRITONS.values()]!r}:
+    if not os.fork():
+        exec(prepare + {WITHOUT_TRITON!r})
+    assert os.wait()[1] == 0, prepare
+"""
 
 
-@pytest.mark.parametrize("code", ["import flash_attend", CPU_CALL], ids=["import", "call"])
-def test_nothing_imports_triton_before_a_kernel_is_needed(code, installed, tmp_path):
-    count = "import sys; print(sorted(name for name in sys.modules if name.split('.')[0] == 'triton'))"
-    plain = run_python(f"import torch\n{count}", tmp_path)
-    assert run_python(f"{code}\n{count}", tmp_path, path=installed) == plain == "[]"
+@pytest.mark.skipif(sys.platform == "win32", reason="forks a process for each")
+def test_without_a_triton_that_works(installed, damaged):
+    """A CPU call needs none; a GPU's is told why, once it has tried, and falls back where it may."""
+    printed = run_python(FORKED, damaged, path=installed).split("ENTER\n")[1:]
+    for triton, lines in zip(TRITONS, printed, strict=True):
+        refusal, again, *told = lines.splitlines()
+        assert re.fullmatch(rf"backend 'triton' cannot serve this call: {REASONS[triton]}.*", refusal)
+        assert again == refusal
+        assert re.match(rf"  triton  no       {REASONS[triton]}", told[3])
+        reported = "not installed" if "not installed" in REASONS[triton] else rf".*, but {REASONS[triton]}"
+        assert any(re.match(rf"triton +{reported}", line) for line in told)
+
+
+def test_nothing_imports_triton_before_a_kernel_is_needed(installed, tmp_path):
+    count = "print(sorted(name for name in sys.modules if name.split('.')[0] == 'triton'))"
+    code = "\n".join(("import sys, torch", count, "import flash_attend", count, CPU_CALL, count))
+    assert run_python(code, tmp_path, path=installed).splitlines() == ["[]"] * 3
 
 
 def test_the_kernels_for_every_gpu_are_imported_without_those_for_hopper(installed, tmp_path):
