@@ -342,7 +342,7 @@ TANGENT_WIDTHS = {COMMON: (64,), SUBSET: (96,)}  # where tangents are taken, of 
 HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
 SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
-# Of sequences that are packed, of half precision in ALL: the last at the widths of `CHANGED_MODES` alone.
+# Of sequences that are packed, in ALL: the first of half precision, the last where `CHANGED_MODES` are.
 PACKED_MODES = (
     dict(batch=1, sequences=16, queries=16_000, keys=16_000, causal=True),
     dict(
@@ -378,7 +378,7 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
             for dims, mode in (*calls, *_changed_calls(kind, width, scope), *packed, *split):
                 yield Case.of(arch, spec_of(dims, **dtype, **mode))
             # The fused backward takes longest to compile: with its second tile only in the modes that take that.
-            calls = [call for call in calls if call[1] is MODES[0]] + packed[:1]
+            calls = [call for call in calls if call[1] is MODES[0]] + packed[: 2 if width == 64 else 1]
             calls += [((width, width), mode) for mode in MODES[1:4] if scope == ALL]
             for dims, mode in calls:
                 spec = spec_of(dims, **dtype, **mode)
@@ -405,9 +405,11 @@ def _changed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, i
 
 def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, int], dict[str, Any]]]:
     """Of `PACKED_MODES`, those that a kind of this width is compiled in."""
-    if kind != "half" or scope != ALL:
+    if scope != ALL:
         return []
-    return [((width, width), mode) for mode in PACKED_MODES[: 2 if width in CHANGED_WIDTHS else 1]]
+    plain, changed = kind == "half", width == 64 or (kind == "half" and width in CHANGED_WIDTHS)
+    modes = PACKED_MODES[:1] * plain + PACKED_MODES[1:] * changed
+    return [((width, width), mode) for mode in modes]
 
 
 def _tangent_modes(kind: str, width: int, scope: str) -> tuple[dict[str, Any], ...]:

@@ -137,7 +137,7 @@ def test_a_module_takes_it_and_explain_tells_of_it() -> None:
 
 def test_inside_compilers_and_transforms() -> None:
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
 
     def attend(q: Tensor, mask: Tensor) -> Tensor:
         return flash_attention(q, q, q, mask=mask, query_mask=mask, causal=True, backend="math")
