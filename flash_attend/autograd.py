@@ -1,14 +1,15 @@
 """Attention as a differentiable function: a backend's own functions for plain eager calls, the opaque operators under
 the transforms of torch.func, and formulas of the operators themselves for compiled and exported programs.
 
-First derivatives come from the backend. Further ones, and all that are pushed forward, are those of the einsum path:
+First derivatives come from the backend, backward and pushed forward, together or not; gradients of a loss on what was
+pushed forward from the einsum path, a chunk of queries at a time. Further derivatives are those of the einsum path:
 correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from flash_attend import ops
 from flash_attend.flops import count_flops
 from flash_attend.operands import Operands
-from flash_attend.ops import INPUTS, OUTPUTS, Options, latest
+from flash_attend.ops import DIFFERENTIABLE, INPUTS, OUTPUT_TANGENTS, OUTPUTS, Options, latest
 from flash_attend.reference import attention_reference
 from flash_attend.spec import AttentionSpec
 from flash_attend.tracing import (
@@ -25,12 +26,16 @@ from flash_attend.tracing import (
     directly,
     exporting_to_onnx,
     forward_mode,
+    innermost_forward_mode,
     lazy,
     mapped,
+    pushed,
     settled,
+    tangent_of,
     traced,
     transformed,
     watched,
+    with_tangent,
 )
 from flash_attend.vmap import map_backward, map_forward
 
@@ -66,8 +71,6 @@ def attend_by_operators(
 ) -> tuple[Tensor, Tensor | None]:
     """The same by operators, for tensors that know nothing else and for compilers, which would make of the einsum
     path's loop over chunks as many graphs as there are lengths."""
-    if forward_mode():
-        return attention_reference(operands, spec, return_lse=return_lse)
     if plan.backward == "einsum" and exporting_to_onnx():
         return attention_reference(operands, spec, return_lse=return_lse, guard=False)
     compiled = torch.compiler.is_compiling()
@@ -78,7 +81,7 @@ def attend_by_operators(
         )  # fmt: skip
     numbers, options = ops.options_of(operands, spec, plan, return_lse=return_lse)
     present = [tensor for tensor in operands if tensor is not None]
-    if transformed():
+    if transformed() or forward_mode():
         if compiled:
             _leave_to_the_tracer()
         out, *others = _transformable(numbers, options, *present)
@@ -169,15 +172,16 @@ _attend_eagerly, _keep_eagerly = directly(Attention), directly(Kept)
 
 def _keep_for_first(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
     operands, ctx.numbers, ctx.options = inputs
-    ctx.save_for_backward(*operands, *output)
+    pushed_forward = slice(len(OUTPUTS), len(Options.read(ctx.options).outputs))  # which no backward reads
+    ctx.save_for_backward(*operands, *output[: pushed_forward.start], *output[pushed_forward.stop :])
     ctx.set_materialize_grads(False)
 
 
 def _first_gradients(ctx: Any, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-    """Of every operand that there is."""
-    names = Options.read(ctx.options).operands
+    """Of every operand that there is, and of every tangent."""
+    names = Options.read(ctx.options).names
     operands, outputs = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
-    needed = [name for name in compress(names, needs) if name in INPUTS]  # there is no gradient of slopes
+    needed = [name for name in compress(names, needs) if name in DIFFERENTIABLE]  # there is no gradient of slopes
     found = _differentiate(grads, operands, outputs, ctx.numbers, ctx.options, needed)
     return [found.get(name) for name in names]
 
@@ -190,13 +194,19 @@ def _differentiate(
     options: str,
     needed: list[str],
 ) -> dict[str, Tensor]:
-    """The gradients by name, of those of INPUTS that are `needed`."""
-    given = {name: grad for name, grad in zip(OUTPUTS, grads, strict=False) if grad is not None}
+    """The gradients by name, of those of DIFFERENTIABLE that are `needed`; `outputs` are those that were kept."""
+    said = Options.read(options)
+    given = {name: grad for name, grad in zip(said.outputs, grads, strict=False) if grad is not None}
+    if said.tangents and given.keys().isdisjoint(OUTPUT_TANGENTS):  # an ordinary backward
+        options, operands = ops.without_tangents(options), operands[: len(said.operands)]
+        needed = [name for name in needed if name in INPUTS]
+    elif said.tangents:
+        outputs = ()
     options = ops.with_gradients(options, list(given), needed)
     present = list(given.values())
     if mapped(*present):
         found = _pull_back(given, operands, numbers, options)
-    elif forward_mode():
+    elif pushed(*present, *operands):
         found = ops.backward_composite(present, operands, outputs, numbers, options)
     elif transformed():
         found = TransformableGradients.apply(numbers, options, *present, *operands, *outputs)
@@ -210,13 +220,12 @@ def _pull_back(
 ) -> Sequence[Tensor]:
     """The gradients that are needed by torch's own formulas, which alone have rules for many gradients at once."""
     said = Options.read(options)
-    whole = said.operands_of(operands)
-    pairs = [(name, x) for name in INPUTS if (x := getattr(whole, name)) is not None]
-    leaves = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in pairs}
-    whole = whole._replace(**leaves)
+    whole = dict(zip(said.names, operands, strict=True))
+    leaves = {name: x for name, x in whole.items() if name in DIFFERENTIABLE}
+    leaves = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in leaves.items()}
     with torch.enable_grad():
-        results = attention_reference(whole, ops.spec_of(whole, numbers, said), return_lse=True)
-    roots: dict[str, Any] = dict(zip(OUTPUTS, results, strict=True))
+        results = ops.forward_composite([*{**whole, **leaves}.values()], numbers, options)
+    roots: dict[str, Any] = dict(zip(said.outputs, results, strict=False))
     return torch.autograd.grad(
         [roots[name] for name in grads],
         [leaves[name] for name in said.needed],
@@ -235,21 +244,21 @@ def _keep_for_second(ctx: Any, inputs: tuple, output: Sequence[Tensor]) -> None:
 
 
 def _second_gradients(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Of the gradients that were given, and of every operand that there is."""
+    """Of the gradients that were given, and of every operand and tangent that there is."""
     options = Options.read(ctx.options)
-    saved = dict(zip((*options.grads, *options.operands), ctx.saved_tensors, strict=True))
-    inputs = {name: saved[name] for name in (*options.grads, *INPUTS) if name in saved}
+    saved = dict(zip((*options.grads, *options.names), ctx.saved_tensors, strict=True))
+    inputs = {name: saved[name] for name in (*options.grads, *DIFFERENTIABLE) if name in saved}
 
     def gradients(*tensors: Tensor) -> list[Tensor]:
         given = {**saved, **dict(zip(inputs, tensors, strict=True))}
-        grads, operands = ([given[name] for name in names] for names in (options.grads, options.operands))
+        grads, operands = ([given[name] for name in names] for names in (options.grads, options.names))
         return ops.backward_composite(grads, operands, (), ctx.numbers, ctx.options)
 
     found, pull_back, *_ = torch.func.vjp(gradients, *inputs.values())
     pairs = zip(found, cotangents, strict=True)
     pulled = pull_back([torch.zeros_like(x) if cotangent is None else cotangent for x, cotangent in pairs])
     by_name = dict(zip(inputs, pulled, strict=True))
-    return [by_name[name] for name in options.grads], [by_name.get(name) for name in options.operands]
+    return [by_name[name] for name in options.grads], [by_name.get(name) for name in options.names]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,8 +309,32 @@ class TransformableGradients(torch.autograd.Function):
         return map_backward(TransformableGradients.apply, info.batch_size, numbers, options, tensors, in_dims[2:])
 
 
-def _transformable(numbers: list[float], options: str, *operands: Tensor) -> tuple[Tensor, ...]:
+def _transformable(numbers: list[float], options: str, *operands: Tensor) -> Sequence[Tensor]:
+    """What `ops.forward` gives, under any transforms; where tangents are pushed forward, out and lse, which have
+    theirs."""
+    said, innermost = Options.read(options), innermost_forward_mode()
+    if innermost == "outside" and not said.tangents:
+        return _composite(numbers, options, *operands)
+    if innermost in ("alone", "again") and not said.tangents:
+        primals, tangents = zip(*map(tangent_of, operands), strict=True)
+        moved = {name: x for name, x in zip(said.operands, tangents, strict=True) if x is not None}
+        if moved:
+            tensors = *primals, *moved.values()
+            return _push(numbers, ops.with_tangents(options, list(moved)), tensors, again=innermost == "again")
     return TransformableAttention.apply(numbers, options, *operands)
+
+
+def _push(numbers: list[float], options: str, tensors: Sequence[Tensor], *, again: bool) -> tuple[Tensor, ...]:
+    """Out and lse, which have their tangents; of tensors that may have others, if forward mode is on `again`."""
+    if "alibi_slopes" in Options.read(options).tangents:
+        raise ValueError("alibi_slopes must not have a tangent, there is none of them; detach them, or pass a bias")
+    push = TransformableAttention.apply if not again else _composite
+    out, lse, of_out, of_lse, *_ = push(numbers, options, *tensors)
+    return with_tangent(out, of_out), with_tangent(lse, of_lse)
+
+
+def _composite(numbers: list[float], options: str, *tensors: Tensor) -> list[Tensor]:
+    return ops.forward_composite(tensors, numbers, options)
 
 
 @constant_when_compiled
@@ -342,7 +375,8 @@ class _InParts(torch.library.Library):
         in_parts = latest(__name__, f"{op_name}_in_parts")
 
         def either(keyset: Any, *arguments: Any) -> Any:
-            return in_parts(*arguments) if forward_mode() or transformed() else fn(keyset, *arguments)
+            *lists, _, _ = arguments
+            return in_parts(*arguments) if transformed() or pushed(*chain(*lists)) else fn(keyset, *arguments)
 
         either.library = self  # type: ignore[attr-defined]  # what is registered ends when nobody holds it
         super().impl(op_name, either, dispatch_key, **options)

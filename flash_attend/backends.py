@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attend.operands import Layouts, Operands
+from flash_attend.operands import Layouts, Operands, Tangents
 from flash_attend.reference import Merged, attention_reference, attention_reference_gradients
 from flash_attend.spec import AttentionSpec, MaskKind
+from flash_attend.tangents import attend_tangents
 from flash_attend.target import DeviceTarget, release
 from flash_attend.tracing import constant_when_compiled
 
@@ -25,6 +26,7 @@ LARGEST_HEAD_DIM = 256
 LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
 # The fused backward holds more: with dropout, no tile of wide operands has enough beyond these, by `spec.precision`.
 LARGEST_FUSED_DROPOUT = {"tf32": 128, "tf32x3": 64, "ieee": 64}
+LARGEST_TANGENTS = {"tf32": 128, "tf32x3": 64, "ieee": 64}  # likewise: beyond, the einsum path takes as long or less
 OLDEST_CAPABILITY = (8, 0)
 HOPPER_ARCH = "sm_90"
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)
@@ -48,6 +50,10 @@ class Functions(NamedTuple):
     # (spec, tiles, layouts) -> `forward` of operands with these layouts, which is then called with nothing else; None
     # where nothing is worked out of it once
     plan_forward: Callable[[AttentionSpec, Any, Layouts], Callable[[Operands], Any] | None] | None = None
+    # (operands, tangents, spec, tiles) -> out, lse, their tangents, kept; None where another backend does it
+    tangents: Callable[..., Any] | None = None
+    # `tiles` of a call in forward mode, by which its `kept` and so its `backward` go; None where it has none
+    tangent_tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +65,10 @@ class Backend:
     refuse_fused: Refusal | None = field(repr=False)  # for calls that it serves; None where it has no fused backward
     load: Callable[[], Functions] = field(repr=False)  # imports them
     usual_backward: BackwardName = field(default="separate", repr=False)  # what serves where fused does not
+    # The backend that pushes tangents forward for this one; empty where it does so itself, but for calls that it
+    # refuses, whose tangents are left to the einsum path.
+    tangents_by: str = field(default="", repr=False)
+    refuse_tangents: Refusal = field(default=lambda spec, target: "", repr=False)
     # What a run on a part has to have shown of it before "auto" takes it there.
     proof: Literal["none", "right", "faster"] = field(default="right", repr=False)
 
@@ -73,9 +83,22 @@ class Backend:
         where there is either, those of the bias and the sinks; None where `needed`, a bool for each, says so."""
         return self.load().backward
 
+    @property
+    def tangents(self) -> Callable[..., Any]:
+        """`(operands, tangents, spec, tiles) -> (out, lse, out_tangent, lse_tangent, kept)`, the last as `forward` has
+        it; the tangents are a `Tangents`, and 0 of a query that sees no key."""
+        found = BACKENDS[self.tangents_by or self.name].load().tangents
+        assert found is not None
+        return found
+
     def tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
         """The tiles of a call whose gradients come by `backward`; None where a backend has none."""
         return self.load().tiles(spec, target, backward)
+
+    def tangent_tiles(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> Tiles | None:
+        """The same of a call in forward mode."""
+        select = self.load().tangent_tiles
+        return None if select is None else select(spec, target, backward)
 
     def tiles_by_lengths(self, spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> str:
         """The tiles of a call as text, where they are others than long calls have; else empty."""
@@ -157,23 +180,33 @@ def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
 def _refuse_fused(spec: AttentionSpec, target: DeviceTarget) -> str:
     if spec.deterministic:
         return "deterministic gradients are asked for, and it adds up those of q in any order"
-    if spec.dropout_p > 0 and spec.dtype in (torch.float32, torch.float64) and not target.interpreted:
-        widest, limit = max(spec.head_dim, spec.value_dim), LARGEST_FUSED_DROPOUT[spec.precision]
-        if widest > limit:
-            wide = f"{spec.dtype}, {spec.precision} products".removeprefix("torch.")
-            return f"d or dv = {widest} is beyond its {limit} with dropout ({wide})"
-    return ""
+    return _refuse_wide(spec, target, LARGEST_FUSED_DROPOUT, "with dropout") if spec.dropout_p > 0 else ""
+
+
+def _refuse_tangents(spec: AttentionSpec, target: DeviceTarget) -> str:
+    return _refuse_wide(spec, target, LARGEST_TANGENTS, "for tangents")
+
+
+def _refuse_wide(spec: AttentionSpec, target: DeviceTarget, limits: dict[str, int], case: str) -> str:
+    """Why operands of float32 or float64 are too wide for a kernel that has these limits, by `spec.precision`."""
+    widest, limit = max(spec.head_dim, spec.value_dim), limits[spec.precision]
+    if spec.dtype not in (torch.float32, torch.float64) or target.interpreted or widest <= limit:
+        return ""
+    wide = f"{spec.dtype}, {spec.precision} products".removeprefix("torch.")
+    return f"d or dv = {widest} is beyond its {limit} {case} ({wide})"
 
 
 @cache
 def _load_triton() -> Functions:
     from flash_attend.kernels.backward import attention_backward
-    from flash_attend.kernels.configs import select_tiles
+    from flash_attend.kernels.configs import select_tangent_tiles, select_tiles
     from flash_attend.kernels.forward import attention_forward, plan_forward
     from flash_attend.kernels.part import backward_of_part
+    from flash_attend.kernels.tangents import attention_tangents
 
     of_part = partial(backward_of_part, attention_backward)
-    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward)
+    forward_mode = attention_tangents, select_tangent_tiles
+    return Functions(attention_forward, attention_backward, select_tiles, of_part, plan_forward, *forward_mode)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,11 +299,16 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    return Functions(_einsum_forward, _einsum_backward, lambda spec, target, backward: None, _einsum_backward_of_part)
+    no_tiles = lambda spec, target, backward: None  # noqa: E731
+    return Functions(_einsum_forward, _einsum_backward, no_tiles, _einsum_backward_of_part, tangents=_einsum_tangents)
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:
     return *attention_reference(operands, spec, return_lse=True), ()
+
+
+def _einsum_tangents(operands: Operands, tangents: Tangents, spec: AttentionSpec, tiles: None) -> tuple[Any, ...]:
+    return *attend_tangents(operands, tangents, spec), ()
 
 
 def _einsum_backward(
@@ -306,9 +344,9 @@ def _einsum_backward_of_part(
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, proof="faster"),
-        Backend("triton", _refuse_triton, _refuse_fused, _load_triton),
-        Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", proof="none"),
+        Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, tangents_by="triton", proof="faster"),
+        Backend("triton", _refuse_triton, _refuse_fused, _load_triton, refuse_tangents=_refuse_tangents),
+        Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", tangents_by="math", proof="none"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )
 }

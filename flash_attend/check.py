@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, TypeVar, cast
@@ -21,8 +22,8 @@ from flash_attend.small_call import SmallCall, budget_of, small_call, spec_of, t
 from flash_attend.spec import AttentionSpec
 from flash_attend.target import DeviceTarget
 from flash_attend.testing.oracle import Answer
-from flash_attend.tracing import constant_when_compiled
-from flash_attend.variant import ALL, Kind, Variant
+from flash_attend.tracing import allow_forward_mode, constant_when_compiled
+from flash_attend.variant import ALL, NONE, Kind, Variant
 
 __all__ = ["PRODUCTS", "answer", "check", "checked", "servable"]
 
@@ -92,7 +93,8 @@ def _in_a_thread(function: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            found.append(function())
+            with allow_forward_mode(False):  # it is on in all threads
+                found.append(function())
         except BaseException as error:
             raised.append(error)
 
@@ -147,18 +149,24 @@ def _tiles_of(variant: Variant, spec: AttentionSpec, device: torch.device) -> An
 
         return of_text(variant.tiles)
     target = DeviceTarget.of_any_length(device)
-    return BACKENDS[variant.backend].tiles(spec, target, cast(BackwardName, variant.backward))
+    backend = BACKENDS[variant.backend]
+    tiles = backend.tangent_tiles if variant.tangents else backend.tiles
+    return tiles(spec, target, cast(BackwardName, variant.backward))
 
 
 def _answer(variant: Variant, call: SmallCall, tiles: Any) -> Answer:
     """What the variant computes, on operands with NaN."""
     backend = BACKENDS[variant.backend]
-    out, lse, kept = backend.forward(call.poisoned, call.spec, tiles)
+    pushed: tuple[Tensor | None, ...] = (None, None)
+    if variant.tangents:
+        out, lse, *pushed, kept = backend.tangents(call.poisoned, call.poisoned_tangents, call.spec, tiles)
+    else:
+        out, lse, kept = backend.forward(call.poisoned, call.spec, tiles)
     gradients: tuple[Tensor | None, ...] = (None, None, None)
     if any(variant.needed):
         saved = call.poisoned, out, lse, kept, call.spec, tiles
         gradients = backend.backward(call.grad_out, None, *saved, variant.needed)
-    return Answer(out, lse, *gradients)
+    return replace(Answer(out, lse, *gradients), out_tangent=pushed[0], lse_tangent=pushed[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,6 +210,11 @@ def servable(target: DeviceTarget) -> list[Variant]:
         for products, dim, causal, dropout in product(PRODUCTS, HEAD_DIMS, (False, True), (False, True))
         for one in _of_changes(Kind(*products, dim, dim, "none", causal, dropout, sequences=True), target)
     ]
+    found += [
+        one
+        for products, dim, mask, causal in product(PRODUCTS, HEAD_DIMS, ("none", "key"), (False, True))
+        for one in _with_tangents(Kind(*products, dim, dim, mask, causal, False), target)
+    ]
     return sorted(found, key=lambda one: (one.backend, one.backward, PRODUCTS.index(one.kind[:2])))
 
 
@@ -217,8 +230,20 @@ def _of_changes(kind: Kind, target: DeviceTarget) -> list[Variant]:
     return found
 
 
+def _with_tangents(kind: Kind, target: DeviceTarget) -> list[Variant]:
+    """The variants of a kind of which tangents of q, k and v are taken, on a part."""
+    found = []
+    for backend in BACKENDS.values():
+        variant = Variant(backend.name, backend.usual_backward, kind, False, False, False, NONE, tangents=ALL)
+        if backend.proof != "none" and not _refused(variant, target) and not backend.tangents_by:
+            found.append(variant)
+    return found
+
+
 def _refused(variant: Variant, target: DeviceTarget) -> str:
     backend, spec = BACKENDS[variant.backend], spec_of(variant)
     refused = backend.refuse(spec, target)
     fused = backend.refuse_fused if variant.backward == "fused" else None
+    if variant.tangents:
+        refused = refused or backend.refuse_tangents(spec, target)
     return refused or (fused(spec, target) if fused else "")

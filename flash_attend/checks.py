@@ -405,8 +405,11 @@ def layouts_of(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> Layouts:
     if bias is not None:
         found = found._replace(bias=(0,) * (4 - len(bias[0])) + broadcast_strides(bias[0], bias[1]))
     if slopes is not None:
-        found = found._replace(alibi_slopes=(0,) * (2 - len(slopes[0])) + broadcast_strides(slopes[0], slopes[1]))
-    return found if sinks is None else found._replace(sinks=broadcast_strides(*sinks[:2]))
+        of_slopes = (0,) * (2 - len(slopes[0])) + broadcast_strides(slopes[0], slopes[1])
+        found = found._replace(alibi_slopes=of_slopes, dtypes=(slopes[2], None))
+    if sinks is not None:
+        found = found._replace(sinks=broadcast_strides(*sinks[:2]), dtypes=(found.dtypes[0], sinks[2]))
+    return found
 
 
 # A graph that holds the answer is guarded by torch.compile, on what torch itself asks at each product of float32: it

@@ -30,6 +30,7 @@ __all__ = [
     "check_backend",
     "choose",
     "judge",
+    "left_in_forward_mode",
     "override_backward",
     "split_tiles",
 ]
@@ -141,24 +142,33 @@ def choose(
     backend: str = "auto",
     needed: tuple[bool, ...] = ALL,
     knowledge: Knowledge = FINDING_OUT,
+    *,
+    tangents: tuple[bool, ...] = (),
 ) -> Plan:
-    """The plan for a call, of whose q, k and v those need a gradient that `needed` says.
+    """The plan for a call, of whose q, k and v those need a gradient that `needed` says; in forward mode, `tangents`
+    says which have one.
 
     `backend="auto"` takes what was measured fastest on the part or, where nothing was, the first of `BACKENDS`, that
     serves the call and is right on the part; the first call of a variant has it checked. A backend asked for by name
-    serves or raises `BackendUnavailable` with the reason: it is never replaced by another.
+    serves or raises `BackendUnavailable` with the reason: it is never replaced by another, but for tangents by the one
+    that it leaves them to.
     """
     check_backend(backend)
-    question = _Question.of(spec, target, needed, knowledge)
+    question = _Question.of(spec, target, needed, knowledge, tangents)
     if backend != "auto":
         asked = BACKENDS[backend]
         if reason := _refuse(asked, spec, target):
             raise BackendUnavailable(f"backend {backend!r} cannot serve this call: {reason}")
+        while serves := _left(asked, question)[0]:
+            asked = BACKENDS[serves]
         backward, backward_reason = _choose_backward(asked, question)
         return Plan(asked, backward, "asked for by name", backward_reason)
     passed_over: dict[str, list[str]] = {}  # by reason, which backends often share
     wrong: list[str] = []
     for candidate in question.order:
+        if reason := _left(candidate, question)[1]:
+            passed_over.setdefault(reason, []).append(candidate.name)
+            continue
         stand = _stand(candidate, question)
         wrong += stand.wrong
         if stand.by_default:
@@ -179,6 +189,22 @@ def _warning(serves: Backend, reason: str, wrong: list[str], question: _Question
     return f"flash_attend serves a call by {serves.name}, because {'; '.join(wrong)}{asks}" if wrong else ""
 
 
+def left_in_forward_mode(backend: Backend, spec: AttentionSpec, target: DeviceTarget) -> tuple[str, str]:
+    """To which other backend one leaves the tangents of a call, and why; twice nothing where it pushes them itself."""
+    if backend.tangents_by:
+        return backend.tangents_by, "it has no forward mode"
+    reason = backend.refuse_tangents(spec, target)
+    return ("math", reason) if reason else ("", "")
+
+
+def _left(backend: Backend, question: _Question) -> tuple[str, str]:
+    """The same of a whole call. PyTorch's own backward reads nothing that a forward has kept, and so serves whoever
+    pushes the tangents."""
+    if not question.tangents or backend.usual_backward == "torch":
+        return "", ""
+    return left_in_forward_mode(backend, question.spec, question.target)
+
+
 def _refuse(backend: Backend, spec: AttentionSpec, target: DeviceTarget) -> str:
     return backend.refuse(spec, target) or backend.fault()
 
@@ -192,12 +218,19 @@ class _Question:
     needed: tuple[bool, ...]
     knowledge: Knowledge
     fastest: Tuned | None
+    tangents: tuple[bool, ...]
 
     @staticmethod
-    def of(spec: AttentionSpec, target: DeviceTarget, needed: tuple[bool, ...], how: Knowledge) -> _Question:
+    def of(
+        spec: AttentionSpec,
+        target: DeviceTarget,
+        needed: tuple[bool, ...],
+        how: Knowledge,
+        tangents: tuple[bool, ...] = (),
+    ) -> _Question:
         measurable = target.device_type == "cuda" and not target.absent and target.device is not None
         fastest = how.tuned(kind_of_call(spec), target.device) if measurable else None
-        return _Question(spec, target, needed, how, fastest)
+        return _Question(spec, target, needed, how, fastest, tangents)
 
     @property
     def order(self) -> list[Backend]:
@@ -216,7 +249,8 @@ class _Question:
         """What is known of the variant that would serve."""
         fastest, tiles = way_of(self.fastest, backend.name)
         tiles = backend.tiles_by_lengths(self.spec, self.target, backward) or (tiles if backward == fastest else "")
-        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles)
+        tiles = "" if self.tangents else tiles  # those of forward mode are the same for all lengths
+        variant = variant_of(self.spec, backend.name, backward, self.needed, tiles, self.tangents)
         return self.knowledge.finding(variant, self.target.device)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
 from flash_attend.checks import needed_of, normalise_call
-from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge
-from flash_attend.functional import autocast
+from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge, left_in_forward_mode
+from flash_attend.functional import autocast, tangents_of
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
 from flash_attend.query_mask import real_queries
@@ -35,12 +35,15 @@ class Explanation:
     refusal: str  # why the backend asked for by name cannot serve; empty where a plan exists
     verdicts: tuple[Verdict, ...]
     target: DeviceTarget
+    forward_mode: str = ""  # which backend serves the same call in forward mode, and why; empty where it is the plan's
 
     def __str__(self) -> str:
         where = self.target.name or self.target.device_type
         lines = [f"on {where}: " + (f"{self.plan.name} serves" if self.plan else self.refusal)]
         if self.plan:
             lines.append(f"  backward: {self.plan.backward}, {self.plan.backward_reason}")
+            if self.forward_mode:
+                lines.append(f"  forward mode: {self.forward_mode}")
         width = max(map(len, BACKENDS))
         for verdict in self.verdicts:
             state = "yes" if verdict.by_default else "by name" if verdict.serves else "no"
@@ -89,7 +92,7 @@ def explain(
 ) -> Explanation:
     """Which backend would serve `flash_attention` with these arguments, by which backward, and what each one says of
     the call: "yes" where "auto" may choose it, "by name" where it can serve but was not shown right and faster on this
-    part, or "no".
+    part, or "no"; and, where it is another, which backend serves the same call in forward mode.
 
     Raises what `flash_attention` raises for wrong arguments; a backend that cannot serve is told, not raised.
     """
@@ -108,4 +111,6 @@ def explain(
     asked = next((verdict for verdict in verdicts if verdict.backend == backend), None)
     if asked is not None and not asked.serves:
         return Explanation(None, f"{backend} cannot serve: {asked.reason}", verdicts, target)
-    return Explanation(choose(spec, target, backend, needed, LOOKING), "", verdicts, target)
+    plan = choose(spec, target, backend, needed, LOOKING, tangents=tangents_of(given))
+    serves, reason = left_in_forward_mode(plan.backend, spec, target)
+    return Explanation(plan, "", verdicts, target, f"{serves}, {plan.name}: {reason}" if serves else "")

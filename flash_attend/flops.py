@@ -16,22 +16,40 @@ from typing import Any
 
 import torch
 
+from flash_attend.ops import Options
+
 __all__ = ["count_flops"]
 
 COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def forward_flops(operands: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
-    """`q k^T` and the sums of v; q, k and v are the first operands, in the shapes of `Operands`."""
-    (batch, heads, queries, head_dim), (_, _, keys, _), (*_, value_dim) = operands[:3]
-    return 2 * batch * heads * queries * keys * (head_dim + value_dim)
+def forward_flops(operands: Sequence[Shape], numbers: Any, options: str, **kwargs: Any) -> int:
+    """`q k^T` and the sums of v; q, k and v are the first operands, in the shapes of `Operands`. In forward mode each
+    tangent's products are beside them, and the sums of v by the tangents of weights."""
+    of_scores, of_v, of_weights = _moved(options)
+    return _products(operands, 1 + of_scores, 1 + of_v + of_weights)
 
 
-def backward_flops(grads: Sequence[Shape], operands: Sequence[Shape], *args: Any, **kwargs: Any) -> int:
-    """The scores again, and two products for each of the forward's, whichever gradients are needed."""
+def backward_flops(
+    grads: Sequence[Shape], operands: Sequence[Shape], outputs: Any, numbers: Any, options: str, **kwargs: Any
+) -> int:
+    """The scores again, and two products for each of the forward's, whichever gradients are needed. Where there are
+    tangents, the products that `flash_attend.tangents` makes."""
+    of_scores, of_v, of_weights = _moved(options)
+    again = bool(Options.read(options).tangents)
+    return _products(operands, 3 + 3 * of_scores, 2 + again + 2 * of_v + of_weights)
+
+
+def _moved(options: str) -> tuple[int, int, int]:
+    """How many of q and k have a tangent, how many of v, and of the weights."""
+    moved = set(Options.read(options).tangents)
+    return len(moved & {"q", "k"}), len(moved & {"v"}), int(not moved <= {"v"})
+
+
+def _products(operands: Sequence[Shape], of_scores: int, of_values: int) -> int:
     (batch, heads, queries, head_dim), (_, _, keys, _), (*_, value_dim) = operands[:3]
-    return 2 * batch * heads * queries * keys * (3 * head_dim + 2 * value_dim)
+    return 2 * batch * heads * queries * keys * (of_scores * head_dim + of_values * value_dim)
 
 
 def count_flops() -> None:

@@ -22,15 +22,17 @@ from flash_attend.target import DeviceTarget
 from flash_attend.tracing import (
     constant_when_compiled,
     exporting_to_onnx,
+    forward_mode,
     has_autocast,
     jit_traced,
+    pushed,
     sharded,
     traced,
     undisturbed,
     watched,
 )
 
-__all__ = ["attend_given", "autocast", "flash_attention", "warn_once"]
+__all__ = ["attend_given", "autocast", "flash_attention", "tangents_of", "warn_once"]
 
 NO_JIT_TRACE = (
     "torch.jit.trace cannot record flash_attend: lengths and masks decide what is computed, and a trace keeps those of"
@@ -183,19 +185,31 @@ def attend_given(
         device = operands.q.device
         if backend == "auto" and exporting_to_onnx():
             backend = "math"
-        plan = choose(spec, DeviceTarget.of_any_length(device), backend, needed_of(given))
+        target = DeviceTarget.of_any_length(device)
+        plan = choose(spec, target, backend, needed_of(given), tangents=tangents_of(given))
         seed = draw_seed(device) if spec.dropout_p > 0 else None
         out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
-        call = plan_call(given, backend=backend, **options)
+        call = plan_call(given, backend=backend, tangents=tangents_of(given), **options)
         operands, plan = call.operands(given), call.plan
-        if plan.backward != "einsum" and watched():
+        if forward_mode() or (plan.backward != "einsum" and watched()):
             out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
         else:
             out, lse = attend(operands, call, return_lse=return_lse)
     if plan.warning:
         warn_once(plan.warning)
     return (out, cast(Tensor, lse)) if return_lse else out
+
+
+def tangents_of(given: Operands) -> tuple[bool, ...]:
+    """Which of q, k, v and, where there is either, of the bias and the sinks have a tangent, or may have; empty where
+    none does."""
+    if not forward_mode():
+        return ()
+    q, k, v, _, _, bias, _, sinks, *_ = given
+    whole = (q, k, v) if bias is sinks is None else (q, k, v, bias, sinks)
+    found = tuple([isinstance(x, Tensor) and (torch.compiler.is_compiling() or pushed(x)) for x in whole])
+    return found if True in found else ()
 
 
 HALF = (torch.float16, torch.bfloat16)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Layouts", "Operands", "Strides", "broadcast_strides"]
+__all__ = ["Layouts", "Operands", "Strides", "Tangents", "broadcast_strides"]
 
 Strides = tuple[int, ...]
 
@@ -30,13 +31,25 @@ class Operands(NamedTuple):
     entries: Tensor | None = None
 
 
+class Tangents(NamedTuple):
+    """The derivatives, in one direction, of those operands of a call that are moved along it; each in its operand's
+    shape and dtype."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
 def broadcast_strides(sizes: Sequence[int], strides: Strides) -> Strides:
     """The strides of a tensor that is read along all of each dimension, those of size 1 too."""
     return tuple(0 if size == 1 else stride for size, stride in zip(sizes, strides, strict=True))
 
 
 class Layouts(NamedTuple):
-    """How operands lie in memory: strides in elements, and the sizes of the mask, which no spec tells."""
+    """How operands lie in memory: strides in elements, and what no spec tells: the sizes of the mask, and the dtypes of
+    slopes and sinks, which are q's or float32."""
 
     q: Strides
     k: Strides
@@ -46,6 +59,7 @@ class Layouts(NamedTuple):
     bias: Strides | None = None
     alibi_slopes: Strides | None = None
     sinks: Strides | None = None
+    dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None)
 
     @staticmethod
     def of(operands: Operands) -> Layouts:
@@ -53,4 +67,6 @@ class Layouts(NamedTuple):
         q, k, v, mask, _, *others = operands[:8]
         of_mask = (None, None) if mask is None else (mask.shape, mask.stride())
         of_others = [None if tensor is None else broadcast_strides(tensor.shape, tensor.stride()) for tensor in others]
-        return Layouts(q.stride(), k.stride(), v.stride(), *of_mask, *of_others)
+        slopes, sinks = (None if tensor is None else tensor.dtype for tensor in others[1:])
+        found = Layouts(q.stride(), k.stride(), v.stride(), *of_mask, *of_others)
+        return found if slopes is sinks is None else found._replace(dtypes=(slopes, sinks))

@@ -19,19 +19,39 @@ from torch import Tensor
 
 from flash_attend.backends import BACKENDS, Backend, BackwardName
 from flash_attend.dispatch import split_tiles
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Tangents
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, Window, describe
+from flash_attend.tangents import attend_tangents, attend_tangents_gradients
 from flash_attend.target import DeviceTarget
+from flash_attend.tracing import allow_forward_mode
 
 if TYPE_CHECKING:
     from flash_attend.dispatch import Plan
     from flash_attend.kernels.configs import Tiles
 
-__all__ = ["BACKWARD", "FIRST_IMPORT", "FORWARD", "INPUTS", "OUTPUTS", "Options", "latest", "options_of", "spec_of"]
+__all__ = [
+    "BACKWARD",
+    "DIFFERENTIABLE",
+    "FIRST_IMPORT",
+    "FORWARD",
+    "INPUTS",
+    "OUTPUTS",
+    "OUTPUT_TANGENTS",
+    "Options",
+    "latest",
+    "options_of",
+    "spec_of",
+    "with_gradients",
+    "with_tangents",
+    "without_tangents",
+]
 
 INPUTS = ("q", "k", "v", "bias", "sinks")  # what there are gradients of, where there is such a thing
 OUTPUTS = ("out", "lse")  # what there are gradients from
+TANGENTS = tuple(f"{name}_tangent" for name in INPUTS)  # in forward mode there are these, too
+OUTPUT_TANGENTS = tuple(f"{name}_tangent" for name in OUTPUTS)
+DIFFERENTIABLE = (*INPUTS, *TANGENTS)
 
 T = TypeVar("T")
 
@@ -47,27 +67,44 @@ class Options(NamedTuple):
     return_lse: bool
     window: Window
     operands: tuple[str, ...]  # the fields of `Operands` that there are, in their order
-    grads: tuple[str, ...] = ()  # of a backward: which of OUTPUTS have a gradient
-    needed: tuple[str, ...] = ()  # of a backward: which of INPUTS need one
+    tangents: tuple[str, ...] = ()  # in forward mode: those of INPUTS that have one, in their order
+    grads: tuple[str, ...] = ()  # of a backward: which outputs have a gradient
+    needed: tuple[str, ...] = ()  # of a backward: which of DIFFERENTIABLE need one
+    pushed: bool = False  # of a backward without tangents: its forward had some, by whose tiles what it kept goes
     layout: str = ""  # how ranks share the sequences of which these are shards
 
     @staticmethod
     @lru_cache(maxsize=CALLS_KEPT)
     def read(text: str) -> Options:
-        """What `options_of` or `with_gradients` wrote."""
+        """What `options_of`, `with_tangents` or `with_gradients` wrote."""
         said: dict[str, Any] = dict(item.split("=") for item in text.split())
-        said |= {name: said[name] == "1" for name in ("causal", "deterministic", "return_lse")}
+        flags = said.keys() & {"causal", "deterministic", "return_lse", "pushed"}
+        said |= {name: said[name] == "1" for name in flags}
         said["window"] = tuple(int(end) if end else None for end in said["window"].split(","))
-        lists = said.keys() & {"operands", "grads", "needed"}
+        lists = said.keys() & {"operands", "tangents", "grads", "needed"}
         return Options(**{**said, **{name: tuple(filter(None, said[name].split(","))) for name in lists}})
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors of a call: the operands that there are, and then tangents."""
+        return *self.operands, *(f"{name}_tangent" for name in self.tangents)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of what a forward gives first."""
+        return (*OUTPUTS, *OUTPUT_TANGENTS) if self.tangents else OUTPUTS
+
     def operands_of(self, tensors: Sequence[Tensor]) -> Operands:
-        """The operands of a call, from those that there are."""
-        return Operands(**dict(zip(self.operands, tensors, strict=True)))
+        """The operands of a call, from its tensors."""
+        return Operands(**dict(zip(self.operands, tensors, strict=False)))
+
+    def tangents_of(self, tensors: Sequence[Tensor]) -> Tangents:
+        """The tangents of a call, from its tensors."""
+        return Tangents(**dict(zip(self.tangents, tensors[len(self.operands) :], strict=True)))
 
     def parts(self, items: Sequence[T]) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
-        """What there is for each tensor of a backward: for the gradients, the operands and the forward's outputs."""
-        first, last = len(self.grads), len(self.grads) + len(self.operands)
+        """What there is for each tensor of a backward: for the gradients, the forward's tensors and its outputs."""
+        first, last = len(self.grads), len(self.grads) + len(self.names)
         return items[:first], items[first:last], items[last:]
 
 
@@ -80,6 +117,16 @@ def options_of(operands: Operands, spec: AttentionSpec, plan: Plan, *, return_ls
     lse = int(return_lse or plan.backward != "einsum")
     numbers = [spec.scale, spec.dropout_p, spec.softcap]
     return numbers, f"{served} {flags} return_lse={lse} window={left},{right} operands={present}"
+
+
+def with_tangents(options: str, tangents: Sequence[str]) -> str:
+    """The options of a call in forward mode, from those of the call itself."""
+    return f"{options} tangents={','.join(tangents)} return_lse=1"
+
+
+def without_tangents(options: str) -> str:
+    """The options of the backward of a call in forward mode, where nothing comes down to the tangents."""
+    return f"{options.partition(' tangents=')[0]} pushed=1"
 
 
 def with_gradients(options: str, grads: Sequence[str], needed: Sequence[str]) -> str:
@@ -105,6 +152,7 @@ class _Call(NamedTuple):
     """A call again, from what an operator is given."""
 
     operands: Operands
+    tangents: Tangents
     spec: AttentionSpec
     options: Options
     backend: Backend
@@ -114,7 +162,8 @@ class _Call(NamedTuple):
     def of(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> _Call:
         options = Options.read(text)
         # PyTorch resolves lazy negation for what computes, and not for what says how the results are laid out.
-        operands = options.operands_of([tensor.resolve_neg() for tensor in tensors])
+        tensors = [tensor.resolve_neg() for tensor in tensors]
+        operands = options.operands_of(tensors)
         spec, backend = spec_of(operands, numbers, options), BACKENDS[options.backend]
         # What tiles do not depend on is left out, and what they do made a number: a symbol cannot be looked up.
         reduced = AttentionSpec(
@@ -140,8 +189,9 @@ class _Call(NamedTuple):
             sinks=spec.sinks,
             sequences=None if spec.sequences is None else 1,
         )
-        tiles = backend.tiles(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
-        return _Call(operands, spec, options, backend, tiles)
+        select = backend.tangent_tiles if options.tangents or options.pushed else backend.tiles
+        tiles = select(reduced, DeviceTarget.of_any_length(operands.q.device), options.backward)
+        return _Call(operands, options.tangents_of(tensors), spec, options, backend, tiles)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -162,39 +212,46 @@ class _Call(NamedTuple):
 
 def forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
     """`[out, lse, statistics, *schedule]` of kernels; of PyTorch's own attention `[out, lse]`; of the einsum path the
-    same, or `[out]` where no more is asked for."""
+    same, or `[out]` where no more is asked for. In forward mode the tangents of out and lse follow on these two."""
     call = _Call.of(tensors, numbers, text)
-    operands, spec, options, backend, tiles = call
-    with torch.no_grad():
+    operands, tangents, spec, options, backend, tiles = call
+    with torch.no_grad(), allow_forward_mode(False):
         if options.backward == "einsum":
             return [tensor.contiguous() for tensor in forward_composite(tensors, numbers, text)]
-        out, lse, kept = backend.forward(operands, spec, call.tiles_by_lengths())
+        if options.tangents:
+            *found, kept = backend.tangents(operands, tangents, spec, tiles)
+        else:
+            *found, kept = backend.forward(operands, spec, call.tiles_by_lengths())
     if tiles is None:
-        return [out.contiguous(), lse.contiguous()]
-    return [out, lse, *kept.packed()]
+        return [tensor.contiguous() for tensor in found]
+    return [*found, *kept.packed()]
 
 
 def like_forward(tensors: Sequence[Tensor], numbers: Sequence[float], text: str) -> list[Tensor]:
     """What `forward` gives, uninitialised."""
-    operands, spec, options, _, tiles = _Call.of(tensors, numbers, text)
+    operands, _, spec, options, _, tiles = _Call.of(tensors, numbers, text)
     if tiles is None:
         out = operands.q.new_empty(spec.batch, spec.heads, spec.queries, spec.value_dim)
         lse = operands.q.new_empty(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
-        return [out, lse] if options.return_lse else [out]
-    from flash_attend.kernels.forward import empty_outputs
-    from flash_attend.kernels.schedule import empty_packed
+        outputs, kept = [out, lse] if options.return_lse else [out], []
+    else:
+        from flash_attend.kernels.forward import empty_outputs
+        from flash_attend.kernels.schedule import empty_packed
 
-    return [*empty_outputs(operands.q, spec), *empty_packed(operands, spec, tiles)]
+        *outputs, statistics = empty_outputs(operands.q, spec)
+        kept = [statistics, *empty_packed(operands, spec, tiles)]
+    of_outputs = map(torch.empty_like, outputs) if options.tangents else ()
+    return [*outputs, *of_outputs, *kept]
 
 
 def backward(
     grads: Sequence[Tensor], tensors: Sequence[Tensor], outputs: Sequence[Tensor], numbers: Sequence[float], text: str
 ) -> list[Tensor]:
-    """The gradients of those of INPUTS that are needed; `outputs` are those of `forward`."""
+    """The gradients of those of DIFFERENTIABLE that are needed; `outputs` are those of `forward`, but for tangents."""
     call = _Call.of(tensors, numbers, text)
-    operands, spec, options, backend, tiles = call
-    with torch.no_grad():
-        if options.backward == "einsum":
+    operands, _, spec, options, backend, tiles = call
+    with torch.no_grad(), allow_forward_mode(False):
+        if options.backward == "einsum" or options.tangents:
             return [grad.contiguous() for grad in backward_composite(grads, tensors, outputs, numbers, text)]
         out, lse, *packed = outputs
         kept = None
@@ -214,9 +271,10 @@ def like_backward(
 ) -> list[Tensor]:
     """What `backward` gives, uninitialised."""
     call = _Call.of(tensors, numbers, text)
+    if call.tiles is None or call.options.tangents:
+        named = dict(zip(call.options.names, tensors, strict=True))
+        return [named[name].new_empty(named[name].shape) for name in DIFFERENTIABLE if name in call.options.needed]
     inputs = [getattr(call.operands, name) for name in call.inputs]
-    if call.tiles is None:
-        return [tensor.new_empty(tensor.shape) for tensor in compress(inputs, call.needed)]
     from flash_attend.kernels.backward import empty_gradients
 
     return [tensor for tensor in empty_gradients(inputs, call.spec, call.needed) if tensor is not None]
@@ -231,6 +289,8 @@ def forward_composite(
     options = Options.read(text)
     operands = options.operands_of(tensors)
     spec = spec_of(operands, numbers, options)
+    if options.tangents:
+        return [*attend_tangents(operands, options.tangents_of(tensors), spec)]
     found = attention_reference(operands, spec, return_lse=options.return_lse, guard=guard)
     return [tensor for tensor in found if tensor is not None]
 
@@ -241,8 +301,12 @@ def backward_composite(
     options = Options.read(text)
     operands, given = options.operands_of(tensors), dict(zip(options.grads, grads, strict=True))
     spec = spec_of(operands, numbers, options)
-    found = attention_reference_gradients(given.get("out"), given.get("lse"), operands, spec)
-    named = zip(INPUTS, found, strict=False)
+    out, lse, of_out, of_lse = map(given.get, (*OUTPUTS, *OUTPUT_TANGENTS))
+    if options.tangents:
+        found = attend_tangents_gradients(out, lse, of_out, of_lse, operands, options.tangents_of(tensors), spec)
+    else:
+        found = attention_reference_gradients(out, lse, operands, spec)
+    named = zip(DIFFERENTIABLE, found, strict=False)
     return [grad for name, grad in named if name in options.needed and grad is not None]
 
 

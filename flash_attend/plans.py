@@ -72,8 +72,9 @@ def plan_call(
     backend: str,
     window: Window | None = None,
     softcap: float | None = None,
+    tangents: tuple[bool, ...] = (),
 ) -> CallPlan:
-    """The plan of a call of plain tensors, with what torch is set to at the moment.
+    """The plan of a call of plain tensors, with what torch is set to at the moment; `tangents` as `choose` has them.
 
     Raises what the checks and the dispatcher raise; of such calls nothing is kept.
     """
@@ -81,16 +82,18 @@ def plan_call(
     options = options_of(given.q, causal, scale, dropout_p, deterministic, window, softcap)
     if type(backend) is not str:
         check_backend(backend)
-    return _work_out(facts, options, needed_of(given), backend, generation())
+    return _work_out(facts, options, needed_of(given), backend, tangents, generation())
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _work_out(facts: Facts, options: Options, needed: Needed, backend: str, generation: object) -> CallPlan:
+def _work_out(
+    facts: Facts, options: Options, needed: Needed, backend: str, tangents: tuple[bool, ...], generation: object
+) -> CallPlan:
     spec, sizes = check_call(facts, options, needed)
     target = DeviceTarget.of(TensorFacts(*facts[0]).device)
     if _recorded is not None:
         _recorded.append((spec, target, needed))
-    plan = choose(spec, target, backend, needed)
+    plan = choose(spec, target, backend, needed, tangents=tangents)
     functions = plan.backend.load()
     tiles = functions.tiles(spec, target, plan.backward)
     planned = functions.plan_forward

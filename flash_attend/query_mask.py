@@ -109,10 +109,31 @@ class _Packing(NamedTuple):
     def pack(self, tensor: Tensor) -> Tensor:
         """`(b, h, n, d)` as `(1, h, b * n, d)`."""
         flat = tensor.transpose(1, 2).flatten(0, 1)
-        return (flat if self.rows is None else flat.index_select(0, self.rows)).transpose(0, 1)[None]
+        return (flat if self.rows is None else _Reordered.apply(flat, self.rows, self.places)).transpose(0, 1)[None]
 
     def unpack(self, tensor: Tensor, spec: AttentionSpec) -> Tensor:
         """The inverse, of `(1, h, b * i, ...)`."""
-        assert self.places is not None
-        rows = tensor[0].transpose(0, 1).index_select(0, self.places)
+        rows = _Reordered.apply(tensor[0].transpose(0, 1), self.places, self.rows)
         return rows.unflatten(0, (spec.batch, spec.queries)).transpose(1, 2)
+
+
+class _Reordered(torch.autograd.Function):
+    """`(tensor, order, inverse) -> tensor[order]`. Each row is there once: its gradient is put back, not added up."""
+
+    @staticmethod
+    def forward(tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return tensor.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Reordered.apply(grad, inverse, order), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Reordered.apply(tangent, *ctx.saved_tensors)

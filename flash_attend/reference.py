@@ -24,15 +24,27 @@ from flash_attend.tracing import has_autocast, known, readable, transformed
 from flash_attend.visible import contract, pairs
 
 __all__ = [
+    "Gradients",
+    "Hidden",
     "Merged",
+    "Scores",
     "attention_reference",
     "attention_reference_gradients",
+    "bias_of_chunk",
     "bounded",
+    "chunks_of",
     "cleared",
+    "gathered",
+    "gradient_of_bias",
     "keys_seen",
+    "needs_guard",
     "no_autocast",
+    "prepared",
+    "products",
     "right_end",
+    "scores_of",
     "visible_pairs",
+    "weighted",
     "with_whole_mask",
 ]
 
@@ -59,10 +71,11 @@ def attention_reference(
         `return_lse`.
     """
     if spec.sequences is not None:
-        return attend_by_groups(functools.partial(attention_reference, return_lse=return_lse), operands, spec)
-    chunks, recompute = _chunks(spec)
-    operands, spec, hidden = _prepared(operands, spec, chunks)
-    guarded = guard and _needs_guard(spec, operands)
+        out, lse = attend_by_groups(functools.partial(attention_reference, return_lse=return_lse), operands, spec)
+        return out, lse
+    chunks, recompute = chunks_of(spec)
+    operands, spec, hidden = prepared(operands, spec, chunks)
+    guarded = guard and needs_guard(spec, operands)
 
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
@@ -105,45 +118,58 @@ def attention_reference_gradients(
         grad_out = q.new_zeros(spec.batch, spec.heads, spec.queries, spec.value_dim)
     if grad_lse is None:
         grad_lse = q.new_zeros(spec.batch, spec.heads, spec.queries, dtype=spec.accumulator_dtype)
-    chunks, _ = _chunks(spec)
-    bias, sinks = operands.bias, operands.sinks
-    operands, spec, hidden = _prepared(operands, spec, chunks)
-    grad_out, (dead, unread) = grad_out.to(spec.accumulator_dtype), hidden
+    chunks, _ = chunks_of(spec)
+    operands, spec, hidden = prepared(operands, spec, chunks)
+    grad_out, dead = grad_out.to(spec.accumulator_dtype), hidden.rows
     if dead is not None:
         grad_out, grad_lse = grad_out.masked_fill(dead, 0.0), grad_lse.masked_fill(dead[..., 0], 0.0)
-    guarded = _needs_guard(spec, operands, grad_out, grad_lse, *(() if merged is None else merged[:1]))
+    guarded = needs_guard(spec, operands, grad_out, grad_lse, *(() if merged is None else merged[:1]))
 
-    grads_q, grad_k, grad_v = [], torch.zeros_like(operands.k), torch.zeros_like(operands.v)
-    of_scores = []
+    found = Gradients(operands, spec, hidden)
     with no_autocast(q.device):
         for first, last in chunks:
             given = grad_out, grad_lse, operands, hidden, spec, guarded, first, last, merged
-            of_q, of_k, of_v, of_bias, of_sinks = _differentiate(*given)
-            begin, end = keys_seen(spec, first, last)
-            rest = (0, 0, begin, spec.keys - end)  # the keys that no query of the chunk sees
-            grads_q.append(of_q)
-            grad_k, grad_v = grad_k + pad(of_k, rest), grad_v + pad(of_v, rest)
-            of_scores.append((of_bias, of_sinks))
-    grad_q = torch.cat(grads_q, dim=2)
-    if dead is not None:
-        grad_q = grad_q.masked_fill(dead, 0.0)
-    if unread is not None:
-        grad_k, grad_v = grad_k.masked_fill(unread, 0.0), grad_v.masked_fill(unread, 0.0)
-    grads = grad_q.to(spec.dtype), grad_k.to(spec.dtype), grad_v.to(spec.dtype)
-    if bias is sinks is None:
-        return grads
-    of_bias_parts, of_sinks_parts = ([x for x in found if x is not None] for found in zip(*of_scores, strict=True))
-    grad_bias = grad_sinks = None
-    if bias is not None:
-        whole = functools.reduce(torch.add, of_bias_parts) if bias.shape[2] == 1 else torch.cat(of_bias_parts, dim=2)
-        grad_bias = whole.to(bias.dtype)
-    if sinks is not None:
-        grad_sinks = functools.reduce(torch.add, of_sinks_parts).to(sinks.dtype)
-    return *grads, grad_bias, grad_sinks
+            found.add(first, last, *_differentiate(*given))
+    grads = found.whole()
+    return grads[:3] if operands.bias is operands.sinks is None else grads
 
 
-def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
-    """The ranges of queries that are computed at once, and whether there are too many scores to hold them all."""
+class Gradients:
+    """Those of q, k, v, the bias and the sinks, of which every chunk of queries gives a part, or None."""
+
+    def __init__(self, operands: Operands, spec: AttentionSpec, hidden: Hidden) -> None:
+        self.operands, self.spec, self.hidden = operands, spec, hidden
+        self.parts: tuple[list[Tensor], ...] = ([], [], [], [], [])
+
+    def add(self, first: int, last: int, *parts: Tensor | None) -> None:
+        """The parts that the queries from `first` to `last` give, those of k and v for the keys that they may see."""
+        begin, end = keys_seen(self.spec, first, last)
+        rest = (0, 0, begin, self.spec.keys - end)
+        by_queries = self.operands.bias is not None and self.operands.bias.shape[2] > 1
+        for held, part, name in zip(self.parts, parts, ("q", "k", "v", "bias", "sinks"), strict=True):
+            if part is None:
+                continue
+            part = pad(part, rest) if name in ("k", "v") else part
+            if name == "q" or (name == "bias" and by_queries) or not held:
+                held.append(part)
+            else:
+                held[0] = held[0] + part
+
+    def whole(self) -> tuple[Tensor | None, ...]:
+        """All five, 0 where nobody looks, in the dtypes of the operands; None where there was no part."""
+        of_q, *others = (torch.cat(held, dim=2) if len(held) > 1 else next(iter(held), None) for held in self.parts)
+        dead, unread = self.hidden
+        filled = [(of_q, dead), (others[0], unread), (others[1], unread)]
+        grads = [x if x is None or where is None else x.masked_fill(where, 0.0) for x, where in filled]
+        bias, sinks = self.operands.bias, self.operands.sinks
+        dtypes = [self.spec.dtype] * 3 + [None if x is None else x.dtype for x in (bias, sinks)]
+        pairs = zip((*grads, *others[2:]), dtypes, strict=True)
+        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in pairs)
+
+
+def chunks_of(spec: AttentionSpec, *, small: bool = False) -> tuple[list[tuple[int, int]], bool]:
+    """The ranges of queries that are computed at once, and whether there are too many scores to hold them all. Ranges
+    are no larger then than those that a CPU's allocator reuses, if they are to be `small`."""
     if _symbolic(spec):
         return [(0, spec.queries)], False
     span = _span(spec)
@@ -151,7 +177,8 @@ def _chunks(spec: AttentionSpec) -> tuple[list[tuple[int, int]], bool]:
     most = max(FEWEST_QUERIES, span) if span < spec.keys else max(FEWEST_QUERIES, spec.queries)
     scores_per_query = max(1, spec.batch * spec.heads * min(spec.keys, span + most))
     too_many = scores_per_query * spec.queries > HELD_SCORES
-    rows = max(FEWEST_QUERIES, min(most, (HELD_SCORES if too_many else CACHED_SCORES) // scores_per_query))
+    scores = HELD_SCORES if too_many and not small else CACHED_SCORES
+    rows = max(FEWEST_QUERIES, min(most, scores // scores_per_query))
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
 
 
@@ -181,16 +208,16 @@ def keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
     return begin, end
 
 
-class _Hidden(NamedTuple):
+class Hidden(NamedTuple):
     """What takes no part at all, or None where there is nothing of the kind."""
 
     rows: Tensor | None  # (b|1, h|1, i|1, 1): the queries that see no key
     keys: Tensor | None  # (b|1, hk|1, j, 1): the keys that no query sees
 
 
-def _prepared(
+def prepared(
     operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]]
-) -> tuple[Operands, AttentionSpec, _Hidden]:
+) -> tuple[Operands, AttentionSpec, Hidden]:
     """q, k and v in the accumulator's dtype, cleared where they take no part, and with a mask that hides all that the
     bias does."""
     operands, spec = with_whole_mask(operands, spec)
@@ -215,12 +242,12 @@ def with_whole_mask(operands: Operands, spec: AttentionSpec) -> tuple[Operands, 
 
 def cleared(
     operands: Operands, spec: AttentionSpec, chunks: list[tuple[int, int]] | None = None
-) -> tuple[Operands, _Hidden]:
+) -> tuple[Operands, Hidden]:
     """The operands with zeros where they take no part: whatever stands there reaches no product, and changes no bit.
     With them, where that is. `chunks` are the ranges of queries whose visible pairs are looked at together."""
     q, k, v, mask, *_ = operands
-    chunks = _chunks(spec)[0] if chunks is None else chunks
-    hidden = _Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks, q.device))
+    chunks = chunks_of(spec)[0] if chunks is None else chunks
+    hidden = Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks, q.device))
     if hidden.rows is not None:
         q = q.masked_fill(hidden.rows, 0.0)
     if hidden.keys is not None:
@@ -228,7 +255,7 @@ def cleared(
     return operands._replace(q=q, k=k, v=v), hidden
 
 
-def _needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> bool:
+def needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> bool:
     """Whether what a hidden pair holds could show.
 
     On a CPU a look at the tensors says so. Elsewhere, and where there are no values to look at, every call that hides
@@ -259,14 +286,14 @@ def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
 
 
 def _attend(
-    operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int, return_lse: bool
+    operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int, return_lse: bool
 ) -> Tensor:
     """Attention of the queries from `first` to `last` (exclusive), all in the accumulator dtype: `(b, h, i, dv)`.
 
     With `return_lse` the LSE is one more column. It comes in one tensor with the output so that a backward runs through
     both: what a chunk computes again for one that nobody differentiates would stay, and add up over the chunks.
     """
-    scores, _, _, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
+    scores, _, _, visible, dead = scores_of(operands, hidden, spec, guarded, first, last)
     begin, end = keys_seen(spec, first, last)
 
     weights = scores.softmax(dim=-1)[..., : end - begin]
@@ -274,7 +301,7 @@ def _attend(
         assert operands.seed is not None
         kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
         weights = weights.mul_(kept) if _unwatched(weights) else weights * kept
-    out = _weighted(weights, operands.v[:, :, begin:end], visible)
+    out = weighted(weights, operands.v[:, :, begin:end], visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
 
@@ -292,7 +319,7 @@ def _differentiate(
     grad_out: Tensor,
     grad_lse: Tensor,
     operands: Operands,
-    hidden: _Hidden,
+    hidden: Hidden,
     spec: AttentionSpec,
     guarded: bool,
     first: int,
@@ -301,7 +328,7 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the queries from `first` to `last` give to the gradients: their own, those of the keys they may see, and in
     the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
-    scores, slope, seen, visible, dead = _scores(operands, hidden, spec, guarded, first, last)
+    scores, bent, seen, visible, dead = scores_of(operands, hidden, spec, guarded, first, last)
     begin, end = keys_seen(spec, first, last)
     q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
@@ -311,7 +338,7 @@ def _differentiate(
     else:
         all_weights = _weights_of(scores, merged.lse[:, :, first:last, None], dead)
     weights = kept_weights = all_weights[..., : end - begin]
-    grad_weights = _products(grad_out, v, visible)
+    grad_weights = products(grad_out, v, visible)
     if spec.dropout_p > 0:
         assert operands.seed is not None
         kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
@@ -325,15 +352,15 @@ def _differentiate(
     grad_scores = weights * (grad_weights - delta)
     of_bias = of_sinks = None
     if operands.bias is not None:
-        of_bias = _gradient_of_bias(grad_scores, seen, operands.bias, begin, spec)
+        of_bias = gradient_of_bias(grad_scores, seen, operands.bias, begin, spec)
     if operands.sinks is not None:
         of_sinks = -(all_weights[..., -1:] * delta).sum(dim=(0, 2, 3))
-    if slope is not None:
-        grad_scores = grad_scores * slope
+    if bent is not None:
+        grad_scores = grad_scores * (1 - bent.square())
 
-    grad_q = _weighted(grad_scores, k, visible) * spec.scale
-    grad_k = _gathered(grad_scores, q, visible, spec.kv_heads)
-    return grad_q, grad_k, _gathered(kept_weights, grad_out, visible, spec.kv_heads), of_bias, of_sinks
+    grad_q = weighted(grad_scores, k, visible) * spec.scale
+    grad_k = gathered(grad_scores, q, visible, spec.kv_heads)
+    return grad_q, grad_k, gathered(kept_weights, grad_out, visible, spec.kv_heads), of_bias, of_sinks
 
 
 def _weights_of(scores: Tensor, lse: Tensor, dead: Tensor | None) -> Tensor:
@@ -343,7 +370,7 @@ def _weights_of(scores: Tensor, lse: Tensor, dead: Tensor | None) -> Tensor:
     return weights if dead is None else weights.masked_fill(dead, 0.0)
 
 
-def _gradient_of_bias(
+def gradient_of_bias(
     grad_scores: Tensor, visible: Tensor | None, bias: Tensor, begin: int, spec: AttentionSpec
 ) -> Tensor:
     """That of a chunk's queries, summed over what the bias is broadcast along; the chunk's keys begin at `begin`."""
@@ -361,15 +388,15 @@ def _unwatched(tensor: Tensor) -> bool:
     return not tensor.requires_grad and readable(tensor)
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     scores: Tensor  # (b, h, i, j) and, where there are sinks, theirs as one more key
-    slope: Tensor | None  # (b, h, i, j): the derivative of the scores by the products, where it is not 1
+    bent: Tensor | None  # (b, h, i, j), under a softcap: the hyperbolic tangents
     visible: Tensor | None  # the visible pairs, (b|1, h|1, i|1, j), where they are guarded
     grouped: Tensor | None  # the same as (b, hk, g i, j), or what broadcasts to it
     dead: Tensor | None  # the dead rows
 
 
-def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int) -> _Scores:
+def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: bool, first: int, last: int) -> Scores:
     """The scores of the queries from `first` to `last` with the keys that any of them may see.
 
     They are -inf where a pair is hidden, and finite in dead rows: of -inf alone a softmax makes NaN, which a gradient
@@ -384,10 +411,10 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
     visible = grouped = visible if guarded else None
     if visible is not None and spec.group > 1:
         grouped = _grouped(visible.expand(*q.shape[:3], end - begin), spec.kv_heads)
-    scores, slope = _products(q, k, grouped), None
+    scores, bent = products(q, k, grouped), None
     if spec.softcap:
         bent = torch.tanh(scores / spec.softcap)
-        scores, slope = bent * spec.softcap, 1 - bent.square()
+        scores = bent * spec.softcap
     for term in _added(operands, spec, first, last):
         scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
     if shown is not None and (visible is not None or not readable(scores)):
@@ -399,40 +426,46 @@ def _scores(operands: Operands, hidden: _Hidden, spec: AttentionSpec, guarded: b
     if operands.sinks is not None:
         column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
-    return _Scores(scores, slope, visible, grouped, dead)
+    return Scores(scores, bent, visible, grouped, dead)
 
 
 def _added(operands: Operands, spec: AttentionSpec, first: int, last: int) -> Iterator[Tensor]:
     """What is added to the scores of a chunk's queries with the keys that any of them may see."""
     (begin, end), bias, slopes = keys_seen(spec, first, last), operands.bias, operands.alibi_slopes
     if bias is not None:
-        bias = bias if bias.shape[2] == 1 else bias[:, :, first:last]
-        yield (bias if bias.shape[3] == 1 else bias[..., begin:end]).to(spec.accumulator_dtype)
+        yield bias_of_chunk(bias, spec, first, last)
     if slopes is not None:
         query, key = (torch.arange(*span, device=slopes.device) for span in ((first, last), (begin, end)))
         distance = (key - query[:, None] - spec.offset).abs()
         yield -slopes.to(spec.accumulator_dtype)[..., None, None] * distance
 
 
+def bias_of_chunk(bias: Tensor, spec: AttentionSpec, first: int, last: int) -> Tensor:
+    """What a bias has for a chunk's queries and the keys that any of them may see."""
+    begin, end = keys_seen(spec, first, last)
+    bias = bias if bias.shape[2] == 1 else bias[:, :, first:last]
+    return (bias if bias.shape[3] == 1 else bias[..., begin:end]).to(spec.accumulator_dtype)
+
+
 # Products of query heads with the key/value heads that they read. Where `visible`, `(b, hk, g i, j)`, says which pairs
 # to take, the others are left out whatever they hold.
 
 
-def _products(x: Tensor, y: Tensor, visible: Tensor | None = None) -> Tensor:
+def products(x: Tensor, y: Tensor, visible: Tensor | None = None) -> Tensor:
     """`(b, h, i, c), (b, hk, j, c) -> (b, h, i, j)`: each row of x with each of y."""
     grouped = _grouped(x, y.shape[1])
     found = grouped @ y.mT if visible is None else pairs(grouped, y, visible)
     return found.view(*x.shape[:3], y.shape[2])
 
 
-def _weighted(weights: Tensor, y: Tensor, visible: Tensor | None) -> Tensor:
+def weighted(weights: Tensor, y: Tensor, visible: Tensor | None) -> Tensor:
     """`(b, h, i, j), (b, hk, j, c) -> (b, h, i, c)`: the sums of y's rows by their weights."""
     grouped = _grouped(weights, y.shape[1])
     found = grouped @ y if visible is None else contract(grouped, y, visible)
     return found.view(*weights.shape[:3], y.shape[3])
 
 
-def _gathered(weights: Tensor, x: Tensor, visible: Tensor | None, kv_heads: int) -> Tensor:
+def gathered(weights: Tensor, x: Tensor, visible: Tensor | None, kv_heads: int) -> Tensor:
     """`(b, h, i, j), (b, h, i, c) -> (b, hk, j, c)`: the sums over the queries, and over the heads of a group."""
     weights, x = _grouped(weights, kv_heads).mT, _grouped(x, kv_heads)
     return weights @ x if visible is None else contract(weights, x, visible.mT)

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
-from itertools import chain, groupby
+from itertools import chain, cycle, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attend.derived import derived
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Tangents
 from flash_attend.spec import AttentionSpec, canonical
 
 COPIED_IN_A_CALL = 2**13  # elements of q that are put into another order, with all else, in the time of one more call
 
-Attend = Callable[[Operands, AttentionSpec], Any]
+Attend = Callable[..., Any]
 Differentiate = Callable[..., Sequence[Tensor | None]]
 
 __all__ = ["Groups", "attend_by_groups", "gradients_by_groups", "segments_of"]
@@ -81,7 +81,7 @@ class Groups:
         """`(1, h, t, ...)` as `(n, h, i, ...)` for each group of n sequences; of None as many of it."""
         return self._cut(tensor, self.query_rows, [(group.sequences, group.queries) for group in self.groups])
 
-    def of_keys(self, tensor: Tensor) -> Sequence[Tensor | None]:
+    def of_keys(self, tensor: Tensor | None) -> Sequence[Tensor | None]:
         """The same of keys."""
         return self._cut(tensor, self.key_rows, [(group.sequences, group.keys) for group in self.groups])
 
@@ -100,48 +100,63 @@ class Groups:
         """The inverse of `of_keys`."""
         return _joined(pieces, self.key_rows)
 
-    def calls(self, operands: Operands, spec: AttentionSpec) -> Iterator[tuple[Operands, AttentionSpec]]:
-        """The calls that together are this one, each of the sequences of one group."""
-        q, k, v, _, seed, _, slopes, sinks, *_ = operands
+    def calls(self, operands: Operands, spec: AttentionSpec, *tangents: Tangents) -> Iterator[tuple]:
+        """The calls that together are this one, each of the sequences of one group: `(operands, *tangents, spec)`."""
+        seed, slopes, sinks = operands.seed, operands.alibi_slopes, operands.sinks
         numbers = self.order.split([group.sequences for group in self.groups])
-        pieces = zip(self.of_queries(q), self.of_keys(k), self.of_keys(v), strict=True)
-        for group, entries, tensors in zip(self.groups, numbers, pieces, strict=True):
+        pieces = [self._pieces(*whole[:3]) for whole in (operands, *tangents)]
+        for group, entries, (q, k, v), *moved in zip(self.groups, numbers, *pieces, strict=True):
             own = slopes
             if slopes is not None and slopes.shape[0] > 1:
                 own = slopes[entries.clamp(max=slopes.shape[0] - 1)]  # what is in no sequence has no scores
-            given = Operands(*tensors, seed=seed, alibi_slopes=own, sinks=sinks, entries=entries)  # type: ignore[arg-type]
+            given = Operands(q, k, v, seed=seed, alibi_slopes=own, sinks=sinks, entries=entries)
             causal, window = canonical(spec.causal, spec.window, group.queries, group.keys)
             lengths = dict(batch=group.sequences, queries=group.queries, keys=group.keys)
-            yield given, replace(spec, sequences=None, causal=causal, window=window, **lengths)  # type: ignore[arg-type]
+            own_spec = replace(spec, sequences=None, causal=causal, window=window, **lengths)
+            yield given, *map(_of_group, moved, tangents), own_spec
+
+    def _pieces(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+        return zip(self.of_queries(q), self.of_keys(k), self.of_keys(v), strict=True)
 
 
-def attend_by_groups(attend: Attend, operands: Operands, spec: AttentionSpec) -> tuple[Tensor, Tensor | None]:
-    """`out (1, h, t, dv)` and `lse (1, h, t)` of a packed call by `attend`, which computes calls without segments, and
-    may give no lse."""
+def attend_by_groups(attend: Attend, operands: Operands, spec: AttentionSpec, *tangents: Tangents) -> tuple[Any, ...]:
+    """`out (1, h, t, dv)` and `lse (1, h, t)` of a packed call, and with tangents those of both, by `attend`, which
+    computes calls without segments, `(operands, *tangents, spec)`, and may give no lse."""
     assert operands.segments is not None
     groups = Groups(operands.segments, operands.q.numel())
-    found = [attend(*call)[:2] for call in groups.calls(operands, spec)]
-    outs, lses = zip(*found, strict=True)
-    return groups.all_queries(outs), None if lses[0] is None else groups.all_queries(lses)
+    found = [attend(*call)[: 2 + 2 * len(tangents)] for call in groups.calls(operands, spec, *tangents)]
+    return tuple(None if pieces[0] is None else groups.all_queries(pieces) for pieces in zip(*found, strict=True))
 
 
 def gradients_by_groups(
-    differentiate: Differentiate, of_rows: Sequence[Tensor | None], operands: Operands, spec: AttentionSpec
+    differentiate: Differentiate,
+    of_rows: Sequence[Tensor | None],
+    operands: Operands,
+    spec: AttentionSpec,
+    *tangents: Tangents,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k and v and, where there are sinks, of a bias, which there is not, and of those.
+    """The gradients of q, k and v and, where there are sinks, of a bias, which there is not, and of those; then, where
+    there are tangents, of these five.
 
-    `differentiate(*rows, operands, spec)` gives them of calls without segments, where `rows` is what their queries have
-    of each of the tensors `of_rows (1, h, t, ...)`, of which some may be None.
+    `differentiate(*rows, operands, *tangents, spec)` gives them of calls without segments, where `rows` is what their
+    queries have of each of the tensors `of_rows (1, h, t, ...)`, of which some may be None.
     """
     assert operands.segments is not None
     groups = Groups(operands.segments, operands.q.numel())
     rows = zip(*map(groups.of_queries, of_rows), strict=True)
-    calls = zip(rows, groups.calls(operands, spec), strict=True)
-    of_q, of_k, of_v, *others = zip(*[differentiate(*of_group, *call) for of_group, call in calls], strict=True)
-    joins = groups.all_queries, groups.all_keys, groups.all_keys
-    pairs = zip(joins, (of_q, of_k, of_v), strict=True)
-    grads = (None if of_x[0] is None else join(of_x) for join, of_x in pairs)
-    return *grads, *(None if of_x[0] is None else reduce(torch.add, of_x) for of_x in others)
+    calls = zip(rows, groups.calls(operands, spec, *tangents), strict=True)
+    found = zip(*[differentiate(*of_group, *call) for of_group, call in calls], strict=True)
+    joins = cycle((groups.all_queries, groups.all_keys, groups.all_keys, _added, _added))
+    return tuple(None if pieces[0] is None else join(pieces) for join, pieces in zip(joins, found, strict=False))
+
+
+def _of_group(pieces: Sequence[Tensor | None], whole: Tangents) -> Tangents:
+    q, k, v = pieces
+    return Tangents(q, k, v, sinks=whole.sinks)
+
+
+def _added(pieces: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, pieces)
 
 
 def _rows(begins: Tensor, lengths: Tensor) -> Tensor:

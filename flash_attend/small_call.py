@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flash_attend.dropout import keep_mask
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Tangents
 from flash_attend.reference import attention_reference, attention_reference_gradients
 from flash_attend.segments import segments_of
 from flash_attend.spec import PACKED_ROWS, AttentionSpec, BiasKind, MaskKind, describe
+from flash_attend.tangents import attend_tangents
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer
 from flash_attend.testing.sequences import whole_call
@@ -40,6 +41,8 @@ class SmallCall(NamedTuple):
     poisoned: Operands  # NaN in keys that nobody sees
     spec: AttentionSpec
     grad_out: Tensor
+    tangents: Tangents
+    poisoned_tangents: Tangents  # NaN in the same keys, and where a bias hides
 
 
 def spec_of(variant: Variant) -> AttentionSpec:
@@ -114,16 +117,27 @@ def small_call(variant: Variant, block: tuple[int, int], device: torch.device) -
         if spec.bias.keys:
             bias[..., 3::11] = -torch.inf
     segments = _segments(spec, device) if spec.sequences else None
-    clean = poisoned = Operands(q, k, v, mask, seed, bias, slopes, sinks, segments)
+    clean = Operands(q, k, v, mask, seed, bias, slopes, sinks, segments)
+    hidden = None
     if mask is not None:
         hidden = ~mask.flatten(1, 2).any(dim=1)[:, None, :, None]  # (b, 1, j, 1)
-        poisoned = clean._replace(k=k.masked_fill(hidden, torch.nan), v=v.masked_fill(hidden, torch.nan))
     if segments is not None:
-        unseen = (torch.arange(keys, device=device) >= segments[-1, 2])[:, None]
-        poisoned = clean._replace(k=k.masked_fill(unseen, torch.nan), v=v.masked_fill(unseen, torch.nan))
+        hidden = (torch.arange(keys, device=device) >= segments[-1, 2])[:, None]
+    poisoned = clean._replace(k=_without(k, hidden), v=_without(v, hidden))
     described = describe(q, k, v, mask, *spec.options, bias=bias, alibi=spec.alibi, sinks=spec.sinks, segments=segments)
     assert described == spec
-    return SmallCall(clean, poisoned, spec, draw(spec.batch, spec.heads, queries, spec.value_dim))
+    grad_out = draw(spec.batch, spec.heads, queries, spec.value_dim)
+    there = zip(Tangents._fields, variant.tangents, strict=False)
+    given = {name: x for name, has_one in there if has_one and (x := getattr(clean, name)) is not None}
+    tangents = {name: draw(*x.shape).to(x.dtype) for name, x in given.items()}
+    silent = dict(k=hidden, v=hidden, bias=None if bias is None else bias == -torch.inf)
+    nowhere = {name: _without(x, silent.get(name)) for name, x in tangents.items()}
+    return SmallCall(clean, poisoned, spec, grad_out, Tangents(**tangents), Tangents(**nowhere))
+
+
+def _without(x: Tensor, hidden: Tensor | None) -> Tensor:
+    """The same with NaN in what is hidden."""
+    return x if hidden is None else x.masked_fill(hidden, torch.nan)
 
 
 def _segments(spec: AttentionSpec, device: torch.device) -> Tensor:
@@ -153,18 +167,24 @@ def truth_of(call: SmallCall) -> Answer:
     operands = Operands(*exact)  # type: ignore[arg-type]
     out, lse = attention_reference(operands, spec, return_lse=True)
     assert lse is not None
-    return Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))
+    answer = Answer(out, lse, *attention_reference_gradients(call.grad_out.double(), None, operands, spec))
+    if all(x is None for x in call.tangents):
+        return answer
+    tangents = Tangents(*(None if x is None else x.double() for x in call.tangents))
+    _, _, out_tangent, lse_tangent = attend_tangents(operands, tangents, spec)
+    return replace(answer, out_tangent=out_tangent, lse_tangent=lse_tangent)
 
 
 def budget_of(call: SmallCall, truth: Answer) -> Budget:
     (q, k, v, mask, seed, bias, slopes, sinks, segments, _), spec = call.operands, call.spec
+    tangents = {name: x for name, x in call.tangents._asdict().items() if x is not None} or None
     if segments is not None:
         lengths = segments[: spec.sequences, 1::2].tolist()
         edges: dict[str, Any] = dict(causal=spec.causal, window=spec.window)
         whole = whole_call(lengths, q, k, alibi_slopes=slopes, dropout_p=spec.dropout_p, seed=seed, **edges)
         return Budget(
             truth, q, k, v, scale=spec.scale, grad_out=call.grad_out, tf32=spec.precision == "tf32",
-            softcap=spec.softcap or None, sinks=sinks, **whole,
+            softcap=spec.softcap or None, sinks=sinks, tangents=tangents, **whole,
         )  # fmt: skip
     return Budget(
         truth,
@@ -183,4 +203,5 @@ def budget_of(call: SmallCall, truth: Answer) -> Budget:
         softcap=spec.softcap or None,
         alibi_slopes=slopes,
         sinks=sinks,
+        tangents=tangents,
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
+    "allow_forward_mode",
     "applied",
     "changes_of",
     "constant_when_compiled",
@@ -26,18 +28,22 @@ __all__ = [
     "float32_products",
     "forward_mode",
     "has_autocast",
+    "innermost_forward_mode",
     "jit_traced",
     "known",
     "lazy",
     "mapped",
     "modes_of_functions",
+    "pushed",
     "readable",
     "settled",
     "sharded",
+    "tangent_of",
     "traced",
     "transformed",
     "undisturbed",
     "watched",
+    "with_tangent",
 ]
 
 _F = TypeVar("_F", bound=Callable)
@@ -101,8 +107,57 @@ def transformed() -> bool:
 def forward_mode() -> bool:
     """Whether derivatives are pushed forward, by torch.autograd.forward_ad, torch.func.jvp or what builds on them. No
     public function tells."""
-    levels = get_interpreter_stack() or ()
-    return forward_ad._current_level >= 0 or any(level.key() == TransformType.Jvp for level in levels)
+    duals = forward_ad._current_level >= 0
+    return torch._C._is_fwd_grad_enabled() and (duals or TransformType.Jvp in _transforms())
+
+
+def _transforms() -> list[TransformType]:
+    """Those of torch.func that are on, the innermost last. No public function tells."""
+    return [level.key() for level in get_interpreter_stack() or ()]
+
+
+def innermost_forward_mode() -> Literal["none", "alone", "again", "mapped", "outside"]:
+    """Where `tangent_of` has the tangents of tensors, if they have any: nowhere ("none"); here ("alone"); here, of
+    tensors that may have others in another forward mode ("again"); where the rules of torch.vmap lead ("mapped");
+    outside of another transform, so that nobody can tell ("outside")."""
+    if not torch._C._is_fwd_grad_enabled():
+        return "none"
+    levels = _transforms()
+    if not levels:  # dual numbers may be: a program that was compiled does not say
+        return "alone"
+    if levels[-1] == TransformType.Jvp:
+        return "alone" if levels.count(TransformType.Jvp) == 1 else "again"
+    if TransformType.Jvp not in levels and forward_ad._current_level < 0:
+        return "none"
+    return "mapped" if levels[-1] == TransformType.Vmap else "outside"
+
+
+def pushed(*tensors: Tensor | None) -> bool:
+    """Whether a tensor has a tangent, or may have one that nobody can see."""
+    innermost = innermost_forward_mode()
+    if innermost in ("alone", "again"):
+        return any(x is not None and tangent_of(x)[1] is not None for x in tensors)
+    return innermost != "none"
+
+
+def tangent_of(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A tensor without its tangent, and that. Of level 0, the only one that there is: a program that was compiled knows
+    no other, and torch.func makes levels of its own."""
+    if not tensor.is_floating_point():
+        return tensor, None
+    primal, tangent = forward_ad.unpack_dual(tensor, level=0)
+    return primal, tangent
+
+
+def with_tangent(tensor: Tensor, tangent: Tensor) -> Tensor:
+    """A tensor with a tangent, as the innermost forward mode has it."""
+    return forward_ad.make_dual(tensor, tangent, level=0)
+
+
+def allow_forward_mode(allowed: bool) -> AbstractContextManager:
+    """Within this context derivatives are pushed forward where forward mode is on, or are not. No public function does
+    it."""
+    return forward_ad._set_fwd_grad_enabled(allowed)
 
 
 def changes_of(tensor: Tensor) -> int | None:
@@ -128,8 +183,8 @@ def modes_of_functions() -> list[TorchFunctionMode]:
 def watched() -> bool:
     """Whether forward mode, a transform of torch.func or a dispatch mode is on, which deal with operators. Of dispatch
     modes no public function tells."""
-    transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transforms or torch._C._len_torch_dispatch_stack() > 0
+    duals = forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return duals or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def undisturbed(*tensors: Tensor | None) -> bool:

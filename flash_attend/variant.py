@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 from flash_attend.spec import AttentionSpec
 
-__all__ = ["ALL", "Kind", "Variant", "kind_of_call", "variant_of"]
+__all__ = ["ALL", "NONE", "Kind", "Variant", "kind_of_call", "variant_of"]
 
-ALL = (True, True, True)  # gradients of q, k and v
+ALL = (True, True, True)  # gradients, or tangents, of q, k and v
+NONE = (False, False, False)
 
 
 class Kind(NamedTuple):
@@ -49,21 +50,28 @@ class Variant(NamedTuple):
     # to fill a part; empty for what they give others.
     tiles: str = ""
     packed: bool = False  # `AttentionSpec.packed` of more than one query
+    tangents: tuple[bool, ...] = ()  # in forward mode: which of q, k, v, the bias and the sinks have one
 
     @staticmethod
     def read(fields: tuple) -> Variant:
         """The variant of `variant_of`, or from JSON."""
-        backend, backward, kind, per_head, grouped, negative, needed, tiles, packed = fields
-        return Variant(backend, backward, Kind(*kind), per_head, grouped, negative, tuple(needed), tiles, packed)
+        backend, backward, kind, per_head, grouped, negative, needed, tiles, packed, tangents = fields
+        flags = per_head, grouped, negative
+        return Variant(backend, backward, Kind(*kind), *flags, tuple(needed), tiles, packed, tuple(tangents))
 
     def __str__(self) -> str:
-        names = zip(("q", "k", "v", "-bias", "-sinks"), self.needed, strict=False)
-        gradients = "".join(name for name, need in names if need)
+        gradients, tangents = _named(self.needed), _named(self.tangents)
         words = [self.backend, self.backward, str(self.kind)]
         words += ["per-head" * self.mask_per_head, "grouped" * self.grouped, "negative-scale" * self.negative_scale]
         words += ["packed" * self.packed]
-        words += [f"gradients-{gradients}" if gradients else "forward-only", f"tiles {self.tiles}" * bool(self.tiles)]
+        words += [f"gradients-{gradients}" if gradients else "forward-only", f"tangents-{tangents}" * bool(tangents)]
+        words += [f"tiles {self.tiles}" * bool(self.tiles)]
         return " ".join(filter(None, words))
+
+
+def _named(which: tuple[bool, ...]) -> str:
+    """Those of q, k, v, the bias and the sinks, as one word."""
+    return "".join(name for name, there in zip(("q", "k", "v", "-bias", "-sinks"), which, strict=False) if there)
 
 
 # While a call is traced, a compiler hands only constants, and tuples of them, to what it runs for real.
@@ -89,11 +97,18 @@ def _changes(spec: AttentionSpec) -> str:
     return "+".join(words)
 
 
-def variant_of(spec: AttentionSpec, backend: str, backward: str, needed: tuple[bool, ...], tiles: str = "") -> tuple:
+def variant_of(
+    spec: AttentionSpec,
+    backend: str,
+    backward: str,
+    needed: tuple[bool, ...],
+    tiles: str = "",
+    tangents: tuple[bool, ...] = (),
+) -> tuple:
     """The fields of the `Variant` that serves a call."""
     flags = spec.mask_per_head, spec.heads != spec.kv_heads, spec.scale < 0
     packed = spec.packed and spec.queries > 1
-    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles, _decided(packed)
+    return backend, backward, kind_of_call(spec), *map(_decided, flags), needed, tiles, _decided(packed), tangents
 
 
 def _decided(condition: bool) -> bool:

@@ -7,12 +7,13 @@ times, in either mode. They take several plain products' time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flash_attend.tracing import applied
+from flash_attend.tracing import allow_forward_mode, applied, tangent_of
 
 __all__ = ["contract", "pairs"]
 
@@ -31,15 +32,33 @@ def contract(weights: Tensor, y: Tensor, visible: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    generate_vmap_rule = True
+    product: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
         ctx.save_for_forward(*inputs)
 
+    @classmethod
+    def pushed_forward(cls, ctx: Any, of_first: Tensor, of_second: Tensor) -> Tensor:
+        """The sum of the products in which one of the two is replaced by its tangent."""
+        first, second, visible = (tangent_of(x)[0] for x in ctx.saved_tensors)
+        # Torch turns forward mode off for this, all of it: also one that is outside of the one that asks.
+        with allow_forward_mode(True):
+            return cls.product(of_first, second, visible) + cls.product(first, of_second, visible)
+
+    @classmethod
+    def mapped_over(cls, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        """The product with what is mapped over in front of all else, along which whatever is not is broadcast."""
+        pairs_of = zip(inputs, in_dims, strict=True)
+        inputs = tuple(x[None] if dim is None else x.movedim(dim, 0) for x, dim in pairs_of)
+        rank = max(x.ndim for x in inputs)
+        return cls.product(*(x.reshape(x.shape[0], *[1] * (rank - x.ndim), *x.shape[1:]) for x in inputs)), 0
+
 
 class _Pairs(_Product):
+    product = staticmethod(pairs)
+
     @staticmethod
     def forward(x: Tensor, y: Tensor, visible: Tensor) -> Tensor:
         return torch.where(visible, x @ y.mT, 0.0)
@@ -53,11 +72,16 @@ class _Pairs(_Product):
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor, y_tangent: Tensor, _: None) -> Tensor:
-        x, y, visible = ctx.saved_tensors
-        return pairs(x_tangent, y, visible) + pairs(x, y_tangent, visible)
+        return _Pairs.pushed_forward(ctx, x_tangent, y_tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple[Tensor, int]:
+        return _Pairs.mapped_over(in_dims, *inputs)
 
 
 class _Contract(_Product):
+    product = staticmethod(contract)
+
     @staticmethod
     def forward(weights: Tensor, y: Tensor, visible: Tensor) -> Tensor:
         seen = visible.expand_as(weights)
@@ -80,5 +104,8 @@ class _Contract(_Product):
 
     @staticmethod
     def jvp(ctx: Any, weights_tangent: Tensor, y_tangent: Tensor, _: None) -> Tensor:
-        weights, y, visible = ctx.saved_tensors
-        return contract(weights_tangent, y, visible) + contract(weights, y_tangent, visible)
+        return _Contract.pushed_forward(ctx, weights_tangent, y_tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Tensor) -> tuple[Tensor, int]:
+        return _Contract.mapped_over(in_dims, *inputs)

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from flash_attend import ops
-from flash_attend.ops import Options
+from flash_attend.ops import OUTPUTS, Options
 
 __all__ = ["backward_vmap", "forward_vmap", "map_backward", "map_forward"]
 
-ROWS = 3  # outputs of a forward that have a number for each query, or more: out, lse, statistics. The rest is a mask's.
+# Outputs of a forward that have a number for each query, or more: out, lse, statistics; in forward mode tangents of the
+# first two beside them. The rest is a mask's.
+ROWS = 3
 
 Apply = Callable[..., Sequence[Tensor]]
 Dims = Sequence[int | None]
@@ -33,8 +35,8 @@ def map_forward(
     call = _Folded(size, options, operands, dims)
     if call.one_by_one:
         return call.each(apply, numbers, options, operands, dims)
-    results = apply(numbers, options, *call.operands)
-    outputs, schedule = tuple(call.unfold(tensor, call.batch) for tensor in results[:ROWS]), results[ROWS:]
+    results, rows = apply(numbers, options, *call.operands), ROWS + len(OUTPUTS) * bool(Options.read(options).tangents)
+    outputs, schedule = tuple(call.unfold(tensor, call.batch) for tensor in results[:rows]), results[rows:]
     if call.shared_schedule:
         return (*outputs, *schedule), (*(0 for _ in outputs), *(None for _ in schedule))
     schedule = tuple(call.unfold(tensor, call.batch * call.planes) for tensor in schedule)
@@ -65,7 +67,7 @@ class _Folded:
     def __init__(self, size: int, options: str, operands: Sequence[Tensor], dims: Dims) -> None:
         self.size = size
         self.sizes: dict[str, int] = {}  # of the batch of a bias and of slopes: 1 where that is broadcast
-        dim_of = dict(zip(Options.read(options).operands, dims, strict=True))
+        dim_of = dict(zip(Options.read(options).names, dims, strict=True))
         given = dict(zip(dim_of, operands, strict=True))
         mask = given.get("mask")
         # Whether the schedule is the same for the whole of the folded batch: it is the mask's, or a bias makes it.
@@ -77,7 +79,8 @@ class _Folded:
         needed = Options.read(options).needed
         # Those that share a seed drop the same weights, which depend on the place in the batch; sinks have no batch,
         # and sequences that are packed one of one.
-        own_sinks = "sinks" in given and (dim_of["sinks"] is not None or "sinks" in needed)
+        of_sinks = given.keys() & {"sinks", "sinks_tangent"}
+        own_sinks = any(dim_of[name] is not None or name in needed for name in of_sinks)
         one_seed = "seed" in given and dim_of["seed"] is None
         self.one_by_one = size > 0 and (own_sinks or one_seed or "segments" in given)
         self.batch = self.entries(given["q"], dim_of["q"]).shape[1]
@@ -88,17 +91,18 @@ class _Folded:
         if "seed" in given and not self.one_by_one:
             seeds = self.entries(given["seed"], dim_of["seed"])
             given["seed"] = seeds[0] if size else seeds.new_zeros(1)
-        for name in given.keys() & {"bias", "alibi_slopes"}:
+        for name in given.keys() & {"bias", "bias_tangent", "alibi_slopes"}:
             entries = self.entries(given[name], dim_of[name])
             self.sizes[name] = entries.shape[1]
-            if name == "bias" or dim_of[name] is not None or entries.shape[1] > 1:
+            if name != "alibi_slopes" or dim_of[name] is not None or entries.shape[1] > 1:
                 given[name] = entries.expand(-1, self.batch, *entries.shape[2:]).flatten(0, 1)
             if name == "bias":
                 self.planes = max(self.planes, entries.shape[2])
                 self.one_schedule = entries.shape[1] == 1 and one_mask
         if own_sinks and not size:
-            given["sinks"] = given["q"].new_zeros(self.entries(given["q"], dim_of["q"]).shape[2])
-        given |= {name: self.fold(given[name], dim_of[name]) for name in ("q", "k", "v")}
+            given |= dict.fromkeys(of_sinks, given["q"].new_zeros(self.entries(given["q"], dim_of["q"]).shape[2]))
+        moved = given.keys() & {"q", "k", "v", "q_tangent", "k_tangent", "v_tangent"}
+        given |= {name: self.fold(given[name], dim_of[name]) for name in moved}
         self.operands = tuple(given.values())
 
     def entries(self, tensor: Tensor, dim: int | None) -> Tensor:
@@ -121,7 +125,7 @@ class _Folded:
 
     def unfold_gradient(self, name: str, grad: Tensor) -> Tensor:
         """The gradient of an input for each entry."""
-        if name == "sinks":  # of no entries: others are taken one by one
+        if name in ("sinks", "sinks_tangent"):  # of no entries: others are taken one by one
             return grad.new_zeros(self.size, *grad.shape)
         grad = self.unfold(grad, self.batch)
         return grad.sum(dim=1, keepdim=True) if self.sizes.get(name, self.batch) != self.batch else grad

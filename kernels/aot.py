@@ -34,12 +34,12 @@ from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
 
 from flash_attend.backends import BACKENDS, BackwardName
-from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, choices_for, row_of
+from flash_attend.kernels.configs import HOPPER_ROWS, ROWS, Tiles, choices_for, row_of, select_tangent_tiles
 from flash_attend.kernels.estimate import PRODUCTS, RATES, Estimate, Kernel, estimate
 from flash_attend.kernels.launch import Launch, recorded_launches
 from flash_attend.kernels.reports import LOOPS, MULTIPLYING, PARTS, Report, as_json, as_table
 from flash_attend.kernels.sass import disassemble, loop_works, product_loops
-from flash_attend.operands import Operands
+from flash_attend.operands import Operands, Tangents
 from flash_attend.spec import DEAD_SEGMENTS, AttentionSpec, BiasKind, MaskKind, kind_of
 from flash_attend.target import interpreting
 
@@ -77,11 +77,21 @@ class Case:
     tiles: Tiles
     backend: str = "triton"
     backward: BackwardName = "separate"
+    tangents: bool = False  # of all operands, in place of a backward
 
     @classmethod
     def of(cls, arch: str, spec: AttentionSpec, backend: str = "triton", backward: BackwardName = "separate") -> Case:
         """With the tiles that a call takes there."""
         return cls(arch, spec, BACKENDS[backend].tiles(spec, PARTS[arch], backward), backend, backward)
+
+    @classmethod
+    def with_tangents(cls, arch: str, spec: AttentionSpec) -> Case:
+        """With the tiles that a call of which tangents are taken has there."""
+        return cls(arch, spec, select_tangent_tiles(spec, PARTS[arch]), tangents=True)
+
+    def launches(self) -> list[Launch]:
+        """Every launch that it makes, on meta tensors."""
+        return record_call(self.spec, self.tiles, self.backend, tangents=self.tangents)
 
     @property
     def is_split(self) -> bool:
@@ -128,8 +138,8 @@ def compiled_for(arch: str, driver_of: type[Part] = Part) -> Iterator[None]:
         driver._active = outer
 
 
-def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> list[Launch]:
-    """Every launch that a forward and backward of this spec would make, on meta tensors."""
+def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton", *, tangents: bool = False) -> list[Launch]:
+    """Every launch that a forward and backward of this spec would make, or a forward with tangents, on meta tensors."""
     with torch.device("meta"):
         q = torch.empty(spec.batch, spec.heads, spec.queries, spec.head_dim, dtype=spec.dtype)
         k = torch.empty(spec.batch, spec.kv_heads, spec.keys, spec.head_dim, dtype=spec.dtype)
@@ -154,6 +164,9 @@ def record_call(spec: AttentionSpec, tiles: Tiles, backend: str = "triton") -> l
             if spec.sequences is not None:
                 segments = torch.empty(spec.sequences + DEAD_SEGMENTS, 4, dtype=torch.int32)
             operands = Operands(q, k, v, mask, seed, bias, slopes, sinks, segments)
+            if tangents:
+                functions.tangents(operands, Tangents(q, k, v, bias, sinks), spec, tiles)
+                return launches
             out, lse, kept = functions.forward(operands, spec, tiles)
             grad_out, needed = torch.empty_like(out), (True, True, True, *others)
             functions.backward(grad_out, None, operands, out, lse, kept, spec, tiles, needed)
@@ -198,13 +211,21 @@ def _config_of(launch: Launch, case: Case) -> str:
     return f"{dtype} d{spec.head_dim} dv{spec.value_dim} {case.mode}{tile}"
 
 
+def _variant_of(launch: Launch) -> tuple:
+    """What it has compiled, on a part."""
+    prepared = launch.prepared
+    dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
+    return prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps
+
+
 def compile_case(case: Case, kernels: Iterable[str] | None = None) -> list[Report]:
     """Compiles the kernels of a case (all, or those named) and reads what the assembler said of them."""
-    reports = []
-    for launch in record_call(case.spec, case.tiles, case.backend):
-        name = kernel_name(launch)
-        if kernels is not None and name not in kernels:
+    reports, compiled_already = [], set()
+    for launch in case.launches():
+        name, variant = kernel_name(launch), _variant_of(launch)
+        if (kernels is not None and name not in kernels) or variant in compiled_already:
             continue
+        compiled_already.add(variant)
         usual = case.spec.dropout_p == 0 and case.spec.mask != MaskKind.DENSE and case.spec.plain_scores
         report = Report(
             name, case.arch, _config_of(launch, case), 0, 0, 0, 0, triton.__version__,
@@ -266,6 +287,7 @@ def _estimate_of(
     kernel = Kernel(
         name, case.arch, kind_of(spec), spec.head_dim, choices["HEAD0"] + choices["HEAD1"], choices["BLOCK_M"],
         choices["BLOCK_N"], prepared.num_warps, prepared.num_stages, registers, shared_bytes, serialized,
+        choices["VALUE_DIM"] / spec.value_dim,
     )  # fmt: skip
     works = loop_works(sass)
     return estimate(works[0], kernel) if works else None
@@ -316,6 +338,7 @@ WIDTHS: dict[str, dict[str, tuple[int, ...]]] = {
     COMMON: {"half": (64, 128, 256), "tf32": (64,), "tf32x3": (64,), "double": (64,)},
     SUBSET: {"half": (96,), "tf32": (), "tf32x3": (), "double": ()},
 }
+TANGENT_WIDTHS = {COMMON: (64,), SUBSET: (96,)}  # where tangents are taken, of half precision
 HEAVY_WIDTHS = (64,)  # of half precision, where COMMON has dropout and a dense mask too
 # Of few queries, whose keys are split: their heads are packed. The backward is that of other calls.
 SPLIT_MODE = dict(mask=MaskKind.KEY, causal=True, batch=1, heads=32, kv_heads=8, queries=4, keys=2**14)
@@ -328,6 +351,8 @@ PACKED_MODES = (
     ),
 )  # fmt: skip
 OF_SPLIT = ("forward", "merge")
+# Of a forward with tangents of all its operands: the first of every row, the others of half precision.
+TANGENT_MODES = (MODES[0], MODES[3], CHANGED_MODES[-1])
 COMPILED = ("triton", "hopper")  # each with both of its backwards
 
 
@@ -360,6 +385,10 @@ def cases(archs: Iterable[str], scope: str = ALL) -> Iterator[Case]:
                 own = mode is MODES[0] or mode in PACKED_MODES or len(choices_for(spec, PARTS[arch]).backward_fused) > 1
                 if own and not BACKENDS["triton"].refuse_fused(spec, PARTS[arch]):
                     yield Case.of(arch, spec, backward="fused")
+            for mode in _tangent_modes(kind, width, scope):
+                spec = spec_of((width, width), **dtype, **mode)
+                if not BACKENDS["triton"].refuse_tangents(spec, PARTS[arch]):
+                    yield Case.with_tangents(arch, spec)
     if "sm_90" in archs:
         yield from _hopper_cases(scope)
 
@@ -379,6 +408,13 @@ def _packed_calls(kind: str, width: int, scope: str) -> list[tuple[tuple[int, in
     if kind != "half" or scope != ALL:
         return []
     return [((width, width), mode) for mode in PACKED_MODES[: 2 if width in CHANGED_WIDTHS else 1]]
+
+
+def _tangent_modes(kind: str, width: int, scope: str) -> tuple[dict[str, Any], ...]:
+    """Of `TANGENT_MODES`, those that a kind of this width is compiled in."""
+    if scope == ALL:
+        return TANGENT_MODES if kind == "half" and width in CHANGED_WIDTHS else TANGENT_MODES[:1]
+    return TANGENT_MODES[:1] if kind == "half" and width in TANGENT_WIDTHS[scope] else ()
 
 
 def spec_of(dims: tuple[int, int], **mode: Any) -> AttentionSpec:
@@ -408,13 +444,15 @@ def _tasks(archs: Iterable[str], scope: str, only: str, backends: Container[str]
         if case.backend not in backends:
             continue
         fresh = []
-        for launch in record_call(case.spec, case.tiles, case.backend):
-            prepared = launch.prepared
-            dtypes = tuple(None if tensor is None else tensor.dtype for tensor in launch.tensors)
-            identity = (case.arch, prepared.kernel.__name__, dtypes, str(prepared.choices), prepared.num_warps)
-            name = kernel_name(launch)
-            if (case.backward == "fused" and not _is_fused(launch)) or (case.is_split and name not in OF_SPLIT):
-                continue  # as in the call that is not fused, or not split
+        for launch in case.launches():
+            identity, name = (case.arch, *_variant_of(launch)), kernel_name(launch)
+            elsewhere = (
+                case.backward == "fused" and not _is_fused(launch),
+                case.is_split and name not in OF_SPLIT,
+                case.tangents and name != "tangents",
+            )
+            if any(elsewhere):
+                continue  # as in the call that is not fused, not split, without tangents
             if identity not in seen and only in f"{name} {case.arch} {_config_of(launch, case)}":
                 seen.add(identity)
                 fresh.append(name)

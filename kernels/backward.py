@@ -584,7 +584,8 @@ def attention_backward(
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), out.stride()
     planes = 0 if kept.visible is None else kept.visible.shape[0]
     of_others = (None, None) if bias is slopes is None else Layouts.of(operands)[5:7]
-    backward = _prepare(spec, tiles, tuple(needed), planes, *strides, *of_others)
+    dtype = None if slopes is None else slopes.dtype
+    backward = _prepare(spec, tiles, tuple(needed), planes, *strides, *of_others, dtype)
     if backward is not None:
         return backward.run(grad_out, grad_lse, operands, out, lse, kept)
     operands = readable_operands(operands)
@@ -669,6 +670,7 @@ def _prepare(
     out: Strides,
     bias: Strides | None,
     slopes: Strides | None,
+    slopes_dtype: torch.dtype | None,
 ) -> Backward | None:
     """None where kernels cannot read a tensor: then of copies."""
     dims = spec.head_dim, spec.head_dim, spec.value_dim, spec.value_dim, spec.value_dim
@@ -679,7 +681,7 @@ def _prepare(
     of_q, of_k, of_v = (None if layout is None else layout[1] for layout in grads)
     by_keys = of_k is not None or of_v is not None
     fused = by_keys and of_q is not None and tiles.backward_fused is not None
-    strides = q, k, v, grad_out, bias, slopes
+    strides = q, k, v, grad_out, bias, slopes, slopes_dtype
     apart = tiles.backward_kv.apart and not fused
     made = [steps for steps in (((of_k, None), (None, of_v)) if apart else ((of_k, of_v),)) if steps != (None, None)]
     return Backward(
@@ -698,7 +700,8 @@ def _prepare(
     )
 
 
-# The launches for tensors with these strides; `at_hand` if k and v begin where bulk copies can read.
+# The launches for tensors with these strides, and slopes of this dtype; `at_hand` if k and v begin where bulk copies
+# can read.
 
 
 @lru_cache(maxsize=CALLS_KEPT)
@@ -713,6 +716,7 @@ def _prepare_kv(
     grad_out: Strides,
     bias: Strides | None,
     slopes: Strides | None,
+    slopes_dtype: torch.dtype | None,
     grad_k: Strides | None,
     grad_v: Strides | None,
 ) -> Prepared:
@@ -757,6 +761,7 @@ def _prepare_q(
     grad_out: Strides,
     bias: Strides | None,
     slopes: Strides | None,
+    slopes_dtype: torch.dtype | None,
     grad_q: Strides,
 ) -> Prepared:
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)

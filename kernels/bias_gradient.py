@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -225,7 +226,8 @@ def bias_gradient(
     strides = q.stride(), k.stride(), v.stride(), grad_out.stride(), bias.stride()
     of_slopes = None if slopes is None else Layouts.of(operands).alibi_slopes
     splits = _splits(spec, tiles, DeviceTarget.of(q.device).multiprocessors or 1)
-    prepared = _prepare(spec, tiles, schedule.planes, splits, *strides, of_slopes)
+    slopes_dtype = None if slopes is None else slopes.dtype
+    prepared = _prepare(spec, tiles, schedule.planes, splits, *strides, of_slopes, slopes_dtype)
     dtype = bias.dtype if splits == 1 else spec.accumulator_dtype
     found = bias.new_empty((splits, *bias.shape), dtype=dtype)
     read = *statistics, schedule.visible, schedule.lists, seed, bias, slopes
@@ -264,7 +266,9 @@ def _prepare(
     grad_out: Strides,
     bias: Strides,
     slopes: Strides | None,
+    slopes_dtype: torch.dtype | None,
 ) -> Prepared:
+    """The launch for tensors with these strides, and slopes of this dtype."""
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
     align, strides = aligned_strides(spec.dtype, (of_queries, q), (of_keys, k), (of_keys, v), (of_queries, grad_out))
     by_batch, by_head, by_query, by_key, _ = spec.bias

@@ -1,4 +1,5 @@
-"""Estimates: our kernels beside FlexAttention's, what windows save, and how fast few queries read a cache."""
+"""Estimates: our kernels beside FlexAttention's and jvp_flash_attention's, what windows save, and how fast few queries
+read a cache."""
 
 from __future__ import annotations
 
@@ -16,17 +17,22 @@ from flash_attend.spec import MaskKind
 
 __all__ = ["Row", "blocks_visited", "print_decoding", "print_estimates", "print_windowed", "rows"]
 
-# Not part of the package: a peer needs more of torch than we do.
-PEER = Path(__file__).resolve().parents[1] / "benchmarks" / "flex_templates.py"
+# Not part of the package: peers need more than we do.
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PEERS = {"forward": "flex_templates", "backward": "flex_templates", "tangents": "jvp_kernels"}  # by the direction
 DIMS = (64, 96, 128, 192, 256)
-KERNELS = {"forward": ("forward",), "backward": ("backward_kv", "backward_k", "backward_v", "backward_q")}
+KERNELS = {
+    "forward": ("forward",),
+    "backward": ("backward_kv", "backward_k", "backward_v", "backward_q"),
+    "tangents": ("tangents",),
+}
 LEAST_SHARE = 0.85  # of the speed of a copy, at which a cache of 256 MB is to be read
-HEADER = ("call", "tiles", "TFLOP/s", "spills", "FlexAttention's tiles", "TFLOP/s", "spills", "ratio")
+HEADER = ("call", "tiles", "TFLOP/s", "spills", "the peer's tiles", "TFLOP/s", "spills", "ratio")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A causal call, d = dv, in one direction on one part."""
+    """A causal call, d = dv, in one direction on one part; "tangents" are a forward with those of q, k and v."""
 
     arch: str
     kind: str
@@ -46,7 +52,7 @@ class Side:
 
     @property
     def tflops(self) -> float:
-        """Of a forward, or of a backward: five products, of which two kernels do seven."""
+        """Of a forward, of one with tangents, or of a backward: five products, of which two kernels do seven."""
         return total_tflops(self.estimates) if self.estimates else 0.0
 
     @property
@@ -74,8 +80,8 @@ def measure(row: Row, peer: bool) -> Side:
 
 def _measure_ours(row: Row) -> Side:
     call, _ = KINDS[row.kind]
-    case = Case.of(row.arch, spec_of((row.dim, row.dim), causal=True, **call))
-    reports = compile_case(case, KERNELS[row.direction])
+    of = Case.with_tangents if row.direction == "tangents" else Case.of
+    reports = compile_case(of(row.arch, spec_of((row.dim, row.dim), causal=True, **call)), KERNELS[row.direction])
     if errors := [report.error for report in reports if report.error]:
         return Side(errors[0], {})
     tiles = ", ".join(" ".join(report.config.split()[-3:]) for report in reports)
@@ -83,7 +89,8 @@ def _measure_ours(row: Row) -> Side:
 
 
 def _measure_peer(row: Row) -> Side:
-    spec = importlib.util.spec_from_file_location(PEER.stem, PEER)
+    name = PEERS[row.direction]
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return Side(*module.peer_estimates(row.direction, row.arch, row.kind, row.dim))
@@ -126,7 +133,7 @@ def _measure_window(row: Row, length: int, window: int | None) -> tuple[int, flo
 
 def print_windowed(archs: Iterable[str], only: str, jobs: int | None, window: int, length: int) -> int:
     """The rows whose names contain `only`, causal and with a window beside it: tiles visited, and time for a head."""
-    chosen = [row for row in rows(archs) if only in str(row)]
+    chosen = [row for row in rows(archs) if only in str(row) and row.direction != "tangents"]
     tasks = [(row, length, reach) for row in chosen for reach in (None, window)]
     found = dict(compile_tasks(tasks, jobs, _measure_window))
     title = f"a head of {length} positions"
@@ -184,8 +191,8 @@ def _cells(row: Row, ours: Side, peer: Side) -> tuple[str, ...]:
 def print_estimates(archs: Iterable[str], only: str, jobs: int | None, markdown: bool) -> int:
     """The table of the rows whose names contain `only`. The exit code is 1 unless ours is ahead in each."""
     chosen = [row for row in rows(archs) if only in str(row)]
-    if not PEER.exists():
-        print(f"{PEER} is not here: estimates need a checkout of the repository", file=sys.stderr)
+    if not BENCHMARKS.exists():
+        print(f"{BENCHMARKS} is not here: estimates need a checkout of the repository", file=sys.stderr)
         return 2
     found = list(compare(chosen, jobs))
     table = [HEADER, *(_cells(*one) for one in found)]

@@ -46,6 +46,7 @@ __all__ = [
     "of_text",
     "override",
     "select_hopper_tiles",
+    "select_tangent_tiles",
     "select_tiles",
     "tiles_of",
 ]
@@ -61,7 +62,9 @@ class Tile(NamedTuple):
     descriptors: bool = False  # the main loop reads through them where the layouts allow it: for parts with bulk copies
     ping_pong: bool = False  # of the forward for Hopper: its two consumers issue their products in turns
     halves: bool = False  # head dimensions in two parts even where they are one power of two
-    apart: bool = False  # of backward_kv: the gradients of k and of v by a launch each, of which neither spills
+    # Of backward_kv: the gradients of k and of v by a launch each, of which neither spills. Of tangents: likewise two
+    # halves of the columns of v.
+    apart: bool = False
     programs: int = 0  # of the forward: how many the keys are split over; 0: they are not split
 
 
@@ -212,6 +215,29 @@ NARROW: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 64): dict(forward="64x32w4s3d", backward_q="64x32w4s2d"),
     ("sm_90", "half", 128): dict(forward="64x64w4s3d", backward_kv="64x64w4s2", backward_q="64x64w4s2d"),
 }
+# What the kernel for tangents takes, which holds two sums as wide as v, and beside the scores their tangents. What has
+# no row is refused. Values are apart where they are wider than half of the keys.
+TANGENT_ROWS: dict[tuple[str, str, int], str] = {
+    ("sm_80", "half", 64): "128x64w8s2",
+    ("sm_80", "half", 96): "128x32w8s2",
+    ("sm_80", "half", 128): "128x16w8s2",
+    ("sm_80", "half", 192): "128x32w8s2a",
+    ("sm_86", "half", 192): "64x16w4s2",
+    ("sm_80", "half", 256): "128x16w8s2a",
+    ("sm_86", "half", 256): "32x32w8s2",
+    ("sm_90", "half", 64): "64x64w4s2d",
+    ("sm_90", "half", 96): "128x64w8s2",
+    ("sm_90", "half", 128): "128x64w8s2d",
+    ("sm_90", "half", 192): "128x32w8s2a",
+    ("sm_90", "half", 256): "128x64w8s1da",
+    ("sm_80", "tf32", 64): "128x32w8s2",
+    ("sm_80", "tf32", 128): "128x16w8s2",
+    ("sm_86", "tf32", 128): "32x32w4s1",
+    ("sm_90", "tf32", 64): "128x64w8s2d",
+    ("sm_90", "tf32", 128): "128x32w8s1d",
+    ("sm_80", "tf32x3", 64): "64x16w4s1",
+    ("sm_80", "double", 64): "16x16w4s1",
+}
 # Where the parts are that share rows: by their shared memory, 99 KB a block on sm_86, and by their products.
 OLDEST = "sm_80"
 FAMILIES = {
@@ -293,6 +319,25 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
 def select_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
     """The tiles for a call on a part, whose backward is "separate" or "fused"."""
     return _override or _look_up_tiles(spec, target, backward)
+
+
+def select_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:
+    """The tiles for a call on a part of which tangents are taken: that of their kernel stands in the place of the
+    forward's."""
+    return _override or _look_up_tangent_tiles(spec, target, backward)
+
+
+@lru_cache(maxsize=CALLS_KEPT)
+def _look_up_tangent_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str) -> Tiles:
+    tiles = select_tiles(spec, target, backward)
+    if target.interpreted:
+        return tiles
+    family, row = FAMILIES.get(target.arch or "", OLDEST), row_of(spec)
+    tile = tile_of(TANGENT_ROWS.get((family, *row)) or TANGENT_ROWS[(OLDEST, *row)])
+    tile = tile._replace(apart=tile.apart and 2 * spec.value_dim > spec.head_dim)
+    if target.multiprocessors:
+        tile = _halved(tile, "block_m", spec.batch * spec.heads, spec.queries, target)
+    return tiles._replace(forward=tile)
 
 
 def select_hopper_tiles(spec: AttentionSpec, target: DeviceTarget, backward: str = "separate") -> Tiles:

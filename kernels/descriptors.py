@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -41,28 +42,30 @@ def block_strides(sizes: Sequence[int], strides: Sequence[int], columns: int) ->
 
 
 def reading_keys(
-    spec: AttentionSpec, tile: Tile, at_hand: bool, k: Sequence[int], v: Sequence[int]
+    spec: AttentionSpec, tile: Tile, at_hand: bool, *of_keys: Sequence[int] | None
 ) -> tuple[Tile, HandOver]:
-    """A tile as its kernel takes it for k and v with these strides, and how the launch hands over its tensors.
+    """A tile as its kernel takes it for k and v, and after them what is like them, with these strides, each None where
+    there is no such tensor; and how the launch hands over its tensors.
 
-    Where the tile asks for descriptors, k and v, the second and the third tensor, are handed over as such, if they can
-    be: their addresses are aligned (`at_hand`), so are their strides, and their head dimensions are in one part. Else
-    the kernel reads by pointers, and because addresses take up registers half as many keys at a time, unless their
-    vectors are short. Descriptors round what products in TF32 take, where Triton lets them.
+    Where the tile asks for descriptors, these, from the second tensor on, are handed over as such, if they can be:
+    their addresses are aligned (`at_hand`), so are their strides, and their head dimensions are in one part. Else the
+    kernel reads by pointers, and because addresses take up registers half as many keys at a time, unless their vectors
+    are short. Descriptors round what products in TF32 take, where Triton lets them.
     """
     if not tile.descriptors:
         return tile, tuple
     sizes = key_sizes(spec)
     dims = spec.head_dim, spec.value_dim
     parts = [head_parts(dim, kind_of(spec), tile.halves) for dim in dims]
-    in_reach = at_hand and all(readable_in_bulk(sizes, strides, spec.dtype.itemsize) for strides in (k, v))
+    there = [strides for strides in of_keys if strides is not None]
+    in_reach = at_hand and all(readable_in_bulk(sizes, strides, spec.dtype.itemsize) for strides in there)
     if in_reach and not any(second for _, second in parts):
         layouts = [
-            ([*sizes, dim], block_strides(sizes, strides, width), [1, 1, tile.block_n, width])
-            for dim, strides, (width, _) in zip(dims, (k, v), parts, strict=True)
+            strides and ([*sizes, dim], block_strides(sizes, strides, width), [1, 1, tile.block_n, width])
+            for strides, dim, (width, _) in zip(of_keys, cycle(dims), cycle(parts), strict=False)
         ]
         rounds = BULK_COPIES_ROUND and spec.precision == "tf32"
-        return tile, partial(_with_blocks, *layouts, rounds)
+        return tile, partial(_with_blocks, layouts, rounds)
     whole = in_reach and all(sum(both) <= SHORT for both in parts)
     block_n = tile.block_n if whole else max(SMALLEST_PART, tile.block_n // 2)
     return tile._replace(block_n=block_n, descriptors=False), tuple
@@ -78,5 +81,7 @@ class _Checked(TensorDescriptor):
         self.round_f32_to_tf32 = rounds  # which Triton 3.6 does not know
 
 
-def _with_blocks(of_k: tuple, of_v: tuple, rounds: bool, tensors: tuple[Tensor | None, ...]) -> tuple:
-    return tensors[0], _Checked(tensors[1], *of_k, rounds), _Checked(tensors[2], *of_v, rounds), *tensors[3:]
+def _with_blocks(layouts: list, rounds: bool, tensors: tuple[Tensor | None, ...]) -> tuple:
+    read = zip(tensors[1:], layouts, strict=False)
+    blocks = [of and _Checked(tensor, *of, rounds) for tensor, of in read]
+    return tensors[0], *blocks, *tensors[1 + len(layouts) :]

@@ -95,6 +95,7 @@ class Kernel(NamedTuple):
     registers: int  # of a thread
     shared_bytes: int  # of a block
     serialized: bool = False  # the assembler makes each asynchronous product wait for the one before it
+    share: float = 1.0  # of the columns of v that one launch of tangents serves
 
 
 class Estimate(NamedTuple):
@@ -119,8 +120,10 @@ class Estimate(NamedTuple):
 
 
 PRODUCTS = {
-    "forward": 2, "backward_kv": 4, "backward_k": 3, "backward_v": 2, "backward_q": 3, "backward_fused": 5
+    "forward": 2, "backward_kv": 4, "backward_k": 3, "backward_v": 2, "backward_q": 3, "backward_fused": 5,
+    "tangents": 6,
 }  # fmt: skip
+OVER_KEYS = ("forward", "backward_q", "tangents")  # what their loops are over
 SPLIT = {"tf32x3": 3}  # products for one
 ITEM_BYTES = {"half": 2, "double": 8}  # 4 else
 DEPTH = {"half": 16, "double": 4}  # of a product of a warp, 8 else
@@ -147,8 +150,9 @@ def estimate(loop: LoopWork, kernel: Kernel) -> Estimate:
     takes_turns = blocks_per_multiprocessor(kernel) * (1 if loop.asynchronous else kernel.num_warps / SCHEDULERS)
     clocks = busiest + max(0.0, serial - busiest) / max(1.0, takes_turns)
     pairs = kernel.block_m * kernel.block_n
-    taken = PRODUCTS[kernel.name] * pairs * kernel.width * SPLIT.get(kernel.kind, 1)
-    useful = 2 * PRODUCTS[kernel.name] * pairs * kernel.dim
+    of_scores = PRODUCTS[kernel.name] * (1 - kernel.share) / 2  # are computed by each launch
+    taken = (PRODUCTS[kernel.name] * kernel.share + of_scores) * pairs * kernel.width * SPLIT.get(kernel.kind, 1)
+    useful = 2 * PRODUCTS[kernel.name] * kernel.share * pairs * kernel.dim
     return Estimate(
         units,
         serial,
@@ -197,8 +201,10 @@ def reading(one: Estimate, kernel: Kernel, heads: int, keys: int, splits: int, r
 
 
 def total_tflops(estimates: Mapping[str, Estimate]) -> float:
-    """Of a forward or a backward by these kernels. A backward is five products by convention, however many it does."""
-    useful = PRODUCTS["forward"] if "forward" in estimates else PRODUCTS["backward_fused"]
+    """Of a forward, one with tangents or a backward by these kernels. A backward is five products by convention,
+    however many it does."""
+    forwards = [PRODUCTS[name] for name in estimates if name in ("forward", "tangents")]
+    useful = forwards[0] if forwards else PRODUCTS["backward_fused"]
     return useful / sum(PRODUCTS[name] / one.tflops for name, one in estimates.items())
 
 
@@ -227,8 +233,9 @@ def _clocks_of_units(loop: LoopWork, kernel: Kernel, rates: Rates) -> dict[str, 
 
 
 def _l2_bytes(kernel: Kernel) -> float:
-    rows = kernel.block_n if kernel.name in ("forward", "backward_q") else kernel.block_m
-    loaded = rows * 2 * kernel.dim * ITEM_BYTES.get(kernel.kind, 4)
+    rows = kernel.block_n if kernel.name in OVER_KEYS else kernel.block_m
+    tensors = 2 + 2 * kernel.share if kernel.name == "tangents" else 2
+    loaded = rows * tensors * kernel.dim * ITEM_BYTES.get(kernel.kind, 4)
     # The gradient of q is added in float32, which reads and writes.
     return loaded + (rows * kernel.dim * 4 * 2 if kernel.name == "backward_fused" else 0)
 
@@ -244,6 +251,7 @@ def _chain(loop: LoopWork, kernel: Kernel, tensor: float) -> float:
         "backward_v": kernel.width + kernel.block_m,
         "backward_q": 2 * kernel.width + kernel.block_n,
         "backward_fused": 2 * kernel.width + 2 * kernel.block_m + kernel.block_n,
+        "tangents": 3 * kernel.width + 3 * kernel.block_n,
     }[kernel.name]
     steps = depth / DEPTH.get(kernel.kind, 8) * SPLIT.get(kernel.kind, 1)
     return steps * RATES[kernel.arch].product_latency

@@ -95,12 +95,15 @@ def _tile(
 
 
 @triton.jit
-def _finish(
+def finish(
     total, softmax, alive, factor_log2, keep_scale, SINKS, head, row, exists, out_rows, LSE, STATISTICS, index,
     APART: tl.constexpr,
 ):  # fmt: skip
     """Writes the results of the rows that exist, [SIZE] from the first one, `row`, on, whose heads are `head`; `index`
-    [SIZE] counts the queries of all heads. `keep_scale` is the factor of weights that dropout keeps, or None."""
+    [SIZE] counts the queries of all heads. `keep_scale` is the factor of weights that dropout keeps, or None.
+
+    Returns out, the factor that normalises sums of weights, and the LSE.
+    """
     SIZE: tl.constexpr = exists.shape[0]
     ACCUMULATOR: tl.constexpr = softmax.sum.dtype
     sink_log2 = None
@@ -109,10 +112,13 @@ def _finish(
     normaliser, lse, log2 = softmax.finish(alive, factor_log2, APART, sink_log2)
     tl.store(LSE + index, lse, mask=exists)
     store_statistics(STATISTICS, index, softmax.maximum, log2, exists, APART)
+    of_out = normaliser
     if keep_scale is not None:
-        normaliser *= keep_scale
+        of_out *= keep_scale
     # A key that others of the tile see may hold infinity, which a dead row's weights of 0 do not hide.
-    out_rows.store(row, clear_rows(scaled(total, normaliser[:, None]), alive), exists, SIZE)
+    out = clear_rows(scaled(total, of_out[:, None]), alive)
+    out_rows.store(row, out, exists, SIZE)
+    return out, normaliser, lse
 
 
 @kernel
@@ -283,7 +289,7 @@ def forward_kernel(
         alive = mask.alive(query, first_query, softmax.sum == 0.0, scores.bias, first_row)
         index = place.first_number(batch.to(tl.int64) * heads + head) + query
         keep_factor = dropout.factor if DROPOUT else None
-        _finish(
+        finish(
             total, softmax, alive, scores.factor_log2, keep_factor, SINKS, head, first_row, exists, out_rows, LSE,
             STATISTICS, index, APART,
         )  # fmt: skip
@@ -369,7 +375,7 @@ def merge_kernel(
         ).of_head(batch, head)  # fmt: skip
     alive = masks.of_head(batch, head).alive(query, first_query, softmax.sum == 0.0, bias, first_query)
     keep_factor = tl.full([], keep_scale, tl.float64).to(ACCUMULATOR) if DROPOUT else None
-    _finish(
+    finish(
         total, softmax, alive, factor, keep_factor, SINKS, head, first_query, query < queries, out_rows, LSE,
         STATISTICS, index, APART,
     )  # fmt: skip
@@ -471,7 +477,7 @@ def _prepare(spec: AttentionSpec, tiles: Tiles, layouts: Layouts) -> Forward:
 
 def _prepare_launch(spec: AttentionSpec, tiles: Tiles, layouts: Layouts, out: Strides, at_hand: bool) -> Prepared:
     """The launch for tensors with these strides, `at_hand` if k and v begin where bulk copies can read."""
-    q, k, v, mask_sizes, _, bias, slopes, _ = layouts
+    q, k, v, mask_sizes, _, bias, slopes, *_ = layouts
     spec = _without_causality(spec)
     of_queries, of_keys = query_sizes(spec), key_sizes(spec)
     splits = key_splits(spec, tiles.forward)

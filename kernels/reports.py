@@ -65,6 +65,10 @@ BEYOND: dict[tuple[str, str, str, int], dict[str, float]] = {
     ("backward_kv", "sm_90", "half", 64): dict(shared=1.45),
     ("backward_kv", "sm_90", "half", 128): dict(spills=0.11),
     ("backward_kv", "sm_90", "tf32x3", 128): dict(spills=0.11),
+    ("tangents", "sm_80", "half", 192): dict(spills=0.03),
+    ("tangents", "sm_80", "half", 256): dict(spills=0.03),
+    ("tangents", "sm_90", "half", 192): dict(shared=1.45),
+    ("tangents", "sm_90", "half", 256): dict(spills=0.03),
     # Larger tiles have their products serialized.
     ("forward", "sm_90", "tf32", 256): dict(shared=3.0),
     ("backward_k", "sm_90", "tf32", 256): dict(shared=3.1),

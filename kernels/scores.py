@@ -206,6 +206,11 @@ class Scores:
             grad_scores = -grad_scores
         return grad_scores
 
+    @triton.jit
+    def tangent(self, products, applied):
+        """The tangent of the scores, whole, from that of the products. That of a bias is to be added."""
+        return self.gradient(products, applied) * self.magnitude
+
 
 @triton.jit
 def scaled_scores(scale, SIGN: tl.constexpr, ACCUMULATOR: tl.constexpr):

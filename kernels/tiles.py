@@ -109,9 +109,9 @@ class Tile:
         return loaded
 
     @triton.jit
-    def inner_products(self, a, b):
-        """Every row of `a` with every row of `b`: [SIZE_A, SIZE_B]."""
-        products = tl.dot(a[0], b[0].T, input_precision=self.PRECISION, out_dtype=self.ACCUMULATOR)
+    def inner_products(self, a, b, products=None):
+        """Every row of `a` with every row of `b`: [SIZE_A, SIZE_B]. Added to other `products`, unless None."""
+        products = tl.dot(a[0], b[0].T, products, input_precision=self.PRECISION, out_dtype=self.ACCUMULATOR)
         if len(a) == 2:
             products = tl.dot(a[1], b[1].T, products, input_precision=self.PRECISION, out_dtype=self.ACCUMULATOR)
         return products

@@ -14,8 +14,15 @@ terms that are all alike, whose sum is the result. For `dq`, say:
                                        + delta[x]^2 * (sum_y p[x, y] k[y, c])^2) + dq[x, c]^2
 
 The gradient of a bias sums what stands before k, without the scale, over what the bias is broadcast along, and that of
-a sink its weight times delta. A softcap's slope, `1 - tanh^2`, is a difference of terms of size 1: in a gradient's
-terms it stands for 1, whatever is left of it.
+a sink its weight times delta. With tangents of the inputs, where s' is that of a score:
+
+    s'[x, y]^2 = scale^2 * sum_c ((q'[x, c] k[y, c])^2 + (q[x, c] k'[y, c])^2) + bias'[x, y]^2
+    magnitude(lse'[x])^2 = sum_y (p[x, y] s'[x, y])^2 + lse'[x]^2
+    magnitude(out'[x, e])^2 = sum_y p[x, y]^2 * ((s'[x, y] v[y, e])^2 + v'[y, e]^2)
+                              + magnitude(lse'[x])^2 * out[x, e]^2 + out'[x, e]^2
+
+A softcap's slope, `1 - tanh^2`, is a difference of terms of size 1: in the terms of gradients and tangents it stands
+for 1, whatever is left of it.
 
     floor = (eps(dtype) / 2 + eps(accumulator) * (1 + largest score + sqrt(number of terms) / 4)) * magnitude
 
@@ -28,7 +35,9 @@ steady thing and gets half of it, or nothing with `strict=True`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,11 +46,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attend.testing.oracle import Answer, changed_scores, visible_pairs
+from flash_attend.testing.oracle import Answer, changed_scores, pushed_through, visible_pairs
 
 __all__ = ["Budget", "TF32Products", "assert_within_budget", "eager_answer"]
 
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
+NAMES = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks", "out_tangent", "lse_tangent")
+SUMMED = ("lse", "lse_tangent")  # in the accumulator's dtype, of what no product takes
+DEAD = {"out": 0.0, "lse": -torch.inf, "out_tangent": 0.0, "lse_tangent": 0.0}  # what a row is that sees nothing
 TF32_EPS = 2.0**-10  # the spacing of what a product of float32 takes in TF32
 
 
@@ -65,6 +76,7 @@ def eager_answer(
     keep: Tensor | None = None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    tangents: Mapping[str, Tensor] | None = None,
     softcap: float | None = None,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
@@ -80,11 +92,40 @@ def eager_answer(
     pairs = pairs | ~alive.unsqueeze(3)
     given = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
     leaves = {
-        name: x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        for name, x in given.items()
-        if x is not None
+        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in given.items() if x is not None
     }
+    attend = partial(
+        _eager, pairs=pairs, scale=scale, dropout_p=dropout_p, keep=keep, softcap=softcap, alibi_slopes=alibi_slopes
+    )
+    pushed = {} if tangents is None else pushed_through(attend, leaves, tangents)
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    out, lse = attend(leaves)
+    losses = []  # sums, because gradients that are handed over import a second's worth of sympy
+    for output, gradient in ((out, grad_out), (lse, grad_lse)):
+        if gradient is not None:
+            losses.append(
+                (output * torch.where(alive.unsqueeze(3) if gradient.ndim == 4 else alive, gradient, 0)).sum()
+            )
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
+    if losses:
+        found = torch.autograd.grad(losses, [*leaves.values()], allow_unused=True, materialize_grads=True)
+    gradients = {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
+    return Answer(out.detach(), lse.detach(), **gradients, **pushed)
+
+
+def _eager(
+    leaves: Mapping[str, Tensor],
+    pairs: Tensor,
+    scale: float,
+    dropout_p: float,
+    keep: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Out and LSE of operands by their names."""
     q, k, v = (leaves[name] for name in "qkv")
+    bias, sinks = leaves.get("bias"), leaves.get("sinks")
     k, v = (x.unsqueeze(1) if x.ndim == 3 else x for x in (k, v))
     group = q.shape[1] // max(k.shape[1], 1)
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -92,28 +133,18 @@ def eager_answer(
     accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = q.to(accumulator) @ k.to(accumulator).mT * scale
     # What -inf hides is hidden as a pair, and rows that see nobody need something else to see.
-    added = None if bias is None else leaves["bias"].masked_fill(bias == -torch.inf, 0.0)
+    added = None if bias is None else bias.masked_fill(bias == -torch.inf, 0.0)
     scores = changed_scores(scores, bias=added, softcap=softcap, alibi_slopes=alibi_slopes)
     scores = scores.masked_fill(~pairs, -torch.inf)
     if sinks is not None:
-        scores = torch.cat([scores, leaves["sinks"].to(accumulator).view(-1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)
+        scores = torch.cat([scores, sinks.to(accumulator).view(-1, 1, 1).expand(*scores.shape[:3], 1)], dim=3)
     lse = scores.logsumexp(dim=3)
     if dropout_p > 0 or softcap is not None or not (bias is alibi_slopes is sinks is None):
         weights = scores.softmax(dim=3)[..., : k.shape[2]]
         weights = weights if keep is None else weights * keep / (1 - dropout_p)
-        out = (weights @ v.to(accumulator)).to(q.dtype)
-    else:
-        with sdpa_kernel(SDPBackend.MATH):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale)
-
-    losses = []  # sums, because gradients that are handed over import a second's worth of sympy
-    for output, gradient in ((out, grad_out), (lse, grad_lse)):
-        if gradient is not None:
-            losses.append(
-                (output * torch.where(alive.unsqueeze(3) if gradient.ndim == 4 else alive, gradient, 0)).sum()
-            )
-    found = torch.autograd.grad(losses, [*leaves.values()], allow_unused=True, materialize_grads=True)
-    return Answer(out.detach(), lse.detach(), **{f"d{name}": grad for name, grad in zip(leaves, found, strict=True)})
+        return (weights @ v.to(accumulator)).to(q.dtype), lse
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=scale), lse
 
 
 def _magnitudes(
@@ -128,6 +159,7 @@ def _magnitudes(
     keep: Tensor | None,
     grad_out: Tensor | None,
     grad_lse: Tensor | None,
+    tangents: Mapping[str, Tensor] | None,
     softcap: float | None,
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -169,8 +201,29 @@ def _magnitudes(
     if bias is not None:
         sums["dbias"] = of_scores2.sum_to_size(_whole_shape(bias)).view(bias.shape)
     if sinks is not None:
-        p_sink = torch.where(alive, sinks.double().view(-1, 1) - truth.lse, -torch.inf).exp()
-        sums["dsinks"] = (p_sink.square() * delta2.squeeze(3)).sum(dim=(0, 2))
+        p_sink2 = torch.where(alive, sinks.double().view(-1, 1) - truth.lse, -torch.inf).exp().square()
+        sums["dsinks"] = (p_sink2 * delta2.squeeze(3)).sum(dim=(0, 2))
+    if tangents is not None:
+        of = {name: x.double() for name, x in tangents.items()}
+        for name in {"k", "v"} & of.keys():
+            of_heads = of[name].unsqueeze(1) if of[name].ndim == 3 else of[name]
+            of[name] = torch.where(seen.unsqueeze(3), of_heads, 0).repeat_interleave(group, dim=1)
+        of |= {"q": torch.where(alive.unsqueeze(3), of["q"], 0)} if "q" in of else {}
+        of |= {"bias": torch.where(pairs, of["bias"], 0)} if "bias" in of else {}
+        squares = {name: x.square() for name, x in of.items()}
+        change2 = torch.zeros_like(p2)
+        if "q" in of:
+            change2 += scale**2 * squares["q"] @ k.square().mT
+        if "k" in of:
+            change2 += scale**2 * q.square() @ squares["k"].mT
+        change2 += squares.get("bias", 0.0)
+        sums["lse_tangent"] = (p2 * change2).sum(dim=3)
+        if "sinks" in of:
+            sums["lse_tangent"] += p_sink2 * squares["sinks"].view(-1, 1)
+        shared2 = sums["lse_tangent"] + truth.lse_tangent.square()  # type: ignore[union-attr]
+        sums["out_tangent"] = (kept2 * change2) @ v.square() + shared2.unsqueeze(3) * truth.out.square()
+        if "v" in of:
+            sums["out_tangent"] += kept2 @ squares["v"]
 
     def by_kv_head(x: Tensor) -> Tensor:
         return x.view(batch, kv_heads, group, *x.shape[2:]).sum(dim=2)
@@ -179,7 +232,8 @@ def _magnitudes(
     sums["dv"] = by_kv_head(kept2.mT @ do2).view(v_shape)
     # Terms that are all alike err alike, and then the result's own size is what they err by.
     results = {name: getattr(truth, name) for name in sums} | {"lse": torch.where(alive, truth.lse, 0)}
-    return {name: (sums[name] + results[name].square()).sqrt() for name in sums}, largest_score
+    there = {name: result for name, result in results.items() if result is not None}
+    return {name: (sums[name] + result.square()).sqrt() for name, result in there.items()}, largest_score
 
 
 def _whole_shape(bias: Tensor) -> tuple[int, ...]:
@@ -236,6 +290,7 @@ class Budget:
         keep: Tensor | None = None,
         grad_out: Tensor | None = None,
         grad_lse: Tensor | None = None,
+        tangents: Mapping[str, Tensor] | None = None,
         tf32: bool = False,
         bias: Tensor | None = None,
         window: tuple[int | None, int | None] | None = None,
@@ -253,15 +308,15 @@ class Budget:
         self.pairs = visible_pairs(batch, heads, queries, keys, mask, causal, q.device, window=window, bias=bias)
         self.alive = self.pairs.any(dim=3)
         common: dict[str, Any] = dict(scale=scale, dropout_p=dropout_p, keep=keep, grad_out=grad_out, grad_lse=grad_lse)
-        common |= dict(softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
-        self.exact_dtypes = dict.fromkeys(NAMES, q.dtype) | {"lse": self.accumulator}
+        common |= dict(softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, tangents=tangents)
+        self.exact_dtypes = dict.fromkeys(NAMES, q.dtype) | dict.fromkeys(SUMMED, self.accumulator)
         self.exact_dtypes |= {f"d{name}": x.dtype for name, x in (("bias", bias), ("sinks", sinks)) if x is not None}
         with TF32Products() if tf32 else nullcontext():
             eager = eager_answer(q, k, v, self.pairs, **common)
         magnitudes, largest_score = _magnitudes(q, k, v, self.pairs, truth, **common)
 
         row_terms, column_terms = keys, queries * (heads // max(k.shape[1] if k.ndim == 4 else 1, 1))
-        terms = {"out": row_terms, "lse": row_terms, "dq": row_terms, "dk": column_terms, "dv": column_terms}
+        terms = dict.fromkeys((*DEAD, "dq"), row_terms) | dict(dk=column_terms, dv=column_terms)
         terms["dsinks"] = batch * queries
         terms["dbias"] = 1 if bias is None else self.pairs.numel() // max(bias.numel(), 1)
         self.eager_errors: dict[str, tuple[float, float]] = {}  # of the eager path, in the two norms
@@ -271,10 +326,10 @@ class Budget:
             if want is None:
                 continue
             reference, magnitude = getattr(eager, name).double(), magnitudes[name]
-            if name in ("out", "lse"):
+            if name in DEAD:
                 want, reference, magnitude = (x[self.alive] for x in (want, reference, magnitude))
             eps = torch.finfo(self.accumulator).eps * (1 + largest_score + terms[name] ** 0.5 / 4)
-            if name != "lse":
+            if name not in SUMMED:
                 eps += (TF32_EPS if tf32 else torch.finfo(q.dtype).eps) / 2
             eps *= 8 if self.accumulator == torch.float64 else 1
             self.eager_errors[name] = _largest(reference - want), _rms(reference - want)
@@ -294,9 +349,8 @@ class Budget:
             _require(got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}")
             _require(got.dtype == self.exact_dtypes[name], f"{name}: {got.dtype}, expected {self.exact_dtypes[name]}")
             got = got.double()
-            if name in ("out", "lse"):
-                dead_value = 0.0 if name == "out" else -torch.inf
-                _require((got[~self.alive] == dead_value).all(), f"{name} of a dead row is not {dead_value}")
+            if name in DEAD:
+                _require((got[~self.alive] == DEAD[name]).all(), f"{name} of a dead row is not {DEAD[name]}")
                 got, want = got[self.alive], want[self.alive]
             else:
                 silent = _zero_by_contract(name, self.pairs, got)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from flash_attend import flash_attention
-from flash_attend.backends import BackwardName
+from flash_attend.backends import BACKENDS, BackwardName
 from flash_attend.checks import normalise_inputs
 from flash_attend.dispatch import override_backward
 from flash_attend.dropout import draw_seed, keep_mask
+from flash_attend.operands import Tangents
 from flash_attend.ops import INPUTS
+from flash_attend.spec import AttentionSpec
 from flash_attend.testing.budget import Budget
 from flash_attend.testing.oracle import Answer, attention_oracle
 
@@ -31,8 +33,10 @@ __all__ = [
     "check",
     "function_of",
     "make_call",
+    "push",
     "run",
     "truth_of",
+    "with_tangents",
 ]
 
 
@@ -242,6 +246,7 @@ class Call:
     softcap: float | None = None
     alibi_slopes: Tensor | None = None
     sinks: Tensor | None = None
+    tangents: dict[str, Tensor] | None = None  # of those of `INPUTS` that have one
     torch_seed: int = 1234  # dropout draws its own seed from torch's generator, set to this before every run
 
     @property
@@ -331,6 +336,33 @@ def run(
     return Answer(out.detach(), lse.detach(), *map(gradients.get, INPUTS))
 
 
+def with_tangents(call: Call, names: Collection[str] = INPUTS) -> Call:
+    """The same call with tangents of those of its inputs: the same numbers on every device."""
+    generator = torch.Generator().manual_seed(3)
+    given = {name: x for name in names if (x := getattr(call, name)) is not None}
+    drawn = {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in given.items()}
+    return call.with_(tangents={name: x.to(given[name]) for name, x in drawn.items()})
+
+
+def push(call: Call, backend: str, tiles_of: Callable[[AttentionSpec], Any]) -> Answer:
+    """Answers a call with tangents by what a backend runs for them, and with the gradients by its backward, where the
+    loss is made of anything."""
+    operands, spec = normalise_inputs(call.q, call.k, call.v, **call.options)
+    torch.manual_seed(call.torch_seed)
+    if call.dropout_p:
+        operands = operands._replace(seed=draw_seed(call.q.device))
+    functions, tiles = BACKENDS[backend].load(), tiles_of(spec)
+    assert call.tangents is not None
+    assert functions.tangents is not None
+    out, lse, *pushed, kept = functions.tangents(operands, Tangents(**call.tangents), spec, tiles)
+    gradients: tuple[Tensor | None, ...] = (None, None, None)
+    if not (call.grad_out is call.grad_lse is None):
+        needed = (True,) * (3 if call.bias is call.sinks is None else 5)
+        gradients = functions.backward(call.grad_out, call.grad_lse, operands, out, lse, kept, spec, tiles, needed)
+    found = {f"d{name}": gradient for name, gradient in zip(INPUTS, gradients, strict=False)}
+    return Answer(out, lse, **found, out_tangent=pushed[0], lse_tangent=pushed[1])
+
+
 def function_of(call: Call, backend: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
     """A call as a function of all that there are gradients of, which drops the same weights each time; and those
     inputs, which need them. Its LSE is that of the queries that see something: -inf has no differences."""
@@ -359,8 +391,9 @@ def keep_of(call: Call) -> Tensor | None:
 def truth_of(call: Call) -> Answer:
     """The oracle's answer to a call."""
     return attention_oracle(
-        call.q, call.k, call.v, **call.options, keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse
-    )
+        call.q, call.k, call.v, **call.options, keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse,
+        tangents=call.tangents,
+    )  # fmt: skip
 
 
 def budget_of(call: Call, truth: Answer | None = None, *, tf32: bool = False) -> Budget:
@@ -368,7 +401,7 @@ def budget_of(call: Call, truth: Answer | None = None, *, tf32: bool = False) ->
     truth = truth_of(call) if truth is None else truth
     return Budget(
         truth, call.q, call.k, call.v, **call.options,
-        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, tf32=tf32,
+        keep=keep_of(call), grad_out=call.grad_out, grad_lse=call.grad_lse, tangents=call.tangents, tf32=tf32,
     )  # fmt: skip
 
 

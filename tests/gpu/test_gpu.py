@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -11,11 +11,22 @@ import torch
 from torch import Tensor
 
 from backends import KERNELS_ON_A_GPU, Backend, call_for
-from flash_attend import flash_attention, flash_attention_packed
+from flash_attend import cu_seqlens_of_documents, flash_attention, flash_attention_packed
 from flash_attend.checks import normalise_inputs
-from flash_attend.kernels.configs import key_splits, select_tiles
+from flash_attend.kernels.configs import key_splits, select_tangent_tiles, select_tiles
 from flash_attend.target import DeviceTarget
-from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run
+from flash_attend.testing.calls import (
+    Call,
+    Case,
+    assert_same_bits,
+    bits_equal,
+    budget_of,
+    check,
+    make_call,
+    push,
+    run,
+    with_tangents,
+)
 from flash_attend.testing.oracle import Answer
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +85,15 @@ def test_long_calls_in_half_precision(case: Case, dtype: torch.dtype) -> None:
 def test_long_calls_in_float32(case: Case) -> None:
     call = make_call(case, torch.float32, "cuda")
     check(run(call, "triton"), call)
+
+
+@HALF
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_calls_with_tangents(case: Case, dtype: torch.dtype) -> None:
+    call, target = with_tangents(make_call(case, dtype, "cuda")), DeviceTarget.of(torch.device("cuda"))
+    answers = [push(call, "triton", lambda spec: select_tangent_tiles(spec, target)) for _ in range(2)]
+    budget_of(call).check(answers[0])
+    assert all(bits_equal(*(getattr(x, name) for x in answers)) for name in ("out_tangent", "lse_tangent"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,6 +305,44 @@ def test_a_captured_dropout_draws_anew_at_every_replay() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(results, seen[0], strict=True))
+
+
+def _packed_step(cu_seqlens: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """A forward and backward of packed sequences, with as many queries as keys."""
+    options = dict(causal=True, return_lse=True, deterministic=True, backend="triton")
+    out, lse = flash_attention_packed(*tensors, cu_seqlens, cu_seqlens, 100, 100, **options)
+    return out, lse, *torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+
+def test_the_host_never_reads_lengths() -> None:
+    """Of packed sequences, documents, and queries that are padding; the second time none of it is at hand."""
+    tensors = [torch.randn(200, 4, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    q, k, v = (x.detach().unflatten(0, (2, 100)).transpose(1, 2) for x in tensors)
+    mask = torch.arange(100, device="cuda") < torch.tensor([[100], [30]], device="cuda")
+    for context in (nullcontext, _no_synchronisation):
+        with context():
+            _packed_step(cu_seqlens_of_documents(mask.int(), most=5), *tensors)
+            own = mask.clone()
+            flash_attention(q, k, v, mask=own, query_mask=own, causal=True, backend="triton")
+
+
+def test_a_captured_packed_call_reads_lengths_anew() -> None:
+    """Though tables of the same lengths were kept before, and are after."""
+    tensors = [torch.randn(200, 4, 64, device="cuda", dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    cu_seqlens = torch.tensor([0, 100, 150, 160], device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        _packed_step(cu_seqlens, *tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = _packed_step(cu_seqlens, *tensors)
+    for places in ([0, 30, 130, 200], [0, 0, 60, 61]):
+        cu_seqlens.copy_(torch.tensor(places))
+        graph.replay()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(results, _packed_step(cu_seqlens, *tensors), rtol=0, atol=0)
 
 
 @EACH

@@ -16,9 +16,11 @@ from flash_attend.kernels.configs import (
     FAMILIES,
     HOPPER_ROWS,
     ROWS,
+    TANGENT_ROWS,
     Tile,
     Tiles,
     row_of,
+    select_tangent_tiles,
     select_tiles,
     tile_of,
 )
@@ -108,6 +110,18 @@ def test_the_tiles_that_serve_the_fused_backward_are_compiled():
                 assert {((kind, width), row.backward_fused[end]) for end in (0, -1)} <= compiled
 
 
+def test_every_tile_for_tangents_is_compiled():
+    for arch in ("sm_80", "sm_86", "sm_90"):
+        cases = [case for case in aot.cases([arch]) if case.tangents]
+        compiled = {(row_of(case.spec), case.tiles.forward) for case in cases}
+        assert {row for row, _ in compiled} == {row[1:] for row in TANGENT_ROWS}
+        family = FAMILIES.get(arch, "sm_80")
+        own = {((kind, width), tile_of(text)) for (of, kind, width), text in TANGENT_ROWS.items() if of == family}
+        assert own <= compiled
+    for scope in (aot.COMMON, aot.SUBSET):
+        assert any(case.tangents for case in aot.cases(aot.CHECKED, scope))
+
+
 def test_smaller_scopes_have_every_kind_or_every_kernel_for_hopper():
     def compiled(scope, backend):
         return {case for case in aot.cases(aot.CHECKED, scope) if case.backend == backend}
@@ -138,6 +152,9 @@ def test_every_kernel_for_hopper_is_compiled_in_every_mode(backward):
 
 def test_cases_take_the_tiles_that_a_call_would_take():
     for case in aot.cases(["sm_90"], aot.SUBSET):
+        if case.tangents:
+            assert case.tiles == select_tangent_tiles(case.spec, aot.PARTS["sm_90"])
+            continue
         with override_backward(case.backward):
             plan = choose(case.spec, aot.PARTS["sm_90"], case.backend)
         assert case.tiles is plan.backend.tiles(case.spec, aot.PARTS["sm_90"], plan.backward)

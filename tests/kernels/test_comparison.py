@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 pytest.importorskip("triton", reason="compiling needs Triton")
@@ -29,7 +31,7 @@ NONE = Side("MemoryError: too large", {})
 
 
 def test_rows_are_of_parts_whose_rates_are_known() -> None:
-    assert len(rows(["sm_80", "sm_89", "sm_90"])) == 2 * 2 * 5 * 2
+    assert len(rows(["sm_80", "sm_89", "sm_90"])) == 2 * 2 * 5 * 3
     assert str(rows(["sm_90"])[1]) == "backward sm_90 half d64"
     assert rows(["sm_120"]) == []
 
@@ -90,8 +92,15 @@ def test_the_table_and_its_exit_code(
 
 
 def test_without_the_peer_there_is_no_table(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(comparison, "PEER", tmp_path / "flex_templates.py")
+    monkeypatch.setattr(comparison, "BENCHMARKS", tmp_path / "benchmarks")
     assert print_estimates(["sm_80"], "", 1, markdown=False) == 2
+
+
+def test_a_peer_that_is_not_installed_or_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of jvp_flash_attention, which nothing else here needs."""
+    monkeypatch.setitem(sys.modules, "jvp_flash_attention", None)
+    assert "jvp_flash_attention" in comparison.measure(Row("sm_80", "half", 64, "tangents"), peer=True).tiles
+    assert "d must be one of 16, 32, 64" in comparison.measure(Row("sm_80", "half", 96, "tangents"), peer=True).tiles
 
 
 def test_a_kernel_of_flex_attention_compiles_and_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

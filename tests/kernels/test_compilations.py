@@ -18,7 +18,8 @@ from flash_attend.kernels.backward import attention_backward
 from flash_attend.kernels.configs import Tile, Tiles, select_hopper_tiles
 from flash_attend.kernels.forward import attention_forward
 from flash_attend.kernels.launch import Launch, Prepared, recorded_launches
-from flash_attend.operands import Operands
+from flash_attend.kernels.tangents import attention_tangents
+from flash_attend.operands import Operands, Tangents
 from flash_attend.spec import AttentionSpec, MaskKind
 
 # One, odd, even, and multiples of 8, 16 and 128: what Triton makes variants of where it is let.
@@ -188,6 +189,23 @@ def test_tiles_are_variants(variants: Callable) -> None:
     wider = TILES._replace(forward=Tile(64, 64, 4, 2))
     expected = dict(forward_kernel=2, delta_kernel=1, backward_kv_kernel=1, backward_q_kernel=1)
     assert variants([*aot.record_call(SPEC, TILES), *aot.record_call(SPEC, wider)]) == expected
+
+
+def test_what_is_prepared_serves_one_dtype_of_each_tensor() -> None:
+    """What runs again is looked up by nothing else: slopes and sinks may come in q's dtype or in float32."""
+    q, k, v = (new(2, 4, 100, 64) for _ in range(3))
+    dtypes = defaultdict(set)
+    for slopes, sinks in product((torch.float16, torch.float32), repeat=2):
+        others = dict(alibi_slopes=new(4, dtype=slopes), sinks=new(4, dtype=sinks), bias=new(1, 4, 100, 100))
+        operands, spec = normalise_inputs(q, k, v, **others)
+        tangents = Tangents(q, sinks=operands.sinks)
+        with recorded_launches() as launches:
+            out, lse, kept = attention_forward(operands, spec, TILES)
+            attention_backward(out, None, operands, out, lse, kept, spec, TILES, (True,) * 5)
+            attention_tangents(operands, tangents, spec, TILES)
+        for launch in launches:
+            dtypes[id(launch.prepared)].add(tuple(None if x is None else x.dtype for x in launch.tensors))
+    assert max(map(len, dtypes.values())) == 1
 
 
 def test_rows_without_wide_loads_are_a_variant(variants: Callable) -> None:

@@ -14,6 +14,7 @@ from flash_attend.kernels.estimate import (
     blocks_per_multiprocessor,
     estimate,
     reading,
+    total_tflops,
 )
 from flash_attend.kernels.sass import LoopWork, loop_works
 from test_sass import ADD, EXP, PV, QK, SPILL, branch, code
@@ -90,6 +91,19 @@ def test_padding_counts_as_time_and_not_as_work() -> None:
     narrow = estimate(loop, ON_A100._replace(dim=48))
     assert narrow.redundancy == 1
     assert narrow.tflops == pytest.approx(0.75 * estimate(loop, ON_A100).tflops)
+
+
+def test_a_launch_for_half_of_the_values_counts_the_scores_again() -> None:
+    """Three of the six products are of scores, which each of two launches does whole, and halves of the others."""
+    kernel = ON_A100._replace(name="tangents")
+    of_warp = 128 * 64 * 64 // 4
+    whole = estimate(LoopWork(9, 1, 6 * of_warp, 0, 0, 0, 0, 0, 0, 0, 0), kernel)
+    half = estimate(LoopWork(9, 1, 9 * of_warp // 2, 0, 0, 0, 0, 0, 0, 0, 0), kernel._replace(share=0.5))
+    assert whole.redundancy == half.redundancy == 1
+    assert half.units["tensor"] == pytest.approx(0.75 * whole.units["tensor"])
+    assert half.units["L2"] == pytest.approx(0.75 * whole.units["L2"])
+    assert half.tflops * half.clocks == pytest.approx(0.5 * whole.tflops * whole.clocks)
+    assert total_tflops({"tangents": whole}) == pytest.approx(whole.tflops)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from flash_attend.testing.budget import TF32Products
 from flash_attend.testing.oracle import visible_pairs
 from flash_attend.testing.sequences import whole_call
 from flash_attend.tracing import constant_when_compiled
-from flash_attend.variant import Variant, variant_of
+from flash_attend.variant import ALL, NONE, Variant, variant_of
 from parts import CPU, FAULTS, PART, VARIANT, forget, serve_as_triton, store, with_fault
 
 
@@ -112,6 +113,22 @@ def test_tf32_is_held_to_tf32(monkeypatch: pytest.MonkeyPatch, products: type, r
         finding = check.check(VARIANT._replace(kind=kind._replace(precision="tf32")), CPU)
         assert finding.right == right, finding.reason
         assert not check.check(VARIANT._replace(kind=kind), CPU).right  # float32-accurate is held to float32
+
+
+@pytest.mark.parametrize(("fault", "right"), (("none", True), ("wrong", False)))
+def test_tangents_are_judged(fault: str, right: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a variant of forward mode, which has a name of its own: the fault is in the tangent of out alone."""
+    plant, math = FAULTS[fault], BACKENDS["math"].load()
+
+    def push(*given: Any) -> tuple:
+        out, lse, out_tangent, *rest = math.tangents(*given)
+        return out, lse, *plant(out_tangent, *rest)
+
+    serve_as_triton(math._replace(tangents=push), monkeypatch.setattr, monkeypatch.setitem)
+    monkeypatch.setattr(check, "_tiles_of", lambda *given: None)
+    variant = VARIANT._replace(needed=NONE, tangents=ALL)
+    assert str(variant).endswith("forward-only tangents-qkv")
+    assert check.check(variant, CPU).right == right
 
 
 def test_one_that_fails_leaves_the_others(plant: Callable) -> None:
@@ -282,10 +299,12 @@ def test_a_small_call_is_of_its_variant() -> None:
     variants = some_variants()
     assert {variant.backend for variant in variants} == {"hopper", "triton"}
     for variant in variants:
-        call = small_call(variant, (16, 32), CPU)
+        call, name = small_call(variant, (16, 32), CPU), str(variant)
         spec, (q, k, v, mask, _, bias, _, _, segments, _) = call.spec, call.poisoned
-        assert Variant.read(variant_of(spec, *variant[:2], variant.needed)) == variant
-        name = str(variant)
+        assert Variant.read(variant_of(spec, *variant[:2], variant.needed, tangents=variant.tangents)) == variant
+        assert [x is not None for x in call.tangents[:3]] == [*(variant.tangents or NONE)], name
+        for tangent, operand in zip(call.poisoned_tangents[:3], (q, k, v), strict=True):
+            assert tangent is None or torch.equal(tangent.isnan(), operand.isnan()), name
         short = variant.kind.one_query or variant.packed
         assert (spec.keys > 32 and spec.keys % 32 and spec.queries % 16) or short, name
         pairs = visible_pairs(

@@ -235,7 +235,7 @@ def test_the_variant_that_is_asked_for_is_the_calls() -> None:
             lambda variant, device: asked.append((variant, device)), lambda kind, device, won=won: won
         )
         choose(spec, replace(H100, multiprocessors=0), "auto", (True, False, False), knowledge)
-        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured", False
+        variant = "triton", backward, kind, False, True, True, (True, False, False), "measured", False, ()
         assert asked == [(variant, GPU)]
         asked.clear()
 
@@ -244,12 +244,30 @@ def test_what_serves_a_short_call_is_what_is_checked() -> None:
     """Its tiles are others, which are compiled, and so checked, for themselves. Where lengths may be symbols there are
     none of them."""
     asked: list[str] = []
-    knowledge = Knowledge(lambda variant, device: asked.append(variant[-2]), lambda kind, device: None)
+    knowledge = Knowledge(lambda variant, device: asked.append(variant[-3]), lambda kind, device: None)
     short, long = (replace(SPEC, queries=length, keys=length) for length in (256, 2**16))
     for spec, target in ((short, H100), (long, H100), (short, replace(H100, multiprocessors=0))):
         choose(spec, target, knowledge=knowledge)
     assert asked == [as_text(select_tiles(short, H100)), "", ""]
     assert select_tiles(short, H100) != select_tiles(long, H100)
+
+
+def test_who_serves_forward_mode() -> None:
+    """Hopper's kernels leave it to the others, whose variant is asked for; PyTorch's backward serves whoever pushes."""
+    of_q, knowledge = (True, False, False), knowing(CHECKED, "hopper")
+    assert choose(SPEC, H100, knowledge=knowledge).name == "hopper"
+    plan = choose(SPEC, H100, knowledge=knowledge, tangents=of_q)
+    assert (plan.name, plan.reason.partition(";")[0]) == ("triton", "hopper: it has no forward mode")
+    assert choose(SPEC, H100, "hopper", tangents=of_q).name == "triton"
+    served = [chosen(SPEC, CPU, backend, tangents=of_q) for backend in ("auto", "sdpa", "math")]
+    assert served == [("sdpa", "torch"), ("sdpa", "torch"), ("math", "einsum")]
+    assert [BACKENDS[name].tangents_by for name in BACKENDS] == ["triton", "", "math", ""]
+    wide = replace(SPEC, dtype=torch.float32, head_dim=256, precision="tf32")
+    assert chosen(wide, H100, "triton", tangents=of_q) == ("math", "einsum")
+    assert "beyond its 128 for tangents" in choose(wide, H100, knowledge=RIGHT, tangents=of_q).reason
+    asked = []
+    choose(SPEC, H100, knowledge=Knowledge(lambda *of: asked.append(of), lambda *of: None), tangents=of_q)
+    assert [variant[-1] for variant, _ in asked] == [of_q]
 
 
 @pytest.mark.parametrize(

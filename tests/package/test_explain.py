@@ -53,6 +53,7 @@ def test_one_line_for_every_backend(on) -> None:
     assert lines_of() == [
         "on cpu: sdpa serves",
         "  backward: torch, it has no other",
+        "  forward mode: math, sdpa: it has no forward mode",
         "  hopper  no       cpu tensors; the kernels need a CUDA device",
         "  triton  no       cpu tensors; the kernels need a CUDA device",
         "  sdpa    yes      it needs no evidence",

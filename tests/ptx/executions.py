@@ -16,9 +16,10 @@ from torch import Tensor
 from emulator.driver import Launched, Runner, executed
 from emulator.machine import Options
 from flash_attend import flash_attention, flash_attention_packed
-from flash_attend.kernels.configs import HOPPER_ROWS, Tile, Tiles, override
+from flash_attend.kernels.configs import HOPPER_ROWS, Tile, Tiles, override, select_tangent_tiles
+from flash_attend.target import DeviceTarget
 from flash_attend.testing.budget import Budget
-from flash_attend.testing.calls import Call, Case, budget_of, make_call
+from flash_attend.testing.calls import Call, Case, budget_of, make_call, push, with_tangents
 from flash_attend.testing.calls import run as run_publicly
 from flash_attend.testing.oracle import Answer, visible_pairs
 from flash_attend.testing.sequences import whole_call
@@ -33,11 +34,11 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Execution:
-    """One call, forward and backward, on one part."""
+    """One call, forward and backward, on one part; or with tangents."""
 
     arch: str
     backend: str
-    backward: Literal["separate", "fused"]
+    backward: Literal["separate", "fused", "tangents"]
     dtype: str
     case: Case
     options: Options = field(default_factory=Options)
@@ -48,7 +49,7 @@ class Execution:
 
     @property
     def name(self) -> str:
-        words = [self.arch, self.backend, *["fused"] * (self.backward == "fused")]
+        words = [self.arch, self.backend, *[self.backward] * (self.backward != "separate")]
         words += [self.dtype, f"d{self.case.d}", self.case.name]
         words += [self.tiles] if self.tiles else []
         defaults = Options()
@@ -107,6 +108,12 @@ FUSED_MODES = ("key causal", "dense dropout", "bias hiding", "everything")
 COMMON_MODES = ("key causal", "dense dropout", "grouped", "narrow v", "dropout", "everything")
 
 
+# With tangents: of half precision at these widths in all of these modes, of every other kind in the last one alone.
+TANGENT_WIDTHS = (64, 80, 128)
+TANGENT_DIMS = {"tf32": (64, 128), "tf32x3": (64,), "fp64": (64,)}  # that are served
+TANGENT_MODES = ("key causal", "dense dropout", "grouped", "bias hiding", "everything")
+
+
 def _lengths(dtype: str, d: int, arch: str) -> tuple[int, int]:
     """Queries and keys: one and a half tiles of the one, two and a half of the other, and some more."""
     if dtype in ("bf16", "fp16"):
@@ -141,6 +148,11 @@ def _of_triton() -> Iterator[Execution]:
                     yield Execution(arch, "triton", "separate", dtype, _case(mode, dtype, d, arch))
                     if mode in FUSED_MODES and (dtype in ("bf16", "fp16") or d == 64):
                         yield Execution(arch, "triton", "fused", dtype, _case(mode, dtype, d, arch))
+        for dtype, dims in (DIMS | TANGENT_DIMS).items():
+            for d in dims:
+                usual = dtype == "bf16" and d in TANGENT_WIDTHS
+                for mode in TANGENT_MODES if usual else TANGENT_MODES[-1:]:
+                    yield Execution(arch, "triton", "tangents", dtype, _case(mode, dtype, d, arch))
         for copies in ("early", "random"):
             case = _case("key causal", "bf16", 64, arch)
             yield Execution(arch, "triton", "separate", "bf16", case, Options(copies, "random", 1))
@@ -247,6 +259,8 @@ FAST = (
     "sm_90 triton tf32 d64 grouped",
     "sm_90 triton bf16 d64 few queries on16",
     "sm_90 triton bf16 d64 packed",
+    "sm_80 triton tangents bf16 d64 bias hiding",
+    "sm_90 triton tangents bf16 d64 key causal",
     "sm_90 hopper bf16 d64 key causal random seed3 on2",
     "sm_90 hopper bf16 d64 key dead rows seed13",
     "sm_90 hopper bf16 d64 one query seed9",
@@ -279,6 +293,8 @@ EXECUTIONS = _all()  # by their names
 def call_of(execution: Execution) -> Call:
     """The call of a case; of a mask with holes, the last batch has nothing visible."""
     call = make_call(execution.case, DTYPES[execution.dtype])
+    if execution.backward == "tangents":
+        call = with_tangents(call.with_(grad_out=None, grad_lse=None))
     if execution.lengths:
         mask = whole_call(execution.lengths, call.q, call.k, causal=call.causal)["mask"]
         return call.with_(mask=mask, causal=False)
@@ -310,7 +326,12 @@ def poisoned(call: Call) -> Call:
         x = x.clone() if 0 not in x.stride() else x.contiguous()
         return x.masked_fill_(where, value)
 
+    silent = dict(q=dead.unsqueeze(3), k=hidden, v=hidden, bias=None if call.bias is None else call.bias == -torch.inf)
+    tangents = call.tangents and {
+        name: fill(x, silent[name], torch.nan) if name in silent else x for name, x in call.tangents.items()
+    }
     return call.with_(
+        tangents=tangents,
         q=fill(call.q, dead.unsqueeze(3), torch.nan),
         k=fill(call.k, hidden, torch.nan),
         v=fill(call.v, hidden, torch.inf),
@@ -338,6 +359,9 @@ def execute(execution: Execution, call: Call, runner: Runner | None = None) -> t
         # With a single multiprocessor no grid is small: the tiles are those of long calls.
         single = 1 if execution.backend == "triton" else None
         stack.enter_context(executed(runner, execution.multiprocessors or single))
+        if execution.backward == "tangents":
+            part = DeviceTarget.of(call.q.device)
+            return push(call, execution.backend, lambda spec: select_tangent_tiles(spec, part)), runner
         attend = partial(_attend_packed, execution) if execution.lengths else flash_attention
         return run_publicly(call, execution.backend, attend=attend, backward=execution.backward), runner
 

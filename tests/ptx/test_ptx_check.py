@@ -11,12 +11,12 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from emulator.driver import Runner, executed
 from flash_attend import check
-from flash_attend.variant import ALL, Kind, Variant
+from flash_attend.variant import ALL, NONE, Kind, Variant
 
 pytestmark = pytest.mark.ptx
 
-NONE = (False, False, False)
 VARIANT = Variant("triton", "separate", Kind("bfloat16", "ieee", 64, 64, "none", *[False] * 3), *[False] * 3, NONE)
+TANGENTS = VARIANT._replace(kind=VARIANT.kind._replace(mask="key", causal=True), tangents=ALL)
 TF32 = VARIANT._replace(kind=VARIANT.kind._replace(dtype="float32", precision="tf32"))
 
 
@@ -36,6 +36,7 @@ def checked(arch: str, variant: Variant, **edit) -> check.Finding:
         ("sm_80", VARIANT),
         pytest.param("sm_90", VARIANT, marks=pytest.mark.proof),
         pytest.param("sm_80", TF32, marks=pytest.mark.proof),
+        pytest.param("sm_90", TANGENTS, marks=pytest.mark.proof),
     ),
     ids=str,
 )

@@ -152,6 +152,16 @@ def test_inside_compilers_and_transforms() -> None:
     torch.testing.assert_close(torch.func.vmap(attend)(several, masks), wanted)
 
 
+def test_derivatives_are_those_of_differences() -> None:
+    """Of any order, in forward mode, and for many gradients at once."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    inputs = [torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    attend = partial(flash_attention, mask=mask, query_mask=mask, causal=True)
+    assert torch.autograd.gradcheck(attend, inputs, fast_mode=True, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(attend, inputs, fast_mode=True)
+
+
 Q = torch.zeros(2, 4, 6, 8)
 GOOD = torch.ones(2, 6, dtype=torch.bool)
 JAGGED = torch.nested.nested_tensor([torch.zeros(3, 4, 8)], layout=torch.jagged).transpose(1, 2)

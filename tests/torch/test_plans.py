@@ -263,8 +263,9 @@ def test_layouts_are_those_of_the_operands(name: str) -> None:
     sizes = Sizes() if operands.mask is None else Sizes(tuple(operands.mask.shape[:3]))
     found, real = layouts_of(facts_of(Operands(**given)), spec, sizes), Layouts.of(operands)
     assert found.mask_sizes == real.mask_sizes
+    assert found.dtypes == real.dtypes
     for ours, theirs, tensor in zip(
-        (*found[:3], *found[4:]), (*real[:3], *real[4:]), (*operands[:4], *operands[5:8]), strict=True
+        (*found[:3], *found[4:8]), (*real[:3], *real[4:8]), (*operands[:4], *operands[5:8]), strict=True
     ):  # a stride that is never used may be any
         if tensor is not None:
             used = [size > 1 for size in tensor.shape]

@@ -65,6 +65,18 @@ def forward_modes() -> list[object]:
     return [seen_in(way, tracing.forward_mode)[1] for way in ways]
 
 
+def allowed() -> list[object]:
+    """What is asked of dual numbers where forward mode is turned off, and on again."""
+
+    def ask() -> list[object]:
+        with tracing.allow_forward_mode(False):
+            off = [tracing.forward_mode(), tracing.watched(), tracing.innermost_forward_mode()]
+            with tracing.allow_forward_mode(True):
+                return [*off, tracing.forward_mode()]
+
+    return seen_in(in_dual_level, ask)[1]
+
+
 def watchers() -> list[object]:
     ways = (torch.func.grad, torch.vmap, jvp, in_dual_level, in_a_mode, lambda f: f)
     return [seen_in(way, tracing.watched)[1] for way in ways]
@@ -160,6 +172,7 @@ def _nothing_compiled_before() -> Iterator[None]:
 RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "torch._C._are_functorch_transforms_active": (transforms, [False, True, False, True]),
     "torch._C._functorch.get_interpreter_stack, forward_ad._current_level": (forward_modes, [False, True, True]),
+    "forward_ad._set_fwd_grad_enabled, torch._C._is_fwd_grad_enabled": (allowed, [False, False, "none", True]),
     "torch._C._get_tracing_state": (jit_traces, [False, True]),
     "torch._C._len_torch_dispatch_stack": (watchers, [True, True, True, True, True, False]),
     "torch.overrides._get_current_function_mode_stack": (modes_of_functions, [True, True]),
