@@ -115,7 +115,7 @@ def test_the_tables(run):
 
 
 def test_the_same_seed_gives_the_same_curve(run):
-    losses = [rows(run("--seed", seed)[1], "loss, step 4")[0][0] for seed in ("1", "1", "2")]
+    losses = [rows(run("--seed", seed, "--padded-steps", "0")[1], "loss, step 4")[0][0] for seed in ("1", "1", "2")]
     assert losses[0] == losses[1] != losses[2]
 
 
