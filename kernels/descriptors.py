@@ -65,6 +65,8 @@ def reading_keys(
             for strides, dim, (width, _) in zip(of_keys, cycle(dims), cycle(parts), strict=False)
         ]
         rounds = BULK_COPIES_ROUND and spec.precision == "tf32"
+        if len(layouts) == len(dims):  # as in every ordinary call, whose cost on the host counts
+            return tile, partial(_with_two, *layouts, rounds)
         return tile, partial(_with_blocks, layouts, rounds)
     whole = in_reach and all(sum(both) <= SHORT for both in parts)
     block_n = tile.block_n if whole else max(SMALLEST_PART, tile.block_n // 2)
@@ -79,6 +81,10 @@ class _Checked(TensorDescriptor):
     ) -> None:
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
         self.round_f32_to_tf32 = rounds  # which Triton 3.6 does not know
+
+
+def _with_two(of_k: tuple, of_v: tuple, rounds: bool, tensors: tuple[Tensor | None, ...]) -> tuple:
+    return tensors[0], _Checked(tensors[1], *of_k, rounds), _Checked(tensors[2], *of_v, rounds), *tensors[3:]
 
 
 def _with_blocks(layouts: list, rounds: bool, tensors: tuple[Tensor | None, ...]) -> tuple:
