@@ -318,6 +318,8 @@ def _transformable(numbers: list[float], options: str, *operands: Tensor) -> Seq
     if innermost in ("alone", "again") and not said.tangents:
         primals, tangents = zip(*map(tangent_of, operands), strict=True)
         moved = {name: x for name, x in zip(said.operands, tangents, strict=True) if x is not None}
+        if mapped(*moved.values()):
+            return _composite(numbers, options, *operands)
         if moved:
             tensors = *primals, *moved.values()
             return _push(numbers, ops.with_tangents(options, list(moved)), tensors, again=innermost == "again")

@@ -181,7 +181,7 @@ def test_what_was_worked_out_meanwhile_does_not_count(monkeypatch: pytest.Monkey
     """Another thread may change what a plan goes by while it is made."""
     choose = plans.choose
     renew()
-    monkeypatch.setattr(plans, "choose", lambda *given: (renew(), choose(*given))[1])
+    monkeypatch.setattr(plans, "choose", lambda *given, **named: (renew(), choose(*given, **named))[1])
     stale = plan()
     monkeypatch.undo()
     assert plan() is not stale
