@@ -16,6 +16,7 @@ import dataclasses
 import importlib.util
 import inspect
 import itertools
+import random
 import signal
 import sys
 import traceback
@@ -64,6 +65,7 @@ class Run:
             return returned
 
         nn.Module.__call__ = watched  # type: ignore[method-assign]
+        random.seed(0)  # which models draw from, too
         torch.manual_seed(0)
         try:
             test()
