@@ -90,10 +90,10 @@ test-plain: $(INSTALLED) $(VENV)/.peers ## the tests that need neither a GPU nor
 
 # Triton reads TRITON_INTERPRET when it is imported, hence a process of its own.
 test-interpreter: $(INSTALLED) ## the kernels, in Triton's interpreter
-	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter $(addprefix tests/,kernels package semantics torch)
+	@TRITON_INTERPRET=1 $(BIN)/pytest $(WORKERS) -m interpreter
 
 test-ptx: $(INSTALLED) ## the compiled kernels, executed on a CPU: the calls that there is time for
-	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof' tests/ptx
+	@$(BIN)/pytest $(WORKERS) -m 'ptx and not proof'
 
 # What is done is kept, and not done again while the kernels and these tests are the same.
 proof: $(INSTALLED) ## the compiled kernels, executed on a CPU: every call, and every mistake put into them (ARGS=--only TEXT)

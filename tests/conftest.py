@@ -48,7 +48,7 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 
-# Where `make test` looks for tests of a marker: importing the others' modules takes longer than some of its stages.
+# Where tests of a marker are: to import the modules of others would take longer than some of them do.
 FOLDERS = {"interpreter": ("kernels", "package", "semantics", "torch"), "ptx": ("ptx",)}
 
 
@@ -83,15 +83,22 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"-m {asked}: {reason}")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leaves out folders that have no tests of the marker that was asked for, or asked for first."""
+    folders = FOLDERS.get(config.option.markexpr.partition(" ")[0])
+    if folders is None or not collection_path.is_relative_to(ROOT / "tests"):
+        return None
+    inside = collection_path.relative_to(ROOT / "tests").parts
+    return True if inside and inside[0] not in folders else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this process cannot run, with the reason. Fails where a test stands where nobody runs it."""
     missing = _missing()
     for item in items:
         for marker, folders in FOLDERS.items():
             if item.get_closest_marker(marker) and item.path.relative_to(ROOT / "tests").parts[0] not in folders:
-                raise pytest.UsageError(
-                    f"{item.nodeid}: make test looks for {marker} tests in {', '.join(folders)} only"
-                )
+                raise pytest.UsageError(f"{item.nodeid}: {marker} tests are looked for in {', '.join(folders)} only")
         marker = next((name for name in ("gpu", "interpreter") if item.get_closest_marker(name)), None)
         if reason := missing[marker]:
             item.add_marker(pytest.mark.skip(reason=reason))
