@@ -180,7 +180,7 @@ ROWS: dict[tuple[str, str, int], Choices] = {
     ("sm_80", "tf32", 256): _choices("128x16w8s1h 64x32w4s1h", "32x32w4s1a", "32x32w4s1", "16x32w8s1 16x16w8s2"),
     ("sm_86", "tf32", 256): _choices("32x32w8s1", "16x32w8s1", "16x32w8s1", "16x16w4s2 16x16w8s2"),
     ("sm_90", "tf32", 64): _choices("128x64w4s2d 128x128w8s2d", "32x128w8s2", "128x64w8s2d", "32x64w4s2 32x32w8s2"),
-    ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x64w4s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
+    ("sm_90", "tf32", 128): _choices("128x64w8s2d", "32x64w4s1 32x64w4s2", "128x32w8s2d", "64x32w8s2 32x32w8s2"),
     ("sm_90", "tf32", 256): _choices("32x32w4s2 64x32w4s2d", "32x32w4s1a", "32x32w4s1", "32x16w8s2 16x16w8s2"),
     ("sm_80", "tf32x3", 64): _choices(
         "64x32w4s2 32x32w4s2", "16x64w4s1 32x64w4s1 32x32w8s2", "64x16w4s1 64x32w4s1", "32x32w8s1 16x32w8s1"),
@@ -207,6 +207,10 @@ BIAS: dict[tuple[str, str, int], dict[str, str]] = {
 }
 SOFTCAP: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 128): dict(backward_kv="32x128w8s2"),
+}
+# And with sequences that are packed, of which every tile has its own places.
+PACKED: dict[tuple[str, str, int], dict[str, str]] = {
+    ("sm_90", "half", 256): dict(backward_kv="32x128w8s2a"),
 }
 # And in a window of so many keys beside a query's own, or fewer.
 NARROW_WINDOW = 64
@@ -308,7 +312,12 @@ def choices_for(spec: AttentionSpec, target: DeviceTarget) -> Choices:
     family = FAMILIES.get(target.arch or "", OLDEST)
     row = (family if (family, kind, width) in ROWS else OLDEST, kind, width)
     choices = ROWS[row]
-    own = (spec.dropout_p > 0, DROPOUT), (spec.softcap > 0, SOFTCAP), (spec.bias is not None, BIAS)
+    own = (
+        (spec.dropout_p > 0, DROPOUT),
+        (spec.softcap > 0, SOFTCAP),
+        (spec.bias is not None, BIAS),
+        (spec.sequences is not None, PACKED),
+    )
     for applies, tiles in own:
         if applies:
             others = {kernel: (tile_of(text), *getattr(choices, kernel)) for kernel, text in tiles.get(row, {}).items()}
