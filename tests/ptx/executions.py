@@ -232,6 +232,9 @@ def _for_mutants() -> Iterator[Execution]:
     for d, keys in ((64, 200), (256, 150)):
         case = Case("several tiles", 2, 2, 1, queries=200, keys=keys, d=d, mask="pad_left", causal=True)
         yield Execution("sm_90", "hopper", "fused", "bf16", case, Options(seed=1), 1)
+        runs = Case("runs of keys", 3, 1, queries=200, keys=keys, d=d, mask="all_visible", causal=True)
+        for backward in ("separate", "fused"):
+            yield Execution("sm_90", "hopper", backward, "bf16", runs, Options(seed=1))
         case = replace(case, heads=1, kv_heads=1, keys=400)
         yield Execution("sm_90", "hopper", "separate", "bf16", case, Options(seed=1), 1)
         for tiles in TILES if d == 64 else ("in turns",):
@@ -306,6 +309,10 @@ def call_of(execution: Execution) -> Call:
         call.mask[0, 200] = False
         call.mask[1, 100:] = True
         call.mask[-1, :495] = False
+    if execution.case.name == "runs of keys":
+        # The first ones of a tile are shown and others hidden, the other way round, and all of them shown.
+        call.mask[0, 40:45] = False
+        call.mask[1, :40] = False
     if execution.case.name == "low scores":  # a hidden key that comes as zeros has a score far above the others
         call = call.with_(q=call.q.abs(), k=-call.k.abs())
     return call

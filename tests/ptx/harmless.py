@@ -152,12 +152,21 @@ HARMLESS = (
         "hidden blocks are visited, or pairs looked at that are all visible",
     ),
     Harmless(
-        "wait dropped|arrival twice", r"_consume_for_v: shared\.cleared\.meet",
+        "wait (dropped|for the other phase)|arrival twice", r"_consume_for_v: shared\.cleared\.meet",
         "what this consumer reads it has cleared itself", "_wide_kernel",
     ),
     Harmless(
-        "wait dropped", r"_consume_for_k: k\.await_full", "the other consumer has waited for it, and they meet",
-        "_wide_kernel",
+        "arrival twice", r"_consume_for_k: shared\.cleared\.meet",
+        "in these orders the other has cleared its rows; what this one makes of them is hidden", "_wide_kernel",
+    ),
+    Harmless(
+        "wait dropped", r"_consume_for_v: unused\.await_empty",
+        "the other consumer gave it back before it stored the last gradients of scores, for which this one has waited",
+        "_wide_kernel of .* fused",
+    ),
+    Harmless(
+        "wait (dropped|for the other phase)", r"_consume_for_k: k\.await_full",
+        "the other consumer has waited for it, and they meet", "_wide_kernel",
     ),
     Harmless("wait dropped", r"_consume_for_k: grad\.await_full", "that slot has been waited for", "_wide_kernel"),
     # Of this call
@@ -182,6 +191,19 @@ HARMLESS = (
     ),
     Harmless("bound off by one", r"for turn in range\(tiles\.count", "every program has a tile", "hopper_forward"),
     Harmless("bound off by one", r"masked_block: block = ", "what is in front of full blocks is listed", HOPPER),
+    Harmless(
+        "bound off by one", r"first_block: if walk\.masked_count|in range\(n_full\)",
+        "of each tile several blocks are masked, and several full; another call's are single",
+        "hopper_backward_q.* many",
+    ),
+    Harmless(
+        "no shuffle", r"key_tile_of_program: hides = ",
+        "keys that are hidden have been cleared, and their gradients are", "_wide_kernel of .* fused",
+    ),
+    Harmless(
+        "no shuffle", r"key_tile_of_program: (any_key|hides) = ",
+        "a tile's first keys tell for all of them; another call's do not", "hopper_backward_(wide_)?kernel.* several",
+    ),
     # The gradient of q
     Harmless("wait dropped", r"tile, first, step\)", "that slot has not been filled before", "hopper_backward_q"),
     Harmless(
@@ -194,7 +216,7 @@ HARMLESS = (
         "the producer fills that slot of v after one of k, which is given back later", "hopper_backward_q.* d64",
     ),
     Harmless(
-        EARLY, "_step: grad_weights = warpgroup",
+        f"{EARLY}|{WARPS}", r"_step: (grad_weights = warpgroup|v\.release)",
         "the producer fills that slot of v after one of k, which is given back later", "hopper_backward_q",
     ),
 )  # fmt: skip

@@ -73,6 +73,8 @@ SUBJECTS = (
         "sm_90 hopper bf16 d64 several tiles in turns seed1 on1", "hopper_forward_kernel", r": .*Turns\.", fast=True
     ),
     Subject("sm_90 hopper bf16 d64 many blocks seed1 on1", "hopper_backward_q_kernel"),
+    # There a tile has one masked block and a full one.
+    Subject("sm_90 hopper bf16 d64 runs of keys seed1", "hopper_backward_q_kernel", r"^bound .*(masked_count|n_full)"),
     # There v has one slot.
     Subject(
         "sm_90 hopper bf16 d256 many blocks seed1 on1",
@@ -81,7 +83,10 @@ SUBJECTS = (
     ),
     Subject("sm_90 hopper fused bf16 d64 several tiles seed1 on1", "hopper_backward_kernel"),
     Subject("sm_90 hopper bf16 d64 many blocks seed1 on1", "hopper_backward_kernel", "nothing hidden|copy out"),
+    # There the keys of a tile's first warp are shown and others are not, or the other way round.
+    Subject("sm_90 hopper fused bf16 d64 runs of keys seed1", "hopper_backward_kernel", "^no shuffle"),
     Subject("sm_90 hopper fused bf16 d256 several tiles seed1 on1", "hopper_backward_wide_kernel"),
+    Subject("sm_90 hopper fused bf16 d256 runs of keys seed1", "hopper_backward_wide_kernel", "^no shuffle: .*any_key"),
     # With the gradient of q in the same pass its consumers keep step, and nothing comes of some mistakes.
     Subject("sm_90 hopper bf16 d256 many blocks seed1 on1", "hopper_backward_wide_kernel", "nothing hidden|unused"),
 )
