@@ -54,6 +54,8 @@ class Functions(NamedTuple):
     tangents: Callable[..., Any] | None = None
     # `tiles` of a call in forward mode, by which its `kept` and so its `backward` go; None where it has none
     tangent_tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles] | None = None
+    # (spec, layouts) -> what `plan_forward` gives, of which nobody reads the LSE; None where that takes as long
+    plan_out: Callable[[AttentionSpec, Layouts], Callable[[Operands], Any] | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,10 +285,10 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward, backward_of_part, plan_forward
+    from flash_attend.sdpa import attention_backward, attention_forward, backward_of_part, plan_forward, plan_out
 
     no_tiles = lambda spec, target, backward: None  # noqa: E731
-    return Functions(attention_forward, attention_backward, no_tiles, backward_of_part, plan_forward)
+    return Functions(attention_forward, attention_backward, no_tiles, backward_of_part, plan_forward, plan_out=plan_out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

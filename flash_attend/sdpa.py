@@ -31,7 +31,7 @@ from flash_attend.reference import (
 from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_forward"]
+__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_forward", "plan_out"]
 
 # Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
 FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
@@ -58,19 +58,24 @@ NOTHING = Kept()
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, on a CPU."""
+    return _attend(operands, spec)
+
+
+def _attend(operands: Operands, spec: AttentionSpec, *, lse_is_read: bool = True) -> tuple[Tensor, Tensor, Kept]:
+    """The same. An LSE that nobody reads may be less exact: see `_dtype_for`."""
     if spec.sequences is not None:
         out, lse = attend_by_groups(partial(attention_forward, tiles=None), operands, spec)
         assert lse is not None
         return out.clone(), lse.clone(), NOTHING  # no views, as below
     operands, spec = with_whole_mask(operands, spec)
     groups = split(operands.mask, spec)
-    part = _only(groups, spec)
+    part = _only(groups, spec, lse_is_read)
     if part is not None and _rows_alone(*operands[:3]):
         found = _Kernel(operands, spec).forward(part)
         if found is not None and not (part.hides and _has_nan(found[0])):
             return *found, NOTHING
     for read in (lambda: operands, lambda: cleared(operands, spec)[0]):
-        found = _forward(read(), spec, groups)
+        found = _forward(read(), spec, groups, lse_is_read)
         if found is not None and not _leaks(groups, found):
             return *found, NOTHING
     out, lse = attention_reference(operands, spec, return_lse=True)
@@ -78,14 +83,26 @@ def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> t
     return out.clone(), lse.clone(), NOTHING  # a view may not be changed in place by whoever is given it
 
 
-def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable[[Operands], tuple] | None:
-    """The same for operands with these layouts, where torch's kernel takes them as they are; else None."""
-    if spec.sequences is not None:
+def plan_out(spec: AttentionSpec, layouts: Layouts) -> Callable[[Operands], tuple] | None:
+    """`forward` of operands with these layouts, of which nobody reads the LSE; None where that takes as long."""
+    if spec.sequences is not None or _multiplies(spec.dtype):
         return None
-    if not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1 or not _takes(spec) or spec.adds_to_scores:
+    planned = plan_forward(spec, None, layouts, lse_is_read=False)
+    return planned or partial(_attend, spec=spec, lse_is_read=False)
+
+
+def plan_forward(
+    spec: AttentionSpec, tiles: None, layouts: Layouts, *, lse_is_read: bool = True
+) -> Callable[[Operands], tuple] | None:
+    """`attention_forward` of operands with these layouts, where torch's kernel takes them as they are; else None."""
+    if spec.sequences is not None or spec.adds_to_scores or not _takes(spec, lse_is_read):
         return None
+    if not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1:
+        return None
+    otherwise = partial(_attend, spec=spec, lse_is_read=lse_is_read)
     if layouts.mask_sizes is not None:
-        return _plan_masked(spec, layouts.mask_sizes) if is_small(spec) and spec.window == (None, None) else None
+        small = is_small(spec) and spec.window == (None, None)
+        return _plan_masked(spec, layouts.mask_sizes, otherwise) if small else None
     part = _only(split(None, spec), spec)
     if part is None or part.biased or part.keys != (0, spec.keys):
         return None
@@ -97,12 +114,14 @@ def plan_forward(spec: AttentionSpec, tiles: None, layouts: Layouts) -> Callable
         sound = _has_no_zero(lse) or bounded(spec, q, k)
         if sound and not (causal and _has_nan(out)):
             return out, lse, NOTHING
-        return attention_forward(operands, spec, tiles)
+        return otherwise(operands)
 
     return forward
 
 
-def _plan_masked(spec: AttentionSpec, mask_sizes: tuple[int, ...]) -> Callable[[Operands], tuple]:
+def _plan_masked(
+    spec: AttentionSpec, mask_sizes: tuple[int, ...], otherwise: Callable[[Operands], tuple]
+) -> Callable[[Operands], tuple]:
     """That of a call too small to be split: the mask is handed over whole, unless it leaves out keys at either end."""
     by_keys, causal, scale = mask_sizes[1] == mask_sizes[2] == 1, spec.causal and spec.queries > 1, spec.scale
     shown, hidden = [torch.tensor(x, dtype=spec.accumulator_dtype, device="cpu") for x in (0.0, -torch.inf)]
@@ -111,7 +130,7 @@ def _plan_masked(spec: AttentionSpec, mask_sizes: tuple[int, ...]) -> Callable[[
         q, k, v, visible, *_ = operands
         assert visible is not None
         if by_keys and 4 * len(range(*keys_shown(visible, spec))) <= 3 * spec.keys:
-            return attention_forward(operands, spec, None)
+            return otherwise(operands)
         if causal:
             visible = visible_pairs(visible, spec, 0, spec.queries, spec.keys, visible.device)
             assert visible is not None
@@ -121,7 +140,7 @@ def _plan_masked(spec: AttentionSpec, mask_sizes: tuple[int, ...]) -> Callable[[
         if not sound:
             lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
             sound = _has_no_zero(lse) or bounded(spec, q, k)
-        return (out, lse, Kept(hiding)) if sound and not _has_nan(out) else attention_forward(operands, spec, None)
+        return (out, lse, Kept(hiding)) if sound and not _has_nan(out) else otherwise(operands)
 
     return forward
 
@@ -198,18 +217,18 @@ def _gradients_of(
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
 
 
-def _only(groups: list[Group], spec: AttentionSpec) -> Part | None:
+def _only(groups: list[Group], spec: AttentionSpec, lse_is_read: bool = True) -> Part | None:
     """The only part of a call whose tensors torch's kernel takes as they are, from which everything between it and its
     caller is left out: of a small call that was half the time."""
-    if len(groups) != 1 or len(groups[0].parts) != 1 or spec.adds_to_scores or not _takes(spec):
+    if len(groups) != 1 or len(groups[0].parts) != 1 or spec.adds_to_scores or not _takes(spec, lse_is_read):
         return None
     (entries, (part,), picked) = groups[0]
     return part if entries == (0, spec.batch) and part.rows == (0, spec.queries) and picked is None else None
 
 
-def _takes(spec: AttentionSpec) -> bool:
+def _takes(spec: AttentionSpec, lse_is_read: bool) -> bool:
     """Whether torch's kernel takes a call's dtype and scale."""
-    return _multiplies(spec.dtype) and _factors(spec) == (1.0, spec.scale)
+    return (not lse_is_read or _multiplies(spec.dtype)) and _factors(spec) == (1.0, spec.scale)
 
 
 def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
@@ -377,10 +396,12 @@ def _factors(spec: AttentionSpec) -> tuple[float, float]:
     return copysign(1.0, spec.scale), abs(spec.scale)
 
 
-def _forward(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> tuple[Tensor, Tensor] | None:
+def _forward(
+    operands: Operands, spec: AttentionSpec, groups: list[Group], lse_is_read: bool
+) -> tuple[Tensor, Tensor] | None:
     """`out` and `lse`; None where the kernel may be wrong about a row."""
     out = lse = None
-    for unit, kernel in _kernels(operands, spec, groups):
+    for unit, kernel in _kernels(operands, spec, groups, lse_is_read):
         for rows, same in groupby(unit.group.parts, key=lambda part: part.rows):
             found = _merged([kernel.forward(part) for part in same])
             if found is None:
@@ -461,16 +482,22 @@ def _gradients(kernel: _Kernel, parts: list[Part], of_rows: list[Tensor]) -> tup
     return sums, (0, kernel.q.shape[2]), (0, kernel.k.shape[2])
 
 
-def _kernels(operands: Operands, spec: AttentionSpec, groups: list[Group]) -> Iterator[tuple[_Unit, _Kernel]]:
-    """The kernels of all units of work, one after the other, so that beside the results little is held.
-
-    Half precision is computed in float32 where the CPU has no products of it: torch's forward is no faster in it and
-    gives an LSE of some 14 bits, and its backward takes ten times as long.
-    """
-    dtype = spec.dtype if _multiplies(spec.dtype) else spec.accumulator_dtype
+def _kernels(
+    operands: Operands, spec: AttentionSpec, groups: list[Group], lse_is_read: bool = True
+) -> Iterator[tuple[_Unit, _Kernel]]:
+    """The kernels of all units of work, one after the other, so that beside the results little is held."""
     for group in groups:
+        dtype = _dtype_for(group, spec, lse_is_read)
         for unit in _units(group, spec, dtype) if group.parts else ():
             yield unit, _Kernel.of(unit, operands, spec, dtype)
+
+
+def _dtype_for(group: Group, spec: AttentionSpec, lse_is_read: bool) -> torch.dtype:
+    """What a group is computed in. Half precision goes by float32 where the CPU has no products of it: in it, torch's
+    backward takes ten times as long, and its forward gives an LSE of some 14 bits; which its `out`, where it is not
+    merged of two parts, does not suffer from."""
+    merges = len({part.rows for part in group.parts}) < len(group.parts)
+    return spec.dtype if _multiplies(spec.dtype) or not (lse_is_read or merges) else spec.accumulator_dtype
 
 
 def _units(group: Group, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[_Unit]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from flash_attend import flash_attention, parts, sdpa
 from flash_attend.checks import normalise_inputs
 from flash_attend.generation import renew
-from flash_attend.testing.calls import Case, check, make_call, run
+from flash_attend.testing.calls import Call, Case, check, make_call, run
+from flash_attend.testing.oracle import Answer
 
 SMALL = Case("small", heads=4, kv_heads=2, queries=40, keys=50, d=16, grads="out")
 MASKS = ("none", "pad_left", "holes", "b1ij")
@@ -50,6 +52,54 @@ def test_long_calls(as_if_long: None, mask: str, causal: bool, queries: int, key
     case = replace(SMALL, mask=mask, causal=causal, queries=queries, keys=keys, batch=3)
     call = make_call(case, dtype, "cpu")
     check(run(call, "sdpa"), call)
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def without_lse(call: Call) -> Answer:
+    """What comes of a call of which no gradient is asked for and no LSE."""
+    with torch.no_grad():
+        out = flash_attention(call.q, call.k, call.v, **call.options, backend="sdpa")
+    return Answer(out, None, None, None, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mask", (*MASKS, "pad_right"))
+@causal_or_not
+@pytest.mark.parametrize(("queries", "keys"), ((60, 60), (40, 50), (50, 40)))
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("long", (False, True), ids=("small", "long"))
+def test_half_precision_of_which_nobody_reads_the_lse(
+    mask: str, causal: bool, queries: int, keys: int, dtype: torch.dtype, long: bool, request: pytest.FixtureRequest
+) -> None:
+    """It goes to torch's kernel as it is."""
+    if long:
+        request.getfixturevalue("as_if_long")
+    case = replace(SMALL, mask=mask, causal=causal, queries=queries, keys=keys, batch=3)
+    call = make_call(case, dtype, "cpu")
+    check(without_lse(call), call)
+    if call.mask is not None and call.mask.ndim == 2:
+        hidden = ~call.mask[:, None, :, None]
+        check(
+            without_lse(call.with_(k=call.k.masked_fill(hidden, torch.nan), v=call.v.masked_fill(hidden, torch.inf))),
+            call,
+        )
+
+
+def test_half_precision_is_not_copied_where_nobody_reads_the_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes, kernel = [], sdpa.FORWARD
+
+    def spy(q: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        dtypes.append(q.dtype)
+        return kernel(q, *rest, **options)
+
+    monkeypatch.setattr(sdpa, "FORWARD", spy)
+    q = torch.randn(2, 4, 60, 16, dtype=torch.float16)
+    flash_attention(q, q, q, backend="sdpa")
+    flash_attention(q.requires_grad_(), q, q, backend="sdpa")
+    flash_attention(q.detach(), q, q, backend="sdpa", return_lse=True)
+    exact = torch.float16 if sdpa._multiplies(torch.float16) else torch.float32
+    assert dtypes == [torch.float16, exact, exact]
 
 
 def test_how_long_calls_are_split(as_if_long: None) -> None:
@@ -167,6 +217,8 @@ def test_biases_and_windows_go_by_torchs_kernel(case: Case, one_call: int, monke
         check(run(call, "sdpa", needs="qkv"), call)
     if call.bias is not None:
         check(run(call, "sdpa"), call)
+    half = make_call(replace(case, queries=200, keys=230, d=16, heads=4, kv_heads=2), torch.bfloat16, "cpu")
+    check(without_lse(half), half)
 
 
 def test_the_work_of_a_window_is_linear_in_it() -> None:
