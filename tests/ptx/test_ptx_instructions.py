@@ -266,6 +266,19 @@ def test_two_predicates_are_opposites() -> None:
     np.testing.assert_array_equal(no, a >= b)
 
 
+@pytest.mark.parametrize(("kind", "values_of"), (("bf16x2", bfloat16_values), ("f16x2", lambda x: x.view(np.float16))))
+def test_two_predicates_of_a_pair_are_those_of_its_halves(kind: str, values_of: Callable) -> None:
+    a, b = values("u32", 1), values("u32", 2)
+    b[::3] = a[::3]
+    b[1::3] = b[1::3] & 0xFFFF | a[1::3] & 0xFFFF0000
+    halves = [(x.astype(np.uint16), (x >> 16).astype(np.uint16)) for x in (a, b)]
+    want = [values_of(x) == values_of(y) for x, y in zip(*halves, strict=True)]
+    for found, wanted in zip(
+        compute(f"setp.eq.{kind} {{d}}|{{e}}, {{a}}, {{b}};", "pred pred", a, b), want, strict=True
+    ):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def test_a_register_as_two() -> None:
     words = values("u32", 1)
     low, high = compute("mov.b32 {{{d}, {e}}}, {a};", "u16 u16", words)

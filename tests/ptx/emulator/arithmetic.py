@@ -45,6 +45,20 @@ def bfloat16_bits(values: Array) -> Array:
     return np.where(np.isnan(values), np.uint32(0x7FFF), rounded).astype(np.uint16)
 
 
+def float16_values(bits: Array) -> Array:
+    """float16 from its bits."""
+    return np.ascontiguousarray(bits).view(np.float16)
+
+
+def _low(pair: Array) -> Array:
+    """The lower half of each register of two."""
+    return pair.astype(np.uint16)
+
+
+def _high(pair: Array) -> Array:
+    return (pair >> np.uint32(16)).astype(np.uint16)
+
+
 def flushed(values: Array) -> Array:
     """float32 with zeros, of the same sign, for denormal numbers."""
     return np.where(np.abs(values) < TINY, np.copysign(np.float32(0), values), values)
@@ -60,11 +74,11 @@ def _on_halves(function: Callable[..., Array], half: str) -> Callable[..., Array
     def one(*bits: Array) -> Array:
         if half.startswith("bf16"):
             return bfloat16_bits(function(*(bfloat16_values(x).astype(np.float64) for x in bits)).astype(np.float32))
-        values = function(*(np.ascontiguousarray(x).view(np.float16).astype(np.float64) for x in bits))
+        values = function(*(float16_values(x).astype(np.float64) for x in bits))
         return values.astype(np.float16).view(np.uint16)
 
     def pair(*bits: Array) -> Array:
-        low, high = (one(*((x >> np.uint32(shift)).astype(np.uint16) for x in bits)) for shift in (0, 16))
+        low, high = (one(*map(half_of, bits)) for half_of in (_low, _high))
         return low.astype(np.uint32) | (high.astype(np.uint32) << np.uint32(16))
 
     return pair if half.endswith("x2") else one
@@ -362,20 +376,24 @@ JOINS = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 @instruction("setp", section="Comparison and Selection Instructions: setp")
 def _setp(item: Instruction) -> Meaning:
-    """One predicate, or two that are each other's opposite, each joined to a third."""
+    """One predicate, or two, each joined to a third: of a pair of halves one for the lower and one for the upper, of
+    others two that are each other's opposite."""
     known(item, (*COMPARISONS, *FLOAT_COMPARISONS, *JOINS, "ftz"))
-    kind, bfloat16 = kind_of(item.type), item.type == "bf16"
-    compare = (FLOAT_COMPARISONS if is_float(kind) or bfloat16 else COMPARISONS)[item.modifiers[0]]
+    kind, half = kind_of(item.type), item.type in HALVES
+    compare = (FLOAT_COMPARISONS if is_float(kind) or half else COMPARISONS)[item.modifiers[0]]
     join = next((JOINS[name] for name in item.modifiers if name in JOINS), None)
     to, a, b, *third = item.arguments
     results = to.split("|")
-    read = flushed if "ftz" in item.modifiers else bfloat16_values if bfloat16 else (lambda x: x)
+    of_half = bfloat16_values if item.type.startswith("bf16") else float16_values
+    read = of_half if half else flushed if "ftz" in item.modifiers else (lambda x: x)
 
     def compute(a: Array, b: Array, *third: Array) -> Array | tuple[Array, ...]:
-        found = compare(read(a), read(b))
-        both = (found, ~found)[: len(results)]
-        if join:
-            both = tuple(join(x, *third) for x in both)
+        if item.type.endswith("x2"):
+            found = [compare(read(low_or_high(a)), read(low_or_high(b))) for low_or_high in (_low, _high)]
+        else:
+            found = [compare(read(a), read(b))]
+            found.append(~found[0])
+        both = tuple(join(x, *third) if join else x for x in found[: len(results)])
         return both if len(results) > 1 else both[0]
 
     sources = ((a, kind), (b, kind), *((x, "pred") for x in third))
