@@ -103,7 +103,7 @@ def plan_forward(
     if layouts.mask_sizes is not None:
         small = is_small(spec) and spec.window == (None, None)
         return _plan_masked(spec, layouts.mask_sizes, otherwise) if small else None
-    part = _only(split(None, spec), spec)
+    part = _only(split(None, spec), spec, lse_is_read)
     if part is None or part.biased or part.keys != (0, spec.keys):
         return None
     causal, scale = part.causal, spec.scale

@@ -101,6 +101,13 @@ def test_half_precision_is_not_copied_where_nobody_reads_the_lse(monkeypatch: py
     exact = torch.float16 if sdpa._multiplies(torch.float16) else torch.float32
     assert dtypes == [torch.float16, exact, exact]
 
+    q = torch.randn(2, 4, 60, 16, dtype=torch.float16)
+    with monkeypatch.context() as patch:  # worked out once, and then called with nothing in between
+        patch.setattr(sdpa, "_attend", lambda *_, **__: pytest.fail("it was not planned"))
+        renew()
+        flash_attention(q, q, q, backend="sdpa")
+    renew()
+
 
 def test_how_long_calls_are_split(as_if_long: None) -> None:
     q, holes = torch.zeros(3, 2, 60, 16), (torch.arange(60) % 3 > 0).repeat(3, 1)
