@@ -54,7 +54,7 @@ def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Ten
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
         return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
     forward = call.planned or call.forward
-    if call.planned_out is not None and not (return_lse or call.differentiated):
+    if call.planned_out is not None and not return_lse:
         forward = call.planned_out
     q, k, v, mask, _, bias, slopes, sinks, *_ = operands
     if lazy(q, k, v, mask, bias, slopes, sinks):

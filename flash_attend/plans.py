@@ -43,7 +43,7 @@ class CallPlan(NamedTuple):
     functions: Functions
     tiles: Tiles | None
     planned: Callable[[Operands], Any] | None  # `forward` of operands with the layouts of the call, or None
-    planned_out: Callable[[Operands], Any] | None  # the same, of whose results the LSE is not read
+    planned_out: Callable[[Operands], Any] | None  # the same, where neither a backward nor the caller reads the LSE
     differentiated: bool  # a gradient is needed of something
     sizes: Sizes
     as_given: bool  # the operands are the tensors themselves, none of them a view
@@ -98,14 +98,14 @@ def _work_out(
     functions = plan.backend.load()
     tiles = functions.tiles(spec, target, plan.backward)
     planned = functions.plan_forward
-    layouts = layouts_of(facts, spec, sizes)
+    layouts, differentiated = layouts_of(facts, spec, sizes), True in needed
     forward = None if planned is None else planned(spec, tiles, layouts)
-    out = None if functions.plan_out is None else functions.plan_out(spec, layouts)
+    out = None if functions.plan_out is None or differentiated else functions.plan_out(spec, layouts)
     mask = facts[3]
     as_given, padding = _as_given(facts, spec, sizes), None
     if mask is not None and len(mask[0]) == 2 and sizes.mask == (spec.batch, 1, 1):
         padding = (*sizes.mask, spec.keys) if _as_given((*facts[:3], None, *facts[4:]), spec, sizes) else None
-    return CallPlan(spec, plan, functions, tiles, forward, out, True in needed, sizes, as_given, padding)
+    return CallPlan(spec, plan, functions, tiles, forward, out, differentiated, sizes, as_given, padding)
 
 
 def _as_given(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> bool:

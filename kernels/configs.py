@@ -9,7 +9,8 @@ what lies near it; `python -m flash_attend.kernels.aot --estimate` prints the fi
 - On sm_90 a product needs 64 rows for 4 warps, else it falls back to those of single warps.
 - Up to 2% of a main loop's instructions may access spilled registers; outside of it they are free. Where more serve,
   the model has counted them: as traffic of shared memory.
-- Two stages at least, unless shared memory forbids it; no product is computed twice.
+- Two stages at least, unless shared memory forbids it, or with one there is room for two blocks; no product is
+  computed twice.
 - In TF32 on sm_80 every warp rounds all keys that it multiplies: 256 queries share them.
 - Where a grid has fewer programs than the part has multiprocessors, tiles have half as many rows.
 - Where a window shows a query 64 others at most, most of what a large tile visits is hidden: a small one takes 6 to 46%
@@ -208,7 +209,7 @@ BIAS: dict[tuple[str, str, int], dict[str, str]] = {
 SOFTCAP: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 128): dict(backward_kv="32x128w8s2"),
 }
-# And with sequences that are packed, of which every tile has its own places.
+# And with sequences that are packed, whose places take registers beside the sums.
 PACKED: dict[tuple[str, str, int], dict[str, str]] = {
     ("sm_90", "half", 256): dict(backward_kv="32x128w8s2a"),
 }
