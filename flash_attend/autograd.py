@@ -24,6 +24,7 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.tracing import (
     constant_when_compiled,
     directly,
+    dual_numbers,
     exporting_to_onnx,
     forward_mode,
     innermost_forward_mode,
@@ -46,9 +47,11 @@ if TYPE_CHECKING:
 __all__ = ["attend", "attend_by_operators"]
 
 
-def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Tensor, Tensor | None]:
+def attend(
+    operands: Operands, call: CallPlan, *, return_lse: bool, in_memory: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as planned, of plain tensors and where nobody watches but the
-    einsum path. Without `return_lse` the lse may be None."""
+    einsum path. Without `return_lse` the lse may be None. `in_memory` says that no tensor is `lazy`."""
     spec, plan = call.spec, call.plan
     if plan.backward == "einsum":
         out, lse = attention_reference(operands, spec, return_lse=return_lse)
@@ -57,7 +60,7 @@ def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> tuple[Ten
     if call.planned_out is not None and not return_lse:
         forward = call.planned_out
     q, k, v, mask, _, bias, slopes, sinks, *_ = operands
-    if lazy(q, k, v, mask, bias, slopes, sinks):
+    if not in_memory and lazy(q, k, v, mask, bias, slopes, sinks):
         operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
         q, k, v, _, _, bias, _, sinks, *_ = operands
         forward = call.forward
@@ -114,7 +117,7 @@ class Attention(torch.autograd.Function):
         out, lse, kept = forward(operands)
         _, _, _, mask, seed, bias, slopes, sinks, segments, _ = operands
         if bias is slopes is sinks is segments is None:
-            others = kept[:1] if mask is seed is None else (*kept, _savable(mask), seed)
+            others = kept[:1] if mask is seed is None else (*kept, _savable(mask), *([] if seed is None else [seed]))
         else:
             others = (*kept, _savable(mask), seed, _savable(bias), _savable(slopes), _savable(sinks), segments)
         ctx.save_for_backward(q, k, v, out, lse, *others)
@@ -126,15 +129,19 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        (call, kept_of, count), needed, saved = ctx.call, ctx.needs_input_grad, ctx.saved_tensors
+        (call, kept_of, count), saved, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad
         needed = *needed[:3], *needed[4:]
         # A backward may be differentiated, and transformed where its forward was not.
-        by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
-        # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
-        if not by_operators and lazy(*saved, grad_out, grad_lse):
-            saved, grad_out, grad_lse = map(settled, saved), settled(grad_out), settled(grad_lse)
+        by_operators = torch.is_grad_enabled()
+        if not by_operators and not _alone_before(call, grad_out, grad_lse, *saved):
+            by_operators = watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
+            # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
+            if not by_operators and lazy(*saved, grad_out, grad_lse):
+                saved, grad_out, grad_lse = [*map(settled, saved)], settled(grad_out), settled(grad_lse)
+            elif not by_operators:
+                call.alone_with.keep(True, *[x for x in (grad_out, grad_lse, *saved) if x is not None])
         q, k, v, out, lse, *others = saved
-        operands, kept = Operands(q, k, v, *others[count:]), kept_of(*others[:count])
+        operands, kept, grads = Operands(q, k, v, *others[count:]), kept_of(*others[:count]), None
         if by_operators:
             numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
@@ -143,8 +150,18 @@ class Attention(torch.autograd.Function):
             grads = tuple(map(found.get, INPUTS[: len(needed)]))
         else:
             given = grad_out, grad_lse, operands, out, lse, kept
-            grads = call.functions.backward(*given, call.spec, call.tiles, needed)
+            if call.planned_backward is not None:
+                grads = call.planned_backward(*given)
+            if grads is None:
+                grads = call.functions.backward(*given, call.spec, call.tiles, needed)
         return *grads[:3], None, *grads[3:]
+
+
+def _alone_before(call: CallPlan, *tensors: Tensor | None) -> bool:
+    """Whether a backward of a call with such tensors was run before, and nobody else took part, nor does now."""
+    if torch.compiler.is_compiling() or dual_numbers():
+        return False
+    return call.alone_with.find(*[tensor for tensor in tensors if tensor is not None]) or False
 
 
 class Kept(torch.autograd.Function):

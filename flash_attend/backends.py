@@ -56,6 +56,9 @@ class Functions(NamedTuple):
     tangent_tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles] | None = None
     # (spec, layouts) -> what `plan_forward` gives, of which nobody reads the LSE; None where that takes as long
     plan_out: Callable[[AttentionSpec, Layouts], Callable[[Operands], Any] | None] | None = None
+    # (spec, layouts) -> `backward` of a call with these layouts, called without the last three; it, or what it gives,
+    # is None where `backward` itself is to be asked
+    plan_backward: Callable[[AttentionSpec, Layouts], Callable[..., Any] | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,10 +288,11 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_sdpa() -> Functions:
-    from flash_attend.sdpa import attention_backward, attention_forward, backward_of_part, plan_forward, plan_out
+    from flash_attend import sdpa
 
     no_tiles = lambda spec, target, backward: None  # noqa: E731
-    return Functions(attention_forward, attention_backward, no_tiles, backward_of_part, plan_forward, plan_out=plan_out)
+    functions = sdpa.attention_forward, sdpa.attention_backward, no_tiles, sdpa.backward_of_part, sdpa.plan_forward
+    return Functions(*functions, plan_out=sdpa.plan_out, plan_backward=sdpa.plan_backward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

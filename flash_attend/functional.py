@@ -15,7 +15,7 @@ from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
-from flash_attend.plans import plan_call
+from flash_attend.plans import plan_call, recall, remember
 from flash_attend.query_mask import real_queries
 from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
@@ -150,12 +150,21 @@ def flash_attention(
     """
     return_lse = check_flag("return_lse", return_lse)
     given = Operands(q, k, v, mask, None, bias, alibi_slopes, sinks)
-    if query_mask is None and undisturbed(*given):
-        call = plan_call(given, causal, scale, dropout_p, deterministic, backend, window, softcap)
-        out, lse = attend(call.operands(given), call, return_lse=return_lse)
-        if call.plan.warning:
-            warn_once(call.plan.warning)
-        return (out, cast(Tensor, lse)) if return_lse else out
+    if query_mask is None:
+        said = causal, scale, dropout_p, deterministic, backend
+        usual = bias is window is softcap is alibi_slopes is sinks is None
+        call, known = recall(given, *said) if usual else (None, None)
+        if call is not None:
+            out, lse = attend(call.operands(given), call, return_lse=return_lse, in_memory=True)
+            return (out, cast(Tensor, lse)) if return_lse else out
+        if undisturbed(*given):
+            call = plan_call(given, *said, window, softcap)
+            out, lse = attend(call.operands(given), call, return_lse=return_lse)
+            if call.plan.warning:
+                warn_once(call.plan.warning)
+            elif known is not None:
+                remember(given, known, call)
+            return (out, cast(Tensor, lse)) if return_lse else out
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ctypes import string_at
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,11 @@ from torch import Tensor
 from flash_attend.reference import keys_seen, right_end, visible_pairs
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["Group", "Part", "Range", "is_small", "keys_shown", "split", "whole_and_masked"]
+__all__ = ["Group", "Part", "Range", "is_small", "keys_worth", "split", "whole_and_masked"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
 LARGEST_CUT_SQUARE = 1024
+SHORTEST_RUN = 16  # queries that see the same keys, on average: what changes more often goes by ROWS
 WIDTH = 16  # keys in the registers of a product, which is slow where a length is no multiple of it
 ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
 
@@ -76,20 +77,24 @@ def whole_and_masked(spec: AttentionSpec, keys: Range | None = None) -> list[Gro
     return [Group((0, spec.batch), [Part((0, spec.queries), keys or (0, spec.keys), biased=True)])]
 
 
-def keys_shown(mask: Tensor, spec: AttentionSpec) -> Range:
-    """The range of keys that any entry of a mask `(b|1, 1, 1, j)` sees: empty where none does."""
+def keys_worth(mask: Tensor, spec: AttentionSpec) -> Range:
+    """The keys that are worth reading of a call too small to be split, with a mask `(b|1, 1, 1, j)`: those from the
+    first to the last that any entry sees, or all where they are not many more. Empty where none is seen."""
     shown = _bytes_of(mask)
     ranges = [_range_of(shown[start : start + spec.keys]) for start in range(0, len(shown), spec.keys)]
     seen = [found for found in ranges if found[1]]
-    return (min([first for first, _ in seen]), max([last for _, last in seen])) if seen else (0, 0)
+    if not seen:
+        return 0, 0
+    first, last = min([first for first, _ in seen]), max([last for _, last in seen])
+    return _widened((first, last), spec) if 4 * (last - first) <= 3 * spec.keys else (0, spec.keys)
 
 
 def _at_once(mask: Tensor, spec: AttentionSpec) -> list[Group]:
     """A call too small to be split."""
     if mask.shape[1] > 1 or mask.shape[2] > 1:
         return whole_and_masked(spec)
-    keys = keys_shown(mask, spec)
-    return whole_and_masked(spec, _widened(keys, spec)) if keys[1] else []
+    keys = keys_worth(mask, spec)
+    return whole_and_masked(spec, keys) if keys[1] else []
 
 
 def _widened(keys: Range, spec: AttentionSpec) -> Range:
@@ -104,16 +109,17 @@ def _without_mask(spec: AttentionSpec) -> list[Group]:
     return [Group((0, spec.batch), _ranged((0, spec.keys), spec))]
 
 
-def _ranged(keys: Range, spec: AttentionSpec) -> list[Part]:
-    """The parts of queries that may see the keys of a range."""
+def _ranged(keys: Range, spec: AttentionSpec, rows: Range | None = None) -> list[Part]:
+    """The parts of queries, or of those in a range, that may see the keys of a range."""
+    rows = rows or (0, spec.queries)
     if not spec.banded and not spec.alibi:
-        return [Part((0, spec.queries), keys, biased=spec.adds_to_scores)]
+        return [Part(rows, keys, biased=spec.adds_to_scores)]
     if spec.window != (None, None) or spec.adds_to_scores:
-        return list(_banded(keys, spec))
+        return list(_banded(keys, spec, rows))
     (first_key, last_key), parts = keys, []
     # Queries before `start` see nothing, those from `turn` on all of the range.
-    start = min(max(first_key - spec.offset, 0), spec.queries)
-    turn = min(max(last_key - spec.offset, start), spec.queries)
+    start = min(max(first_key - spec.offset, rows[0]), rows[1])
+    turn = min(max(last_key - spec.offset, start), rows[1])
     diagonal = start + spec.offset
     if turn - start == 1:
         parts.append(Part((start, turn), (first_key, diagonal + 1)))
@@ -124,8 +130,8 @@ def _ranged(keys: Range, spec: AttentionSpec) -> list[Part]:
             if first + spec.offset > first_key:
                 parts.append(Part((first, last), (first_key, first + spec.offset)))
             parts.append(Part((first, last), (first + spec.offset, last + spec.offset), causal=True))
-    if turn < spec.queries:
-        parts.append(Part((turn, spec.queries), keys))
+    if turn < rows[1]:
+        parts.append(Part((turn, rows[1]), keys))
     return parts
 
 
@@ -142,10 +148,10 @@ def _runs_of_rows(first: int, last: int, rows: int = 0) -> Iterator[Range]:
     return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
 
 
-def _banded(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
+def _banded(keys: Range, spec: AttentionSpec, rows: Range) -> Iterator[Part]:
     """The parts of runs of queries, each with those keys of a range that any of them may see."""
     (left, _), right = spec.window, right_end(spec)
-    for first, last in _runs_of_rows(0, spec.queries):
+    for first, last in _runs_of_rows(*rows):
         seen = keys_seen(spec, first, last)
         begin, end = max(seen[0], keys[0]), min(seen[1], keys[1])
         late = right is not None and end - 1 > first + spec.offset + right
@@ -231,7 +237,7 @@ def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
     if run.alike and _wasted(run, spec) == ONE_CALL:
         picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
         return Group(run.entries, list(_of_picked(picked, spec)), picked)
-    return Group(run.entries, list(_biased(_widened(run.keys, spec), spec)))
+    return Group(run.entries, list(_biased(_widened(run.keys, spec), spec, (0, spec.queries))))
 
 
 def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
@@ -255,12 +261,12 @@ def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
             yield Part((first, last), (begin, end), biased=cut or spec.adds_to_scores)
 
 
-def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
+def _biased(keys: Range, spec: AttentionSpec, rows: Range) -> Iterator[Part]:
     """The parts of queries that see some keys of a range."""
     if not spec.banded and not spec.alibi:
-        yield Part((0, spec.queries), keys, biased=True)
+        yield Part(rows, keys, biased=True)
         return
-    for part in _banded(keys, spec):
+    for part in _banded(keys, spec, rows):
         yield part._replace(biased=True)
 
 
@@ -269,9 +275,79 @@ def _biased(keys: Range, spec: AttentionSpec) -> Iterator[Part]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class _Block(NamedTuple):
+    """Neighbouring queries, and the range of keys that any of them sees: empty where none does."""
+
+    rows: Range
+    keys: Range
+    cut: bool = False  # some do not see all of it
+
+    def joined(self, other: _Block) -> _Block:
+        """The queries of both, of which the other's follow."""
+        keys = min(self.keys[0], other.keys[0]), max(self.keys[1], other.keys[1])
+        return _Block((self.rows[0], other.rows[1]), keys, cut=True)
+
+    def parts(self, spec: AttentionSpec) -> list[Part]:
+        if not self.keys[1]:
+            return []
+        return [*_biased(self.keys, spec, self.rows)] if self.cut else _ranged(self.keys, spec, self.rows)
+
+
+def _alike_rows(mask: Tensor, spec: AttentionSpec) -> list[list[_Block]] | None:
+    """Runs of queries that see the same keys, as those of documents do, of each entry of a mask `(b|1, 1, i, j)`; or
+    more than they, where that takes less time. None where most queries see others than the one before."""
+    rows = mask[:, 0]
+    entries, length, _ = rows.shape
+    words = rows.view(torch.int64) if _in_words(rows) else rows.view(torch.uint8)
+    changed = _bytes_of((words[:, 1:] != words[:, :-1]).view(torch.uint8).amax(dim=2))
+    if changed.count(1) * SHORTEST_RUN > entries * length:
+        return None
+    starts = []  # of runs, as rows of all entries one after another
+    for entry in range(entries):
+        starts.append(entry * length)
+        begin, end = entry * (length - 1), (entry + 1) * (length - 1)
+        while (begin := changed.find(1, begin, end) + 1) > 0:
+            starts.append(begin + entry)
+    shown = _bytes_of(rows.flatten(0, 1).index_select(0, torch.tensor(starts, device=mask.device)))
+    found: list[list[_Block]] = [[] for _ in range(entries)]
+    for at, (start, end) in enumerate(pairwise([*starts, entries * length])):
+        entry, first = divmod(start, length)
+        seen = shown[at * spec.keys : (at + 1) * spec.keys]
+        keys = _range_of(seen)
+        block, blocks = _Block((first, end - entry * length), keys, cut=seen.find(0, *keys) >= 0), found[entry]
+        while blocks and block.keys[1] and blocks[-1].keys[1]:
+            together = blocks[-1].joined(block)
+            if _cost([together], spec) > _cost([blocks[-1], block], spec):
+                break
+            block = together
+            blocks.pop()
+        blocks.append(block)
+    return found
+
+
+def _in_words(rows: Tensor) -> bool:
+    """Whether bytes can be read eight at a time."""
+    *strides, one = rows.stride()
+    return one == 1 and not any(size % 8 for size in (rows.shape[-1], rows.storage_offset(), *strides))
+
+
+def _cost(blocks: list[_Block], spec: AttentionSpec) -> int:
+    """Multiplications that take as long as blocks of one entry."""
+    each = [(rows[1] - rows[0]) * (keys[1] - keys[0]) * (7 if cut else 6) // 6 for rows, keys, cut in blocks if keys[1]]
+    return sum(each) * spec.heads * spec.head_dim + len(each) * ONE_CALL
+
+
 def _by_rows(mask: Tensor, spec: AttentionSpec) -> list[Group]:
     """Runs of queries, with the range of keys that any of them sees, in all entries or, where that saves more than the
     calls take, in each."""
+    runs = _alike_rows(mask, spec) if mask.shape[1] == 1 < mask.shape[2] else None
+    if runs is not None:
+        by_entry = [[part for block in blocks for part in block.parts(spec)] for blocks in runs]
+        if all(parts == by_entry[0] for parts in by_entry):
+            return [Group((0, spec.batch), by_entry[0])] if by_entry[0] else []
+        whole = spec.batch * (_cost([_Block((0, spec.queries), (0, spec.keys), cut=True)], spec) - ONE_CALL) + ONE_CALL
+        if sum(_cost(blocks, spec) for blocks in runs) < whole:
+            return [Group((entry, entry + 1), parts) for entry, parts in enumerate(by_entry) if parts]
     apart: list[list[Part]] = [[] for _ in range(mask.shape[0])]
     together = []
     whole = mask.shape[2] == 1 and not spec.banded and not spec.alibi

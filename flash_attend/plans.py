@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from flash_attend.backends import Functions
 from flash_attend.checks import (
     Facts,
@@ -28,11 +30,12 @@ from flash_attend.generation import generation, renew
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, Window
 from flash_attend.target import DeviceTarget
+from flash_attend.tracing import Guarded, deterministic_algorithms, dual_numbers, float32_products
 
 if TYPE_CHECKING:
     from flash_attend.kernels.configs import Tiles
 
-__all__ = ["CallPlan", "plan_call", "recorded_calls"]
+__all__ = ["CallPlan", "plan_call", "recall", "recorded_calls", "remember"]
 
 
 class CallPlan(NamedTuple):
@@ -44,6 +47,8 @@ class CallPlan(NamedTuple):
     tiles: Tiles | None
     planned: Callable[[Operands], Any] | None  # `forward` of operands with the layouts of the call, or None
     planned_out: Callable[[Operands], Any] | None  # the same, where neither a backward nor the caller reads the LSE
+    planned_backward: Callable[..., Any] | None  # `plan_backward` of the backend, or None
+    alone_with: Guarded[bool]  # for the tensors of backwards in which nobody else took part
     differentiated: bool  # a gradient is needed of something
     sizes: Sizes
     as_given: bool  # the operands are the tensors themselves, none of them a view
@@ -86,6 +91,33 @@ def plan_call(
     return _work_out(facts, options, needed_of(given), backend, tangents, generation())
 
 
+def recall(given: Operands, *options: Any) -> tuple[CallPlan | None, Guarded[CallPlan] | None]:
+    """The plan of a call that was made before with such tensors and the same options, in which nobody else took part,
+    without a look at anything by itself; and where to `remember` it if there is none: nowhere if a compiler or dual
+    numbers take part, or something cannot be looked up by."""
+    q, k, v, mask, *_ = given
+    if torch.compiler.is_compiling() or dual_numbers():
+        return None, None
+    set_to = torch.is_grad_enabled(), deterministic_algorithms(), float32_products()
+    try:
+        known = _calls_like(k.shape, mask is None, *options, *set_to, generation())
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # k has no shape, or an option no hash
+        return None, None
+    return known.find(q, k, v) if mask is None else known.find(q, k, v, mask), known
+
+
+def remember(given: Operands, known: Guarded[CallPlan], call: CallPlan) -> None:
+    """Has `recall` find the plan of a call in which nobody else takes part."""
+    q, k, v, mask, *_ = given
+    known.keep(call, *((q, k, v) if mask is None else (q, k, v, mask)))
+
+
+@lru_cache(maxsize=CALLS_KEPT, typed=True)
+def _calls_like(*key: object) -> Guarded[CallPlan]:
+    """What is known of calls with keys of the same shape and the same options."""
+    return Guarded()
+
+
 @lru_cache(maxsize=CALLS_KEPT)
 def _work_out(
     facts: Facts, options: Options, needed: Needed, backend: str, tangents: tuple[bool, ...], generation: object
@@ -101,11 +133,13 @@ def _work_out(
     layouts, differentiated = layouts_of(facts, spec, sizes), True in needed
     forward = None if planned is None else planned(spec, tiles, layouts)
     out = None if functions.plan_out is None or differentiated else functions.plan_out(spec, layouts)
+    gradients = functions.plan_backward(spec, layouts) if differentiated and functions.plan_backward else None
     mask = facts[3]
     as_given, padding = _as_given(facts, spec, sizes), None
     if mask is not None and len(mask[0]) == 2 and sizes.mask == (spec.batch, 1, 1):
         padding = (*sizes.mask, spec.keys) if _as_given((*facts[:3], None, *facts[4:]), spec, sizes) else None
-    return CallPlan(spec, plan, functions, tiles, forward, out, differentiated, sizes, as_given, padding)
+    planned_ways = forward, out, gradients, Guarded[bool]()
+    return CallPlan(spec, plan, functions, tiles, *planned_ways, differentiated, sizes, as_given, padding)
 
 
 def _as_given(facts: Facts, spec: AttentionSpec, sizes: Sizes) -> bool:

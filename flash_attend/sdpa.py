@@ -7,7 +7,9 @@ zeros where nobody looks, and then by the einsum path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import string_at
 from functools import cache, lru_cache, partial
 from itertools import groupby
 from math import copysign, isnan
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flash_attend.operands import Layouts, Operands
-from flash_attend.parts import ONE_CALL, Group, Part, Range, is_small, keys_shown, split, whole_and_masked
+from flash_attend.parts import ONE_CALL, Group, Part, Range, is_small, keys_worth, split, whole_and_masked
 from flash_attend.reference import (
     Merged,
     attention_reference,
@@ -31,7 +33,7 @@ from flash_attend.reference import (
 from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_forward", "plan_out"]
+__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_backward", "plan_forward", "plan_out"]
 
 # Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
 FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
@@ -39,7 +41,20 @@ BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.d
 
 # In float32: weights are off by half a unit in its last place, 1.5e-5 of their size, at most. In float64 as far off.
 LARGEST_LSE = {torch.float32: 256.0, torch.float64: 256.0 * 2.0**29}
+# By size, the most significant bytes of numbers within [2^-126, 2^7), or of float64 within [2^-1007, 2^33).
+OF_USUAL = {
+    size: bytes([sign + byte for sign in (0, 128) for byte in range(1, end)]) for size, end in ((4, 67), (8, 66))
+}
+HIGHEST = -1 if sys.byteorder == "little" else 0
+# By dtype, integers of its size, and the bits of -inf as one of them.
+OF_INFINITY = {
+    torch.bfloat16: (torch.int16, -(2**7)),
+    torch.float16: (torch.int16, -(2**10)),
+    torch.float32: (torch.int32, -(2**23)),
+    torch.float64: (torch.int64, -(2**52)),
+}
 FEW = 2**11  # elements, of which an operator takes no longer than to start it
+ROWS_AT_ONCE = 32  # by torch's kernel, or a multiple: what comes through hidden pairs comes into all of them
 FEWEST_PRODUCTS = 8 * ONE_CALL  # of a unit of work: what is smaller is not cut further
 
 
@@ -53,7 +68,11 @@ class Kept(NamedTuple):
         return []
 
 
-NOTHING = Kept()
+class Usual(Kept):
+    """The same of a call that torch's kernel took in one piece, whose LSE `_is_usual`."""
+
+
+NOTHING, USUAL = Kept(), Usual()
 
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
@@ -95,52 +114,94 @@ def plan_forward(
     spec: AttentionSpec, tiles: None, layouts: Layouts, *, lse_is_read: bool = True
 ) -> Callable[[Operands], tuple] | None:
     """`attention_forward` of operands with these layouts, where torch's kernel takes them as they are; else None."""
-    if spec.sequences is not None or spec.adds_to_scores or not _takes(spec, lse_is_read):
-        return None
-    if not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1:
+    part = _whole(spec, layouts, lse_is_read)
+    if part is None:
         return None
     otherwise = partial(_attend, spec=spec, lse_is_read=lse_is_read)
     if layouts.mask_sizes is not None:
-        small = is_small(spec) and spec.window == (None, None)
-        return _plan_masked(spec, layouts.mask_sizes, otherwise) if small else None
-    part = _only(split(None, spec), spec, lse_is_read)
-    if part is None or part.biased or part.keys != (0, spec.keys):
-        return None
+        return _plan_masked(spec, layouts.mask_sizes, otherwise)
     causal, scale = part.causal, spec.scale
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, *_ = operands
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
+        if _is_usual(lse):  # a NaN among the scores would be in it
+            return (out, lse, USUAL) if not (causal and _a_row_has_nan(out)) else otherwise(operands)
         sound = _has_no_zero(lse) or bounded(spec, q, k)
-        if sound and not (causal and _has_nan(out)):
-            return out, lse, NOTHING
-        return otherwise(operands)
+        return (out, lse, NOTHING) if sound and not (causal and _has_nan(out)) else otherwise(operands)
 
     return forward
+
+
+def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[Tensor, ...] | None] | None:
+    """`(grad_out, grad_lse, operands, out, lse, kept) -> gradients` of a call that `plan_forward` serves, those of q, k
+    and v whether they are needed or not. None where `attention_backward` is to be asked."""
+    part = _whole(spec, layouts)
+    if part is None:
+        return None
+    causal, hides, scale = part.causal, part.hides, spec.scale
+
+    def backward(
+        grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, out: Tensor, lse: Tensor, kept: Kept
+    ) -> tuple[Tensor, ...] | None:
+        (q, k, v, *_), (hiding,) = operands, kept
+        if type(kept) is not Usual or grad_out is None or grad_lse is not None:
+            return None
+        if not _rows_alone(q, k, v, out, grad_out):
+            return None
+        first, last = keys = 0, spec.keys
+        if hiding is not None and hiding.shape[3] < last:
+            assert operands.mask is not None
+            first, last = keys = keys_worth(operands.mask, spec)
+            k, v = _cut(k, 2, keys), _cut(v, 2, keys)
+        found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=hiding, scale=scale)
+        if hides and _a_row_has_nan(*found[:2]):
+            return None
+        if last - first < spec.keys:
+            found = found[0], *[torch.constant_pad_nd(grad, (0, 0, first, spec.keys - last)) for grad in found[1:]]
+        return found
+
+    return backward
+
+
+def _whole(spec: AttentionSpec, layouts: Layouts, lse_is_read: bool = True) -> Part | None:
+    """The only part of a call whose operands torch's kernel takes as they are; None of other calls."""
+    if spec.sequences is not None or not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1:
+        return None
+    if layouts.mask_sizes is None:
+        part = _only(split(None, spec), spec, lse_is_read)
+        return part if part is not None and not part.biased and part.keys == (0, spec.keys) else None
+    small = is_small(spec) and spec.window == (None, None)
+    return _only(whole_and_masked(spec), spec, lse_is_read) if small else None
 
 
 def _plan_masked(
     spec: AttentionSpec, mask_sizes: tuple[int, ...], otherwise: Callable[[Operands], tuple]
 ) -> Callable[[Operands], tuple]:
-    """That of a call too small to be split: the mask is handed over whole, unless it leaves out keys at either end."""
+    """That of a call too small to be split: a mask over keys cuts those at either end off, if they are many."""
     by_keys, causal, scale = mask_sizes[1] == mask_sizes[2] == 1, spec.causal and spec.queries > 1, spec.scale
-    shown, hidden = [torch.tensor(x, dtype=spec.accumulator_dtype, device="cpu") for x in (0.0, -torch.inf)]
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, visible, *_ = operands
         assert visible is not None
-        if by_keys and 4 * len(range(*keys_shown(visible, spec))) <= 3 * spec.keys:
+        first, last = keys = keys_worth(visible, spec) if by_keys else (0, spec.keys)
+        if last == 0:
             return otherwise(operands)
-        if causal:
-            visible = visible_pairs(visible, spec, 0, spec.queries, spec.keys, visible.device)
+        k, v = _cut(k, 2, keys), _cut(v, 2, keys)
+        if causal or last - first < spec.keys:
+            visible = visible_pairs(visible, spec, 0, spec.queries, last, visible.device, first)
             assert visible is not None
-        hiding = torch.where(visible, shown, hidden)
+        hiding = _hiding(visible, spec.accumulator_dtype)
         out, lse = FORWARD(q, k, v, 0.0, False, attn_mask=hiding, scale=scale)
+        if _is_usual(lse):
+            return (out, lse, Usual(hiding)) if not _a_row_has_nan(out) else otherwise(operands)
         sound = _has_no_zero(lse)
         if not sound:
             lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
             sound = _has_no_zero(lse) or bounded(spec, q, k)
-        return (out, lse, Kept(hiding)) if sound and not _has_nan(out) else otherwise(operands)
+        if not sound or _has_nan(out):
+            return otherwise(operands)
+        return out, lse, Kept(hiding) if last - first == spec.keys else NOTHING
 
     return forward
 
@@ -240,6 +301,24 @@ def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
 
 def _has_nan(tensor: Tensor) -> bool:
     return isnan(tensor.sum().item())
+
+
+def _a_row_has_nan(*tensors: Tensor) -> bool:
+    """Whether one of the tensors `(b, h, n, d)` has, by one row of those that are computed at once."""
+    for tensor in tensors:
+        (batch, heads, rows, row), (*others, step, one) = tensor.shape, tensor.stride()
+        size, strides = (batch, heads, -(-rows // ROWS_AT_ONCE), row), (*others, step * ROWS_AT_ONCE, one)
+        if _has_nan(tensor.as_strided(size, strides)):  # sooner than a slice
+            return True
+    return False
+
+
+def _is_usual(lse: Tensor) -> bool:
+    """Whether each element is surely neither 0 nor infinite, and `_is_exact`: by its most significant byte, in a third
+    of the time that torch's operators need to start."""
+    size = lse.element_size()
+    read = string_at(lse.data_ptr(), lse.numel() * size)
+    return not read[HIGHEST % size :: size].translate(None, OF_USUAL[size])
 
 
 def _is_exact(lse: Tensor) -> bool:
@@ -353,9 +432,16 @@ class _Kernel:
 
 def _hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """0 where a pair is visible, -inf where it is hidden."""
-    found = visible.to(dtype)
-    # A logarithm is one operator less, and of many elements takes ten times as long.
-    return found.log_() if found.numel() <= FEW else 1 - found.reciprocal_()
+    if visible.numel() <= FEW:
+        return torch.where(visible, *_shown_and_hidden(dtype))
+    # No bit, or those of -inf of all bits: torch takes ten times as long to choose by bools, or to make floats of them.
+    bits, of_infinity = OF_INFINITY[dtype]
+    return (visible.view(torch.int8) - 1).to(bits).bitwise_and_(of_infinity).view(dtype)
+
+
+@cache
+def _shown_and_hidden(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.tensor(0.0, dtype=dtype, device="cpu"), torch.tensor(-torch.inf, dtype=dtype, device="cpu")
 
 
 def _spread(grad: Tensor, keys: Range, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
+    "Guarded",
     "allow_forward_mode",
     "applied",
     "changes_of",
     "constant_when_compiled",
+    "deterministic_algorithms",
     "directly",
+    "dual_numbers",
     "exporting_to_onnx",
     "float32_products",
     "forward_mode",
@@ -47,6 +50,7 @@ __all__ = [
 ]
 
 _F = TypeVar("_F", bound=Callable)
+_T = TypeVar("_T")
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
@@ -199,6 +203,49 @@ def undisturbed(*tensors: Tensor | None) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
     )
+
+
+def dual_numbers() -> bool:
+    """Whether there may be some, of torch.autograd.forward_ad. No public function tells."""
+    return forward_ad._current_level >= 0
+
+
+# `torch.are_deterministic_algorithms_enabled`, in one call instead of two.
+deterministic_algorithms = torch._C._get_deterministic_algorithms
+
+
+class Guarded(Generic[_T]):
+    """What was found for tensors, to be found again with tensors such as those, in one call instead of 35: of the same
+    classes, dtypes, devices, sizes and strides, with a gradient or without, and where the same transforms, modes,
+    autocast and torch.jit.trace take part, and negated and zero tensors. Compilers, dual numbers, and whether gradients
+    are recorded are to be asked about beside it. It holds no tensor, and knows a few kinds of them.
+
+    That is what torch.compile checks inputs of its graphs by, and no public name gives it. Without it nothing is found.
+    """
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, Callable[..., bool], _T]] = []
+
+    def find(self, *tensors: Tensor) -> _T | None:
+        """What was kept for such tensors, last where there are several; None where nothing was."""
+        for count, alike, found in self._found:
+            if count == len(tensors) and alike(*tensors):
+                return found
+        return None
+
+    def keep(self, found: _T, *tensors: Tensor) -> None:
+        """For tensors of which none comes twice."""
+        try:
+            from torch._C._dynamo.guards import TensorGuards
+
+            sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
+            alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]
+        except (ImportError, TypeError, SystemError):
+            return
+        if alike(*tensors):
+            self._found = [(len(tensors), alike, found), *self._found[: self.MOST - 1]]
 
 
 def readable(*tensors: Tensor) -> bool:

@@ -127,6 +127,52 @@ def test_how_long_calls_are_split(as_if_long: None) -> None:
     assert [entries for entries, *_ in found(several)] == [(0, 1), (2, 3)]
 
 
+def documents(*lengths: list[int], dead: int = 0) -> Tensor:
+    """The mask of documents one after another in each entry, whose last queries see nothing: `(b, 1, n, n)`."""
+    found = [torch.block_diag(*[torch.ones(n, n, dtype=torch.bool) for n in entry]) for entry in lengths]
+    mask = torch.stack(found)[:, None]
+    mask[:, :, mask.shape[2] - dead :] = False
+    return mask
+
+
+@pytest.mark.parametrize("options", ({}, dict(causal=True), dict(window=(30, 20))), ids=str)
+@pytest.mark.parametrize("dead", (0, 20))
+@pytest.mark.parametrize("one_call", (0, 2**12, parts.ONE_CALL), ids=("cut", "joined", "whole"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_documents(
+    options: dict[str, Any], dead: int, one_call: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What no query of a document may see is garbage in one of them."""
+    monkeypatch.setattr(parts, "ONE_CALL", one_call)
+    case = replace(SMALL, queries=160, keys=160, batch=3)
+    call = make_call(case, dtype, "cpu")
+    for mask in (documents([50, 3, 87, 20], [1, 159], [160], dead=dead), documents([70, 60, 30], dead=dead)):
+        whole = call.with_(mask=mask.expand(-1, 1, 160, 160), **options)
+        check(run(whole, "sdpa"), whole)
+
+
+def test_documents_are_computed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ranges that their queries see; short ones together, and what changes with each query by runs of them."""
+    monkeypatch.setattr(parts, "ONE_CALL", 2**13)
+    q = torch.zeros(2, 2, 160, 16)
+
+    def found(mask: Tensor, **options: Any) -> list[tuple]:
+        operands, spec = normalise_inputs(q, q, q, mask=mask, **options)
+        return [(group.entries, [tuple(part) for part in group.parts]) for group in parts.split(operands.mask, spec)]
+
+    alike, first, second = (0, 2), ((0, 90), (0, 90), False, False), ((90, 160), (90, 160), False, False)
+    assert found(documents([90, 70])) == found(documents([90, 70], [90, 70])) == [(alike, [first, second])]
+    assert found(documents([90, 70], dead=10)) == [(alike, [first, ((90, 150), (90, 160), False, False)])]
+    apart = [((0, 1), [first, second]), ((1, 2), [((0, 160), (0, 160), False, False)])]
+    assert found(documents([90, 70], [160])) == apart
+    strided = documents([90, 70], [160]).mT.contiguous().mT
+    assert found(strided) == found(documents([90, 70], [160])[..., :160:1].clone()) == apart
+    short = ((0, 7), (0, 7), False, True), ((7, 90), (7, 90), False, False)
+    assert found(documents([1, 2, 1, 3, 83, 70])) == [(alike, [*short, second])]
+    assert [part[2] for part in found(documents([90, 70]), causal=True)[0][1]] == [True, True]
+    assert len(found(torch.rand(2, 1, 160, 160) < 0.5)[0][1]) == 2, "runs of up to 128 queries"
+
+
 @each_mask
 @causal_or_not
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)

@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attend import flash_attention, plans
+from flash_attend import flash_attention, functional, plans
 from flash_attend.checks import Sizes, facts_of, layouts_of, normalise_inputs
 from flash_attend.dispatch import override_backward
 from flash_attend.evidence import Store, read_anew
@@ -121,6 +122,81 @@ def test_what_equals_a_right_argument_is_no_right_argument(name: str) -> None:
     wrong = {**given, **right, **WRONG[name]}
     with pytest.raises(TypeError, match=f"^{name} must be"):
         flash_attention(wrong.pop("q"), wrong.pop("k"), wrong.pop("v"), **wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is found again without a look
+# ---------------------------------------------------------------------------------------------------------------------
+
+OF_SCORES = {
+    "bias",
+    "strides of the bias",
+    "bias of one head",
+    "a bias's gradient",
+    "slopes",
+    "sinks",
+    "window",
+    "softcap",
+}
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is looked at tensor by tensor, and option by option."""
+    seen: list[object] = []
+    monkeypatch.setattr(
+        functional, "plan_call", lambda *given, **named: seen.append(given) or plan_call(*given, **named)
+    )
+    renew()
+    return seen
+
+
+@pytest.mark.parametrize("change", CHANGES.keys() - OF_SCORES)
+def test_calls_of_a_kind_are_looked_at_once(change: str, looks: list[object]) -> None:
+    usual, other = dict(q=Q, k=K, v=K.clone()), {**dict(q=Q, k=K, v=K.clone()), **CHANGES[change]}
+    other["v"] = other["v"].clone()  # no tensor comes twice
+    for calls, given in enumerate((usual, other, other, usual, other)):
+        flash_attention(given["q"], given["k"], given["v"], **{k: v for k, v in given.items() if k not in "qkv"})
+        assert len(looks) == min(calls + 1, 2)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_calls_are_looked_at_again_where_torch_is_set_otherwise(setting: str, looks: list[object]) -> None:
+    given = Q, K, K.clone()
+    flash_attention(*given)
+    with SETTINGS[setting]():
+        flash_attention(*given)
+    assert len(looks) == 2
+
+
+def test_whoever_takes_part_is_seen_though_the_call_was_made_before(looks: list[object]) -> None:
+    q, k, v = Q.clone().requires_grad_(), K, K.clone()
+    plain = flash_attention(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attention(q, k, v).dtype == torch.bfloat16
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        assert forward_ad.unpack_dual(flash_attention(dual, k, v)).tangent is not None
+    mapped = torch.vmap(lambda x: flash_attention(x, k, v))(q[None])
+    torch.testing.assert_close(mapped[0], plain)
+    torch.testing.assert_close(flash_attention(torch._neg_view(-q), k, v), plain)
+    with torch.no_grad():
+        assert not flash_attention(q, k, v).requires_grad
+    assert flash_attention(q, k, v).requires_grad
+
+
+def test_backwards_that_were_run_before_are_still_differentiable() -> None:
+    q, k, v = (x.double().requires_grad_() for x in (Q, K, K.clone()))
+    for again in (False, True, False):
+        out = flash_attention(q, k, v, mask=MASK)
+        (grad,) = torch.autograd.grad(out.sum(), q, create_graph=again)
+        assert grad.requires_grad == again
+        if again:
+            torch.autograd.grad(grad.square().sum(), (q, k, v))
+    batched = torch.autograd.grad(
+        flash_attention(q, k, v), q, torch.ones(3, *Q.shape, dtype=q.dtype), is_grads_batched=True
+    )
+    assert batched[0].shape == (3, *Q.shape)
 
 
 def test_a_wrong_call_leaves_nothing() -> None:

@@ -6,6 +6,7 @@ A failure here says which torch took something away; the places that use it are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -163,6 +164,24 @@ def precisions() -> list[object]:
     return found
 
 
+def guards() -> list[object]:
+    """Whether a guard finds what was kept for `X`: with such a tensor, with others, and where others take part."""
+    guarded: tracing.Guarded[str] = tracing.Guarded()
+    guarded.keep("found", X, X.clone())
+    guarded.keep("nothing", X, X)
+    found = [guarded.find(X, X.clone()), guarded.find(X, X), guarded.find(X)]
+    others = (X.double(), X[:1], X.to("meta"), torch.ones(4)[::2], X.clone().requires_grad_(), torch.nn.Parameter(X))
+    found += [guarded.find(other, X) for other in (*others, torch._neg_view(X), torch._efficientzerotensor((2,)))]
+    traced = lambda function: partial(torch.jit.trace, function, check_trace=False)  # noqa: E731
+    ways = (torch.func.grad, torch.vmap, jvp, in_a_mode, traced)
+    found += [seen_in(way, lambda: guarded.find(X, X.clone()))[1] for way in ways]
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(guarded.find(X, X.clone()))
+    with torch.inference_mode():
+        found.append(guarded.find(X, torch.ones(2)))
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.reset()
@@ -181,6 +200,7 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
     "torch._C._get_fp32_precision_getter": (precisions, ["tf32", "ieee"]),
     "Tensor._is_zerotensor": (zeros, [True, False, True]),
+    "torch._C._dynamo.guards.TensorGuards": (guards, ["found", None, None, *[None] * 8, *[None] * 5, None, None]),
 }
 
 
