@@ -119,16 +119,17 @@ def plan_forward(
         return None
     otherwise = partial(_attend, spec=spec, lse_is_read=lse_is_read)
     if layouts.mask_sizes is not None:
-        return _plan_masked(spec, layouts.mask_sizes, otherwise)
-    causal, scale = part.causal, spec.scale
+        return _plan_masked(spec, layouts.mask_sizes, otherwise, lse_is_read)
+    causal, scale, dtype = part.causal, spec.scale, _dtype_of(spec, lse_is_read)
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
-        q, k, v, *_ = operands
+        q, k, v = operands[:3] if dtype == spec.dtype else [x.to(dtype) for x in operands[:3]]
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
-        if _is_usual(lse):  # a NaN among the scores would be in it
-            return (out, lse, USUAL) if not (causal and _a_row_has_nan(out)) else otherwise(operands)
-        sound = _has_no_zero(lse) or bounded(spec, q, k)
-        return (out, lse, NOTHING) if sound and not (causal and _has_nan(out)) else otherwise(operands)
+        usual = _is_usual(lse)  # then there is no NaN among the scores
+        sound = usual or _has_no_zero(lse) or bounded(spec, q, k)
+        if not sound or (causal and (_a_row_has_nan if usual else _has_nan)(out)):
+            return otherwise(operands)
+        return out.to(spec.dtype), lse, USUAL if usual else NOTHING
 
     return forward
 
@@ -139,7 +140,7 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
     part = _whole(spec, layouts)
     if part is None:
         return None
-    causal, hides, scale = part.causal, part.hides, spec.scale
+    causal, hides, scale, dtype = part.causal, part.hides, spec.scale, _dtype_of(spec)
 
     def backward(
         grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, out: Tensor, lse: Tensor, kept: Kept
@@ -154,9 +155,13 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
             assert operands.mask is not None
             first, last = keys = keys_worth(operands.mask, spec)
             k, v = _cut(k, 2, keys), _cut(v, 2, keys)
+        if dtype != spec.dtype:
+            grad_out, q, k, v, out = [x.to(dtype) for x in (grad_out, q, k, v, out)]
         found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=hiding, scale=scale)
         if hides and _a_row_has_nan(*found[:2]):
             return None
+        if dtype != spec.dtype:
+            found = [grad.to(spec.dtype) for grad in found]
         if last - first < spec.keys:
             found = found[0], *[torch.constant_pad_nd(grad, (0, 0, first, spec.keys - last)) for grad in found[1:]]
         return found
@@ -168,18 +173,20 @@ def _whole(spec: AttentionSpec, layouts: Layouts, lse_is_read: bool = True) -> P
     """The only part of a call whose operands torch's kernel takes as they are; None of other calls."""
     if spec.sequences is not None or not layouts.q[3] == layouts.k[3] == layouts.v[3] == 1:
         return None
+    small = is_small(spec)
+    lse_is_read = lse_is_read and not small  # it may then be computed in another dtype
     if layouts.mask_sizes is None:
         part = _only(split(None, spec), spec, lse_is_read)
         return part if part is not None and not part.biased and part.keys == (0, spec.keys) else None
-    small = is_small(spec) and spec.window == (None, None)
-    return _only(whole_and_masked(spec), spec, lse_is_read) if small else None
+    return _only(whole_and_masked(spec), spec, lse_is_read) if small and spec.window == (None, None) else None
 
 
 def _plan_masked(
-    spec: AttentionSpec, mask_sizes: tuple[int, ...], otherwise: Callable[[Operands], tuple]
+    spec: AttentionSpec, mask_sizes: tuple[int, ...], otherwise: Callable[[Operands], tuple], lse_is_read: bool
 ) -> Callable[[Operands], tuple]:
     """That of a call too small to be split: a mask over keys cuts those at either end off, if they are many."""
     by_keys, causal, scale = mask_sizes[1] == mask_sizes[2] == 1, spec.causal and spec.queries > 1, spec.scale
+    dtype = _dtype_of(spec, lse_is_read)
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, visible, *_ = operands
@@ -192,16 +199,18 @@ def _plan_masked(
             visible = visible_pairs(visible, spec, 0, spec.queries, last, visible.device, first)
             assert visible is not None
         hiding = _hiding(visible, spec.accumulator_dtype)
+        if dtype != spec.dtype:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         out, lse = FORWARD(q, k, v, 0.0, False, attn_mask=hiding, scale=scale)
         if _is_usual(lse):
-            return (out, lse, Usual(hiding)) if not _a_row_has_nan(out) else otherwise(operands)
+            return otherwise(operands) if _a_row_has_nan(out) else (out.to(spec.dtype), lse, Usual(hiding))
         sound = _has_no_zero(lse)
         if not sound:
             lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
             sound = _has_no_zero(lse) or bounded(spec, q, k)
         if not sound or _has_nan(out):
             return otherwise(operands)
-        return out, lse, Kept(hiding) if last - first == spec.keys else NOTHING
+        return out.to(spec.dtype), lse, Kept(hiding) if last - first == spec.keys else NOTHING
 
     return forward
 
@@ -579,11 +588,15 @@ def _kernels(
 
 
 def _dtype_for(group: Group, spec: AttentionSpec, lse_is_read: bool) -> torch.dtype:
-    """What a group is computed in. Half precision goes by float32 where the CPU has no products of it: in it, torch's
-    backward takes ten times as long, and its forward gives an LSE of some 14 bits; which its `out`, where it is not
-    merged of two parts, does not suffer from."""
-    merges = len({part.rows for part in group.parts}) < len(group.parts)
-    return spec.dtype if _multiplies(spec.dtype) or not (lse_is_read or merges) else spec.accumulator_dtype
+    """What a group is computed in: what is merged of two parts reads their LSE."""
+    return _dtype_of(spec, lse_is_read or len({part.rows for part in group.parts}) < len(group.parts))
+
+
+def _dtype_of(spec: AttentionSpec, lse_is_read: bool = True) -> torch.dtype:
+    """What a call is computed in. Half precision goes by float32 where the CPU has no products of it: in it, torch's
+    backward takes ten times as long, and its forward gives an LSE of some 14 bits; which its `out` does not suffer
+    from."""
+    return spec.dtype if _multiplies(spec.dtype) or not lse_is_read else spec.accumulator_dtype
 
 
 def _units(group: Group, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[_Unit]:

@@ -25,6 +25,7 @@ from flash_attend.reference import (
     Gradients,
     Hidden,
     Scores,
+    as_numbers,
     bias_of_chunk,
     chunks_of,
     gathered,
@@ -157,7 +158,7 @@ class _Chunk(NamedTuple):
         if spec.dropout_p > 0:
             assert operands.seed is not None
             kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
-            chunk = chunk._replace(kept=kept)
+            chunk = chunk._replace(kept=as_numbers(kept, chunk.weights.dtype))
         of_products = _of_products(chunk, spec.scale)
         of_scores = _of_scores(call, chunk, of_products, first, last)
         if of_scores is None:
@@ -230,7 +231,7 @@ def _differentiate(call: _Call, grads: list[Tensor], first: int, last: int) -> t
     if of_v is not None:
         by_p = by_p + products(by_of_out, of_v, visible)
     if kept is not None:
-        z = kept.to(p.dtype) / (1 - spec.dropout_p)
+        z = kept / (1 - spec.dropout_p)
         by_p, by_of_p = by_p * z, by_of_p * z
     if call.operands.sinks is not None:  # whose value is 0
         by_p, by_of_p = pad(by_p, (0, 1)), pad(by_of_p, (0, 1))
