@@ -24,7 +24,7 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 __all__ = ["Group", "Part", "Range", "is_small", "keys_worth", "split", "whole_and_masked"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
-LARGEST_CUT_SQUARE = 1024
+LARGEST_CUT_SQUARE = 512
 SHORTEST_RUN = 16  # queries that see the same keys, on average: what changes more often goes by ROWS
 WIDTH = 16  # keys in the registers of a product, which is slow where a length is no multiple of it
 ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
@@ -77,23 +77,27 @@ def whole_and_masked(spec: AttentionSpec, keys: Range | None = None) -> list[Gro
     return [Group((0, spec.batch), [Part((0, spec.queries), keys or (0, spec.keys), biased=True)])]
 
 
-def keys_worth(mask: Tensor, spec: AttentionSpec) -> Range:
+def keys_worth(mask: Tensor, spec: AttentionSpec) -> tuple[Range, bool]:
     """The keys that are worth reading of a call too small to be split, with a mask `(b|1, 1, 1, j)`: those from the
-    first to the last that any entry sees, or all where they are not many more. Empty where none is seen."""
+    first to the last that any entry sees, or all where they are not many more; empty where none is seen. And whether
+    the mask hides none of them."""
     shown = _bytes_of(mask)
-    ranges = [_range_of(shown[start : start + spec.keys]) for start in range(0, len(shown), spec.keys)]
-    seen = [found for found in ranges if found[1]]
+    if shown.find(0) < 0:
+        return (0, spec.keys), True
+    rows = [shown[start : start + spec.keys] for start in range(0, len(shown), spec.keys)]
+    seen = [keys for keys in map(_range_of, rows) if keys[1]]
     if not seen:
-        return 0, 0
-    first, last = min([first for first, _ in seen]), max([last for _, last in seen])
-    return _widened((first, last), spec) if 4 * (last - first) <= 3 * spec.keys else (0, spec.keys)
+        return (0, 0), False
+    keys = min([first for first, _ in seen]), max([last for _, last in seen])
+    keys = _widened(keys, spec) if 4 * (keys[1] - keys[0]) <= 3 * spec.keys else (0, spec.keys)
+    return keys, not any([row.find(0, *keys) >= 0 for row in rows])
 
 
 def _at_once(mask: Tensor, spec: AttentionSpec) -> list[Group]:
     """A call too small to be split."""
     if mask.shape[1] > 1 or mask.shape[2] > 1:
         return whole_and_masked(spec)
-    keys = keys_worth(mask, spec)
+    keys, _ = keys_worth(mask, spec)
     return whole_and_masked(spec, keys) if keys[1] else []
 
 
@@ -137,7 +141,7 @@ def _ranged(keys: Range, spec: AttentionSpec, rows: Range | None = None) -> list
 
 def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
     """How many queries of a causal square are computed at once, with a rectangle beside each: the kernel computes all
-    of a square of up to 512, and from a thousand on leaves out enough."""
+    of a square of up to 512, and of larger ones leaves out enough."""
     narrow = max(ROWS, -(-rows // 4))
     saved = spec.batch * spec.heads * narrow**2 * spec.head_dim
     return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows

@@ -98,8 +98,9 @@ def recall(given: Operands, *options: Any) -> tuple[CallPlan | None, Guarded[Cal
     q, k, v, mask, *_ = given
     if torch.compiler.is_compiling() or dual_numbers():
         return None, None
-    set_to = torch.is_grad_enabled(), deterministic_algorithms(), float32_products()
     try:
+        products = float32_products() if k.dtype == torch.float32 else ""
+        set_to = torch.is_grad_enabled(), deterministic_algorithms(), products
         known = _calls_like(k.shape, mask is None, *options, *set_to, generation())
     except (AttributeError, RuntimeError, TypeError, ValueError):  # k has no shape, or an option no hash
         return None, None

@@ -61,7 +61,7 @@ FEWEST_PRODUCTS = 8 * ONE_CALL  # of a unit of work: what is smaller is not cut 
 class Kept(NamedTuple):
     """What a forward leaves for its backward beside its results: what hid pairs of a call too small to be split."""
 
-    hiding: Tensor | None = None  # (b|1, h|1, i|1, j), 0 or -inf
+    hiding: Tensor | None = None  # (b|1, h|1, i|1, j), 0 or -inf, of all keys or of those that were read
 
     def packed(self) -> list[Tensor]:
         """As tensors."""
@@ -140,7 +140,8 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
     part = _whole(spec, layouts)
     if part is None:
         return None
-    causal, hides, scale, dtype = part.causal, part.hides, spec.scale, _dtype_of(spec)
+    causal = spec.causal and spec.queries > 1 if part.biased else part.causal
+    scale, dtype = spec.scale, _dtype_of(spec)
 
     def backward(
         grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, out: Tensor, lse: Tensor, kept: Kept
@@ -150,15 +151,15 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
             return None
         if not _rows_alone(q, k, v, out, grad_out):
             return None
-        first, last = keys = 0, spec.keys
-        if hiding is not None and hiding.shape[3] < last:
+        (first, last), within = (0, spec.keys), causal and hiding is None
+        if part.biased and (hiding is None or hiding.shape[3] < last):
             assert operands.mask is not None
-            first, last = keys = keys_worth(operands.mask, spec)
-            k, v = _cut(k, 2, keys), _cut(v, 2, keys)
+            (first, last), _ = keys_worth(operands.mask, spec)
+            k, v = _cut(k, 2, (first, last)), _cut(v, 2, (first, last))
         if dtype != spec.dtype:
             grad_out, q, k, v, out = [x.to(dtype) for x in (grad_out, q, k, v, out)]
-        found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=hiding, scale=scale)
-        if hides and _a_row_has_nan(*found[:2]):
+        found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, within, attn_mask=hiding, scale=scale)
+        if (within or hiding is not None) and _a_row_has_nan(*found[:2]):
             return None
         if dtype != spec.dtype:
             found = [grad.to(spec.dtype) for grad in found]
@@ -191,26 +192,29 @@ def _plan_masked(
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, visible, *_ = operands
         assert visible is not None
-        first, last = keys = keys_worth(visible, spec) if by_keys else (0, spec.keys)
-        if last == 0:
+        keys, shown = keys_worth(visible, spec) if by_keys else ((0, spec.keys), False)
+        if keys[1] == 0:
             return otherwise(operands)
-        k, v = _cut(k, 2, keys), _cut(v, 2, keys)
-        if causal or last - first < spec.keys:
-            visible = visible_pairs(visible, spec, 0, spec.queries, last, visible.device, first)
+        k, v, hiding = _cut(k, 2, keys), _cut(v, 2, keys), None
+        square = causal and spec.queries == spec.keys == keys[1] - keys[0]
+        if not shown or (causal and not square):
+            visible = visible_pairs(visible, spec, 0, spec.queries, keys[1], visible.device, keys[0])
             assert visible is not None
-        hiding = _hiding(visible, spec.accumulator_dtype)
+            hiding = _hiding(visible, spec.accumulator_dtype)
         if dtype != spec.dtype:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        out, lse = FORWARD(q, k, v, 0.0, False, attn_mask=hiding, scale=scale)
+        within = square and hiding is None
+        out, lse = FORWARD(q, k, v, 0.0, within, attn_mask=hiding, scale=scale)
+        hides = within or hiding is not None
         if _is_usual(lse):
-            return otherwise(operands) if _a_row_has_nan(out) else (out.to(spec.dtype), lse, Usual(hiding))
+            return otherwise(operands) if hides and _a_row_has_nan(out) else (out.to(spec.dtype), lse, Usual(hiding))
         sound = _has_no_zero(lse)
-        if not sound:
+        if not sound and hiding is not None:
             lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
-            sound = _has_no_zero(lse) or bounded(spec, q, k)
-        if not sound or _has_nan(out):
+            sound = _has_no_zero(lse)
+        if not (sound or bounded(spec, q, k)) or (hides and _has_nan(out)):
             return otherwise(operands)
-        return out.to(spec.dtype), lse, Kept(hiding) if last - first == spec.keys else NOTHING
+        return out.to(spec.dtype), lse, Kept(hiding)
 
     return forward
 
@@ -237,6 +241,7 @@ def attention_backward(
 
         return gradients_by_groups(differentiate, (grad_out, grad_lse, out, lse), operands, spec)
     hiding = None if kept is None else kept.hiding
+    hiding = hiding if hiding is None or hiding.shape[3] == spec.keys else None
     return _gradients_of(grad_out, grad_lse, operands, out, lse, spec, needed, None, hiding)
 
 

@@ -215,6 +215,56 @@ def test_the_default_device_is_of_no_account(mask: str, causal: bool) -> None:
     assert all(map(torch.equal, got, wanted))
 
 
+@pytest.mark.parametrize(
+    ("shown", "causal", "read", "masked"),
+    (
+        ((0, 50), False, 50, False),
+        ((0, 50), True, 50, False),
+        ((0, 16), False, 16, False),
+        ((16, 32), False, 16, False),
+        ((3, 20), False, 32, True),
+        ((20, 36), False, 32, True),
+        ((0, 16), True, 16, True),
+        ((0, 49), True, 50, True),
+    ),
+)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_small_calls_read_what_is_shown(
+    shown: tuple[int, int], causal: bool, read: int, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And have no mask where it hides none of that; in one piece, forward and backward."""
+    seen, kernel = set(), sdpa.FORWARD
+
+    def spy(q: Tensor, k: Tensor, *rest: Any, attn_mask: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.add((k.shape[2], attn_mask is not None))
+        return kernel(q, k, *rest, attn_mask=attn_mask, **options)
+
+    call = make_call(replace(SMALL, queries=50, causal=causal), dtype, "cpu")
+    place = torch.arange(50)
+    call = call.with_(mask=((place >= shown[0]) & (place < shown[1])).repeat(call.q.shape[0], 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(sdpa, "FORWARD", spy)
+        patch.setattr(sdpa, "attention_backward", lambda *_, **__: pytest.fail("it was not planned"))
+        renew()
+        check(run(call, "sdpa"), call)
+    renew()
+    assert seen == {(read, masked)}
+
+
+@causal_or_not
+@pytest.mark.parametrize("shown", (16, 20, 50))
+def test_nan_that_comes_down_to_a_small_call(shown: int, causal: bool) -> None:
+    """It is in the gradients of what its queries see, and in no others."""
+    call = make_call(replace(SMALL, queries=50, causal=causal), torch.float32, "cpu")
+    assert call.grad_out is not None
+    call = call.with_(mask=(torch.arange(50) < shown).repeat(call.q.shape[0], 1))
+    call.grad_out[0, 1, 3] = torch.nan
+    found, wanted = run(call, "sdpa"), run(call, "math")
+    for name in ("dq", "dk", "dv"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), equal_nan=True)
+    assert found.dq.isnan().any(dim=3).sum() == 1
+
+
 @each_mask
 @causal_or_not
 def test_results_may_be_changed_in_place(mask: str, causal: bool) -> None:

@@ -72,8 +72,8 @@ def stages(mode: str) -> dict[str, Callable[[], object]]:
     on_cpu = mode.startswith("cpu ")
     shape, theirs = (SMALL, SMALL) if on_cpu else (SHAPE, TINY)
     dtype = torch.float32 if on_cpu else torch.float16
-    q, k, v = (torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(3))
-    tiny = [torch.zeros(theirs, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(3))
+    tiny = [torch.randn(theirs, requires_grad=True) for _ in range(3)]
     options, same = dict(KINDS[mode.removeprefix("cpu ")]), {}
     if options.pop("mask", False):
         options["mask"] = torch.ones(shape[0], shape[2], dtype=torch.bool)
