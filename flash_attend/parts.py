@@ -24,7 +24,7 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 __all__ = ["Group", "Part", "Range", "is_small", "keys_worth", "split", "whole_and_masked"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
-LARGEST_CUT_SQUARE = 512
+HALVED = (384, 512)  # queries of causal squares that are cut in two: from, and to
 SHORTEST_RUN = 16  # queries that see the same keys, on average: what changes more often goes by ROWS
 WIDTH = 16  # keys in the registers of a product, which is slow where a length is no multiple of it
 ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
@@ -140,11 +140,11 @@ def _ranged(keys: Range, spec: AttentionSpec, rows: Range | None = None) -> list
 
 
 def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
-    """How many queries of a causal square are computed at once, with a rectangle beside each: the kernel computes all
-    of a square of up to 512, and of larger ones leaves out enough."""
-    narrow = max(ROWS, -(-rows // 4))
-    saved = spec.batch * spec.heads * narrow**2 * spec.head_dim
-    return narrow if rows <= LARGEST_CUT_SQUARE and saved > 2 * ONE_CALL else rows
+    """How many queries of a causal square are computed at once, with a rectangle beside each. The kernel computes all
+    of a square of up to 512, and of larger ones leaves out enough; with fewer queries it takes longer for each."""
+    half = -(-rows // 2)
+    saved = spec.batch * spec.heads * half**2 * spec.head_dim
+    return half if HALVED[0] <= rows <= HALVED[1] and saved > 4 * ONE_CALL else rows
 
 
 def _runs_of_rows(first: int, last: int, rows: int = 0) -> Iterator[Range]:
