@@ -298,8 +298,8 @@ class _Block(NamedTuple):
 
 
 def _alike_rows(mask: Tensor, spec: AttentionSpec) -> list[list[_Block]] | None:
-    """Runs of queries that see the same keys, as those of documents do, of each entry of a mask `(b|1, 1, i, j)`; or
-    more than they, where that takes less time. None where most queries see others than the one before."""
+    """Of each entry of a mask `(b|1, 1, i, j)` the runs of queries that see the same keys, as those of a document do;
+    neighbours as one where that takes less time. None where queries mostly see others than the one before."""
     rows = mask[:, 0]
     entries, length, _ = rows.shape
     words = rows.view(torch.int64) if _in_words(rows) else rows.view(torch.uint8)

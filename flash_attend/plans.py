@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CallPlan", "plan_call", "recall", "recorded_calls", "remember"]
 
+PLAIN = frozenset({bool, float, int, str, type(None)})  # what options are, which therefore may be held
+
 
 class CallPlan(NamedTuple):
     """A call that was checked and given to a backend, for all tensors of the same kinds, sizes and strides."""
@@ -96,13 +98,13 @@ def recall(given: Operands, *options: Any) -> tuple[CallPlan | None, Guarded[Cal
     without a look at anything by itself; and where to `remember` it if there is none: nowhere if a compiler or dual
     numbers take part, or something cannot be looked up by."""
     q, k, v, mask, *_ = given
-    if torch.compiler.is_compiling() or dual_numbers():
+    if torch.compiler.is_compiling() or dual_numbers() or not PLAIN.issuperset(map(type, options)):
         return None, None
     try:
         products = float32_products() if k.dtype == torch.float32 else ""
         set_to = torch.is_grad_enabled(), deterministic_algorithms(), products
         known = _calls_like(k.shape, mask is None, *options, *set_to, generation())
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # k has no shape, or an option no hash
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # k has no shape
         return None, None
     return known.find(q, k, v) if mask is None else known.find(q, k, v, mask), known
 

@@ -45,7 +45,13 @@ LARGEST_LSE = {torch.float32: 256.0, torch.float64: 256.0 * 2.0**29}
 OF_USUAL = {
     size: bytes([sign + byte for sign in (0, 128) for byte in range(1, end)]) for size, end in ((4, 67), (8, 66))
 }
+# By dtype, those of numbers that are neither NaN nor infinite, without the largest.
+OF_FINITE = {
+    dtype: bytes([sign + byte for sign in (0, 128) for byte in range(124 if dtype == torch.float16 else 127)])
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 HIGHEST = -1 if sys.byteorder == "little" else 0
+MOST_READS = 32  # of rows, one after another: they take as long as two of torch's operators
 # By dtype, integers of its size, and the bits of -inf as one of them.
 OF_INFINITY = {
     torch.bfloat16: (torch.int16, -(2**7)),
@@ -54,7 +60,6 @@ OF_INFINITY = {
     torch.float64: (torch.int64, -(2**52)),
 }
 FEW = 2**11  # elements, of which an operator takes no longer than to start it
-ROWS_AT_ONCE = 32  # by torch's kernel, or a multiple: what comes through hidden pairs comes into all of them
 FEWEST_PRODUCTS = 8 * ONE_CALL  # of a unit of work: what is smaller is not cut further
 
 
@@ -127,7 +132,7 @@ def plan_forward(
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
         usual = _is_usual(lse)  # then there is no NaN among the scores
         sound = usual or _has_no_zero(lse) or bounded(spec, q, k)
-        if not sound or (causal and (_a_row_has_nan if usual else _has_nan)(out)):
+        if not sound or (causal and (_let_through if usual else _has_nan)(out)):
             return otherwise(operands)
         return out.to(spec.dtype), lse, USUAL if usual else NOTHING
 
@@ -159,7 +164,8 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
         if dtype != spec.dtype:
             grad_out, q, k, v, out = [x.to(dtype) for x in (grad_out, q, k, v, out)]
         found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, within, attn_mask=hiding, scale=scale)
-        if (within or hiding is not None) and _a_row_has_nan(*found[:2]):
+        # Whatever comes through a hidden pair comes by the gradient of its score, and so into that of its query.
+        if (within or hiding is not None) and _has_nan(found[0]):
             return None
         if dtype != spec.dtype:
             found = [grad.to(spec.dtype) for grad in found]
@@ -207,7 +213,8 @@ def _plan_masked(
         out, lse = FORWARD(q, k, v, 0.0, within, attn_mask=hiding, scale=scale)
         hides = within or hiding is not None
         if _is_usual(lse):
-            return otherwise(operands) if hides and _a_row_has_nan(out) else (out.to(spec.dtype), lse, Usual(hiding))
+            leaks = hides and _let_through(out)
+            return otherwise(operands) if leaks else (out.to(spec.dtype), lse, Usual(hiding))
         sound = _has_no_zero(lse)
         if not sound and hiding is not None:
             lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
@@ -317,19 +324,27 @@ def _has_nan(tensor: Tensor) -> bool:
     return isnan(tensor.sum().item())
 
 
-def _a_row_has_nan(*tensors: Tensor) -> bool:
-    """Whether one of the tensors `(b, h, n, d)` has, by one row of those that are computed at once."""
-    for tensor in tensors:
-        (batch, heads, rows, row), (*others, step, one) = tensor.shape, tensor.stride()
-        size, strides = (batch, heads, -(-rows // ROWS_AT_ONCE), row), (*others, step * ROWS_AT_ONCE, one)
-        if _has_nan(tensor.as_strided(size, strides)):  # sooner than a slice
-            return True
+def _let_through(out: Tensor) -> bool:
+    """Whether NaN came through hidden pairs into the `out (b, h, i, dv)` of a call whose LSE has none: then it came
+    from v, and the last row of each head has it too, or something infinite that it sees."""
+    (batch, heads, rows, width), (of_entry, of_head, of_row, _) = out.shape, out.stride()
+    if of_head == width:  # heads are neighbours
+        heads, width = 1, heads * width
+    if batch * heads > MOST_READS:
+        return _has_nan(out)
+    size, finite = out.element_size(), OF_FINITE[out.dtype]
+    last = out.data_ptr() + (rows - 1) * of_row * size
+    for entry in range(batch):
+        for head in range(heads):
+            read = string_at(last + (entry * of_entry + head * of_head) * size, width * size)
+            if read[HIGHEST % size :: size].translate(None, finite):
+                return _has_nan(out)
     return False
 
 
 def _is_usual(lse: Tensor) -> bool:
-    """Whether each element is surely neither 0 nor infinite, and `_is_exact`: by its most significant byte, in a third
-    of the time that torch's operators need to start."""
+    """Whether each element is surely neither 0 nor infinite, and `_is_exact`: by its most significant byte, which takes
+    two thirds of the time that two of torch's operators need to start."""
     size = lse.element_size()
     read = string_at(lse.data_ptr(), lse.numel() * size)
     return not read[HIGHEST % size :: size].translate(None, OF_USUAL[size])

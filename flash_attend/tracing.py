@@ -210,8 +210,7 @@ def dual_numbers() -> bool:
     return forward_ad._current_level >= 0
 
 
-# `torch.are_deterministic_algorithms_enabled`, in one call instead of two.
-deterministic_algorithms = torch._C._get_deterministic_algorithms
+deterministic_algorithms = torch._C._get_deterministic_algorithms  # are they enabled, in one call instead of two
 
 
 class Guarded(Generic[_T]):

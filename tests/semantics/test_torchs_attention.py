@@ -271,6 +271,19 @@ def test_nan_that_comes_down_to_a_small_call(shown: int, causal: bool) -> None:
         torch.testing.assert_close(grad[~nan], clean[~nan])
 
 
+@pytest.mark.parametrize("queries", (50, 300))
+@pytest.mark.parametrize("garbage", (3e38, torch.inf, torch.nan), ids=str)
+@pytest.mark.parametrize("of", ("k", "v"))
+def test_what_causality_hides_may_be_any_number(of: str, garbage: float, queries: int) -> None:
+    """Also the largest, whose products with a gradient are infinite: earlier queries do not notice."""
+    call = make_call(replace(SMALL, queries=queries, keys=queries, causal=True), torch.float32, "cpu")
+    spoilt = getattr(call, of).clone()
+    spoilt[0, 1, 40] = garbage
+    found, clean = run(call.with_(**{of: spoilt}), "sdpa"), run(call, "sdpa")
+    for name in ("out", "dq"):
+        torch.testing.assert_close(getattr(found, name)[:, :, :40], getattr(clean, name)[:, :, :40])
+
+
 @each_mask
 @causal_or_not
 def test_results_may_be_changed_in_place(mask: str, causal: bool) -> None:
