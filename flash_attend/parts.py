@@ -24,7 +24,6 @@ from flash_attend.spec import CALLS_KEPT, AttentionSpec
 __all__ = ["Group", "Part", "Range", "is_small", "keys_worth", "split", "whole_and_masked"]
 
 ROWS = 128  # queries at once where parts go by runs of them: of each run's square, half is hidden
-HALVED = (384, 512)  # queries of causal squares that are cut in two: from, and to
 SHORTEST_RUN = 16  # queries that see the same keys, on average: what changes more often goes by ROWS
 WIDTH = 16  # keys in the registers of a product, which is slow where a length is no multiple of it
 ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
@@ -129,27 +128,17 @@ def _ranged(keys: Range, spec: AttentionSpec, rows: Range | None = None) -> list
         parts.append(Part((start, turn), (first_key, diagonal + 1)))
     elif turn > start and diagonal > first_key and turn - start <= ROWS:
         parts.append(Part((start, turn), (first_key, turn + spec.offset), biased=True))
-    else:
-        for first, last in _runs_of_rows(start, turn, _rows_of_square(turn - start, spec)):
-            if first + spec.offset > first_key:
-                parts.append(Part((first, last), (first_key, first + spec.offset)))
-            parts.append(Part((first, last), (first + spec.offset, last + spec.offset), causal=True))
+    elif turn > start:
+        if diagonal > first_key:
+            parts.append(Part((start, turn), (first_key, diagonal)))
+        parts.append(Part((start, turn), (diagonal, turn + spec.offset), causal=True))
     if turn < rows[1]:
         parts.append(Part((turn, rows[1]), keys))
     return parts
 
 
-def _rows_of_square(rows: int, spec: AttentionSpec) -> int:
-    """How many queries of a causal square are computed at once, with a rectangle beside each. The kernel computes all
-    of a square of up to 512, and of larger ones leaves out enough; with fewer queries it takes longer for each."""
-    half = -(-rows // 2)
-    saved = spec.batch * spec.heads * half**2 * spec.head_dim
-    return half if HALVED[0] <= rows <= HALVED[1] and saved > 4 * ONE_CALL else rows
-
-
-def _runs_of_rows(first: int, last: int, rows: int = 0) -> Iterator[Range]:
-    rows = rows or ROWS
-    return ((begin, min(begin + rows, last)) for begin in range(first, last, rows))
+def _runs_of_rows(first: int, last: int) -> Iterator[Range]:
+    return ((begin, min(begin + ROWS, last)) for begin in range(first, last, ROWS))
 
 
 def _banded(keys: Range, spec: AttentionSpec, rows: Range) -> Iterator[Part]:
