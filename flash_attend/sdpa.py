@@ -124,7 +124,7 @@ def plan_forward(
     if part is None:
         return None
     otherwise = partial(_attend, spec=spec, lse_is_read=lse_is_read)
-    if layouts.mask_sizes is not None:
+    if part.biased:
         return _plan_masked(spec, layouts.mask_sizes, otherwise, lse_is_read)
     causal, scale, dtype = part.causal, spec.scale, _dtype_of(spec, lse_is_read)
 
@@ -185,32 +185,34 @@ def _whole(spec: AttentionSpec, layouts: Layouts, lse_is_read: bool = True) -> P
     lse_is_read = lse_is_read and not small  # it may then be computed in another dtype
     if layouts.mask_sizes is None:
         part = _only(split(None, spec), spec, lse_is_read)
-        return part if part is not None and not part.biased and part.keys == (0, spec.keys) else None
+        if part is not None and not part.biased:
+            return part if part.keys == (0, spec.keys) else None
     return _only(whole_and_masked(spec), spec, lse_is_read) if small and spec.window == (None, None) else None
 
 
 def _plan_masked(
-    spec: AttentionSpec, mask_sizes: tuple[int, ...], otherwise: Callable[[Operands], tuple], lse_is_read: bool
+    spec: AttentionSpec, mask_sizes: tuple[int, ...] | None, otherwise: Callable[[Operands], tuple], lse_is_read: bool
 ) -> Callable[[Operands], tuple]:
-    """That of a call too small to be split: a mask over keys cuts those at either end off, if they are many."""
-    by_keys, causal, scale = mask_sizes[1] == mask_sizes[2] == 1, spec.causal and spec.queries > 1, spec.scale
-    dtype = _dtype_of(spec, lse_is_read)
+    """That of a call too small to be split, with a mask or causal and no square. A mask over keys cuts those at either
+    end off, if they are many."""
+    by_keys = mask_sizes is not None and mask_sizes[1] == mask_sizes[2] == 1
+    causal, scale, dtype = spec.causal and spec.queries > 1, spec.scale, _dtype_of(spec, lse_is_read)
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
-        q, k, v, visible, *_ = operands
-        assert visible is not None
-        keys, shown = keys_worth(visible, spec) if by_keys else ((0, spec.keys), False)
+        q, k, v, mask, *_ = operands
+        keys, shown = (0, spec.keys), mask is None
+        if by_keys:
+            keys, shown = keys_worth(mask, spec)  # type: ignore[arg-type]
         if keys[1] == 0:
             return otherwise(operands)
-        k, v, hiding = _cut(k, 2, keys), _cut(v, 2, keys), None
-        square = causal and spec.queries == spec.keys == keys[1] - keys[0]
-        if not shown or (causal and not square):
-            visible = visible_pairs(visible, spec, 0, spec.queries, keys[1], visible.device, keys[0])
-            assert visible is not None
-            hiding = _hiding(visible, spec.accumulator_dtype)
+        k, v = _cut(k, 2, keys), _cut(v, 2, keys)
+        within = causal and shown and spec.queries == spec.keys == keys[1] - keys[0]
+        hiding = None if shown or mask is None else _hiding(_cut(mask, 3, keys), spec.accumulator_dtype)
+        if causal and not within:
+            future = _future(spec, (0, spec.queries), keys)
+            hiding = future if hiding is None else hiding + future
         if dtype != spec.dtype:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        within = square and hiding is None
         out, lse = FORWARD(q, k, v, 0.0, within, attn_mask=hiding, scale=scale)
         hides = within or hiding is not None
         if _is_usual(lse):
@@ -218,13 +220,20 @@ def _plan_masked(
             return otherwise(operands) if leaks else (out.to(spec.dtype), lse, Usual(hiding))
         sound = _has_no_zero(lse)
         if not sound and hiding is not None:
-            lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
+            lse = lse.masked_fill((hiding == -torch.inf).all(dim=-1), -torch.inf)
             sound = _has_no_zero(lse)
         if not (sound or bounded(spec, q, k)) or (hides and _has_nan(out)):
             return otherwise(operands)
         return out.to(spec.dtype), lse, Kept(hiding)
 
     return forward
+
+
+def _future(spec: AttentionSpec, rows: Range, keys: Range) -> Tensor:
+    """What causality hides of a range of keys from a range of queries, `(1, 1, i, j)`: 0 or -inf."""
+    size = 1, 1, rows[1] - rows[0], keys[1] - keys[0]
+    whole = torch.full(size, -torch.inf, dtype=spec.accumulator_dtype, device="cpu")
+    return whole.triu_(rows[0] + spec.offset + 1 - keys[0])
 
 
 def attention_backward(
@@ -398,12 +407,12 @@ class _Kernel:
     def forward(self, part: Part) -> tuple[Tensor, Tensor] | None:
         """Of a part's queries: out, and the LSE of the part's keys. The kernel makes 0 of both where all scores are
         -inf; None where those may be of visible keys."""
-        bias, visible = self._bias(part)
+        bias, hiding = self._bias(part)
         out, lse = FORWARD(*self._cut(part), 0.0, part.causal, attn_mask=bias, scale=self.scale)
         if _has_no_zero(lse):
             return out, lse
-        if visible is not None:
-            lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
+        if hiding is not None:
+            lse = lse.masked_fill((hiding == -torch.inf).all(dim=-1), -torch.inf)
         return (out, lse) if _has_no_zero(lse) or bounded(self.spec, self.q, self.k) else None
 
     def backward(
@@ -421,23 +430,29 @@ class _Kernel:
         return _cut(self.q, 2, part.rows), _cut(self.k, 2, part.keys), _cut(self.v, 2, part.keys)
 
     def _bias(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
-        """What is added to the scores, -inf where a pair is hidden, `(b, h, i, j)` by strides; and the visible pairs,
-        `(b|1, h|1, i|1, j)`. Each None where there is none, or all are."""
+        """What is added to the scores, `(b, h, i, j)` by strides, and of that what hides pairs, 0 or -inf,
+        `(b|1, h|1, i|1, j)`; each None where there is none."""
         if not part.biased:
             return None, None
-        visible = self._visible(part)
+        hiding = self._hiding(part)
         terms = [*self._added(part)] if self.spec.adds_to_scores else []
-        if visible is not None:
-            terms.append(_hiding(visible, self.spec.accumulator_dtype))
+        if hiding is not None:
+            terms.append(hiding)
         shape = (*self.q.shape[:2], part.rows[1] - part.rows[0], part.keys[1] - part.keys[0])
         bias = terms[0] if len(terms) == 1 else sum(terms[1:], terms[0])
-        return bias.expand(shape), visible
+        return bias.expand(shape), hiding
 
     def _ahead(self, part: Part) -> Tensor:
         """How far a part's keys lie behind its queries' own places, `(i, j)`."""
         rows = torch.arange(*part.rows, device=self.q.device)[:, None] + self.spec.offset
         keys = torch.arange(*part.keys, device=self.q.device) if self.picked is None else self.picked[slice(*part.keys)]
         return keys - rows
+
+    def _hiding(self, part: Part) -> Tensor | None:
+        if self.mask is self.picked is None and self.spec.causal and self.spec.window == (None, None):
+            return _future(self.spec, part.rows, part.keys)
+        visible = self._visible(part)
+        return None if visible is None else _hiding(visible, self.spec.accumulator_dtype)
 
     def _visible(self, part: Part) -> Tensor | None:
         """The visible pairs, `(b|1, h|1, i|1, j)`; None where it is all of them."""
