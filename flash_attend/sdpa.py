@@ -60,7 +60,6 @@ OF_INFINITY = {
     torch.float64: (torch.int64, -(2**52)),
 }
 FEW = 2**11  # elements, of which an operator takes no longer than to start it
-ROWS_OF_THREAD = 1024  # of a head: torch's kernel shares them out in runs of up to 256, a few of which balance
 FEWEST_PRODUCTS = 8 * ONE_CALL  # of a unit of work: what is smaller is not cut further
 
 
@@ -648,8 +647,8 @@ def _units(group: Group, spec: AttentionSpec, dtype: torch.dtype) -> Iterator[_U
         return
     pairs = sum([(part.rows[1] - part.rows[0]) * (part.keys[1] - part.keys[0]) for part in group.parts])
     of_head = pairs * spec.head_dim * spec.group
-    at_once = spec.group * max(1, spec.queries // ROWS_OF_THREAD)
-    wanted = max(1, -(-torch.get_num_threads() // at_once), FEWEST_PRODUCTS * len(group.parts) // max(1, of_head))
+    # Torch's kernel shares out key heads among threads, and in its backward nothing else.
+    wanted = max(torch.get_num_threads(), FEWEST_PRODUCTS * len(group.parts) // max(1, of_head))
     entries, kv_heads = max(1, wanted // spec.kv_heads), min(wanted, spec.kv_heads)
     for entry in range(first, last, entries):
         for head in range(0, spec.kv_heads, kv_heads):
