@@ -27,6 +27,7 @@ ROWS = 128  # queries at once where parts go by runs of them: of each run's squa
 SHORTEST_RUN = 16  # queries that see the same keys, on average: what changes more often goes by ROWS
 WIDTH = 16  # keys in the registers of a product, which is slow where a length is no multiple of it
 ONE_CALL = 2**22  # multiplications that take as long as one more call of torch's kernel
+GATHERING = 4  # calls that take as long as to gather the keys of one
 
 Range = tuple[int, int]
 
@@ -193,9 +194,9 @@ def _runs(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
 
 
 def _wasted(run: _Run, spec: AttentionSpec) -> int:
-    """Multiplications of hidden pairs. Gathering the keys of one mask leaves them out, and takes a call's time."""
+    """Multiplications of hidden pairs. Gathering the keys of one mask leaves them out, and takes some calls' time."""
     products = run.hidden * spec.heads * spec.queries * spec.head_dim
-    return min(products, ONE_CALL) if run.alike else products
+    return min(products, GATHERING * ONE_CALL) if run.alike else products
 
 
 def _alike(mask: Tensor, spec: AttentionSpec) -> Iterator[_Run]:
@@ -227,7 +228,7 @@ def _range_of(shown: bytes) -> Range:
 def _of_run(run: _Run, mask: Tensor, spec: AttentionSpec) -> Group:
     if not run.hidden:
         return Group(run.entries, _ranged(run.keys, spec) if run.visible else [])
-    if run.alike and _wasted(run, spec) == ONE_CALL:
+    if run.alike and _wasted(run, spec) == GATHERING * ONE_CALL:
         picked = mask[run.entries[0] % mask.shape[0], 0, 0].nonzero().flatten()
         return Group(run.entries, list(_of_picked(picked, spec)), picked)
     return Group(run.entries, list(_biased(_widened(run.keys, spec), spec, (0, spec.queries))))
