@@ -339,8 +339,9 @@ def _by_rows(mask: Tensor, spec: AttentionSpec) -> list[Group]:
         by_entry = [[part for block in blocks for part in block.parts(spec)] for blocks in runs]
         if all(parts == by_entry[0] for parts in by_entry):
             return [Group((0, spec.batch), by_entry[0])] if by_entry[0] else []
-        whole = spec.batch * (_cost([_Block((0, spec.queries), (0, spec.keys), cut=True)], spec) - ONE_CALL) + ONE_CALL
-        if sum(_cost(blocks, spec) for blocks in runs) < whole:
+        of_entry = _cost([_Block((0, spec.queries), (0, spec.keys), cut=True)], spec)
+        at_once = spec.batch * (of_entry - ONE_CALL) + ONE_CALL
+        if sum(_cost(blocks, spec) for blocks in runs) < at_once:
             return [Group((entry, entry + 1), parts) for entry, parts in enumerate(by_entry) if parts]
     apart: list[list[Part]] = [[] for _ in range(mask.shape[0])]
     together = []

@@ -77,7 +77,7 @@ class Usual(Kept):
     """The same of a call that torch's kernel took in one piece, whose LSE `_is_usual`."""
 
 
-NOTHING, USUAL = Kept(), Usual()
+NOTHING = Kept()
 
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
@@ -130,13 +130,27 @@ def plan_forward(
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v = operands[:3] if dtype == spec.dtype else [x.to(dtype) for x in operands[:3]]
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
-        usual = _is_usual(lse)  # then there is no NaN among the scores
-        sound = usual or _has_no_zero(lse) or bounded(spec, q, k)
-        if not sound or (causal and (_let_through if usual else _has_nan)(out)):
-            return otherwise(operands)
-        return out.to(spec.dtype), lse, USUAL if usual else NOTHING
+        found = _checked(spec, q, k, out, lse, causal, None)
+        return otherwise(operands) if found is None else (out.to(spec.dtype), *found)
 
     return forward
+
+
+def _checked(
+    spec: AttentionSpec, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, causal: bool, hiding: Tensor | None
+) -> tuple[Tensor, Kept] | None:
+    """The LSE of what torch's kernel made of a call in one piece, and what its backward needs; None where `out` may be
+    wrong."""
+    hides = causal or hiding is not None
+    if _is_usual(lse):  # then there is no NaN among the scores
+        return None if hides and _let_through(out) else (lse, Usual(hiding))
+    sound = _has_no_zero(lse)
+    if not sound and hiding is not None:
+        lse = lse.masked_fill((hiding == -torch.inf).all(dim=-1), -torch.inf)
+        sound = _has_no_zero(lse)
+    if not (sound or bounded(spec, q, k)) or (hides and _has_nan(out)):
+        return None
+    return lse, Kept(hiding)
 
 
 def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[Tensor, ...] | None] | None:
@@ -213,17 +227,8 @@ def _plan_masked(
         if dtype != spec.dtype:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         out, lse = FORWARD(q, k, v, 0.0, within, attn_mask=hiding, scale=scale)
-        hides = within or hiding is not None
-        if _is_usual(lse):
-            leaks = hides and _let_through(out)
-            return otherwise(operands) if leaks else (out.to(spec.dtype), lse, Usual(hiding))
-        sound = _has_no_zero(lse)
-        if not sound and hiding is not None:
-            lse = lse.masked_fill((hiding == -torch.inf).all(dim=-1), -torch.inf)
-            sound = _has_no_zero(lse)
-        if not (sound or bounded(spec, q, k)) or (hides and _has_nan(out)):
-            return otherwise(operands)
-        return out.to(spec.dtype), lse, Kept(hiding)
+        found = _checked(spec, q, k, out, lse, within, hiding)
+        return otherwise(operands) if found is None else (out.to(spec.dtype), *found)
 
     return forward
 
