@@ -20,7 +20,7 @@ from flash_attend.tracing import constant_when_compiled
 if TYPE_CHECKING:
     from flash_attend.kernels.configs import Tiles
 
-__all__ = ["BACKENDS", "OLDEST_CAPABILITY", "TRITON_VERSIONS", "Backend", "BackwardName", "Functions"]
+__all__ = ["BACKENDS", "OLDEST_CAPABILITY", "TRITON_VERSIONS", "Backend", "BackwardName", "Functions", "has_kernels"]
 
 LARGEST_HEAD_DIM = 256
 LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the registers: no tile beyond this has enough
@@ -28,6 +28,7 @@ LARGEST_ACCURATE_HEAD_DIM = 128  # float64 and 3xTF32 operands fill twice the re
 LARGEST_FUSED_DROPOUT = {"tf32": 128, "tf32x3": 64, "ieee": 64}
 LARGEST_TANGENTS = {"tf32": 128, "tf32x3": 64, "ieee": 64}  # likewise: beyond, the einsum path takes as long or less
 OLDEST_CAPABILITY = (8, 0)
+LARGEST_GRID = 65535  # programs along any but the first dimension of a CUDA grid
 HOPPER_ARCH = "sm_90"
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)
 HOPPER_HEAD_DIMS = (64, 128, 256)
@@ -147,6 +148,11 @@ def _refuse_scores(spec: AttentionSpec, served: tuple[str, ...] = ()) -> str:
     words = dict(window="a window", softcap="softcap", bias="a bias", alibi="ALiBi", sinks="sinks")
     missing = [words[name] for name, wanted in asked.items() if wanted and name not in served]
     return f"it does not serve {' and '.join(missing)}" if missing else ""
+
+
+def has_kernels(target: DeviceTarget) -> bool:
+    """Whether our kernels are for a part."""
+    return target.capability is not None and target.capability >= OLDEST_CAPABILITY
 
 
 def _refuse_triton(spec: AttentionSpec, target: DeviceTarget) -> str:
@@ -277,7 +283,7 @@ def _load_hopper() -> Functions:
 
 def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
     if target.device_type != "cpu":
-        return f"{target.device_type} tensors; it serves a CPU alone"
+        return f"{target.device_type} tensors; it serves a CPU"
     if reason := _refuse_scores(spec, ("window", "bias", "alibi")):
         return reason
     if spec.dropout_p > 0:
@@ -293,6 +299,43 @@ def _load_sdpa() -> Functions:
     no_tiles = lambda spec, target, backward: None  # noqa: E731
     functions = sdpa.attention_forward, sdpa.attention_backward, no_tiles, sdpa.backward_of_part, sdpa.plan_forward
     return Functions(*functions, plan_out=sdpa.plan_out, plan_backward=sdpa.plan_backward)
+
+
+def _refuse_efficient(spec: AttentionSpec, target: DeviceTarget) -> str:
+    if target.device_type != "cuda":
+        return f"{target.device_type} tensors; it serves NVIDIA's and AMD's GPUs"
+    if target.absent:
+        return "this machine has no such CUDA device"
+    if reason := _refuse_scores(spec):
+        return reason
+    if spec.sequences is not None:
+        return "sequences are packed one after another"
+    if spec.dropout_p > 0:
+        return "dropout is on"
+    rocm, name = target.capability is None, str(spec.dtype).removeprefix("torch.")
+    if spec.dtype == torch.float64:
+        return f"{name} tensors"
+    if spec.dtype == torch.bfloat16 and target.capability is not None and target.capability < OLDEST_CAPABILITY:
+        return f"{name} needs compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}"
+    if spec.deterministic and rocm:
+        return "deterministic gradients are asked for, which ROCm's build does not promise"
+    across = 16 // spec.dtype.itemsize
+    for letter, size in (("d", spec.head_dim), ("dv", spec.value_dim)):
+        if size % across:
+            return f"{letter} = {size} is no multiple of {across}, which it reads of {name} at a time"
+    if spec.keys == 0:
+        return "there are no keys"
+    for what, size in (("entries", spec.batch), ("heads", spec.heads)):
+        if size > LARGEST_GRID:
+            return f"{size} {what} are beyond its {LARGEST_GRID}"
+    return ""
+
+
+def _load_efficient() -> Functions:
+    from flash_attend import efficient
+
+    no_tiles = lambda spec, target, backward: None  # noqa: E731
+    return Functions(efficient.attention_forward, efficient.attention_backward, no_tiles, efficient.backward_of_part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,6 +396,7 @@ BACKENDS: dict[str, Backend] = {
         Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, tangents_by="triton", proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton, refuse_tangents=_refuse_tangents),
         Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", tangents_by="math", proof="none"),
+        Backend("efficient", _refuse_efficient, None, _load_efficient, usual_backward="torch", tangents_by="math"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName
+from flash_attend.backends import BACKENDS, TRITON_VERSIONS, Backend, BackwardName, has_kernels
 from flash_attend.evidence import Finding, Tuned, known, tuned, way_of
 from flash_attend.generation import renew
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
@@ -184,8 +184,9 @@ def _warning(serves: Backend, reason: str, wrong: list[str], question: _Question
     asks = f"; {REPORT}" if wrong else ""
     target = question.target
     on_a_gpu = target.device_type == "cuda" and not target.absent
-    if serves.usual_backward == "einsum" and on_a_gpu and not question.measured(serves):
-        return f"flash_attend serves a CUDA call by its einsum path: {reason}{asks}"
+    by = {"einsum": "its einsum path", "torch": "PyTorch's attention" * has_kernels(target)}.get(serves.usual_backward)
+    if by and on_a_gpu and not question.measured(serves):
+        return f"flash_attend serves a CUDA call by {by}: {reason}{asks}"
     return f"flash_attend serves a call by {serves.name}, because {'; '.join(wrong)}{asks}" if wrong else ""
 
 
@@ -298,6 +299,8 @@ def _pass_over(backend: Backend, question: _Question) -> str:
         return reason
     if backend.proof == "none":
         return ""
+    if backend.usual_backward == "torch":
+        return backend.fault()
     if target.interpreted:
         return f"Triton's interpreter (TRITON_INTERPRET=1) is for tests; {BY_NAME}"
     version, newest = release(target.triton or ""), TRITON_VERSIONS[1]

@@ -96,11 +96,12 @@ def tuned_tiles(backend: str, kind: tuple, target: DeviceTarget, backward: str) 
 
 @cache
 def _digest_of_kernels() -> str:
-    """Of the sources that decide what a kernel computes."""
+    """Of the sources that decide what a kernel computes, or what one of PyTorch's is given."""
     package = importlib.util.find_spec("flash_attend.kernels")
     folders = () if package is None else package.submodule_search_locations or ()
     digest = hashlib.sha256()
-    for source in sorted(source for folder in folders for source in Path(folder).rglob("*.py")):
+    ours = sorted(source for folder in folders for source in Path(folder).rglob("*.py"))
+    for source in (*ours, *sorted(Path(__file__).parent.glob("efficient.py*"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

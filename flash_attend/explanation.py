@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_attend.backends import BACKENDS, OLDEST_CAPABILITY
+from flash_attend.backends import BACKENDS, has_kernels
 from flash_attend.checks import needed_of, normalise_call
 from flash_attend.dispatch import LOOKING, Plan, Verdict, check_backend, choose, judge, left_in_forward_mode
 from flash_attend.functional import autocast, tangents_of
@@ -19,12 +19,13 @@ from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled
 
-__all__ = ["Explanation", "advice_for", "explain"]
+__all__ = ["Explanation", "explain", "kept_by_torch"]
 
 ADVICE = (
-    "no kernel here is for this part: where memory or time matter, leave the model its own attention, which PyTorch has"
-    " fused kernels for"
+    "nothing faster than einsum is here for this call on this part: where memory or time matter, leave the model its"
+    " own attention, which PyTorch may have a fused kernel for"
 )
+NO_KERNELS = "no kernel here is for this part, and PyTorch's own is what would serve"
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,19 @@ class Explanation:
 
     @property
     def advice(self) -> str:
-        """What to do on a part that no backend but the einsum path serves; empty on others."""
-        return _advice(self.target)
+        """What to do where the einsum path serves on a part that no kernel of ours is for; empty elsewhere."""
+        by_einsum = self.plan is not None and self.plan.backward == "einsum"
+        return ADVICE if by_einsum and _lacks_kernels(self.target) else ""
 
 
-def _advice(target: DeviceTarget) -> str:
-    kernels = target.capability is not None and target.capability >= OLDEST_CAPABILITY
-    return "" if kernels or target.absent or target.device_type == "cpu" else ADVICE
+def _lacks_kernels(target: DeviceTarget) -> bool:
+    return not (has_kernels(target) or target.absent or target.device_type == "cpu")
 
 
 @constant_when_compiled
-def advice_for(device: torch.device) -> str:
-    """What `Explanation.advice` says of a device."""
-    return _advice(DeviceTarget.of(device))
+def kept_by_torch(device: torch.device) -> str:
+    """Why a call of PyTorch's own attention on a device had better stay one; empty where ours should serve it."""
+    return NO_KERNELS if _lacks_kernels(DeviceTarget.of(device)) else ""
 
 
 def explain(

@@ -129,8 +129,8 @@ def flash_attention(
             drawn from torch's generator of q's device, and of (batch, head, query, key).
         return_lse: also return the natural-log sum of exponentials of the scores, `(b, h, i)`, differentiable.
         deterministic: bitwise repeatable gradients; default `torch.are_deterministic_algorithms_enabled()`.
-        backend: "auto", or by name "hopper", "triton", "sdpa" or "math": then it serves the call or raises, and
-            never falls back.
+        backend: "auto", or by name "hopper", "triton", "sdpa", "efficient" or "math": then it serves the call or
+            raises, and never falls back.
 
     Returns:
         `out (b, h, i, dv)` in q's dtype, or `(out, lse)` with lse in float32 (float64 for float64 inputs). A query that

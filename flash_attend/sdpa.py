@@ -33,7 +33,17 @@ from flash_attend.reference import (
 from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
-__all__ = ["attention_backward", "attention_forward", "backward_of_part", "plan_backward", "plan_forward", "plan_out"]
+__all__ = [
+    "NOTHING",
+    "Kept",
+    "attention_backward",
+    "attention_forward",
+    "backward_of_part",
+    "factors",
+    "plan_backward",
+    "plan_forward",
+    "plan_out",
+]
 
 # Called as a function of torch, an operator takes 3 microseconds less; of the backward there is none.
 FORWARD = torch._scaled_dot_product_flash_attention_for_cpu
@@ -324,7 +334,7 @@ def _only(groups: list[Group], spec: AttentionSpec, lse_is_read: bool = True) ->
 
 def _takes(spec: AttentionSpec, lse_is_read: bool) -> bool:
     """Whether torch's kernel takes a call's dtype and scale."""
-    return (not lse_is_read or _multiplies(spec.dtype)) and _factors(spec) == (1.0, spec.scale)
+    return (not lse_is_read or _multiplies(spec.dtype)) and factors(spec) == (1.0, spec.scale)
 
 
 def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
@@ -392,7 +402,7 @@ class _Kernel:
 
     def __init__(self, operands: Operands, spec: AttentionSpec, picked: Tensor | None = None) -> None:
         self.q, self.k, self.v, self.mask, _, self.bias, self.slopes, *_ = operands
-        self.spec, self.picked, (self.factor, self.scale) = spec, picked, _factors(spec)
+        self.spec, self.picked, (self.factor, self.scale) = spec, picked, factors(spec)
 
     @staticmethod
     def of(unit: _Unit, operands: Operands, spec: AttentionSpec, dtype: torch.dtype) -> _Kernel:
@@ -403,7 +413,7 @@ class _Kernel:
         if picked is not None:
             k, v = k.index_select(2, picked), v.index_select(2, picked)
             bias = bias if bias is None or bias.shape[3] == 1 else bias.index_select(3, picked)
-        factor, _ = _factors(spec)
+        factor, _ = factors(spec)
         q = q if factor == 1 else q * factor
         q, k, v = [_readable_rows(tensor.to(dtype)) for tensor in (q, k, v)]
         return _Kernel(Operands(q, k, v, mask, None, bias, slopes), spec, picked)
@@ -523,7 +533,7 @@ def _readable_rows(tensor: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=CALLS_KEPT)
-def _factors(spec: AttentionSpec) -> tuple[float, float]:
+def factors(spec: AttentionSpec) -> tuple[float, float]:
     """The scale as a factor of q and one of the scores: what hides a pair is -inf times the latter, which is positive
     in the kernel's own dtype."""
     if abs(spec.scale) < torch.finfo(spec.accumulator_dtype).tiny:

@@ -15,6 +15,7 @@ from flash_attend.testing.calls import Call, Case, make_call
 __all__ = [
     "BACKENDS",
     "CHOOSY",
+    "EFFICIENT",
     "FUSED",
     "KERNELS_ON_A_GPU",
     "Backend",
@@ -34,18 +35,21 @@ class Backend:
     interpreted: bool = False
     backward: BackwardName = "separate"
     choosy: bool = False  # does not serve all calls: tests make theirs by `call_for`
+    played: bool = False  # by what efficient_kernel.py has for it
     dtype: torch.dtype = torch.float32  # of calls which could have any
 
     def __str__(self) -> str:
-        where = "interpreter" if self.interpreted else self.device
+        where = "interpreter" if self.interpreted else "played" if self.played else self.device
         return f"{self.name}-{where}" + ("-fused" if self.backward == "fused" else "")
 
 
 MATH_CPU = Backend("math", "cpu")
 SDPA_CPU = Backend("sdpa", "cpu", choosy=True)
+EFFICIENT_PLAYED = Backend("efficient", "cpu", choosy=True, played=True)
 TRITON_INTERPRETER = Backend("triton", "cpu", interpreted=True)
 MATH_CUDA = Backend("math", "cuda")
 TRITON_CUDA = Backend("triton", "cuda")
+EFFICIENT_CUDA = Backend("efficient", "cuda", choosy=True)
 HOPPER_CUDA = Backend("hopper", "cuda", choosy=True, dtype=torch.float16)
 TRITON_FUSED_INTERPRETER = replace(TRITON_INTERPRETER, backward="fused")
 TRITON_FUSED_CUDA = replace(TRITON_CUDA, backward="fused")
@@ -68,6 +72,11 @@ CHOOSY = (
     pytest.param(HOPPER_CUDA, id=str(HOPPER_CUDA), marks=pytest.mark.gpu),
     pytest.param(HOPPER_FUSED_CUDA, id=str(HOPPER_FUSED_CUDA), marks=pytest.mark.gpu),
 )
+# Choosy too, and it serves no change of scores.
+EFFICIENT = (
+    pytest.param(EFFICIENT_PLAYED, id=str(EFFICIENT_PLAYED)),
+    pytest.param(EFFICIENT_CUDA, id=str(EFFICIENT_CUDA), marks=pytest.mark.gpu),
+)
 KERNELS_ON_A_GPU = (TRITON_CUDA, TRITON_FUSED_CUDA, HOPPER_CUDA, HOPPER_FUSED_CUDA)
 
 
@@ -79,11 +88,11 @@ def skip_unless_interpretable(backend: Backend, dtype: torch.dtype) -> None:
 
 def call_for(backend: Backend, case: Case, dtype: torch.dtype, seed: int = 0) -> Call:
     """A case's call on the device of a backend, or a skip where a choosy one does not serve it, with the dispatcher's
-    reason. Hopper's kernels take a head dim of 64 for the usual one, which they do not serve; torch's attention takes
+    reason. Hopper's kernels take a head dim of 64 for the usual one, which they do not serve; torch's attentions take
     the gradient of out alone, because where an LSE has one the einsum path computes it."""
     if backend.name == "hopper" and case.d == Case.d:
         case = replace(case, d=64)
-    if backend.name == "sdpa" and case.grads == "both":
+    if backend.name in ("sdpa", "efficient") and case.grads == "both":
         case = replace(case, grads="out")
     call = make_call(case, dtype, backend.device, seed)
     skip_unless_served(backend, call)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # flash_attend would be found instead, without its kernels, and the folder kernels as a top-level package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
 
+from efficient_kernel import played  # noqa: E402
 from flash_attend.backends import OLDEST_CAPABILITY  # noqa: E402
 from flash_attend.dispatch import override_backward  # noqa: E402
 from flash_attend.target import interpreting  # noqa: E402
@@ -110,7 +111,8 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def _backward_of_the_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A test that is given a backend runs with its backward."""
+    """A test that is given a backend runs with its backward, and where it is played."""
     given = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    with override_backward("fused") if getattr(given, "backward", "") == "fused" else nullcontext():
+    backward = override_backward("fused") if getattr(given, "backward", "") == "fused" else nullcontext()
+    with backward, played() if getattr(given, "played", False) else nullcontext():
         yield

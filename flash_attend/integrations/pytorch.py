@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from flash_attend.dispatch import check_backend
-from flash_attend.explanation import advice_for
+from flash_attend.explanation import kept_by_torch
 from flash_attend.functional import NO_JIT_TRACE
 from flash_attend.scaled_dot_product import scaled_dot_product_attention
 from flash_attend.tracing import constant_when_compiled, jit_traced, modes_of_functions
@@ -67,7 +67,7 @@ class replace_sdpa(TorchFunctionMode):
 
 def _attend(backend: str, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Ours where it can serve, or else torch's."""
-    reason = NO_JIT_TRACE if jit_traced() else advice_for(query.device) if backend == "auto" else ""
+    reason = NO_JIT_TRACE if jit_traced() else kept_by_torch(query.device) if backend == "auto" else ""
     if not reason:
         try:
             return scaled_dot_product_attention(query, *args, **kwargs, backend=backend)

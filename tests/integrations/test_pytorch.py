@@ -162,7 +162,7 @@ def test_what_torch_refuses_raises_torchs_own_error(served: list[str]) -> None:
 
 
 def test_a_gpu_without_kernels_of_ours_is_left_to_torch(served: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pytorch, "advice_for", lambda device: f"nothing for {device}")
+    monkeypatch.setattr(pytorch, "kept_by_torch", lambda device: f"nothing for {device}")
     q = example().detach()[:, None]
     with replace_sdpa(), pytest.warns(UserWarning, match="nothing for cpu"):
         F.scaled_dot_product_attention(q, q, q)

@@ -55,8 +55,9 @@ def with_fault(fault: str, where: str = "forward") -> Functions:
 
 
 def serve_as_triton(functions: Functions, setattr: Callable = setattr, setitem: Callable = operator.setitem) -> None:
-    """From now on these are what serves as `triton` on the part, where everything lies."""
+    """From now on these are what serves as `triton` on the part, where everything lies, beside the einsum path."""
     setitem(BACKENDS, "triton", replace(BACKENDS["triton"], load=lambda: functions))
+    setitem(BACKENDS, "efficient", replace(BACKENDS["efficient"], refuse=lambda spec, target: "it is not here"))
     setattr(backends, "_try_import", lambda name: "")
     setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: PART)))
 

@@ -78,7 +78,7 @@ def test_auto_takes_what_was_right(plant: Callable, checks: list[str]) -> None:
         forget()
     assert checks == [str(VARIANT)]
     assert served() == "triton"
-    assert "triton  yes      self-checked: " in str(explain(*inputs()))
+    assert "triton     yes      self-checked: " in str(explain(*inputs()))
     flash_attention(*inputs(), causal=True)
     assert len(checks) == 2
     with torch.no_grad():
@@ -297,7 +297,7 @@ def some_variants() -> list[Variant]:
 def test_a_small_call_is_of_its_variant() -> None:
     """Full and cut tiles both ways, queries that see nothing, NaN in keys that nobody sees, and no other NaN."""
     variants = some_variants()
-    assert {variant.backend for variant in variants} == {"hopper", "triton"}
+    assert {variant.backend for variant in variants} == {"hopper", "triton", "efficient"}
     for variant in variants:
         call, name = small_call(variant, (16, 32), CPU), str(variant)
         spec, (q, k, v, mask, _, bias, _, _, segments, _) = call.spec, call.poisoned

@@ -92,23 +92,23 @@ REFUSALS = {
 def test_refusals(name: str) -> None:
     """No kernel can serve: "auto" takes torch's or the einsum path and says why, by name there is no fallback."""
     spec, target, reason = REFUSALS[name]
-    *kernels, sdpa, math = judge(spec, target, knowledge=WON)
+    *kernels, sdpa, efficient, math = judge(spec, target, knowledge=WON)
     assert kernels == [Verdict(backend, False, False, reason) for backend in ("hopper", "triton")]
     assert math == Verdict("math", True, True, "it needs no evidence")
     plan = choose(spec, target, knowledge=WON)
     assert chosen(spec, target, "math") == ("math", "einsum")
-    of_sdpa = "" if sdpa.serves else f"; sdpa: {sdpa.reason}"
-    assert (plan.name, plan.backward) == (("sdpa", "torch") if sdpa.serves else ("math", "einsum"))
-    expected = f"hopper, triton: {reason}{of_sdpa}; it needs no evidence", "it has no other"
-    assert (plan.reason, plan.backward_reason) == expected
+    serves = next(verdict for verdict in (sdpa, efficient, math) if verdict.serves)
+    assert (plan.name, plan.backward) == (serves.backend, "einsum" if serves is math else "torch")
+    assert plan.reason.startswith((f"hopper, triton: {reason}; ", f"hopper, triton, efficient: {reason}; "))
+    assert plan.reason.endswith(f"; {serves.reason}")
     assert {refusal(spec, target, backend) for backend in ("hopper", "triton")} == {reason}
 
 
 SDPA_REFUSALS = {
     "dropout": (replace(SPEC, dropout_p=0.1), CPU, "dropout is on"),
     "dv": (replace(SPEC, value_dim=128), CPU, "d = 64 and dv = 128 differ"),
-    "cuda": (SPEC, H100, "cuda tensors; it serves a CPU alone"),
-    "mps": (SPEC, DeviceTarget("mps"), "mps tensors; it serves a CPU alone"),
+    "cuda": (SPEC, H100, "cuda tensors; it serves a CPU"),
+    "mps": (SPEC, DeviceTarget("mps"), "mps tensors; it serves a CPU"),
 }
 
 
@@ -117,6 +117,81 @@ def test_what_torch_s_attention_does_not_serve(name: str) -> None:
     spec, target, reason = SDPA_REFUSALS[name]
     assert verdict_of("sdpa", spec, target, UNKNOWN) == Verdict("sdpa", False, False, reason)
     assert refusal(spec, target, "sdpa") == reason
+
+
+T4 = replace(H100, name="Tesla T4", capability=(7, 5))
+MI300 = replace(H100, name="AMD Instinct MI300X", capability=None)
+EFFICIENT_REFUSALS = {
+    "cpu": (SPEC, CPU, "cpu tensors; it serves NVIDIA's and AMD's GPUs"),
+    "mps": (SPEC, DeviceTarget("mps"), "mps tensors; it serves NVIDIA's and AMD's GPUs"),
+    "absent": (SPEC, DeviceTarget("cuda", absent=True), "this machine has no such CUDA device"),
+    "scores": (
+        replace(SPEC, window=(9, None), softcap=1.0, sinks=True),
+        T4,
+        "it does not serve a window and softcap and sinks",
+    ),
+    "packed": (replace(SPEC, sequences=3), T4, "sequences are packed one after another"),
+    "dropout": (replace(SPEC, dropout_p=0.1), T4, "dropout is on"),
+    "float64": (replace(SPEC, dtype=torch.float64), T4, "float64 tensors"),
+    "bfloat16": (replace(SPEC, dtype=torch.bfloat16), T4, "bfloat16 needs compute capability 8.0"),
+    "deterministic": (
+        replace(SPEC, deterministic=True),
+        MI300,
+        "deterministic gradients are asked for, which ROCm's build does not promise",
+    ),
+    "d": (replace(SPEC, head_dim=20), T4, "d = 20 is no multiple of 8, which it reads of float16 at a time"),
+    "dv": (
+        replace(SPEC, dtype=torch.float32, value_dim=50),
+        T4,
+        "dv = 50 is no multiple of 4, which it reads of float32 at a time",
+    ),
+    "no_keys": (replace(SPEC, keys=0), T4, "there are no keys"),
+    "entries": (replace(SPEC, batch=65536), T4, "65536 entries are beyond its 65535"),
+    "heads": (replace(SPEC, heads=70000), T4, "70000 heads are beyond its 65535"),
+}
+
+
+@pytest.mark.parametrize("name", EFFICIENT_REFUSALS)
+def test_what_torch_s_attention_on_a_gpu_does_not_serve(name: str) -> None:
+    spec, target, reason = EFFICIENT_REFUSALS[name]
+    assert verdict_of("efficient", spec, target, UNKNOWN) == Verdict("efficient", False, False, reason)
+    assert refusal(spec, target, "efficient") == reason
+
+
+@pytest.mark.parametrize("target", (T4, MI300, replace(T4, triton=None), replace(T4, triton="4.0")), ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    (
+        dict(),
+        dict(dtype=torch.float32, precision="ieee", head_dim=300, value_dim=36),
+        dict(mask=MaskKind.KEY, causal=True),
+        dict(mask=MaskKind.DENSE, mask_per_head=True, scale=-1.0),
+        dict(queries=1, keys=2**20),
+    ),
+    ids=str,
+)
+def test_parts_that_no_kernel_of_ours_is_for_get_torch_s(target: DeviceTarget, changes: dict) -> None:
+    """Once it was right there, whatever Triton is there; a user is told of nothing that was expected."""
+    spec = replace(SPEC, **changes)
+    for known, reason in ((RIGHT, "self-checked"), (UNKNOWN, "not checked here yet: the first call does")):
+        plan = choose(spec, target, knowledge=known)
+        assert (plan.name, plan.backward, plan.warning) == ("efficient", "torch", "")
+        assert plan.reason.endswith(reason)
+    plan = choose(spec, target, knowledge=knowing(WRONG))
+    assert plan.name == "math"
+    assert plan.warning.startswith("flash_attend serves a CUDA call by its einsum path: hopper, triton: ")
+    assert "efficient: its self-check failed here" in plan.warning
+
+
+def test_torch_s_attention_where_our_kernels_should_serve_is_told() -> None:
+    for target in (replace(H100, triton=None), replace(H100, triton="4.0")):
+        plan = choose(SPEC, target, knowledge=RIGHT)
+        assert plan.name == "efficient"
+        assert plan.warning == f"flash_attend serves a CUDA call by PyTorch's attention: {plan.reason}"
+    plan = choose(SPEC, H100, knowledge=knowing({("efficient", "torch"): CHECKED, ("triton", "separate"): WRONG}))
+    assert plan.name == "efficient"
+    assert plan.warning.endswith("please report it, with what `python -m flash_attend` prints")
+    assert choose(SPEC, H100, knowledge=knowing(CHECKED, "efficient")).warning == ""  # measured faster
 
 
 BIAS = BiasKind(False, True, True, True, torch.float16)
@@ -200,7 +275,7 @@ def test_a_part_is_a_default_only_where_it_was_right(arch: str) -> None:
     assert verdict_of("triton", SPEC, target, wrong) == Verdict("triton", True, False, "its self-check failed here")
     plan = choose(SPEC, target, knowledge=wrong)
     assert plan.name == "math"
-    others = "triton: its self-check failed here; sdpa: cuda tensors; it serves a CPU alone"
+    others = "triton, efficient: its self-check failed here; sdpa: cuda tensors; it serves a CPU"
     assert plan.reason.endswith(f"{others}; it needs no evidence")
     assert plan.warning == (
         f"flash_attend serves a CUDA call by its einsum path: {plan.reason};"
@@ -261,7 +336,7 @@ def test_who_serves_forward_mode() -> None:
     assert choose(SPEC, H100, "hopper", tangents=of_q).name == "triton"
     served = [chosen(SPEC, CPU, backend, tangents=of_q) for backend in ("auto", "sdpa", "math")]
     assert served == [("sdpa", "torch"), ("sdpa", "torch"), ("math", "einsum")]
-    assert [BACKENDS[name].tangents_by for name in BACKENDS] == ["triton", "", "math", ""]
+    assert [BACKENDS[name].tangents_by for name in BACKENDS] == ["triton", "", "math", "math", ""]
     wide = replace(SPEC, dtype=torch.float32, head_dim=256, precision="tf32")
     assert chosen(wide, H100, "triton", tangents=of_q) == ("math", "einsum")
     assert "beyond its 128 for tangents" in choose(wide, H100, knowledge=RIGHT, tangents=of_q).reason
@@ -286,7 +361,7 @@ def test_the_interpreter_serves_by_name_only(device_type: str) -> None:
     target = replace(INTERPRETER, device_type=device_type)
     reason = "Triton's interpreter (TRITON_INTERPRET=1) is for tests; ask for it by name"
     assert verdict_of("triton", SPEC, target, RIGHT) == Verdict("triton", True, False, reason)
-    assert choose(SPEC, target, knowledge=RIGHT).name == ("sdpa" if device_type == "cpu" else "math")
+    assert choose(SPEC, target, knowledge=RIGHT).name == ("sdpa" if device_type == "cpu" else "efficient")
     plan = choose(SPEC, target, "triton", knowledge=RIGHT)
     expected = "triton", "separate", "the fused one was not measured faster in Triton's interpreter"
     assert (plan.name, plan.backward, plan.backward_reason) == expected
@@ -366,7 +441,7 @@ def test_deterministic_gradients_come_by_the_separate_backward(backend: str) -> 
 
 def test_an_override_holds_within_and_not_beyond() -> None:
     def ways() -> list[tuple[str, str]]:
-        return [chosen(SPEC, H100, name, knowledge=WON) for name in BACKENDS if name != "sdpa"]
+        return [chosen(SPEC, H100, name, knowledge=WON) for name in ("hopper", "triton", "math")]
 
     served, forced = ([("hopper", way), ("triton", way), ("math", "einsum")] for way in ("fused", "separate"))
     assert ways() == served
@@ -410,7 +485,7 @@ def test_the_fused_backward_of_wide_operands_ends_earlier_with_dropout(changes: 
 @pytest.mark.parametrize("name", ("cudnn", "", "Triton", "triton_fused", "hopper_fused", None, 3))
 def test_an_unknown_backend(name: object) -> None:
     with pytest.raises(
-        ValueError, match="backend must be one of 'auto', 'hopper', 'triton', 'sdpa', 'math', got "
+        ValueError, match="backend must be one of 'auto', 'hopper', 'triton', 'sdpa', 'efficient', 'math', got "
     ) as caught:
         choose(SPEC, H100, name)
     assert repr(name) in str(caught.value)
@@ -452,4 +527,8 @@ def test_a_backend_by_name_is_not_checked() -> None:
 
 
 def test_verdicts_come_in_the_order_of_the_table() -> None:
-    assert [verdict.backend for verdict in judge(SPEC, CPU)] == list(BACKENDS) == ["hopper", "triton", "sdpa", "math"]
+    assert (
+        [verdict.backend for verdict in judge(SPEC, CPU)]
+        == list(BACKENDS)
+        == ["hopper", "triton", "sdpa", "efficient", "math"]
+    )

@@ -83,7 +83,7 @@ def test_each_gpu_is_described_and_judged(fake_gpus):
     backends = section("backends for", text)
     assert "cuda:0: on NVIDIA A100-SXM4-80GB: triton serves" in backends
     assert "cuda:1: on NVIDIA H100 80GB HBM3: triton serves" in backends
-    assert "  triton  yes      not checked here yet: the first call does" in backends
+    assert "  triton     yes      not checked here yet: the first call does" in backends
     assert section("known of cuda:0", text) == "  0 variants right, 0 not"
 
 
@@ -102,7 +102,7 @@ def test_what_is_known_of_a_part_is_told(fake_gpus):
         f"  {wrong}: dq: max error 1",
         "  tuned float16 d64 dv64 key causal: 1.20 times as fast",
     ]
-    told = "  triton  yes      self-checked: dq used 0.31 of its error budget, 1.20 times as fast"
+    told = "  triton     yes      self-checked: dq used 0.31 of its error budget, 1.20 times as fast"
     assert told in text
     assert "  backward: separate, the fused one is not right: dq: max error 1" in text
 

@@ -213,15 +213,15 @@ def test_candidates_are_what_a_part_can_serve(monkeypatch: pytest.MonkeyPatch) -
     call, short, one = grid(["bfloat16"], [(64, 64)], ["key-causal"], [(2048, 2048), (64, 64), (1, 2048)])
     found = tuning.candidates([call], hopper)
     ways = list(dict.fromkeys((one.backend, one.backward) for one in found))
-    kernels = [("triton", "separate"), ("triton", "fused"), ("math", "einsum")]
-    assert ways == [*kernels, ("hopper", "separate"), ("hopper", "fused")]
+    kernels, torchs = [("triton", "separate"), ("triton", "fused")], [("efficient", "torch"), ("math", "einsum")]
+    assert ways == [*kernels, *torchs, ("hopper", "separate"), ("hopper", "fused")]
     assert len(set(found)) == len(found) > 10
     assert tuning.candidates([call, short], hopper) == found, "whatever the lengths: a kind's calls decide together"
     assert not [way for way in tuning.candidates([call], PART) if way.backend == "hopper"]
     assert one.needed == (False,) * 3
     decoding = tuning.candidates([one], PART)
-    assert [way.backward for way in decoding] == ["separate"] * len(ONE_QUERY) + ["einsum"]
-    forwards = [tiles_of(way.tiles, one.spec, PART, "separate").forward for way in decoding[:-1]]
+    assert [way.backward for way in decoding] == ["separate"] * len(ONE_QUERY) + ["torch", "einsum"]
+    forwards = [tiles_of(way.tiles, one.spec, PART, "separate").forward for way in decoding[:-2]]
     assert tuple(forwards) == ONE_QUERY
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, CHOOSY, FUSED, Backend, call_for, skip_unless_interpretable, skip_unless_quick
+from backends import BACKENDS, CHOOSY, EFFICIENT, FUSED, Backend, call_for, skip_unless_interpretable, skip_unless_quick
 from flash_attend.testing.calls import Call, Case, assert_same_bits, check, make_call, run, truth_of
 from flash_attend.testing.oracle import Answer, visible_pairs
 
@@ -106,7 +106,7 @@ def _assert_unchanged(backend: Backend, answer: Answer, clean: Answer, clean_cal
     assert_same_bits(answer, clean)
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2]))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2], *EFFICIENT))
 @pytest.mark.parametrize("case", HIDING, ids=str)
 def test_garbage_in_keys_that_a_key_mask_hides(backend: Backend, case: Case) -> None:
     _assert_garbage_stays_out(backend, call_for(backend, case, backend.dtype))

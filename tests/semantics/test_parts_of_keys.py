@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import BACKENDS, CHOOSY, Backend, call_for, skip_unless_interpretable
+from backends import BACKENDS, CHOOSY, EFFICIENT, Backend, call_for, skip_unless_interpretable
 from flash_attend.backends import BACKENDS as SERVING
 from flash_attend.checks import normalise_inputs
 from flash_attend.target import DeviceTarget
@@ -60,7 +60,7 @@ SCORES = Case("scores", softcap=1.5, bias="1h1j", mask="bh1j", scale=-0.4, queri
 
 
 @pytest.mark.parametrize(("case", "dtype"), ((PADDED, torch.float16), (SCORES, torch.float32)))
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY, *EFFICIENT))
 def test_parts_add_up_to_the_whole(backend: Backend, dtype: torch.dtype, case: Case) -> None:
     skip_unless_interpretable(backend, dtype)
     case = replace(case, dv=None) if backend.name == "sdpa" else case

@@ -14,6 +14,7 @@ import torch
 from backends import (
     BACKENDS,
     CHOOSY,
+    EFFICIENT,
     FUSED,
     TRITON_CUDA,
     Backend,
@@ -172,7 +173,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY, *EFFICIENT))
 @pytest.mark.parametrize(("case", "dtype"), CALLS)
 def test_every_result_is_within_the_error_budget(backend: Backend, case: Case, dtype: torch.dtype) -> None:
     skip_unless_interpretable(backend, dtype)
@@ -223,7 +224,7 @@ def test_the_fused_backward_of_the_needed_gradients(backend: Backend, needs: str
     check(replace(everything, **{name: found for name, found in gradients.items() if found is not None}), call)
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY, *EFFICIENT))
 @pytest.mark.parametrize("case", (*MASKED, *EMPTY, *PARTIAL_LOSS), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=_name)
 def test_masks_in_half_precision(backend: Backend, case: Case, dtype: torch.dtype) -> None:
@@ -241,7 +242,7 @@ ORDINARY = (
 )
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY, *EFFICIENT))
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=_name)
 @pytest.mark.parametrize("case", ORDINARY, ids=str)
 def test_ordinary_calls_need_no_floor(backend: Backend, case: Case, dtype: torch.dtype) -> None:
@@ -267,7 +268,7 @@ def test_float32_with_high_matmul_precision(backend: Backend, case: Case, tf32: 
     budget_of(call, tf32=backend.name != "math").check(run(call, backend.name))
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2]))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2], *EFFICIENT))
 @pytest.mark.parametrize("needs", ("q", "k", "v", "qk", "qv", "kv"))
 @pytest.mark.parametrize(
     "case", (Case("gqa", heads=4, kv_heads=2, mask="pad_left", causal=True), Case("lse", grads="lse")), ids=str
@@ -319,7 +320,7 @@ def test_a_loss_through_the_sum_and_backward(backend: Backend) -> None:
         torch.testing.assert_close(leaf.grad, gradient + 1)
 
 
-@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2]))
+@pytest.mark.parametrize("backend", (*BACKENDS, *CHOOSY[:2], *EFFICIENT))
 @pytest.mark.parametrize("dropout_p", (0.0, 0.3))
 def test_repeats_bit_for_bit(backend: Backend, dropout_p: float) -> None:
     call = call_for(

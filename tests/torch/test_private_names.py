@@ -1,6 +1,7 @@
 """What the package takes from torch beside its public names: that it is there, and does what is relied on.
 
-A failure here says which torch took something away; the places that use it are in `flash_attend/tracing.py`.
+A failure here says which torch took something away; the places that use it are in `flash_attend/tracing.py`,
+but for operators.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attend import tracing
+from flash_attend import efficient, tracing
 
 X = torch.ones(2)
 
@@ -182,6 +183,17 @@ def guards() -> list[object]:
     return found
 
 
+def operators() -> list[object]:
+    """The arguments of torch's attention on a GPU in their order, those by keyword behind a star."""
+    found: list[object] = []
+    for operator in (efficient.FORWARD, efficient.BACKWARD):
+        arguments = operator._schema.arguments
+        found.append(" ".join(one.name for one in arguments if not one.kwarg_only))
+        by_keyword = {one.name for one in arguments if one.kwarg_only}
+        found.append(by_keyword >= {"scale", *(["num_splits_key"] * (operator is efficient.BACKWARD))})
+    return found
+
+
 def determinism() -> list[object]:
     found = [tracing.deterministic_algorithms()]
     torch.use_deterministic_algorithms(True)
@@ -210,6 +222,17 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "torch._C._get_fp32_precision_getter": (precisions, ["tf32", "ieee"]),
     "Tensor._is_zerotensor": (zeros, [True, False, True]),
     "torch._C._get_deterministic_algorithms": (determinism, [False, True]),
+    "torch.ops.aten._efficient_attention_forward, _backward": (
+        operators,
+        [
+            "query key value bias cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k dropout_p custom_mask_type"
+            " compute_log_sumexp",
+            True,
+            "grad_out_ query key value bias out cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k logsumexp dropout_p"
+            " philox_seed philox_offset custom_mask_type bias_requires_grad",
+            True,
+        ],
+    ),
     "torch._C._dynamo.guards.TensorGuards": (guards, ["found", None, None, *[None] * 8, *[None] * 5, None, None]),
 }
 
