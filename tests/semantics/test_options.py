@@ -101,7 +101,7 @@ BACKEND_NAMES = {
     "name": ("math", "math"),
     "numpy_text": (np.str_("math"), "math"),
     **{
-        kind: (value, (ValueError, "must be one of 'auto', .*'sdpa', 'math', got "))
+        kind: (value, (ValueError, "must be one of 'auto', .*'efficient', 'math', got "))
         for kind, value in (
             ("unknown", "cudnn"),
             ("none", None),

@@ -144,5 +144,5 @@ def test_explain_tells_of_them() -> None:
     q = torch.randn(1, 2, 3, 8)
     told = str(explain(q, q, q, softcap=1.0, sinks=torch.zeros(2)))
     assert "math serves" in told
-    assert "sdpa    no       it does not serve softcap and sinks" in told
+    assert "sdpa       no       it does not serve softcap and sinks" in told
     assert "sdpa serves" in str(explain(q, q, q, bias=torch.zeros(3, 3), window=(1, 0)))
