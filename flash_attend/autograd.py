@@ -9,11 +9,13 @@ correct, slower, and holding several arrays of all scores, `(b, h, i, j)`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from flash_attend import ops
 from flash_attend.flops import count_flops
@@ -24,7 +26,6 @@ from flash_attend.spec import AttentionSpec
 from flash_attend.tracing import (
     constant_when_compiled,
     directly,
-    dual_numbers,
     exporting_to_onnx,
     forward_mode,
     innermost_forward_mode,
@@ -44,31 +45,44 @@ if TYPE_CHECKING:
     from flash_attend.dispatch import Plan
     from flash_attend.plans import CallPlan
 
-__all__ = ["attend", "attend_by_operators"]
+__all__ = ["attend", "attend_by_operators", "runner"]
 
 
-def attend(
-    operands: Operands, call: CallPlan, *, return_lse: bool, in_memory: bool = False
-) -> tuple[Tensor, Tensor | None]:
-    """`out (b, h, i, dv)` and `lse (b, h, i)`, computed as planned, of plain tensors and where nobody watches but the
-    einsum path. Without `return_lse` the lse may be None. `in_memory` says that no tensor is `lazy`."""
-    spec, plan = call.spec, call.plan
-    if plan.backward == "einsum":
-        out, lse = attention_reference(operands, spec, return_lse=return_lse)
-        return _keep_eagerly(out, lse) if out.requires_grad and not watched() else (out, lse)
-    forward = call.planned or call.forward
-    if call.planned_out is not None and not return_lse:
-        forward = call.planned_out
+def attend(operands: Operands, call: CallPlan, *, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """`out (b, h, i, dv)`, or with `lse (b, h, i)`, computed as planned, of plain tensors and where nobody watches but
+    the einsum path."""
     q, k, v, mask, _, bias, slopes, sinks, *_ = operands
-    if not in_memory and lazy(q, k, v, mask, bias, slopes, sinks):
-        operands = Operands(*map(settled, operands))  # type: ignore[arg-type]
+    if call.plan.backward != "einsum" and lazy(q, k, v, mask, bias, slopes, sinks):
+        return runner(call, return_lse, call.forward)(Operands(*map(settled, operands)))  # type: ignore[arg-type]
+    return runner(call, return_lse)(operands)
+
+
+def runner(
+    call: CallPlan, return_lse: bool, forward: Callable[[Operands], Any] | None = None
+) -> Callable[[Operands], Any]:
+    """What computes a call as planned from operands in memory, by another forward than was planned if there is one."""
+    if call.plan.backward == "einsum":
+        return partial(_attend_by_einsum, spec=call.spec, return_lse=return_lse)
+    if forward is None:
+        forward = call.planned_out if call.planned_out is not None and not return_lse else call.planned or call.forward
+
+    def differentiated(operands: Operands) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v, _, _, bias, _, sinks, *_ = operands
-        forward = call.forward
-    if call.differentiated:
         others = () if bias is sinks is None else (bias, sinks)
-        found = _attend_eagerly(q, k, v, (operands, forward, call, return_lse), *others)
-        return found if return_lse else (found, None)
-    return forward(operands)[:2]
+        return _attend_eagerly(q, k, v, (operands, forward, call, return_lse), *others)
+
+    if call.differentiated:
+        return differentiated
+    return (lambda operands: forward(operands)[:2]) if return_lse else lambda operands: forward(operands)[0]
+
+
+def _attend_by_einsum(
+    operands: Operands, spec: AttentionSpec, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor | None]:
+    out, lse = attention_reference(operands, spec, return_lse=return_lse)
+    if out.requires_grad and not watched():
+        out, lse = _keep_eagerly(out, lse)
+    return (out, lse) if return_lse else out
 
 
 def attend_by_operators(
@@ -129,39 +143,38 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        (call, kept_of, count), saved, needed = ctx.call, ctx.saved_tensors, ctx.needs_input_grad
-        needed = *needed[:3], *needed[4:]
-        # A backward may be differentiated, and transformed where its forward was not.
-        by_operators = torch.is_grad_enabled()
-        if not by_operators and not _alone_before(call, grad_out, grad_lse, *saved):
-            by_operators = watched() or traced(grad_out, grad_lse) or mapped(grad_out, grad_lse)
+        (call, kept_of, count), saved = ctx.call, ctx.saved_tensors
+        given = [x for x in (grad_out, grad_lse, *saved) if x is not None]
+        alone = not is_dynamo_compiling() and call.alone_with.find(*given)
+        by_operators = False
+        if not alone:  # a backward may be differentiated, and transformed where its forward was not
+            by_operators = torch.is_grad_enabled() or watched() or traced(grad_out, grad_lse)
+            by_operators = by_operators or mapped(grad_out, grad_lse)
             # Hooks of what was saved may give lazy tensors, as torch's own derivatives do.
-            if not by_operators and lazy(*saved, grad_out, grad_lse):
+            if not by_operators and lazy(*given):
                 saved, grad_out, grad_lse = [*map(settled, saved)], settled(grad_out), settled(grad_lse)
             elif not by_operators:
-                call.alone_with.keep(True, *[x for x in (grad_out, grad_lse, *saved) if x is not None])
+                call.alone_with.keep(True, *given)
         q, k, v, out, lse, *others = saved
         operands, kept, grads = Operands(q, k, v, *others[count:]), kept_of(*others[:count]), None
         if by_operators:
+            needed = _needed(ctx)
             numbers, options = ops.options_of(operands, call.spec, call.plan, return_lse=True)
             present = [tensor for tensor in operands if tensor is not None]
             outputs, names = [out, lse, *kept.packed()], list(compress(INPUTS, needed))
             found = _differentiate((grad_out, grad_lse), present, outputs, numbers, options, names)
             grads = tuple(map(found.get, INPUTS[: len(needed)]))
-        else:
-            given = grad_out, grad_lse, operands, out, lse, kept
-            if call.planned_backward is not None:
-                grads = call.planned_backward(*given)
-            if grads is None:
-                grads = call.functions.backward(*given, call.spec, call.tiles, needed)
+        elif call.planned_backward is not None and grad_out is not None and grad_lse is None:
+            grads = call.planned_backward(grad_out, operands, out, lse, kept)
+        if grads is None:
+            of_call = operands, out, lse, kept, call.spec, call.tiles
+            grads = call.functions.backward(grad_out, grad_lse, *of_call, _needed(ctx))
         return *grads[:3], None, *grads[3:]
 
 
-def _alone_before(call: CallPlan, *tensors: Tensor | None) -> bool:
-    """Whether a backward of a call with such tensors was run before, and nobody else took part, nor does now."""
-    if torch.compiler.is_compiling() or dual_numbers():
-        return False
-    return call.alone_with.find(*[tensor for tensor in tensors if tensor is not None]) or False
+def _needed(ctx: Any) -> tuple[bool, ...]:
+    """Of which of `INPUTS` a gradient is needed."""
+    return *ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]
 
 
 class Kept(torch.autograd.Function):

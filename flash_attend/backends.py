@@ -57,8 +57,8 @@ class Functions(NamedTuple):
     tangent_tiles: Callable[[AttentionSpec, DeviceTarget, BackwardName], Tiles] | None = None
     # (spec, layouts) -> what `plan_forward` gives, of which nobody reads the LSE; None where that takes as long
     plan_out: Callable[[AttentionSpec, Layouts], Callable[[Operands], Any] | None] | None = None
-    # (spec, layouts) -> `backward` of a call with these layouts, called without the last three; it, or what it gives,
-    # is None where `backward` itself is to be asked
+    # (spec, layouts) -> (grad_out, operands, out, lse, kept) -> gradients of a call with these layouts, whose lse has
+    # none; it, or what it gives, is None where `backward` itself is to be asked
     plan_backward: Callable[[AttentionSpec, Layouts], Callable[..., Any] | None] | None = None
 
 

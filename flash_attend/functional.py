@@ -9,13 +9,13 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from flash_attend.autograd import attend, attend_by_operators
+from flash_attend.autograd import attend, attend_by_operators, runner
 from flash_attend.checks import is_dense, is_jagged, needed_of, normalise_call
 from flash_attend.dispatch import choose
 from flash_attend.dropout import draw_seed
 from flash_attend.operands import Operands
 from flash_attend.options import check_flag
-from flash_attend.plans import plan_call, recall, remember
+from flash_attend.plans import plan_call, recall
 from flash_attend.query_mask import real_queries
 from flash_attend.spec import Window
 from flash_attend.target import DeviceTarget
@@ -148,23 +148,22 @@ def flash_attention(
 
     The algorithm is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691).
     """
+    known = None
+    if query_mask is bias is window is softcap is alibi_slopes is sinks is None:
+        run, known = recall(q, k, v, mask, causal, scale, dropout_p, deterministic, backend, return_lse)
+        if run is not None:
+            return run(Operands(q, k, v, mask))
     return_lse = check_flag("return_lse", return_lse)
     given = Operands(q, k, v, mask, None, bias, alibi_slopes, sinks)
-    if query_mask is None:
-        said = causal, scale, dropout_p, deterministic, backend
-        usual = bias is window is softcap is alibi_slopes is sinks is None
-        call, known = recall(given, *said) if usual else (None, None)
-        if call is not None:
-            out, lse = attend(call.operands(given), call, return_lse=return_lse, in_memory=True)
-            return (out, cast(Tensor, lse)) if return_lse else out
-        if undisturbed(*given):
-            call = plan_call(given, *said, window, softcap)
-            out, lse = attend(call.operands(given), call, return_lse=return_lse)
-            if call.plan.warning:
-                warn_once(call.plan.warning)
-            elif known is not None:
-                remember(given, known, call)
-            return (out, cast(Tensor, lse)) if return_lse else out
+    if query_mask is None and undisturbed(*given):
+        call = plan_call(given, causal, scale, dropout_p, deterministic, backend, window, softcap)
+        found = attend(call.operands(given), call, return_lse=return_lse)
+        if call.plan.warning:
+            warn_once(call.plan.warning)
+        elif known is not None:
+            run = call.read_by(runner(call, return_lse))
+            known.keep(run, *((q, k, v) if mask is None else (q, k, v, mask)))
+        return found
     options: dict[str, Any] = dict(
         causal=causal, window=window, scale=scale, softcap=softcap, dropout_p=dropout_p, deterministic=deterministic
     )
@@ -205,7 +204,10 @@ def attend_given(
         if forward_mode() or (plan.backward != "einsum" and watched()):
             out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
         else:
-            out, lse = attend(operands, call, return_lse=return_lse)
+            found = attend(operands, call, return_lse=return_lse)
+            if plan.warning:
+                warn_once(plan.warning)
+            return found
     if plan.warning:
         warn_once(plan.warning)
     return (out, cast(Tensor, lse)) if return_lse else out

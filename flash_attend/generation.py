@@ -6,9 +6,19 @@ change while a process runs (what is overridden, what was found out about a part
 
 from __future__ import annotations
 
-__all__ = ["generation", "renew"]
+from typing import TypeVar
 
+__all__ = ["generation", "kept", "renew"]
+
+_D = TypeVar("_D", bound=dict)
 _generation = object()
+_kept: list[dict] = []
+
+
+def kept(found: _D) -> _D:
+    """The dict, which is empty from each new generation on: what is put into what it held before is lost with that."""
+    _kept.append(found)
+    return found
 
 
 def generation() -> object:
@@ -20,3 +30,5 @@ def renew() -> None:
     """From here on nothing counts that was worked out before, or is being worked out in another thread."""
     global _generation
     _generation = object()
+    for found in _kept:
+        found.clear()

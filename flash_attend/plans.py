@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from flash_attend.backends import Functions
 from flash_attend.checks import (
@@ -26,18 +28,16 @@ from flash_attend.checks import (
 )
 from flash_attend.dispatch import Plan, check_backend, choose
 from flash_attend.dropout import draw_seed
-from flash_attend.generation import generation, renew
+from flash_attend.generation import generation, kept, renew
 from flash_attend.operands import Operands
 from flash_attend.spec import CALLS_KEPT, AttentionSpec, Window
 from flash_attend.target import DeviceTarget
-from flash_attend.tracing import Guarded, deterministic_algorithms, dual_numbers, float32_products
+from flash_attend.tracing import Guarded, float32_products
 
 if TYPE_CHECKING:
     from flash_attend.kernels.configs import Tiles
 
-__all__ = ["CallPlan", "plan_call", "recall", "recorded_calls", "remember"]
-
-PLAIN = frozenset({bool, float, int, str, type(None)})  # what options are, which therefore may be held
+__all__ = ["CallPlan", "Run", "plan_call", "recall", "recorded_calls"]
 
 
 class CallPlan(NamedTuple):
@@ -70,6 +70,12 @@ class CallPlan(NamedTuple):
             return Operands(q, k, v, mask.view(self.padding), seed, *others)  # type: ignore[union-attr]
         return given if self.as_given else view_operands(given, self.spec, self.sizes)
 
+    def read_by(self, run: Run) -> Run:
+        """The same of the tensors of a call, as they were given."""
+        if self.as_given and self.padding is None and self.spec.dropout_p == 0:
+            return run
+        return lambda given: run(self.operands(given))
+
 
 def plan_call(
     given: Operands,
@@ -93,32 +99,41 @@ def plan_call(
     return _work_out(facts, options, needed_of(given), backend, tangents, generation())
 
 
-def recall(given: Operands, *options: Any) -> tuple[CallPlan | None, Guarded[CallPlan] | None]:
-    """The plan of a call that was made before with such tensors and the same options, in which nobody else took part,
-    without a look at anything by itself; and where to `remember` it if there is none: nowhere if a compiler or dual
-    numbers take part, or something cannot be looked up by."""
-    q, k, v, mask, *_ = given
-    if torch.compiler.is_compiling() or dual_numbers() or not PLAIN.issuperset(map(type, options)):
+Run = Callable[[Operands], Any]  # of the tensors of a call, as they were given, to what it returns
+Known = Guarded[Run]
+_known: dict[tuple, Known] = kept({})
+
+
+def recall(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None, dropout_p: float,
+    deterministic: bool | None, backend: str, return_lse: bool,
+) -> tuple[Run | None, Known | None]:  # fmt: skip
+    """What was found to `Run` a call that was made before with such tensors and the same options, in which nobody else
+    took part, without a look at anything by itself; and where to keep it if there is none: nowhere if a compiler takes
+    part, or something cannot be looked up by.
+
+    Between two kernels nothing of this is in the caches: what it touches counts, and not what it computes.
+    """
+    if is_dynamo_compiling() or not (  # True is 1, and no number
+        (scale is None or type(scale) is float)
+        and (type(dropout_p) is float or type(dropout_p) is int)
+        and type(causal) is type(return_lse) is bool
+        and (deterministic is None or type(deterministic) is bool)
+        and type(backend) is str
+    ):
         return None, None
     try:
-        products = float32_products() if k.dtype == torch.float32 else ""
-        set_to = torch.is_grad_enabled(), deterministic_algorithms(), products
-        known = _calls_like(k.shape, mask is None, *options, *set_to, generation())
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # k has no shape
+        products = "" if k.is_cpu or k.dtype != torch.float32 else float32_products()
+        key = k.shape, mask is None, causal, scale, dropout_p, deterministic, backend, return_lse, products
+        known = _known.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # k has no shape, or none that is known
         return None, None
+    if known is None:
+        if len(_known) >= CALLS_KEPT:
+            _known.clear()
+        known = _known[key] = Guarded()
+        return None, known
     return known.find(q, k, v) if mask is None else known.find(q, k, v, mask), known
-
-
-def remember(given: Operands, known: Guarded[CallPlan], call: CallPlan) -> None:
-    """Has `recall` find the plan of a call in which nobody else takes part."""
-    q, k, v, mask, *_ = given
-    known.keep(call, *((q, k, v) if mask is None else (q, k, v, mask)))
-
-
-@lru_cache(maxsize=CALLS_KEPT, typed=True)
-def _calls_like(*key: object) -> Guarded[CallPlan]:
-    """What is known of calls with keys of the same shape and the same options."""
-    return Guarded()
 
 
 @lru_cache(maxsize=CALLS_KEPT)

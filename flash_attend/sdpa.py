@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import string_at
+from ctypes import c_char
 from functools import cache, lru_cache, partial
 from itertools import groupby
 from math import copysign, isnan
@@ -61,7 +61,7 @@ OF_FINITE = {
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 HIGHEST = -1 if sys.byteorder == "little" else 0
-MOST_READS = 32  # of rows, one after another: they take as long as two of torch's operators
+MOST_READS = 32  # of last rows, one after another: they take as long as two of torch's operators
 # By dtype, integers of its size, and the bits of -inf as one of them.
 OF_INFINITY = {
     torch.bfloat16: (torch.int16, -(2**7)),
@@ -84,10 +84,10 @@ class Kept(NamedTuple):
 
 
 class Usual(Kept):
-    """The same of a call that torch's kernel took in one piece, whose LSE `_is_usual`."""
+    """The same of a call that torch's kernel took in one piece, whose LSE is usual: see `_Looks`."""
 
 
-NOTHING = Kept()
+NOTHING, USUAL = Kept(), Usual()
 
 
 def attention_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor, Kept]:
@@ -136,24 +136,86 @@ def plan_forward(
     if part.biased:
         return _plan_masked(spec, layouts.mask_sizes, otherwise, lse_is_read)
     causal, scale, dtype = part.causal, spec.scale, _dtype_of(spec, lse_is_read)
+    converted, looks = dtype != spec.dtype, _Looks.at(spec, dtype)
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
-        q, k, v = operands[:3] if dtype == spec.dtype else [x.to(dtype) for x in operands[:3]]
+        q, k, v, *_ = operands
+        if converted:
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         out, lse = FORWARD(q, k, v, 0.0, causal, scale=scale)
-        found = _checked(spec, q, k, out, lse, causal, None)
-        return otherwise(operands) if found is None else (out.to(spec.dtype), *found)
+        found = _checked(looks, spec, q, k, out, lse, causal, None)
+        if found is None:
+            return otherwise(operands)
+        return out.to(spec.dtype) if converted else out, *found
 
     return forward
 
 
+class _Looks(NamedTuple):
+    """Looks at what torch's kernel makes of calls in one piece: at the most significant bytes of numbers, which takes a
+    fraction of the time that torch's operators need to start, after a kernel that left nothing of them in the caches.
+    """
+
+    # Whether each element of an LSE is surely neither 0 nor infinite, and `_is_exact`.
+    usual: Callable[[Tensor], bool]
+    # Whether NaN came through hidden pairs into the `out` of such an LSE: then it came from v, and the last row of each
+    # head has it too, or something infinite that it sees.
+    let_through: Callable[[Tensor], bool]
+    # Whether NaN came through hidden pairs into the gradient of q: by that of a score, and so into all of a row.
+    nan_in_queries: Callable[[Tensor], bool]
+
+    @staticmethod
+    def at(spec: AttentionSpec, dtype: torch.dtype) -> _Looks:
+        """At calls that are computed in a dtype."""
+        of_number, of_out = spec.accumulator_dtype.itemsize, dtype.itemsize
+        lse_bytes: Any = c_char * (spec.batch * spec.heads * spec.queries * of_number)
+        grad_bytes: Any = c_char * (spec.batch * spec.heads * spec.queries * spec.head_dim * of_out)
+        of_number_first, of_out_first = HIGHEST % of_number, HIGHEST % of_out
+        usual, finite = OF_USUAL[of_number], OF_FINITE[dtype]
+
+        @cache
+        def last_rows(strides: tuple[int, ...]) -> tuple[Any, list[int]]:
+            """As bytes, and where they begin; of all heads at once where those are neighbours."""
+            of_entry, of_head, of_row, _ = strides
+            heads, width = spec.heads, spec.value_dim
+            if of_head == width:
+                heads, width = 1, heads * width
+            if spec.batch * heads > MOST_READS:
+                return None, []
+            starts = [entry * of_entry + head * of_head for entry in range(spec.batch) for head in range(heads)]
+            return c_char * (width * of_out), [(start + (spec.queries - 1) * of_row) * of_out for start in starts]
+
+        def is_usual(lse: Tensor) -> bool:
+            return not lse_bytes.from_address(lse.data_ptr())[of_number_first::of_number].translate(None, usual)
+
+        def let_through(out: Tensor) -> bool:
+            row_bytes, starts = last_rows(out.stride())
+            if row_bytes is None:
+                return _has_nan(out)
+            first = out.data_ptr()
+            for start in starts:
+                if row_bytes.from_address(first + start)[of_out_first::of_out].translate(None, finite):
+                    return _has_nan(out)
+            return False
+
+        def nan_in_queries(grad: Tensor) -> bool:
+            if not grad.is_contiguous() and not grad.transpose(1, 2).is_contiguous():
+                return _has_nan(grad)
+            firsts = grad_bytes.from_address(grad.data_ptr())[of_out_first :: spec.head_dim * of_out]
+            return bool(firsts.translate(None, finite)) and _has_nan(grad)
+
+        return _Looks(is_usual, let_through, nan_in_queries)
+
+
 def _checked(
-    spec: AttentionSpec, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, causal: bool, hiding: Tensor | None
-) -> tuple[Tensor, Kept] | None:
+    looks: _Looks, spec: AttentionSpec, q: Tensor, k: Tensor, out: Tensor, lse: Tensor, causal: bool,
+    hiding: Tensor | None,
+) -> tuple[Tensor, Kept] | None:  # fmt: skip
     """The LSE of what torch's kernel made of a call in one piece, and what its backward needs; None where `out` may be
     wrong."""
     hides = causal or hiding is not None
-    if _is_usual(lse):  # then there is no NaN among the scores
-        return None if hides and _let_through(out) else (lse, Usual(hiding))
+    if looks.usual(lse):  # then there is no NaN among the scores
+        return None if hides and looks.let_through(out) else (lse, USUAL if hiding is None else Usual(hiding))
     sound = _has_no_zero(lse)
     if not sound and hiding is not None:
         lse = lse.masked_fill((hiding == -torch.inf).all(dim=-1), -torch.inf)
@@ -164,21 +226,20 @@ def _checked(
 
 
 def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[Tensor, ...] | None] | None:
-    """`(grad_out, grad_lse, operands, out, lse, kept) -> gradients` of a call that `plan_forward` serves, those of q, k
-    and v whether they are needed or not. None where `attention_backward` is to be asked."""
+    """`(grad_out, operands, out, lse, kept) -> gradients` of a call that `plan_forward` serves, and of whose LSE there
+    is none: those of q, k and v whether they are needed or not. None where `attention_backward` is to be asked."""
     part = _whole(spec, layouts)
     if part is None:
         return None
     causal = spec.causal and spec.queries > 1 if part.biased else part.causal
     scale, dtype = spec.scale, _dtype_of(spec)
+    looks = _Looks.at(spec, dtype)
 
     def backward(
-        grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, out: Tensor, lse: Tensor, kept: Kept
+        grad_out: Tensor, operands: Operands, out: Tensor, lse: Tensor, kept: Kept
     ) -> tuple[Tensor, ...] | None:
         (q, k, v, *_), (hiding,) = operands, kept
-        if type(kept) is not Usual or grad_out is None or grad_lse is not None:
-            return None
-        if not _rows_alone(q, k, v, out, grad_out):
+        if type(kept) is not Usual or not _rows_alone(q, k, v, out, grad_out):
             return None
         (first, last), within = (0, spec.keys), causal and hiding is None
         if part.biased and (hiding is None or hiding.shape[3] < last):
@@ -188,8 +249,7 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
         if dtype != spec.dtype:
             grad_out, q, k, v, out = [x.to(dtype) for x in (grad_out, q, k, v, out)]
         found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, within, attn_mask=hiding, scale=scale)
-        # Whatever comes through a hidden pair comes by the gradient of its score, and so into that of its query.
-        if (within or hiding is not None) and _has_nan(found[0]):
+        if (within or hiding is not None) and looks.nan_in_queries(found[0]):
             return None
         if dtype != spec.dtype:
             found = [grad.to(spec.dtype) for grad in found]
@@ -220,6 +280,7 @@ def _plan_masked(
     end off, if they are many."""
     by_keys = mask_sizes is not None and mask_sizes[1] == mask_sizes[2] == 1
     causal, scale, dtype = spec.causal and spec.queries > 1, spec.scale, _dtype_of(spec, lse_is_read)
+    looks = _Looks.at(spec, dtype)
 
     def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
         q, k, v, mask, *_ = operands
@@ -237,8 +298,10 @@ def _plan_masked(
         if dtype != spec.dtype:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         out, lse = FORWARD(q, k, v, 0.0, within, attn_mask=hiding, scale=scale)
-        found = _checked(spec, q, k, out, lse, within, hiding)
-        return otherwise(operands) if found is None else (out.to(spec.dtype), *found)
+        found = _checked(looks, spec, q, k, out, lse, within, hiding)
+        if found is None:
+            return otherwise(operands)
+        return out.to(spec.dtype) if dtype != spec.dtype else out, *found
 
     return forward
 
@@ -346,32 +409,6 @@ def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
 
 def _has_nan(tensor: Tensor) -> bool:
     return isnan(tensor.sum().item())
-
-
-def _let_through(out: Tensor) -> bool:
-    """Whether NaN came through hidden pairs into the `out (b, h, i, dv)` of a call whose LSE has none: then it came
-    from v, and the last row of each head has it too, or something infinite that it sees."""
-    (batch, heads, rows, width), (of_entry, of_head, of_row, _) = out.shape, out.stride()
-    if of_head == width:  # heads are neighbours
-        heads, width = 1, heads * width
-    if batch * heads > MOST_READS:
-        return _has_nan(out)
-    size, finite = out.element_size(), OF_FINITE[out.dtype]
-    last = out.data_ptr() + (rows - 1) * of_row * size
-    for entry in range(batch):
-        for head in range(heads):
-            read = string_at(last + (entry * of_entry + head * of_head) * size, width * size)
-            if read[HIGHEST % size :: size].translate(None, finite):
-                return _has_nan(out)
-    return False
-
-
-def _is_usual(lse: Tensor) -> bool:
-    """Whether each element is surely neither 0 nor infinite, and `_is_exact`: by its most significant byte, which takes
-    two thirds of the time that two of torch's operators need to start."""
-    size = lse.element_size()
-    read = string_at(lse.data_ptr(), lse.numel() * size)
-    return not read[HIGHEST % size :: size].translate(None, OF_USUAL[size])
 
 
 def _is_exact(lse: Tensor) -> bool:
@@ -524,7 +561,10 @@ def _cut_unless_1(tensor: Tensor, dim: int, within: Range) -> Tensor:
 
 def _rows_alone(*tensors: Tensor) -> bool:
     """Whether torch's kernel reads tensors as they are: it takes a row's elements for neighbours."""
-    return all([tensor.stride(-1) == 1 for tensor in tensors])
+    for tensor in tensors:  # noqa: SIM110  in half the time
+        if tensor.stride(-1) != 1:
+            return False
+    return True
 
 
 def _readable_rows(tensor: Tensor) -> Tensor:

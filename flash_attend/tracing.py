@@ -216,35 +216,40 @@ deterministic_algorithms = torch._C._get_deterministic_algorithms  # are they en
 class Guarded(Generic[_T]):
     """What was found for tensors, to be found again with tensors such as those, in one call instead of 35: of the same
     classes, dtypes, devices, sizes and strides, with a gradient or without, and where the same transforms, modes,
-    autocast and torch.jit.trace take part, and negated and zero tensors. Compilers, dual numbers, and whether gradients
-    are recorded are to be asked about beside it. It holds no tensor, and knows a few kinds of them.
+    autocast and torch.jit.trace take part, and negated and zero tensors; where gradients are recorded or not, and
+    algorithms are to be deterministic or not; never where there may be dual numbers. Compilers, and how float32 is
+    multiplied, are to be asked about beside it. It holds no tensor, and knows a few kinds of them.
 
-    That is what torch.compile checks inputs of its graphs by, and no public name gives it. Without it nothing is found.
+    That is what torch.compile checks inputs of its graphs by, and what torch is set to, and no public name gives it.
+    Without it nothing is found.
     """
 
     MOST = 4
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, Callable[..., bool], _T]] = []
+        self._found: list[tuple[int, Callable[[], bool], Callable[..., bool], _T]] = []
 
     def find(self, *tensors: Tensor) -> _T | None:
         """What was kept for such tensors, last where there are several; None where nothing was."""
-        for count, alike, found in self._found:
-            if count == len(tensors) and alike(*tensors):
+        if forward_ad._current_level >= 0:
+            return None
+        for count, as_set, alike, found in self._found:
+            if count == len(tensors) and as_set() and alike(*tensors):
                 return found
         return None
 
     def keep(self, found: _T, *tensors: Tensor) -> None:
         """For tensors of which none comes twice."""
         try:
-            from torch._C._dynamo.guards import TensorGuards
+            from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
             sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
             alike = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[arg-type]
-        except (ImportError, TypeError, SystemError):
+            as_set = GlobalStateGuard().check
+        except (ImportError, TypeError, SystemError, RuntimeError):
             return
         if alike(*tensors):
-            self._found = [(len(tensors), alike, found), *self._found[: self.MOST - 1]]
+            self._found = [(len(tensors), as_set, alike, found), *self._found[: self.MOST - 1]]
 
 
 def readable(*tensors: Tensor) -> bool:
