@@ -75,6 +75,8 @@ class Backend:
     # refuses, whose tangents are left to the einsum path.
     tangents_by: str = field(default="", repr=False)
     refuse_tangents: Refusal = field(default=lambda spec, target: "", repr=False)
+    # Why "auto" leaves a call to others that it could serve, by what needs a gradient; empty where it does not.
+    leave: Callable[[AttentionSpec, tuple[bool, ...]], str] = field(default=lambda spec, needed: "", repr=False)
     # What a run on a part has to have shown of it before "auto" takes it there.
     proof: Literal["none", "right", "faster"] = field(default="right", repr=False)
 
@@ -288,9 +290,12 @@ def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
         return reason
     if spec.dropout_p > 0:
         return "dropout is on"
-    if spec.head_dim != spec.value_dim:
-        return f"d = {spec.head_dim} and dv = {spec.value_dim} differ"
     return ""
+
+
+def _leave_sdpa(spec: AttentionSpec, needed: tuple[bool, ...]) -> str:
+    uneven = spec.head_dim != spec.value_dim and True in needed
+    return f"d = {spec.head_dim} and dv = {spec.value_dim} differ, and its backward is no faster then" if uneven else ""
 
 
 def _load_sdpa() -> Functions:
@@ -395,7 +400,13 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("hopper", _refuse_hopper, _refuse_fused_hopper, _load_hopper, tangents_by="triton", proof="faster"),
         Backend("triton", _refuse_triton, _refuse_fused, _load_triton, refuse_tangents=_refuse_tangents),
-        Backend("sdpa", _refuse_sdpa, None, _load_sdpa, usual_backward="torch", tangents_by="math", proof="none"),
+        Backend(
+            *("sdpa", _refuse_sdpa, None, _load_sdpa),
+            usual_backward="torch",
+            tangents_by="math",
+            leave=_leave_sdpa,
+            proof="none",
+        ),
         Backend("efficient", _refuse_efficient, None, _load_efficient, usual_backward="torch", tangents_by="math"),
         Backend("math", _refuse_nothing, None, _load_math, usual_backward="einsum", proof="none"),
     )

@@ -297,6 +297,8 @@ def _pass_over(backend: Backend, question: _Question) -> str:
     target = question.target
     if reason := backend.refuse(question.spec, target):
         return reason
+    if reason := backend.leave(question.spec, question.needed):
+        return f"{reason}; {BY_NAME}"
     if backend.proof == "none":
         return ""
     if backend.usual_backward == "torch":

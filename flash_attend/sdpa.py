@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_char
+from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import groupby
 from math import copysign, isnan
@@ -101,6 +102,9 @@ def _attend(operands: Operands, spec: AttentionSpec, *, lse_is_read: bool = True
         out, lse = attend_by_groups(partial(attention_forward, tiles=None), operands, spec)
         assert lse is not None
         return out.clone(), lse.clone(), NOTHING  # no views, as below
+    if spec.head_dim != spec.value_dim:
+        out, lse, kept = _attend(_evened(operands, spec), _even(spec), lse_is_read=lse_is_read)
+        return _cut_dims(out, spec.value_dim), lse, kept
     operands, spec = with_whole_mask(operands, spec)
     groups = split(operands.mask, spec)
     part = _only(groups, spec, lse_is_read)
@@ -117,6 +121,31 @@ def _attend(operands: Operands, spec: AttentionSpec, *, lse_is_read: bool = True
     return out.clone(), lse.clone(), NOTHING  # a view may not be changed in place by whoever is given it
 
 
+@lru_cache(maxsize=CALLS_KEPT)
+def _even(spec: AttentionSpec) -> AttentionSpec:
+    """That of `_evened` operands."""
+    width = max(spec.head_dim, spec.value_dim)
+    return replace(spec, head_dim=width, value_dim=width)
+
+
+def _evened(operands: Operands, spec: AttentionSpec) -> Operands:
+    """The same with as many dims of values as of queries and keys, for which alone torch has a kernel: zeros that fill
+    vectors up change no score, and give dims of out that are cut off."""
+    q, k, v, *others = operands
+    width = max(spec.head_dim, spec.value_dim)
+    return Operands(_filled_up(q, width), _filled_up(k, width), _filled_up(v, width), *others)
+
+
+def _filled_up(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[-1]
+    return torch.constant_pad_nd(tensor, (0, missing)) if missing else tensor
+
+
+def _cut_dims(tensor: Tensor, dims: int) -> Tensor:
+    """The first dims of vectors, in memory of their own."""
+    return tensor if tensor.shape[-1] == dims else tensor[..., :dims].contiguous()
+
+
 def plan_out(spec: AttentionSpec, layouts: Layouts) -> Callable[[Operands], tuple] | None:
     """`forward` of operands with these layouts, of which nobody reads the LSE; None where that takes as long."""
     if spec.sequences is not None or _multiplies(spec.dtype):
@@ -129,6 +158,8 @@ def plan_forward(
     spec: AttentionSpec, tiles: None, layouts: Layouts, *, lse_is_read: bool = True
 ) -> Callable[[Operands], tuple] | None:
     """`attention_forward` of operands with these layouts, where torch's kernel takes them as they are; else None."""
+    if spec.head_dim != spec.value_dim:
+        return _plan_evened(spec, layouts, lse_is_read)
     part = _whole(spec, layouts, lse_is_read)
     if part is None:
         return None
@@ -149,6 +180,24 @@ def plan_forward(
         return out.to(spec.dtype) if converted else out, *found
 
     return forward
+
+
+def _plan_evened(spec: AttentionSpec, layouts: Layouts, lse_is_read: bool) -> Callable[[Operands], tuple] | None:
+    even = plan_forward(_even(spec), None, _even_layouts(layouts, spec), lse_is_read=lse_is_read)
+    if even is None:
+        return None
+
+    def forward(operands: Operands) -> tuple[Tensor, Tensor, Kept]:
+        out, lse, kept = even(_evened(operands, spec))
+        return _cut_dims(out, spec.value_dim), lse, kept
+
+    return forward
+
+
+def _even_layouts(layouts: Layouts, spec: AttentionSpec) -> Layouts:
+    """Those of `_evened` operands, as far as `_whole` asks: the rows of what was filled up are neighbours."""
+    filled = ("q", "k") if spec.head_dim < spec.value_dim else ("v",)
+    return layouts._replace(**{name: (*getattr(layouts, name)[:3], 1) for name in filled})
 
 
 class _Looks(NamedTuple):
@@ -228,7 +277,7 @@ def _checked(
 def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[Tensor, ...] | None] | None:
     """`(grad_out, operands, out, lse, kept) -> gradients` of a call that `plan_forward` serves, and of whose LSE there
     is none: those of q, k and v whether they are needed or not. None where `attention_backward` is to be asked."""
-    part = _whole(spec, layouts)
+    part = _whole(spec, layouts) if spec.head_dim == spec.value_dim else None
     if part is None:
         return None
     causal = spec.causal and spec.queries > 1 if part.biased else part.causal
@@ -364,6 +413,8 @@ def _gradients_of(
     merged: Merged | None,
     hiding: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
+    if spec.head_dim != spec.value_dim:
+        return _gradients_evened(grad_out, grad_lse, operands, out, lse, spec, needed, merged, hiding)
     found: Any = None
     of_bias = spec.bias is not None and needed[3]
     if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
@@ -384,6 +435,27 @@ def _gradients_of(
         found = attention_reference_gradients(grad_out, grad_lse, operands, spec, merged)
     found = *found, *[None] * (len(needed) - len(found))
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
+
+
+def _gradients_evened(
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor,
+    spec: AttentionSpec,
+    needed: Sequence[bool],
+    merged: Merged | None,
+    hiding: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`_gradients_of` the call that `_evened` makes of one."""
+    width, even = max(spec.head_dim, spec.value_dim), _even(spec)
+    grad_out, out = None if grad_out is None else _filled_up(grad_out, width), _filled_up(out, width)
+    merged = None if merged is None else Merged(out, lse)
+    found = _gradients_of(grad_out, grad_lse, _evened(operands, spec), out, lse, even, needed, merged, hiding)
+    dims = spec.head_dim, spec.head_dim, spec.value_dim
+    of_qkv = [None if x is None else _cut_dims(x, n) for x, n in zip(found, dims, strict=False)]
+    return *of_qkv, *found[3:]
 
 
 def _only(groups: list[Group], spec: AttentionSpec, lse_is_read: bool = True) -> Part | None:

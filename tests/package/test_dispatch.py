@@ -97,7 +97,7 @@ def test_refusals(name: str) -> None:
     assert math == Verdict("math", True, True, "it needs no evidence")
     plan = choose(spec, target, knowledge=WON)
     assert chosen(spec, target, "math") == ("math", "einsum")
-    serves = next(verdict for verdict in (sdpa, efficient, math) if verdict.serves)
+    serves = next(verdict for verdict in (sdpa, efficient, math) if verdict.by_default)
     assert (plan.name, plan.backward) == (serves.backend, "einsum" if serves is math else "torch")
     assert plan.reason.startswith((f"hopper, triton: {reason}; ", f"hopper, triton, efficient: {reason}; "))
     assert plan.reason.endswith(f"; {serves.reason}")
@@ -106,7 +106,6 @@ def test_refusals(name: str) -> None:
 
 SDPA_REFUSALS = {
     "dropout": (replace(SPEC, dropout_p=0.1), CPU, "dropout is on"),
-    "dv": (replace(SPEC, value_dim=128), CPU, "d = 64 and dv = 128 differ"),
     "cuda": (SPEC, H100, "cuda tensors; it serves a CPU"),
     "mps": (SPEC, DeviceTarget("mps"), "mps tensors; it serves a CPU"),
 }
@@ -117,6 +116,18 @@ def test_what_torch_s_attention_does_not_serve(name: str) -> None:
     spec, target, reason = SDPA_REFUSALS[name]
     assert verdict_of("sdpa", spec, target, UNKNOWN) == Verdict("sdpa", False, False, reason)
     assert refusal(spec, target, "sdpa") == reason
+
+
+def test_torch_s_attention_takes_other_value_dims_without_gradients() -> None:
+    """Filled up with zeros; its backward would take longer than the einsum path's. Who names it gets it."""
+    spec = replace(SPEC, value_dim=128)
+    reason = "d = 64 and dv = 128 differ, and its backward is no faster then; ask for it by name"
+    assert verdict_of("sdpa", spec, CPU, UNKNOWN) == Verdict("sdpa", True, False, reason)
+    assert choose(spec, CPU, needed=(False, False, False)).name == choose(spec, CPU, "sdpa").name == "sdpa"
+    for needed in ((True, False, False), (False, False, True)):
+        plan = choose(spec, CPU, needed=needed)
+        assert plan.name == "math"
+        assert reason in plan.reason
 
 
 T4 = replace(H100, name="Tesla T4", capability=(7, 5))

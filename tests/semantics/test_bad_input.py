@@ -190,7 +190,7 @@ def test_a_wrong_kind_under_autocast_and_from_attend(name: str, backend: str) ->
 def test_tensors_of_every_class_are_read(backend: Backend, kind) -> None:
     good = {name: x.to(backend.device) for name, x in GOOD.items()}
     found = flash_attention(**{name: kind(good[name].clone()) for name in "qkv"}, mask=good["mask"])
-    assert torch.equal(found.detach().as_subclass(Tensor), flash_attention(**good))
+    torch.testing.assert_close(found.detach().as_subclass(Tensor), flash_attention(**good))  # which another may serve
 
 
 @pytest.mark.parametrize("name", ("q", "k"))

@@ -180,7 +180,15 @@ def guards() -> list[object]:
         found.append(guarded.find(X, X.clone()))
     with torch.inference_mode():
         found.append(guarded.find(X, torch.ones(2)))
-    return found
+    found.append(in_dual_level(lambda _: guarded.find(X, X.clone()))(X))
+    with torch.no_grad():
+        found.append(guarded.find(X, X.clone()))
+    torch.use_deterministic_algorithms(True)
+    try:
+        found.append(guarded.find(X, X.clone()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return [*found, guarded.find(X, X.clone())]
 
 
 def operators() -> list[object]:
@@ -233,7 +241,10 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
             True,
         ],
     ),
-    "torch._C._dynamo.guards.TensorGuards": (guards, ["found", None, None, *[None] * 8, *[None] * 5, None, None]),
+    "torch._C._dynamo.guards.TensorGuards, GlobalStateGuard": (
+        guards,
+        ["found", None, None, *[None] * 8, *[None] * 5, None, None, *[None] * 3, "found"],
+    ),
 }
 
 
