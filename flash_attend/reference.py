@@ -35,6 +35,7 @@ __all__ = [
     "bounded",
     "chunks_of",
     "cleared",
+    "future",
     "gathered",
     "gradient_of_bias",
     "keys_seen",
@@ -412,7 +413,12 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
     """
     begin, end = keys_seen(spec, first, last)
     q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end]
-    visible, dead = visible_pairs(operands.mask, spec, first, last, end, q.device, begin), hidden.rows
+    by_sums, hiding, dead = not guarded and readable(q), None, hidden.rows  # finite scores, and on a CPU
+    if by_sums and operands.mask is dead is None and spec.causal and spec.window == (None, None):
+        visible, late = None, end - 1 > first + spec.offset
+        hiding = future(spec, (first, last), (begin, end), q.dtype) if late else None
+    else:
+        visible = visible_pairs(operands.mask, spec, first, last, end, q.device, begin)
     if dead is not None and dead.shape[2] > 1:
         dead = dead[:, :, first:last]
     shown = visible if visible is None or dead is None else visible | dead
@@ -425,12 +431,12 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
         scores = bent * spec.softcap
     for term in _added(operands, spec, first, last):
         scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
-    if shown is not None and (visible is not None or not readable(scores)):
-        scores = torch.where(shown, scores, -torch.inf)
+    if shown is not None and by_sums:  # in a third of the time that a choice takes a CPU
+        hiding = 1 - as_numbers(shown, q.dtype).reciprocal()
     elif shown is not None:
-        # 1 - 1 / shown, 0 or -inf: finite scores are hidden by a sum in a third of the time that a choice takes a CPU.
-        hiding = as_numbers(shown, q.dtype).reciprocal().sub(1)
-        scores = scores.sub_(hiding) if _unwatched(scores) else scores - hiding
+        scores = torch.where(shown, scores, -torch.inf)
+    if hiding is not None:
+        scores = scores.add_(hiding) if _unwatched(scores) else scores + hiding
     if operands.sinks is not None:
         column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -502,6 +508,12 @@ def visible_pairs(
     if late and early:
         within = within & (ahead >= -left)  # type: ignore[operator]
     return within[None, None] if shown is None else shown & within
+
+
+def future(spec: AttentionSpec, rows: tuple[int, int], keys: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """What causality hides of a range of keys from a range of queries, `(1, 1, i, j)`, on a CPU: 0 or -inf."""
+    size = 1, 1, rows[1] - rows[0], keys[1] - keys[0]
+    return torch.full(size, -torch.inf, dtype=dtype, device="cpu").triu_(rows[0] + spec.offset + 1 - keys[0])
 
 
 def _dead_rows(

@@ -27,6 +27,7 @@ from flash_attend.reference import (
     attention_reference_gradients,
     bounded,
     cleared,
+    future,
     right_end,
     visible_pairs,
     with_whole_mask,
@@ -71,6 +72,7 @@ OF_INFINITY = {
     torch.float64: (torch.int64, -(2**52)),
 }
 FEW = 2**11  # elements, of which an operator takes no longer than to start it
+SOME = 2**16  # elements, of which one slow operator takes no longer than to start three
 FEWEST_PRODUCTS = 8 * ONE_CALL  # of a unit of work: what is smaller is not cut further
 
 
@@ -342,8 +344,8 @@ def _plan_masked(
         within = causal and shown and spec.queries == spec.keys == keys[1] - keys[0]
         hiding = None if shown or mask is None else _hiding(_cut(mask, 3, keys), spec.accumulator_dtype)
         if causal and not within:
-            future = _future(spec, (0, spec.queries), keys)
-            hiding = future if hiding is None else hiding + future
+            later = future(spec, (0, spec.queries), keys, spec.accumulator_dtype)
+            hiding = later if hiding is None else hiding + later
         if dtype != spec.dtype:
             q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         out, lse = FORWARD(q, k, v, 0.0, within, attn_mask=hiding, scale=scale)
@@ -353,13 +355,6 @@ def _plan_masked(
         return out.to(spec.dtype) if dtype != spec.dtype else out, *found
 
     return forward
-
-
-def _future(spec: AttentionSpec, rows: Range, keys: Range) -> Tensor:
-    """What causality hides of a range of keys from a range of queries, `(1, 1, i, j)`: 0 or -inf."""
-    size = 1, 1, rows[1] - rows[0], keys[1] - keys[0]
-    whole = torch.full(size, -torch.inf, dtype=spec.accumulator_dtype, device="cpu")
-    return whole.triu_(rows[0] + spec.offset + 1 - keys[0])
 
 
 def attention_backward(
@@ -573,7 +568,7 @@ class _Kernel:
 
     def _hiding(self, part: Part) -> Tensor | None:
         if self.mask is self.picked is None and self.spec.causal and self.spec.window == (None, None):
-            return _future(self.spec, part.rows, part.keys)
+            return future(self.spec, part.rows, part.keys, self.spec.accumulator_dtype)
         visible = self._visible(part)
         return None if visible is None else _hiding(visible, self.spec.accumulator_dtype)
 
@@ -604,7 +599,15 @@ def _hiding(visible: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.where(visible, *_shown_and_hidden(dtype))
     # No bit, or those of -inf of all bits: torch takes ten times as long to choose by bools, or to make floats of them.
     bits, of_infinity = OF_INFINITY[dtype]
+    if visible.numel() <= SOME:
+        return torch.add(_bits_of_infinity(dtype), visible.view(torch.int8), alpha=-of_infinity).view(dtype)
     return (visible.view(torch.int8) - 1).to(bits).bitwise_and_(of_infinity).view(dtype)
+
+
+@cache
+def _bits_of_infinity(dtype: torch.dtype) -> Tensor:
+    bits, of_infinity = OF_INFINITY[dtype]
+    return torch.tensor([of_infinity], dtype=bits, device="cpu")
 
 
 @cache
