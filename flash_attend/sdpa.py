@@ -212,7 +212,8 @@ class _Looks(NamedTuple):
     # Whether NaN came through hidden pairs into the `out` of such an LSE: then it came from v, and the last row of each
     # head has it too, or something infinite that it sees.
     let_through: Callable[[Tensor], bool]
-    # Whether NaN came through hidden pairs into the gradient of q: by that of a score, and so into all of a row.
+    # Whether NaN came through hidden pairs into the gradient of q: by that of a score, and so into all of a row, or by
+    # an infinite number in k, and so into the same dim of every row, the last among them.
     nan_in_queries: Callable[[Tensor], bool]
 
     @staticmethod
@@ -226,7 +227,7 @@ class _Looks(NamedTuple):
 
         @cache
         def last_rows(strides: tuple[int, ...]) -> tuple[Any, list[int]]:
-            """As bytes, and where they begin; of all heads at once where those are neighbours."""
+            """As bytes, and where they begin in `(b, h, i, d)`; of all heads at once where those are neighbours."""
             of_entry, of_head, of_row, _ = strides
             heads, width = spec.heads, spec.value_dim
             if of_head == width:
@@ -239,21 +240,25 @@ class _Looks(NamedTuple):
         def is_usual(lse: Tensor) -> bool:
             return not lse_bytes.from_address(lse.data_ptr())[of_number_first::of_number].translate(None, usual)
 
-        def let_through(out: Tensor) -> bool:
-            row_bytes, starts = last_rows(out.stride())
+        def are_last_rows_finite(tensor: Tensor) -> bool:
+            row_bytes, starts = last_rows(tensor.stride())
             if row_bytes is None:
-                return _has_nan(out)
-            first = out.data_ptr()
+                return False
+            first = tensor.data_ptr()
             for start in starts:
                 if row_bytes.from_address(first + start)[of_out_first::of_out].translate(None, finite):
-                    return _has_nan(out)
-            return False
+                    return False
+            return True
+
+        def let_through(out: Tensor) -> bool:
+            return not are_last_rows_finite(out) and _has_nan(out)
 
         def nan_in_queries(grad: Tensor) -> bool:
             if not grad.is_contiguous() and not grad.transpose(1, 2).is_contiguous():
                 return _has_nan(grad)
             firsts = grad_bytes.from_address(grad.data_ptr())[of_out_first :: spec.head_dim * of_out]
-            return bool(firsts.translate(None, finite)) and _has_nan(grad)
+            sound = not firsts.translate(None, finite) and are_last_rows_finite(grad)
+            return not sound and _has_nan(grad)
 
         return _Looks(is_usual, let_through, nan_in_queries)
 

@@ -24,9 +24,7 @@ __all__ = [
     "applied",
     "changes_of",
     "constant_when_compiled",
-    "deterministic_algorithms",
     "directly",
-    "dual_numbers",
     "exporting_to_onnx",
     "float32_products",
     "forward_mode",
@@ -205,14 +203,6 @@ def undisturbed(*tensors: Tensor | None) -> bool:
     )
 
 
-def dual_numbers() -> bool:
-    """Whether there may be some, of torch.autograd.forward_ad. No public function tells."""
-    return forward_ad._current_level >= 0
-
-
-deterministic_algorithms = torch._C._get_deterministic_algorithms  # are they enabled, in one call instead of two
-
-
 class Guarded(Generic[_T]):
     """What was found for tensors, to be found again with tensors such as those, in one call instead of 35: of the same
     classes, dtypes, devices, sizes and strides, with a gradient or without, and where the same transforms, modes,
@@ -233,9 +223,12 @@ class Guarded(Generic[_T]):
         """What was kept for such tensors, last where there are several; None where nothing was."""
         if forward_ad._current_level >= 0:
             return None
-        for count, as_set, alike, found in self._found:
-            if count == len(tensors) and as_set() and alike(*tensors):
-                return found
+        try:
+            for count, as_set, alike, found in self._found:
+                if count == len(tensors) and as_set() and alike(*tensors):
+                    return found
+        except RuntimeError:  # torch raises where it is set to what contradicts itself
+            pass
         return None
 
     def keep(self, found: _T, *tensors: Tensor) -> None:

@@ -283,6 +283,19 @@ def test_what_causality_hides_may_be_any_number(of: str, garbage: float, queries
         torch.testing.assert_close(getattr(found, name)[:, :, :40], getattr(clean, name)[:, :, :40])
 
 
+@pytest.mark.parametrize("queries", (50, 300))
+@pytest.mark.parametrize("mask", ("none", "pad_right", "b1ij"))
+def test_one_infinite_number_that_is_hidden(mask: str, queries: int) -> None:
+    """A score of -inf for whoever sees it, which no LSE tells; the gradient of q is 0 times it."""
+    call = make_call(replace(SMALL, queries=queries, keys=queries, causal=True, mask=mask), torch.float32, "cpu")
+    call = call.with_(q=torch.cat([call.q[..., :5], -call.q[..., 5:6].abs(), call.q[..., 6:]], dim=3))
+    spoilt = call.k.clone()
+    spoilt[0, 1, 40, 5] = torch.inf
+    found, clean = run(call.with_(k=spoilt), "sdpa"), run(call, "sdpa")
+    for name in ("out", "dq"):
+        torch.testing.assert_close(getattr(found, name)[:, :, :40], getattr(clean, name)[:, :, :40])
+
+
 @each_mask
 @causal_or_not
 def test_results_may_be_changed_in_place(mask: str, causal: bool) -> None:

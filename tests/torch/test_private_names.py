@@ -202,15 +202,6 @@ def operators() -> list[object]:
     return found
 
 
-def determinism() -> list[object]:
-    found = [tracing.deterministic_algorithms()]
-    torch.use_deterministic_algorithms(True)
-    try:
-        return [*found, tracing.deterministic_algorithms()]
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.fixture(autouse=True)
 def _nothing_compiled_before() -> Iterator[None]:
     torch._dynamo.reset()
@@ -229,7 +220,6 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
     "torch._C._get_fp32_precision_getter": (precisions, ["tf32", "ieee"]),
     "Tensor._is_zerotensor": (zeros, [True, False, True]),
-    "torch._C._get_deterministic_algorithms": (determinism, [False, True]),
     "torch.ops.aten._efficient_attention_forward, _backward": (
         operators,
         [
