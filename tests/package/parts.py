@@ -21,7 +21,18 @@ from flash_attend.target import DeviceTarget
 from flash_attend.tracing import constant_when_compiled
 from flash_attend.variant import ALL, Kind, Variant
 
-__all__ = ["CPU", "FAULTS", "PART", "VARIANT", "answer", "forget", "serve_as_triton", "store", "with_fault"]
+__all__ = [
+    "CPU",
+    "FAULTS",
+    "PART",
+    "VARIANT",
+    "answer",
+    "forget",
+    "leave_out_torchs",
+    "serve_as_triton",
+    "store",
+    "with_fault",
+]
 
 CPU = torch.device("cpu")
 PART = DeviceTarget("cuda", "a part", (8, 0), 166912, 108, "3.7.1", device=CPU)
@@ -57,9 +68,14 @@ def with_fault(fault: str, where: str = "forward") -> Functions:
 def serve_as_triton(functions: Functions, setattr: Callable = setattr, setitem: Callable = operator.setitem) -> None:
     """From now on these are what serves as `triton` on the part, where everything lies, beside the einsum path."""
     setitem(BACKENDS, "triton", replace(BACKENDS["triton"], load=lambda: functions))
-    setitem(BACKENDS, "efficient", replace(BACKENDS["efficient"], refuse=lambda spec, target: "it is not here"))
+    leave_out_torchs(setitem)
     setattr(backends, "_try_import", lambda name: "")
     setattr(DeviceTarget, "of", staticmethod(constant_when_compiled(lambda device: PART)))
+
+
+def leave_out_torchs(setitem: Callable = operator.setitem) -> None:
+    """From now on what our kernels do not serve on the part is the einsum path's."""
+    setitem(BACKENDS, "efficient", replace(BACKENDS["efficient"], refuse=lambda spec, target: "it is not here"))
 
 
 def forget() -> None:
