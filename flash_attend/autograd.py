@@ -87,11 +87,12 @@ def _attend_by_einsum(
 
 def attend_by_operators(
     operands: Operands, spec: AttentionSpec, plan: Plan, *, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor | tuple[Tensor, Tensor]:
     """The same by operators, for tensors that know nothing else and for compilers, which would make of the einsum
     path's loop over chunks as many graphs as there are lengths."""
     if plan.backward == "einsum" and exporting_to_onnx():
-        return attention_reference(operands, spec, return_lse=return_lse, guard=False)
+        out, lse = attention_reference(operands, spec, return_lse=return_lse, guard=False)
+        return out if lse is None else (out, lse)
     compiled = torch.compiler.is_compiling()
     if not compiled:
         operands = operands._replace(
@@ -106,7 +107,7 @@ def attend_by_operators(
         out, *others = _transformable(numbers, options, *present)
     else:
         out, *others = ops.FORWARD(present, numbers, options)
-    return out, others[0] if others else None
+    return (out, others[0]) if return_lse else out
 
 
 def _savable(tensor: Tensor | None) -> Tensor | None:

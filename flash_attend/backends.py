@@ -283,6 +283,10 @@ def _load_hopper() -> Functions:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _no_tiles(spec: AttentionSpec, target: DeviceTarget, backward: BackwardName) -> None:
+    """Those of what runs no kernel of ours."""
+
+
 def _refuse_sdpa(spec: AttentionSpec, target: DeviceTarget) -> str:
     if target.device_type != "cpu":
         return f"{target.device_type} tensors; it serves a CPU"
@@ -301,8 +305,7 @@ def _leave_sdpa(spec: AttentionSpec, needed: tuple[bool, ...]) -> str:
 def _load_sdpa() -> Functions:
     from flash_attend import sdpa
 
-    no_tiles = lambda spec, target, backward: None  # noqa: E731
-    functions = sdpa.attention_forward, sdpa.attention_backward, no_tiles, sdpa.backward_of_part, sdpa.plan_forward
+    functions = sdpa.attention_forward, sdpa.attention_backward, _no_tiles, sdpa.backward_of_part, sdpa.plan_forward
     return Functions(*functions, plan_out=sdpa.plan_out, plan_backward=sdpa.plan_backward)
 
 
@@ -320,7 +323,7 @@ def _refuse_efficient(spec: AttentionSpec, target: DeviceTarget) -> str:
     rocm, name = target.capability is None, str(spec.dtype).removeprefix("torch.")
     if spec.dtype == torch.float64:
         return f"{name} tensors"
-    if spec.dtype == torch.bfloat16 and target.capability is not None and target.capability < OLDEST_CAPABILITY:
+    if spec.dtype == torch.bfloat16 and not (rocm or has_kernels(target)):
         return f"{name} needs compute capability {'.'.join(map(str, OLDEST_CAPABILITY))}"
     if spec.deterministic and rocm:
         return "deterministic gradients are asked for, which ROCm's build does not promise"
@@ -339,8 +342,7 @@ def _refuse_efficient(spec: AttentionSpec, target: DeviceTarget) -> str:
 def _load_efficient() -> Functions:
     from flash_attend import efficient
 
-    no_tiles = lambda spec, target, backward: None  # noqa: E731
-    return Functions(efficient.attention_forward, efficient.attention_backward, no_tiles, efficient.backward_of_part)
+    return Functions(efficient.attention_forward, efficient.attention_backward, _no_tiles, efficient.backward_of_part)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -353,8 +355,7 @@ def _refuse_nothing(spec: AttentionSpec, target: DeviceTarget) -> str:
 
 
 def _load_math() -> Functions:
-    no_tiles = lambda spec, target, backward: None  # noqa: E731
-    return Functions(_einsum_forward, _einsum_backward, no_tiles, _einsum_backward_of_part, tangents=_einsum_tangents)
+    return Functions(_einsum_forward, _einsum_backward, _no_tiles, _einsum_backward_of_part, tangents=_einsum_tangents)
 
 
 def _einsum_forward(operands: Operands, spec: AttentionSpec, tiles: None) -> tuple[Tensor, Tensor | None, tuple[()]]:

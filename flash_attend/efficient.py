@@ -95,41 +95,23 @@ def attention_backward(
     spec: AttentionSpec,
     tiles: None,
     needed: Sequence[bool],
+    merged: Merged | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of q, k and v; None where `needed` says so. The operator knows no gradient of an LSE: that goes by
-    the einsum path."""
-    return _gradients(grad_out, grad_lse, operands, out, lse, spec, needed, None)
-
-
-def backward_of_part(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    operands: Operands,
-    out: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-    tiles: None,
-    needed: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The same where the keys are a part of those that `out` and `lse` are over."""
-    return _gradients(grad_out, grad_lse, operands, out, lse, spec, needed, Merged(out, lse))
-
-
-def _gradients(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    operands: Operands,
-    out: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-    needed: Sequence[bool],
-    merged: Merged | None,
-) -> tuple[Tensor | None, ...]:
+    the einsum path, which has to be told where `out` and `lse` are `merged`."""
     if grad_out is None or grad_lse is not None:
         found = attention_reference_gradients(grad_out, grad_lse, operands, spec, merged)
     else:
         found = _by_the_operator(grad_out, operands, out, lse, spec)
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
+
+
+def backward_of_part(
+    grad_out: Tensor | None, grad_lse: Tensor | None, operands: Operands, out: Tensor, lse: Tensor,
+    spec: AttentionSpec, tiles: None, needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """The same where the keys are a part of those that `out` and `lse` are over."""
+    return attention_backward(grad_out, grad_lse, operands, out, lse, None, spec, tiles, needed, Merged(out, lse))
 
 
 def _by_the_operator(

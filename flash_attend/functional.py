@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -197,20 +197,17 @@ def attend_given(
         target = DeviceTarget.of_any_length(device)
         plan = choose(spec, target, backend, needed_of(given), tangents=tangents_of(given))
         seed = draw_seed(device) if spec.dropout_p > 0 else None
-        out, lse = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
+        found = attend_by_operators(operands._replace(seed=seed), spec, plan, return_lse=return_lse)
     else:
         call = plan_call(given, backend=backend, tangents=tangents_of(given), **options)
         operands, plan = call.operands(given), call.plan
         if forward_mode() or (plan.backward != "einsum" and watched()):
-            out, lse = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
+            found = attend_by_operators(operands, call.spec, plan, return_lse=return_lse)
         else:
             found = attend(operands, call, return_lse=return_lse)
-            if plan.warning:
-                warn_once(plan.warning)
-            return found
     if plan.warning:
         warn_once(plan.warning)
-    return (out, cast(Tensor, lse)) if return_lse else out
+    return found
 
 
 def tangents_of(given: Operands) -> tuple[bool, ...]:

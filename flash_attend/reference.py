@@ -413,7 +413,8 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
     """
     begin, end = keys_seen(spec, first, last)
     q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end]
-    by_sums, hiding, dead = not guarded and readable(q), None, hidden.rows  # finite scores, and on a CPU
+    hiding, dead = None, hidden.rows
+    by_sums = (operands.mask is not None or spec.banded) and not guarded and readable(q)  # finite scores, on a CPU
     if by_sums and operands.mask is dead is None and spec.causal and spec.window == (None, None):
         visible, late = None, end - 1 > first + spec.offset
         hiding = future(spec, (first, last), (begin, end), q.dtype) if late else None

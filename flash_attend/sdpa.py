@@ -414,7 +414,15 @@ def _gradients_of(
     hiding: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     if spec.head_dim != spec.value_dim:
-        return _gradients_evened(grad_out, grad_lse, operands, out, lse, spec, needed, merged, hiding)
+        width = max(spec.head_dim, spec.value_dim)
+        even_out = _filled_up(out, width)
+        even_grad = None if grad_out is None else _filled_up(grad_out, width)
+        even_merged = None if merged is None else Merged(even_out, lse)
+        even = even_grad, grad_lse, _evened(operands, spec), even_out, lse, _even(spec), needed, even_merged, hiding
+        of_even = _gradients_of(*even)
+        dims = spec.head_dim, spec.head_dim, spec.value_dim
+        of_qkv = [None if x is None else _cut_dims(x, n) for x, n in zip(of_even, dims, strict=False)]
+        return *of_qkv, *of_even[3:]
     found: Any = None
     of_bias = spec.bias is not None and needed[3]
     if grad_out is not None and grad_lse is None and not of_bias and _is_exact(lse):
@@ -435,27 +443,6 @@ def _gradients_of(
         found = attention_reference_gradients(grad_out, grad_lse, operands, spec, merged)
     found = *found, *[None] * (len(needed) - len(found))
     return tuple([grad if need else None for grad, need in zip(found, needed, strict=True)])
-
-
-def _gradients_evened(
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    operands: Operands,
-    out: Tensor,
-    lse: Tensor,
-    spec: AttentionSpec,
-    needed: Sequence[bool],
-    merged: Merged | None,
-    hiding: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """`_gradients_of` the call that `_evened` makes of one."""
-    width, even = max(spec.head_dim, spec.value_dim), _even(spec)
-    grad_out, out = None if grad_out is None else _filled_up(grad_out, width), _filled_up(out, width)
-    merged = None if merged is None else Merged(out, lse)
-    found = _gradients_of(grad_out, grad_lse, _evened(operands, spec), out, lse, even, needed, merged, hiding)
-    dims = spec.head_dim, spec.head_dim, spec.value_dim
-    of_qkv = [None if x is None else _cut_dims(x, n) for x, n in zip(found, dims, strict=False)]
-    return *of_qkv, *found[3:]
 
 
 def _only(groups: list[Group], spec: AttentionSpec, lse_is_read: bool = True) -> Part | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import efficient_kernel
 from efficient_kernel import PART, played
-from flash_attend import efficient, explain, flash_attention
+from flash_attend import efficient, evidence, explain, flash_attention
 from flash_attend.check import check as check_variant
 from flash_attend.evidence import Store, _store
 from flash_attend.target import DeviceTarget
@@ -112,8 +113,10 @@ def test_a_checked_variant_is_kept_until_what_it_is_given_changes(monkeypatch: p
     assert check_variant(variant, HERE).right
     _store.cache_clear()
     assert Store.of(HERE).finding(variant) is not None
-    monkeypatch.setattr("flash_attend.evidence._digest_of_kernels", lambda: "others")
-    monkeypatch.setattr("flash_attend.evidence._part_of", lambda target: dict(name="another", kernels="others"))
+    read, digest = Path.read_bytes, evidence._digest_of_kernels.__wrapped__
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == "efficient.py"))
+    monkeypatch.setattr(evidence, "_digest_of_kernels", digest)
+    monkeypatch.setattr(evidence, "_part_of", evidence._part_of.__wrapped__)
     _store.cache_clear()
     assert Store.of(HERE).finding(variant) is None
 
@@ -197,12 +200,12 @@ def test_results_may_be_changed_in_place(case: Case) -> None:
         torch.testing.assert_close(result, before + 1)
 
 
-def test_compiled(case: Case = CASES[2]) -> None:
+def test_compiled() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     attend = torch.compile(flash_attention, backend=counter, fullgraph=True)
     for queries in (40, 50, 70):
-        call = make_call(replace(case, queries=queries), torch.float32, "cpu")
+        call = make_call(replace(CASES[2], queries=queries), torch.float32, "cpu")
         check(run(call, "efficient", attend=attend), call)
     assert counter.frame_count <= 2
     torch._dynamo.reset()
