@@ -88,12 +88,12 @@ def keep_mask(
         return torch.empty(shape, dtype=torch.bool, device=seed.device)
     of_query, of_key = spec.origin or (0, 0)
     first_query, last_query = first_query + of_query, last_query + of_query
-    entries = torch.arange(spec.batch, device=seed.device) if entries is None else entries
-    if readable(seed, entries):
+    if readable(seed) and (entries is None or readable(entries)):
         from flash_attend.dropout_cpu import keep_mask_on_cpu  # imports numpy
 
         return keep_mask_on_cpu(seed, spec, (first_query, last_query), (of_key, of_key + last_key), entries)
     threshold = keep_threshold(spec.dropout_p)
+    entries = torch.arange(spec.batch, device=seed.device) if entries is None else entries
     batch = entries[:, None, None, None]
     head = torch.arange(spec.heads, device=seed.device)[:, None, None]
     start_key = of_key - of_key % BLOCK

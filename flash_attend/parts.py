@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attend.reference import keys_seen, right_end, visible_pairs
+from flash_attend.reference import visible_pairs
 from flash_attend.spec import CALLS_KEPT, AttentionSpec
 
 __all__ = ["Group", "Part", "Range", "is_small", "keys_worth", "split", "whole_and_masked"]
@@ -144,9 +144,9 @@ def _runs_of_rows(first: int, last: int) -> Iterator[Range]:
 
 def _banded(keys: Range, spec: AttentionSpec, rows: Range) -> Iterator[Part]:
     """The parts of runs of queries, each with those keys of a range that any of them may see."""
-    (left, _), right = spec.window, right_end(spec)
+    (left, _), right = spec.window, spec.right_end
     for first, last in _runs_of_rows(*rows):
-        seen = keys_seen(spec, first, last)
+        seen = spec.keys_seen(first, last)
         begin, end = max(seen[0], keys[0]), min(seen[1], keys[1])
         late = right is not None and end - 1 > first + spec.offset + right
         early = left is not None and begin < last - 1 + spec.offset - left
@@ -243,7 +243,7 @@ def _of_picked(picked: Tensor, spec: AttentionSpec) -> Iterator[Part]:
     place, (left, _), right = (
         torch.arange(spec.queries, device=picked.device) + spec.offset,
         spec.window,
-        right_end(spec),
+        spec.right_end,
     )
     begins = [0] * spec.queries if left is None else torch.searchsorted(picked, place - left).tolist()
     all_seen = [picked.numel()] * spec.queries
@@ -347,7 +347,7 @@ def _by_rows(mask: Tensor, spec: AttentionSpec) -> list[Group]:
     together = []
     whole = mask.shape[2] == 1 and not spec.banded and not spec.alibi
     for rows in [(0, spec.queries)] if whole else _runs_of_rows(0, spec.queries):
-        begin, end = keys_seen(spec, *rows)
+        begin, end = spec.keys_seen(*rows)
         visible = visible_pairs(mask, spec, *rows, end, mask.device, begin)
         assert visible is not None
         pairs = visible.flatten(1, 2).view(torch.uint8)  # of whose elements the largest is found 20 times sooner

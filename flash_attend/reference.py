@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import reduce
 from torch import Tensor
@@ -20,7 +21,7 @@ from flash_attend.dropout import keep_mask
 from flash_attend.operands import Operands
 from flash_attend.segments import attend_by_groups, gradients_by_groups
 from flash_attend.spec import AttentionSpec, MaskKind, describe
-from flash_attend.tracing import has_autocast, known, readable, transformed
+from flash_attend.tracing import has_autocast, known, lazy, readable, transformed
 from flash_attend.visible import contract, pairs
 
 __all__ = [
@@ -38,12 +39,10 @@ __all__ = [
     "future",
     "gathered",
     "gradient_of_bias",
-    "keys_seen",
     "needs_guard",
     "no_autocast",
     "prepared",
     "products",
-    "right_end",
     "scores_of",
     "visible_pairs",
     "weighted",
@@ -77,16 +76,25 @@ def attention_reference(
         return out, lse
     chunks, recompute = chunks_of(spec)
     operands, spec, hidden = prepared(operands, spec, chunks)
-    guarded = guard and needs_guard(spec, operands)
+    given = [x for x in operands if x is not None]
+    differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in given])
+    # All that a hidden pair lets into a result is NaN: without a backward, a look at that is enough.
+    looked_at = guard and not differentiated and readable(*given)
+    guarded = guard and not looked_at and needs_guard(spec, operands)
 
     attend = _attend
     # Transforms of torch.func refuse the hooks that a checkpoint works by: under them the weights are held after all.
-    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
     if recompute and differentiated and not transformed():
         attend = functools.partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-    with no_autocast(operands.q.device):
+
+    def computed(guarded: bool) -> Tensor:
         parts = [attend(operands, hidden, spec, guarded, first, last, return_lse) for first, last in chunks]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    with no_autocast(operands.q.device):
+        out = computed(guarded)
+        if looked_at and hides_in_part(spec, operands.bias) and out[..., : spec.value_dim].sum().isnan():
+            out = computed(True)
     if not return_lse:
         return out.to(spec.dtype), None
     out, lse = out[..., : spec.value_dim], out[..., spec.value_dim]
@@ -145,7 +153,7 @@ class Gradients:
 
     def add(self, first: int, last: int, *parts: Tensor | None) -> None:
         """The parts that the queries from `first` to `last` give, those of k and v for the keys that they may see."""
-        begin, end = keys_seen(self.spec, first, last)
+        begin, end = self.spec.keys_seen(first, last)
         rest = (0, 0, begin, self.spec.keys - end)
         by_queries = self.operands.bias is not None and self.operands.bias.shape[2] > 1
         for held, part, name in zip(self.parts, parts, ("q", "k", "v", "bias", "sinks"), strict=True):
@@ -172,7 +180,7 @@ class Gradients:
 def chunks_of(spec: AttentionSpec, *, small: bool = False) -> tuple[list[tuple[int, int]], bool]:
     """The ranges of queries that are computed at once, and whether there are too many scores to hold them all. Ranges
     are no larger then than those that a CPU's allocator reuses, if they are to be `small`."""
-    if _symbolic(spec):
+    if spec.symbolic:
         return [(0, spec.queries)], False
     span = _span(spec)
     # A chunk of as many queries as one of them sees keys computes at most twice the scores that it needs.
@@ -184,30 +192,10 @@ def chunks_of(spec: AttentionSpec, *, small: bool = False) -> tuple[list[tuple[i
     return [(first, min(first + rows, spec.queries)) for first in range(0, max(1, spec.queries), rows)], too_many
 
 
-def _symbolic(spec: AttentionSpec) -> bool:
-    """Whether lengths are a tracer's symbols, of which nothing may be asked that does not hold for all lengths."""
-    return not all(type(size) is int for size in (spec.batch, spec.queries, spec.keys))
-
-
-def right_end(spec: AttentionSpec) -> int | None:
-    """How many keys behind its own a query sees at most; None for all of them."""
-    return 0 if spec.causal else spec.window[1]
-
-
 def _span(spec: AttentionSpec) -> int:
     """How many keys a window shows to a query at most."""
-    left, right = spec.window[0], right_end(spec)
+    left, right = spec.window[0], spec.right_end
     return spec.keys if left is None or right is None else min(spec.keys, left + 1 + right)
-
-
-def keys_seen(spec: AttentionSpec, first: int, last: int) -> tuple[int, int]:
-    """The range of keys beyond which causality and the window hide all from the queries from `first` to `last`."""
-    if _symbolic(spec):
-        return 0, spec.keys
-    left, right = spec.window[0], right_end(spec)
-    end = spec.keys if right is None else min(max(last + spec.offset + right, 0), spec.keys)
-    begin = 0 if left is None else min(max(first + spec.offset - left, 0), end)
-    return begin, end
 
 
 class Hidden(NamedTuple):
@@ -224,8 +212,10 @@ def prepared(
     bias does."""
     operands, spec = with_whole_mask(operands, spec)
     operands, hidden = cleared(operands, spec, chunks)
-    q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in operands[:3])
-    return operands._replace(q=q, k=k, v=v), spec, hidden
+    if spec.dtype != spec.accumulator_dtype:
+        q, k, v = (tensor.to(spec.accumulator_dtype) for tensor in operands[:3])
+        operands = operands._replace(q=q, k=k, v=v)
+    return operands, spec, hidden
 
 
 def with_whole_mask(operands: Operands, spec: AttentionSpec) -> tuple[Operands, AttentionSpec]:
@@ -250,6 +240,8 @@ def cleared(
     q, k, v, mask, *_ = operands
     chunks = chunks_of(spec)[0] if chunks is None else chunks
     hidden = Hidden(_dead_rows(mask, spec, chunks, q.device), _unread_keys(mask, spec, chunks, q.device))
+    if hidden.rows is hidden.keys is None:
+        return operands, hidden
     if hidden.rows is not None:
         q = q.masked_fill(hidden.rows, 0.0)
     if hidden.keys is not None:
@@ -264,27 +256,42 @@ def needs_guard(spec: AttentionSpec, operands: Operands, *grads: Tensor) -> bool
     pairs of keys and queries which others see is guarded.
     """
     bias, slopes = operands.bias, operands.alibi_slopes
-    partly_hidden = (
+    others = [*grads, *(x for x in (bias, slopes) if x is not None)]
+    hides = hides_in_part(spec, bias)
+    if not hides or not readable(*operands[:3], *others):
+        return hides
+    if slopes is not None:
+        others[-1] = slopes.to(spec.accumulator_dtype) * max(spec.queries, spec.keys)  # the largest distance
+    return not bounded(spec, *operands[:3], *others)
+
+
+def hides_in_part(spec: AttentionSpec, bias: Tensor | None) -> bool:
+    """Whether pairs may be hidden of a key and a query which others see."""
+    return (
         (spec.causal and spec.queries > 1)
         or spec.window != (None, None)
         or (bias is not None and spec.mask != MaskKind.NONE)
         or spec.mask == MaskKind.DENSE
         or (spec.mask == MaskKind.KEY and spec.mask_per_head and spec.group > 1)
     )
-    others = [*grads, *(x for x in (bias, slopes) if x is not None)]
-    if not partly_hidden or not readable(*operands[:3], *others):
-        return partly_hidden
-    if slopes is not None:
-        others[-1] = slopes.to(spec.accumulator_dtype) * max(spec.queries, spec.keys)  # the largest distance
-    return not bounded(spec, *operands[:3], *others)
 
 
 def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
     """Whether the tensors are without NaN and infinity, and so small that no score can be infinite. Reads them."""
-    with torch.no_grad():
-        norms = [torch.linalg.vector_norm(x, dtype=spec.accumulator_dtype).item() for x in (q, k, *others)]
+    norms = [_norm(x, spec.accumulator_dtype) for x in (q, k, *others)]
     largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
     return largest < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
+
+
+def _norm(tensor: Tensor, dtype: torch.dtype) -> float:
+    """The root of a tensor's sum of squares; infinite where those are too large for its dtype. A scalar product of
+    numpy's starts in a third of the time that torch's norm takes to."""
+    dense = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.transpose(1, 2).is_contiguous())
+    if not dense or tensor.dtype != dtype or lazy(tensor):
+        return torch.linalg.vector_norm(tensor.detach(), dtype=dtype).item()
+    flat = tensor.detach().numpy().ravel(order="K")
+    with np.errstate(all="ignore"):
+        return float(flat.dot(flat)) ** 0.5
 
 
 def _attend(
@@ -296,15 +303,15 @@ def _attend(
     both: what a chunk computes again for one that nobody differentiates would stay, and add up over the chunks.
     """
     scores, _, _, visible, dead = scores_of(operands, hidden, spec, guarded, first, last)
-    begin, end = keys_seen(spec, first, last)
+    begin, end = spec.keys_seen(first, last)
 
-    weights = scores.softmax(dim=-1)[..., : end - begin]
+    weights = cut(scores.softmax(dim=-1), 3, (0, end - begin))
     if spec.dropout_p > 0:
         assert operands.seed is not None
         kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
         factor = as_numbers(kept, weights.dtype)
         weights = weights.mul_(factor) if _unwatched(weights) else weights * factor
-    out = weighted(weights, operands.v[:, :, begin:end], visible)
+    out = weighted(weights, cut(operands.v, 2, (begin, end)), visible)
     if spec.dropout_p > 0:
         out = out / (1 - spec.dropout_p)
 
@@ -332,7 +339,7 @@ def _differentiate(
     """What the queries from `first` to `last` give to the gradients: their own, those of the keys they may see, and in
     the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
     scores, bent, seen, visible, dead = scores_of(operands, hidden, spec, guarded, first, last)
-    begin, end = keys_seen(spec, first, last)
+    begin, end = spec.keys_seen(first, last)
     q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
     grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
 
@@ -389,7 +396,7 @@ def gradient_of_bias(
 def as_numbers(chosen: Tensor, dtype: torch.dtype) -> Tensor:
     """1 where it is True, else 0. On a CPU torch takes five times as long to make floats of bools as of integers, and
     ten times as long to multiply by bools."""
-    return (chosen.to(torch.int8) if chosen.device.type == "cpu" else chosen).to(dtype)
+    return (chosen.view(torch.int8) if chosen.device.type == "cpu" else chosen).to(dtype)
 
 
 def _unwatched(tensor: Tensor) -> bool:
@@ -411,13 +418,14 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
     They are -inf where a pair is hidden, and finite in dead rows: of -inf alone a softmax makes NaN, which a gradient
     of zero would carry on into the keys.
     """
-    begin, end = keys_seen(spec, first, last)
-    q, k = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end]
-    hiding, dead = None, hidden.rows
+    begin, end = spec.keys_seen(first, last)
+    q, k = cut(operands.q, 2, (first, last)) * spec.scale, cut(operands.k, 2, (begin, end))
+    hiding, later, dead = None, None, hidden.rows
     by_sums = (operands.mask is not None or spec.banded) and not guarded and readable(q)  # finite scores, on a CPU
     if by_sums and operands.mask is dead is None and spec.causal and spec.window == (None, None):
         visible, late = None, end - 1 > first + spec.offset
         hiding = future(spec, (first, last), (begin, end), q.dtype) if late else None
+        later = hiding if spec.softcap else None
     else:
         visible = visible_pairs(operands.mask, spec, first, last, end, q.device, begin)
     if dead is not None and dead.shape[2] > 1:
@@ -426,18 +434,18 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
     visible = grouped = visible if guarded else None
     if visible is not None and spec.group > 1:
         grouped = _grouped(visible.expand(*q.shape[:3], end - begin), spec.kv_heads)
-    scores, bent = products(q, k, grouped), None
+    scores, bent = products(q, k, grouped, hiding if later is None else None), None
     if spec.softcap:
         bent = torch.tanh(scores / spec.softcap)
         scores = bent * spec.softcap
     for term in _added(operands, spec, first, last):
         scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
     if shown is not None and by_sums:  # in a third of the time that a choice takes a CPU
-        hiding = 1 - as_numbers(shown, q.dtype).reciprocal()
+        later = 1 - as_numbers(shown, q.dtype).reciprocal()
     elif shown is not None:
         scores = torch.where(shown, scores, -torch.inf)
-    if hiding is not None:
-        scores = scores.add_(hiding) if _unwatched(scores) else scores + hiding
+    if later is not None:
+        scores = scores.add_(later) if _unwatched(scores) else scores + later
     if operands.sinks is not None:
         column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -446,7 +454,7 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
 
 def _added(operands: Operands, spec: AttentionSpec, first: int, last: int) -> Iterator[Tensor]:
     """What is added to the scores of a chunk's queries with the keys that any of them may see."""
-    (begin, end), bias, slopes = keys_seen(spec, first, last), operands.bias, operands.alibi_slopes
+    (begin, end), bias, slopes = spec.keys_seen(first, last), operands.bias, operands.alibi_slopes
     if bias is not None:
         yield bias_of_chunk(bias, spec, first, last)
     if slopes is not None:
@@ -457,33 +465,50 @@ def _added(operands: Operands, spec: AttentionSpec, first: int, last: int) -> It
 
 def bias_of_chunk(bias: Tensor, spec: AttentionSpec, first: int, last: int) -> Tensor:
     """What a bias has for a chunk's queries and the keys that any of them may see."""
-    begin, end = keys_seen(spec, first, last)
+    begin, end = spec.keys_seen(first, last)
     bias = bias if bias.shape[2] == 1 else bias[:, :, first:last]
     return (bias if bias.shape[3] == 1 else bias[..., begin:end]).to(spec.accumulator_dtype)
+
+
+def cut(tensor: Tensor, dim: int, within: tuple[int, int]) -> Tensor:
+    """A range of a dimension: the tensor itself where that is all of it, which saves several microseconds."""
+    first, last = within
+    return tensor if known(last - first == tensor.shape[dim]) else tensor.narrow(dim, first, last - first)
 
 
 # Products of query heads with the key/value heads that they read. Where `visible`, `(b, hk, g i, j)`, says which pairs
 # to take, the others are left out whatever they hold.
 
 
-def products(x: Tensor, y: Tensor, visible: Tensor | None = None) -> Tensor:
-    """`(b, h, i, c), (b, hk, j, c) -> (b, h, i, j)`: each row of x with each of y."""
-    grouped = _grouped(x, y.shape[1])
-    found = grouped @ y.mT if visible is None else pairs(grouped, y, visible)
-    return found.view(*x.shape[:3], y.shape[2])
+def products(x: Tensor, y: Tensor, visible: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    """`(b, h, i, c), (b, hk, j, c) -> (b, h, i, j)`: each row of x with each of y. What is `added` to all heads alike,
+    `(1, 1, i, j)`, costs no operator of its own."""
+    _, kv_heads, keys, _ = y.shape
+    if visible is not None:
+        return pairs(_grouped(x, kv_heads), y, visible).view(*x.shape[:3], keys)
+    rows, columns = _as_matrices(x, kv_heads), _as_matrices(y, kv_heads).mT
+    if added is None:
+        return torch.bmm(rows, columns).view(*x.shape[:3], keys)
+    once = added[0].expand(_group(x, kv_heads), -1, -1).reshape(1, rows.shape[1], keys)
+    return torch.baddbmm(once, rows, columns).view(*x.shape[:3], keys)
 
 
 def weighted(weights: Tensor, y: Tensor, visible: Tensor | None) -> Tensor:
     """`(b, h, i, j), (b, hk, j, c) -> (b, h, i, c)`: the sums of y's rows by their weights."""
-    grouped = _grouped(weights, y.shape[1])
-    found = grouped @ y if visible is None else contract(grouped, y, visible)
+    kv_heads = y.shape[1]
+    if visible is not None:
+        found = contract(_grouped(weights, kv_heads), y, visible)
+    else:
+        found = torch.bmm(_as_matrices(weights, kv_heads), _as_matrices(y, kv_heads))
     return found.view(*weights.shape[:3], y.shape[3])
 
 
 def gathered(weights: Tensor, x: Tensor, visible: Tensor | None, kv_heads: int) -> Tensor:
     """`(b, h, i, j), (b, h, i, c) -> (b, hk, j, c)`: the sums over the queries, and over the heads of a group."""
-    weights, x = _grouped(weights, kv_heads).mT, _grouped(x, kv_heads)
-    return weights @ x if visible is None else contract(weights, x, visible.mT)
+    if visible is not None:
+        return contract(_grouped(weights, kv_heads).mT, _grouped(x, kv_heads), visible.mT)
+    found = torch.bmm(_as_matrices(weights, kv_heads).mT, _as_matrices(x, kv_heads))
+    return found.view(x.shape[0], kv_heads, *found.shape[1:])
 
 
 def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -492,13 +517,23 @@ def _grouped(tensor: Tensor, kv_heads: int) -> Tensor:
     return tensor if heads == kv_heads else tensor.reshape(batch, kv_heads, heads // kv_heads * rows, width)
 
 
+def _as_matrices(tensor: Tensor, kv_heads: int) -> Tensor:
+    """The same without a dimension of its own for the batch: `(b hk, g i, c)`."""
+    batch, _, rows, width = tensor.shape
+    return tensor.reshape(batch * kv_heads, _group(tensor, kv_heads) * rows, width)
+
+
+def _group(tensor: Tensor, kv_heads: int) -> int:
+    return 1 if tensor.shape[1] == kv_heads else tensor.shape[1] // kv_heads
+
+
 def visible_pairs(
     mask: Tensor | None, spec: AttentionSpec, first: int, last: int, end: int, device: torch.device, begin: int = 0
 ) -> Tensor | None:
     """Which of the keys from `begin` to `end` each query sees, bool `(b|1, h|1, i|1, end - begin)`; None where it is
     all of them."""
     shown = None if mask is None else (mask if mask.shape[2] == 1 else mask[:, :, first:last])[..., begin:end]
-    left, right = spec.window[0], right_end(spec)
+    left, right = spec.window[0], spec.right_end
     late = right is not None and not known(end <= first + spec.offset + right + 1)
     early = left is not None and not known(begin >= last - 1 + spec.offset - left)
     if not (late or early):
@@ -526,7 +561,7 @@ def _dead_rows(
     if mask is not None and mask.shape[2] != 1:
         seen = [visible_pairs(mask, spec, *chunk, spec.keys, device) for chunk in chunks]
         return ~torch.cat([part.any(dim=-1, keepdim=True) for part in seen if part is not None], dim=2)
-    left, right = spec.window[0], right_end(spec)
+    left, right = spec.window[0], spec.right_end
     if mask is None:
         if right is None or known(spec.offset + right >= 0):
             return None
@@ -565,6 +600,6 @@ def _unread_keys(
 
 def no_autocast(device: torch.device) -> torch.autocast | nullcontext:
     """Within this context autocast, which would take products to half precision, does not."""
-    if has_autocast(device.type):
+    if has_autocast(device.type) and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -28,7 +28,6 @@ from flash_attend.reference import (
     bounded,
     cleared,
     future,
-    right_end,
     visible_pairs,
     with_whole_mask,
 )
@@ -568,7 +567,7 @@ class _Kernel:
         """The visible pairs, `(b|1, h|1, i|1, j)`; None where it is all of them."""
         if self.picked is None:
             return visible_pairs(self.mask, self.spec, *part.rows, part.keys[1], self.q.device, part.keys[0])
-        (left, _), right = self.spec.window, right_end(self.spec)
+        (left, _), right = self.spec.window, self.spec.right_end
         if left is right is None:
             return None
         ahead = self._ahead(part)[None, None]

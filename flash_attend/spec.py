@@ -147,6 +147,25 @@ class AttentionSpec:
         return self.causal or self.window != (None, None)
 
     @property
+    def right_end(self) -> int | None:
+        """How many keys behind its own a query sees at most; None for all of them."""
+        return 0 if self.causal else self.window[1]
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether lengths are a tracer's symbols, of which nothing may be asked that does not hold for all lengths."""
+        return not (type(self.batch) is type(self.queries) is type(self.keys) is int)
+
+    def keys_seen(self, first: int, last: int) -> tuple[int, int]:
+        """The range of keys beyond which causality and the window hide all from the queries from `first` to `last`."""
+        if self.symbolic:
+            return 0, self.keys
+        left, right = self.window[0], self.right_end
+        end = self.keys if right is None else min(max(last + self.offset + right, 0), self.keys)
+        begin = 0 if left is None else min(max(first + self.offset - left, 0), end)
+        return begin, end
+
+    @property
     def accumulator_dtype(self) -> torch.dtype:
         """The dtype of the softmax statistics, of the LSE and of every sum."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -30,7 +30,6 @@ from flash_attend.reference import (
     chunks_of,
     gathered,
     gradient_of_bias,
-    keys_seen,
     needs_guard,
     no_autocast,
     prepared,
@@ -149,7 +148,7 @@ class _Chunk(NamedTuple):
     @staticmethod
     def of(call: _Call, first: int, last: int) -> _Chunk:
         operands, tangents, spec, hidden, guarded = call
-        begin, end = keys_seen(spec, first, last)
+        begin, end = spec.keys_seen(first, last)
         q, k, v = operands.q[:, :, first:last], operands.k[:, :, begin:end], operands.v[:, :, begin:end]
         of_q = None if tangents.q is None else tangents.q[:, :, first:last]
         of_k, of_v = (None if x is None else x[:, :, begin:end] for x in (tangents.k, tangents.v))
@@ -274,7 +273,7 @@ def _of_added(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a bias and of sinks, or of the tangents of both, as far as there are `given`, from those of
     scores."""
-    (begin, _), keys, by_bias = keys_seen(call.spec, first, last), chunk.k.shape[2], None
+    (begin, _), keys, by_bias = call.spec.keys_seen(first, last), chunk.k.shape[2], None
     if given.bias is not None:
         by_bias = gradient_of_bias(by_scores[..., :keys], chunk.scores.visible, given.bias, begin, call.spec)
     return by_bias, None if given.sinks is None else by_scores[..., -1].sum(dim=(0, 2))

@@ -247,9 +247,12 @@ class Guarded(Generic[_T]):
 
 def readable(*tensors: Tensor) -> bool:
     """Whether the values of tensors can be looked at, and without waiting for a device."""
-    if watched() or traced(*tensors) or mapped(*tensors):
+    if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)) or watched():
         return False
-    return all(tensor.device.type == "cpu" for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110  as in `lazy`
+        if not tensor.is_cpu or is_legacy_batchedtensor(tensor):
+            return False
+    return True
 
 
 def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:

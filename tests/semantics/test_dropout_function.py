@@ -80,14 +80,13 @@ def test_the_mask_equals_the_definition(seed, on_cpu, monkeypatch):
 
 @pytest.mark.parametrize("on_cpu", [True, False], ids=("numpy", "torch"))
 @pytest.mark.parametrize("piece", [1, 500, 2**40])
-def test_neither_the_range_nor_the_piece_nor_the_threads_change_what_is_kept(piece, on_cpu, monkeypatch):
+def test_neither_the_range_nor_the_piece_changes_what_is_kept(piece, on_cpu, monkeypatch):
     spec = make_spec(batch=2, heads=2, queries=75, keys=45)
     seed = make_seed(11)
     whole = keep_mask(seed, spec, 0, 75)
     monkeypatch.setattr(dropout, "readable", lambda *tensors: on_cpu)
     monkeypatch.setattr(dropout, "LARGEST_PIECE", piece)
     monkeypatch.setattr(dropout_cpu, "PIECE", piece)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for first, last in ((0, 75), (0, 1), (5, 6), (7, 40), (16, 48), (31, 75), (33, 33), (0, 0)):
         assert torch.equal(keep_mask(seed, spec, first, last), whole[:, :, first:last])
         for keys in (0, 1, 15, 16, 44):
@@ -102,6 +101,27 @@ def test_a_part_of_longer_sequences_keeps_what_the_whole_does(origin):
     for first, last in ((0, 14), (3, 10), (8, 9)):
         found = keep_mask(seed, part, first, last, 14)
         assert torch.equal(found, whole[:, :, query + first : query + last, key : key + 14])
+
+
+@pytest.mark.parametrize("origin", [None, (37, 24)])
+@pytest.mark.parametrize("piece", [1, 3000, 2**40])
+@pytest.mark.parametrize(
+    ("causal", "left", "right"), [(True, None, None), (True, 20, None), (False, 0, 3), (False, None, 17)]
+)
+def test_what_is_kept_of_visible_weights_is_what_a_call_keeps_that_hides_nothing(
+    causal, left, right, piece, origin, monkeypatch
+):
+    """On a CPU little is computed of the others."""
+    monkeypatch.setattr(dropout_cpu, "PIECE", piece)
+    seed = make_seed(11)
+    for queries, keys in ((75, 45), (45, 75), (60, 60)):
+        plain = replace(make_spec(batch=2, heads=2, queries=queries, keys=keys), origin=origin)
+        ahead = torch.arange(keys) - torch.arange(queries)[:, None] - (keys - queries)
+        visible = ahead <= (0 if causal else keys if right is None else right)
+        visible &= ahead >= (-keys - queries if left is None else -left)
+        for first, last in ((0, queries), (7, 40)):
+            found = keep_mask(seed, replace(plain, causal=causal, window=(left, right)), first, last)
+            assert torch.equal(found & visible[first:last], keep_mask(seed, plain, first, last) & visible[first:last])
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])
