@@ -80,8 +80,6 @@ def _attend_by_einsum(
     operands: Operands, spec: AttentionSpec, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor | None]:
     out, lse = attention_reference(operands, spec, return_lse=return_lse)
-    if out.requires_grad and not watched():
-        out, lse = _keep_eagerly(out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -178,24 +176,7 @@ def _needed(ctx: Any) -> tuple[bool, ...]:
     return *ctx.needs_input_grad[:3], *ctx.needs_input_grad[4:]
 
 
-class Kept(torch.autograd.Function):
-    """`(out, lse) -> (out, lse)` of the einsum path, kept for the backward as those of the kernels are: whoever changes
-    them in place is told then, as with torch's own attention."""
-
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        kept = out.clone(), None if lse is None else lse.clone()
-        ctx.save_for_backward(*kept)
-        ctx.set_materialize_grads(False)
-        return kept
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors  # raises where they were changed
-        return grads
-
-
-_attend_eagerly, _keep_eagerly = directly(Attention), directly(Kept)
+_attend_eagerly = directly(Attention)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -109,11 +109,17 @@ def test_entries_that_are_mapped_over_are_calls_of_their_own(backend: Backend) -
 
 
 def test_results_may_be_changed_in_place() -> None:
+    """As `test_gradients.py` has it."""
     for backend in ("math", "sdpa"):
         q, k, v = inputs_of()
         v = k if backend == "sdpa" else v
         out, lse = flash_attention_packed(q, k, v, PLACES, PLACES, 4, 4, return_lse=True, backend=backend)
+        if backend == "math":
+            (expected,) = torch.autograd.grad(2 * out.sum(), q, retain_graph=True)
         out.mul_(2.0)
         lse.add_(1.0)
+        if backend == "math":
+            torch.testing.assert_close(torch.autograd.grad(out.sum(), q), (expected,))
+            continue
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             out.sum().backward()
