@@ -247,9 +247,9 @@ OF_PROCESS = Path("/proc/self/status")
 
 @pytest.mark.skipif(not OF_PROCESS.exists(), reason="reads the peak memory of a process from Linux's /proc")
 def test_a_process_needs_no_array_of_all_scores():
-    """The scores of two heads of 8192 x 8192 are 512 MB an array, and a backward without chunks holds four of them."""
-    run = subprocess.run([sys.executable, "-c", MEMORY, "8192"], check=True, capture_output=True, text=True)
-    assert int(run.stdout) < 1.25 * 2**30
+    """The scores of two heads of 6144 x 6144 are 288 MB an array, and a backward without chunks holds four of them."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, "6144"], check=True, capture_output=True, text=True)
+    assert int(run.stdout) < 2**30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
