@@ -36,6 +36,7 @@ __all__ = [
     "bounded",
     "chunks_of",
     "cleared",
+    "cut",
     "future",
     "gathered",
     "gradient_of_bias",
@@ -340,8 +341,9 @@ def _differentiate(
     the accumulator dtype those of the bias and of the sinks, `(b|1, h|1, i'|1, j|1)` and `(h,)`."""
     scores, bent, seen, visible, dead = scores_of(operands, hidden, spec, guarded, first, last)
     begin, end = spec.keys_seen(first, last)
-    q, k, v = operands.q[:, :, first:last] * spec.scale, operands.k[:, :, begin:end], operands.v[:, :, begin:end]
-    grad_out, grad_lse = grad_out[:, :, first:last], grad_lse[:, :, first:last, None]
+    q = cut(operands.q, 2, (first, last)) * spec.scale
+    k, v = cut(operands.k, 2, (begin, end)), cut(operands.v, 2, (begin, end))
+    grad_out, grad_lse = cut(grad_out, 2, (first, last)), cut(grad_lse, 2, (first, last))[..., None]
 
     if merged is None:
         all_weights = scores.softmax(dim=-1)
@@ -420,12 +422,11 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
     """
     begin, end = spec.keys_seen(first, last)
     q, k = cut(operands.q, 2, (first, last)) * spec.scale, cut(operands.k, 2, (begin, end))
-    hiding, later, dead = None, None, hidden.rows
+    hiding, dead = None, hidden.rows
     by_sums = (operands.mask is not None or spec.banded) and not guarded and readable(q)  # finite scores, on a CPU
     if by_sums and operands.mask is dead is None and spec.causal and spec.window == (None, None):
         visible, late = None, end - 1 > first + spec.offset
         hiding = future(spec, (first, last), (begin, end), q.dtype) if late else None
-        later = hiding if spec.softcap else None
     else:
         visible = visible_pairs(operands.mask, spec, first, last, end, q.device, begin)
     if dead is not None and dead.shape[2] > 1:
@@ -434,18 +435,19 @@ def scores_of(operands: Operands, hidden: Hidden, spec: AttentionSpec, guarded: 
     visible = grouped = visible if guarded else None
     if visible is not None and spec.group > 1:
         grouped = _grouped(visible.expand(*q.shape[:3], end - begin), spec.kv_heads)
-    scores, bent = products(q, k, grouped, hiding if later is None else None), None
+    within_products = None if spec.softcap else hiding
+    scores, bent = products(q, k, grouped, within_products), None
     if spec.softcap:
         bent = torch.tanh(scores / spec.softcap)
         scores = bent * spec.softcap
     for term in _added(operands, spec, first, last):
         scores = scores + (term if visible is None else torch.where(visible, term, 0.0))
     if shown is not None and by_sums:  # in a third of the time that a choice takes a CPU
-        later = 1 - as_numbers(shown, q.dtype).reciprocal()
+        hiding = 1 - as_numbers(shown, q.dtype).reciprocal()
     elif shown is not None:
         scores = torch.where(shown, scores, -torch.inf)
-    if later is not None:
-        scores = scores.add_(later) if _unwatched(scores) else scores + later
+    if hiding is not None and hiding is not within_products:
+        scores = scores.add_(hiding) if _unwatched(scores) else scores + hiding
     if operands.sinks is not None:
         column = operands.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
@@ -599,7 +601,8 @@ def _unread_keys(
 
 
 def no_autocast(device: torch.device) -> torch.autocast | nullcontext:
-    """Within this context autocast, which would take products to half precision, does not."""
+    """Within this context autocast, which would take products to half precision, does not. Where it is off, nothing is
+    to be done, which takes less time than two operators."""
     if has_autocast(device.type) and (torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

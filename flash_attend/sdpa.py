@@ -27,6 +27,7 @@ from flash_attend.reference import (
     attention_reference_gradients,
     bounded,
     cleared,
+    cut,
     future,
     visible_pairs,
     with_whole_mask,
@@ -300,7 +301,7 @@ def plan_backward(spec: AttentionSpec, layouts: Layouts) -> Callable[..., tuple[
         if part.biased and (hiding is None or hiding.shape[3] < last):
             assert operands.mask is not None
             (first, last), _ = keys_worth(operands.mask, spec)
-            k, v = _cut(k, 2, (first, last)), _cut(v, 2, (first, last))
+            k, v = cut(k, 2, (first, last)), cut(v, 2, (first, last))
         if dtype != spec.dtype:
             grad_out, q, k, v, out = [x.to(dtype) for x in (grad_out, q, k, v, out)]
         found = BACKWARD(grad_out, q, k, v, out, lse, 0.0, within, attn_mask=hiding, scale=scale)
@@ -344,9 +345,9 @@ def _plan_masked(
             keys, shown = keys_worth(mask, spec)  # type: ignore[arg-type]
         if keys[1] == 0:
             return otherwise(operands)
-        k, v = _cut(k, 2, keys), _cut(v, 2, keys)
+        k, v = cut(k, 2, keys), cut(v, 2, keys)
         within = causal and shown and spec.queries == spec.keys == keys[1] - keys[0]
-        hiding = None if shown or mask is None else _hiding(_cut(mask, 3, keys), spec.accumulator_dtype)
+        hiding = None if shown or mask is None else _hiding(cut(mask, 3, keys), spec.accumulator_dtype)
         if causal and not within:
             later = future(spec, (0, spec.queries), keys, spec.accumulator_dtype)
             hiding = later if hiding is None else hiding + later
@@ -489,7 +490,7 @@ class _Unit(NamedTuple):
 
     def cut_keys(self, tensor: Tensor) -> Tensor:
         """What a unit takes of a tensor `(b, hk, ...)`."""
-        return _cut(_cut(tensor, 0, self.entries), 1, self.kv_heads)
+        return cut(cut(tensor, 0, self.entries), 1, self.kv_heads)
 
 
 class _Kernel:
@@ -536,7 +537,7 @@ class _Kernel:
         return (grads[0] if self.factor == 1 else grads[0] * self.factor), grads[1], grads[2]
 
     def _cut(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
-        return _cut(self.q, 2, part.rows), _cut(self.k, 2, part.keys), _cut(self.v, 2, part.keys)
+        return cut(self.q, 2, part.rows), cut(self.k, 2, part.keys), cut(self.v, 2, part.keys)
 
     def _bias(self, part: Part) -> tuple[Tensor | None, Tensor | None]:
         """What is added to the scores, `(b, h, i, j)` by strides, and of that what hides pairs, 0 or -inf,
@@ -578,8 +579,8 @@ class _Kernel:
         """The bias and ALiBi, `(b|1, h|1, i|1, j|1)`."""
         dtype = self.spec.accumulator_dtype
         if self.bias is not None:
-            bias = self.bias if self.bias.shape[2] == 1 else _cut(self.bias, 2, part.rows)
-            yield (bias if bias.shape[3] == 1 else _cut(bias, 3, part.keys)).to(dtype)
+            bias = self.bias if self.bias.shape[2] == 1 else cut(self.bias, 2, part.rows)
+            yield (bias if bias.shape[3] == 1 else cut(bias, 3, part.keys)).to(dtype)
         if self.slopes is not None:
             yield -self.slopes.to(dtype)[..., None, None] * self._ahead(part).abs()
 
@@ -611,18 +612,12 @@ def _spread(grad: Tensor, keys: Range, like: Tensor) -> Tensor:
     if grad.shape == like.shape:
         return grad
     whole = _zeros_like(like)
-    _cut(whole, 2, keys).copy_(grad)
+    cut(whole, 2, keys).copy_(grad)
     return whole
 
 
-def _cut(tensor: Tensor, dim: int, within: Range) -> Tensor:
-    """A range of a dimension: the tensor itself where that is all of it, which saves several microseconds."""
-    first, last = within
-    return tensor if last - first == tensor.shape[dim] else tensor.narrow(dim, first, last - first)
-
-
 def _cut_unless_1(tensor: Tensor, dim: int, within: Range) -> Tensor:
-    return tensor if tensor.shape[dim] == 1 else _cut(tensor, dim, within)
+    return tensor if tensor.shape[dim] == 1 else cut(tensor, dim, within)
 
 
 def _rows_alone(*tensors: Tensor) -> bool:
@@ -662,7 +657,7 @@ def _forward(
             if out is None or lse is None:
                 out, lse = _of_dead_rows(operands.q, spec)
             for whole, piece in zip((out, lse), found, strict=True):
-                _cut(unit.cut(whole), 2, rows).copy_(piece)
+                cut(unit.cut(whole), 2, rows).copy_(piece)
             del found, piece  # before the next one is computed
         del kernel
     return _of_dead_rows(operands.q, spec) if out is None or lse is None else (out, lse)
@@ -706,9 +701,9 @@ def _backward(
             if of_unit.shape == whole.shape:  # it is the whole
                 continue
             if whole is grads[0]:
-                _cut(unit.cut(whole), 2, rows).copy_(of_unit)
+                cut(unit.cut(whole), 2, rows).copy_(of_unit)
             elif kernel.picked is None:
-                _cut(unit.cut_keys(whole), 2, keys).copy_(of_unit)
+                cut(unit.cut_keys(whole), 2, keys).copy_(of_unit)
             else:
                 unit.cut_keys(whole).index_copy_(2, kernel.picked[slice(*keys)], of_unit.to(whole.dtype))
         del kernel, found, of_rows, of_unit
@@ -724,12 +719,12 @@ def _gradients(kernel: _Kernel, parts: list[Part], of_rows: list[Tensor]) -> tup
     """Those of the queries and keys of a group, by its `grad_out`, `out` and `lse`, and in which ranges they are."""
     sums: tuple[Tensor, ...] = ()
     for part in parts:
-        found = kernel.backward(part, *[_cut(tensor, 2, part.rows) for tensor in of_rows])
+        found = kernel.backward(part, *[cut(tensor, 2, part.rows) for tensor in of_rows])
         if len(parts) == 1:
             return found, part.rows, part.keys
         sums = sums or tuple(map(_zeros_like, (kernel.q, kernel.k, kernel.v)))
         for total, of_part, within in zip(sums, found, (part.rows, part.keys, part.keys), strict=True):
-            _cut(total, 2, within).add_(of_part)
+            cut(total, 2, within).add_(of_part)
     return sums, (0, kernel.q.shape[2]), (0, kernel.k.shape[2])
 
 
