@@ -310,7 +310,7 @@ def _attend(
     if spec.dropout_p > 0:
         assert operands.seed is not None
         kept = keep_mask(operands.seed, spec, first, last, end, operands.entries)[..., begin:]
-        factor = as_numbers(kept, weights.dtype)
+        factor = _as_integers(kept)
         weights = weights.mul_(factor) if _unwatched(weights) else weights * factor
     out = weighted(weights, cut(operands.v, 2, (begin, end)), visible)
     if spec.dropout_p > 0:
@@ -396,9 +396,14 @@ def gradient_of_bias(
 
 
 def as_numbers(chosen: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 where it is True, else 0. On a CPU torch takes five times as long to make floats of bools as of integers, and
-    ten times as long to multiply by bools."""
-    return (chosen.view(torch.int8) if chosen.device.type == "cpu" else chosen).to(dtype)
+    """1 where it is True, else 0."""
+    return _as_integers(chosen).to(dtype)
+
+
+def _as_integers(chosen: Tensor) -> Tensor:
+    """The same as the integers that they are in memory. On a CPU torch takes five times as long to make floats of bools
+    as of those, and ten times as long to multiply by bools."""
+    return chosen.view(torch.int8) if chosen.device.type == "cpu" else chosen
 
 
 def _unwatched(tensor: Tensor) -> bool:
