@@ -286,13 +286,12 @@ def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
 
 def _norm(tensor: Tensor, dtype: torch.dtype) -> float:
     """The root of a tensor's sum of squares; infinite where those are too large for its dtype. A scalar product of
-    numpy's starts in a third of the time that torch's norm takes to."""
+    numpy's starts in a third of the time that torch's norm takes to, and this one warns of no overflow."""
     dense = tensor.is_contiguous() or (tensor.ndim == 4 and tensor.transpose(1, 2).is_contiguous())
     if not dense or tensor.dtype != dtype or lazy(tensor):
         return torch.linalg.vector_norm(tensor.detach(), dtype=dtype).item()
     flat = tensor.detach().numpy().ravel(order="K")
-    with np.errstate(all="ignore"):
-        return float(flat.dot(flat)) ** 0.5
+    return float(np.vdot(flat, flat)) ** 0.5
 
 
 def _attend(

@@ -37,6 +37,16 @@ def test_a_hidden_score_does_not_compete(backend: Backend, seen: float, hidden: 
         assert grad_v.isfinite().all()
 
 
+@pytest.mark.parametrize("value", [1e30, torch.inf, torch.nan])
+@pytest.mark.filterwarnings("error")
+def test_looking_at_numbers_whose_squares_overflow_warns_of_nothing(value: float) -> None:
+    k = torch.ones(1, 1, 4, 8)
+    k[..., 3, :] = value
+    leaves = [x.requires_grad_() for x in (torch.ones(1, 1, 4, 8), k, torch.ones(1, 1, 4, 8))]
+    out = flash_attention(*leaves, causal=True, backend="math")
+    torch.testing.assert_close(out[:, :, :3], torch.ones(1, 1, 3, 8))
+
+
 @each_backend
 def test_a_row_that_sees_only_minus_infinity_is_not_dead(backend: Backend) -> None:
     """As a softmax of -inf alone it is NaN; a row that sees another key too has nothing of the former."""
