@@ -80,7 +80,7 @@ def keep_mask(
     `seed` is the int64 `(1,)` tensor of `draw_seed`; on a GPU it is never read on the host. The positions need not be
     multiples of anything, and the range does not change what is kept. `last_key` (default `spec.keys`) leaves out the
     keys from there on. All of them are counted from `spec.origin`. `entries` (int64, `(b,)`) are the batch entries' own
-    numbers, default 0 to b - 1.
+    numbers, default 0 to b - 1. What causality and the window hide may be False unasked.
     """
     last_key = spec.keys if last_key is None else last_key
     shape = (spec.batch, spec.heads, last_query - first_query, last_key)
@@ -89,7 +89,7 @@ def keep_mask(
     of_query, of_key = spec.origin or (0, 0)
     first_query, last_query = first_query + of_query, last_query + of_query
     if readable(seed) and (entries is None or readable(entries)):
-        from flash_attend.dropout_cpu import keep_mask_on_cpu  # imports numpy
+        from flash_attend.dropout_cpu import keep_mask_on_cpu  # which imports this
 
         return keep_mask_on_cpu(seed, spec, (first_query, last_query), (of_key, of_key + last_key), entries)
     threshold = keep_threshold(spec.dropout_p)
