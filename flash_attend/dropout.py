@@ -107,13 +107,8 @@ def keep_mask(
         query = _shared_positions(first, min(first + step, last_query), seed.device)[:, None]
         words = philox(seed, (query, key, head, batch))
         kept = torch.stack([word >= threshold for word in words])
-        # Eight neighbouring keys, which stay together, as one number: there is an eighth as much to move.
-        moved = rearrange(
-            kept.view(torch.int64),
-            "(query_bit key_bit) b h (i x) j -> b h (i query_bit x) (j key_bit)",
-            query_bit=2, x=SHARED_BIT,
-        )  # fmt: skip
-        pieces.append(moved.view(torch.bool))
+        moved = "(query_bit key_bit) b h (i x) (j y) -> b h (i query_bit x) (j key_bit y)"
+        pieces.append(rearrange(kept, moved, query_bit=2, x=SHARED_BIT, y=SHARED_BIT))
     rows, keys = (
         slice(first_query - start, last_query - start),
         slice(of_key - start_key, of_key - start_key + last_key),

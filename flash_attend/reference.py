@@ -400,9 +400,12 @@ def as_numbers(chosen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _as_integers(chosen: Tensor) -> Tensor:
-    """The same as the integers that they are in memory. On a CPU torch takes five times as long to make floats of bools
-    as of those, and ten times as long to multiply by bools."""
-    return chosen.view(torch.int8) if chosen.device.type == "cpu" else chosen
+    """The same as integers: those that they are in memory, but for torch.vmap, which cannot read them in the oldest
+    torch. On a CPU torch takes five times as long to make floats of bools as of those, and ten times as long to
+    multiply by bools."""
+    if readable(chosen):
+        return chosen.view(torch.int8)
+    return chosen.to(torch.int8) if chosen.device.type == "cpu" else chosen
 
 
 def _unwatched(tensor: Tensor) -> bool:

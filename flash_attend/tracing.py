@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 __all__ = [
@@ -262,7 +264,14 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if not (transformed() and torch._C._dispatch_tls_is_dispatch_key_excluded(front)):
         return function.apply(*arguments)
     with enable_single_level_autograd_function():
-        return directly(function)(*arguments)
+        return _of_one_level(function).apply(*arguments)  # type: ignore[attr-defined]
+
+
+@cache
+def _of_one_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
+    """The same without a look for transforms: what torch.func itself makes of a function for one of its levels."""
+    rules = {name: staticmethod(getattr(function, name)) for name in ("forward", "setup_context", "backward", "jvp")}
+    return type(function.__name__, (_SingleLevelFunction,), rules)
 
 
 def directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:

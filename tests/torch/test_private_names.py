@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -119,6 +120,28 @@ def direct_calls() -> list[object]:
     return torch.autograd.grad(tracing.directly(Double)(x, 3.0).sum(), x)[0].tolist()
 
 
+def one_level() -> list[object]:
+    """A function of the same rules that looks for no transform."""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.factor = 2.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factor
+
+    x, looked = X.clone().requires_grad_(), []
+    with mock.patch.object(torch._C, "_are_functorch_transforms_active", lambda: looked.append(True) or False):
+        found = torch.autograd.grad(tracing._of_one_level(Double).apply(x).sum(), x)[0].tolist()
+    return [*found, *looked]
+
+
 def mapped() -> list[object]:
     found = []
 
@@ -218,6 +241,7 @@ RELIED_ON: dict[str, tuple[Callable[[], list], list]] = {
     "torch._C._functorch.is_legacy_batchedtensor": (mapped, [False, True]),
     "the attribute _dynamo_marked_constant": (constants, [2.0, 2.0]),
     "the apply that torch.autograd.Function inherits": (direct_calls, [3.0, 3.0]),
+    "torch.autograd.function._SingleLevelFunction": (one_level, [2.0, 2.0]),
     "torch._C._get_fp32_precision_getter": (precisions, ["tf32", "ieee"]),
     "Tensor._is_zerotensor": (zeros, [True, False, True]),
     "torch.ops.aten._efficient_attention_forward, _backward": (
