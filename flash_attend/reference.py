@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
+from math import isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = [
     "future",
     "gathered",
     "gradient_of_bias",
+    "has_nan",
     "needs_guard",
     "no_autocast",
     "prepared",
@@ -94,7 +96,7 @@ def attention_reference(
 
     with no_autocast(operands.q.device):
         out = computed(guarded)
-        if looked_at and hides_in_part(spec, operands.bias) and out[..., : spec.value_dim].sum().isnan():
+        if looked_at and hides_in_part(spec, operands.bias) and has_nan(out[..., : spec.value_dim]):
             out = computed(True)
     if not return_lse:
         return out.to(spec.dtype), None
@@ -282,6 +284,11 @@ def bounded(spec: AttentionSpec, q: Tensor, k: Tensor, *others: Tensor) -> bool:
     norms = [_norm(x, spec.accumulator_dtype) for x in (q, k, *others)]
     largest = norms[0] * norms[1] * abs(spec.scale) + sum(norms)
     return largest < torch.finfo(spec.accumulator_dtype).max / 4  # a NaN is not less
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a tensor holds NaN, or infinities of both signs. Reads it."""
+    return isnan(tensor.sum().item())
 
 
 def _norm(tensor: Tensor, dtype: torch.dtype) -> float:

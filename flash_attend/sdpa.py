@@ -13,7 +13,7 @@ from ctypes import c_char
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import groupby
-from math import copysign, isnan
+from math import copysign
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from flash_attend.reference import (
     cleared,
     cut,
     future,
+    has_nan,
     visible_pairs,
     with_whole_mask,
 )
@@ -112,7 +113,7 @@ def _attend(operands: Operands, spec: AttentionSpec, *, lse_is_read: bool = True
     part = _only(groups, spec, lse_is_read)
     if part is not None and _rows_alone(*operands[:3]):
         found = _Kernel(operands, spec).forward(part)
-        if found is not None and not (part.hides and _has_nan(found[0])):
+        if found is not None and not (part.hides and has_nan(found[0])):
             return *found, NOTHING
     for read in (lambda: operands, lambda: cleared(operands, spec)[0]):
         found = _forward(read(), spec, groups, lse_is_read)
@@ -251,14 +252,14 @@ class _Looks(NamedTuple):
             return True
 
         def let_through(out: Tensor) -> bool:
-            return not are_last_rows_finite(out) and _has_nan(out)
+            return not are_last_rows_finite(out) and has_nan(out)
 
         def nan_in_queries(grad: Tensor) -> bool:
             if not grad.is_contiguous() and not grad.transpose(1, 2).is_contiguous():
-                return _has_nan(grad)
+                return has_nan(grad)
             firsts = grad_bytes.from_address(grad.data_ptr())[of_out_first :: spec.head_dim * of_out]
             sound = not firsts.translate(None, finite) and are_last_rows_finite(grad)
-            return not sound and _has_nan(grad)
+            return not sound and has_nan(grad)
 
         return _Looks(is_usual, let_through, nan_in_queries)
 
@@ -276,7 +277,7 @@ def _checked(
     if not sound and hiding is not None:
         lse = lse.masked_fill((hiding == -torch.inf).all(dim=-1), -torch.inf)
         sound = _has_no_zero(lse)
-    if not (sound or bounded(spec, q, k)) or (hides and _has_nan(out)):
+    if not (sound or bounded(spec, q, k)) or (hides and has_nan(out)):
         return None
     return lse, Kept(hiding)
 
@@ -463,11 +464,7 @@ def _leaks(groups: list[Group], found: Sequence[Tensor]) -> bool:
     """Whether something may have come through a hidden pair: then it is in `out`, or in a gradient of q or k."""
     if not any([part.hides for group in groups for part in group.parts]):
         return False
-    return any(map(_has_nan, found[:2]))
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return isnan(tensor.sum().item())
+    return any(map(has_nan, found[:2]))
 
 
 def _is_exact(lse: Tensor) -> bool:
